@@ -1,0 +1,46 @@
+# `make demo` and `make test` set themselves up: all they need is Python >= 3.11.
+# Another interpreter or environment: make test PYTHON=python3.13 VENV=.venv313
+
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
+	2>/dev/null && echo $$python && break; done)
+VENV ?= .venv
+RUN := $(VENV)/bin/python -m
+WORKERS ?= 2
+
+.PHONY: demo test lint types tests notebooks docs format clean
+
+demo: $(VENV)/bench
+	$(RUN) benchmarks digits
+
+test: lint types tests notebooks
+
+lint: $(VENV)/dev
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+types: $(VENV)/dev
+	$(VENV)/bin/pyrefly check
+
+tests: $(VENV)/dev
+	$(RUN) pytest -n $(WORKERS)
+
+notebooks: $(VENV)/dev
+	$(RUN) pytest --nbmake -n $(WORKERS) notebooks
+
+format: $(VENV)/dev
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "yoto_jax needs Python >= 3.11 with venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --quiet --upgrade pip
+
+# One stamp for each set of extras, renewed when pyproject.toml changes.
+$(VENV)/%: $(VENV)/bin/python pyproject.toml
+	$(RUN) pip install --quiet --editable '.[$*]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -1,0 +1,395 @@
+"""Loss logits: the learned parameters behind the loss weights."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+PyTree = Any
+"""Any nesting of containers that JAX knows."""
+
+_UNROLL = 9
+"""Up to this many losses, small vectors are computed entry by entry.
+
+XLA fuses elementwise operations into one kernel but starts a new kernel at every
+reduction and concatenation. With few losses, writing the sums out costs nothing and
+saves those kernels, which is what a small model's step consists of.
+"""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LossLogits:
+    r"""Logits :math:`\mu` of the loss weights :math:`\lambda = \mathrm{Softmax}(\mu)`.
+
+    A pytree node with one array leaf. It may sit anywhere in a tree of parameters, and
+    the transformations of this package find it there by its type. Build one with
+    :func:`yoto_jax.init_loss_logits`.
+
+    Attributes:
+      learned: The logits that are learned, float32 of shape ``(K,)``, in the order of
+        ``jax.tree.leaves(losses)`` without the primary loss. Leading axes may be added
+        by ``vmap`` or ``scan``.
+      structure: Tree structure of the losses (static).
+      primary: Position of the primary loss among the leaves of the losses, or ``None``
+        if all logits are learned (static).
+
+    Examples:
+      >>> import yoto_jax as yoto
+      >>> mu = yoto.init_loss_logits({"depth": 0.0, "camera": 0.0}, primary="depth")
+      >>> mu
+      LossLogits(camera=-2.303, depth=None)
+      >>> mu.names
+      ('camera', 'depth')
+    """
+
+    learned: jax.Array
+    structure: jax.tree_util.PyTreeDef = dataclasses.field(metadata={"static": True})
+    primary: int | None = dataclasses.field(metadata={"static": True})
+
+    @property
+    def logits(self) -> PyTree:
+        """The logits as a tree like the losses, with ``None`` at the primary loss."""
+        learned = iter(range(self.structure.num_leaves))
+        return self.structure.unflatten(
+            None if leaf == self.primary else self.learned[..., next(learned)]
+            for leaf in range(self.structure.num_leaves)
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Path of every loss, such as ``"heads/depth"``, in the order of the leaves."""
+        return loss_names(self.structure)
+
+    def __repr__(self) -> str:
+        learned = iter(range(self.structure.num_leaves))
+        values = (
+            "None" if leaf == self.primary else _show(self.learned, next(learned))
+            for leaf in range(self.structure.num_leaves)
+        )
+        entries = (
+            f"{name or 'loss'}={value}"
+            for name, value in zip(self.names, values, strict=True)
+        )
+        return f"LossLogits({', '.join(entries)})"
+
+
+def is_loss_logits(x: Any) -> bool:
+    """Whether ``x`` is a :class:`LossLogits`, for ``is_leaf``."""
+    return isinstance(x, LossLogits)
+
+
+def init_loss_logits(
+    losses: PyTree, primary: str | int | None, epsilon: PyTree = 0.1
+) -> LossLogits:
+    r"""Logits at which every auxiliary loss weighs ``epsilon`` times the primary loss.
+
+    .. math::
+      \mu_0 = 0, \quad \mu_i = \log \epsilon_i, \quad\text{so that}\quad
+      \lambda_i = \frac{\epsilon_i}{1 + \sum_j \epsilon_j}.
+
+    Args:
+      losses: A tree of scalar losses, or of anything with their shape and dtype, such
+        as ``jax.eval_shape`` of the loss function. Only the structure is kept.
+      primary: The paper's basic loss: the path of one loss (``"depth"``,
+        ``"heads/depth"``, or its last part if that is unique), or its index in a
+        sequence of losses. Its logit stays 0. ``None`` learns every logit.
+      epsilon: Initial weight relative to the primary loss (positive, no unit): one
+        number, one number per auxiliary loss in the order of ``jax.tree.leaves``, or
+        a tree like the losses without the primary.
+
+    Returns:
+      :class:`LossLogits` with float32 logits of shape ``(K,)``, K auxiliary losses.
+
+    Raises:
+      TypeError: A loss is not a floating-point number, or ``primary`` is neither a
+        path, nor an index, nor ``None``.
+      ValueError: No losses, a loss that is not a scalar, an unknown or ambiguous
+        ``primary``, or an ``epsilon`` that is not positive or does not fit the losses.
+
+    Examples:
+      >>> import yoto_jax as yoto
+      >>> losses = {"depth": 0.0, "camera": 0.0, "invariance": 0.0}
+      >>> mu = yoto.init_loss_logits(losses, primary="depth", epsilon=0.1)
+      >>> print({k: round(float(v), 3) for k, v in yoto.loss_weights(mu).items()})
+      {'camera': 0.083, 'depth': 0.833, 'invariance': 0.083}
+      >>> yoto.init_loss_logits(losses, "depth", {"camera": 0.25, "invariance": 0.1})
+      LossLogits(camera=-1.386, depth=None, invariance=-2.303)
+
+    References:
+      Sakaridis, `You Only Train Once <https://arxiv.org/abs/2506.04349>`_, 2025,
+      Section 3.5 and Algorithm 1.
+
+    .. note::
+      ``primary=None`` is ours, not the paper's. A common shift of all logits leaves
+      the weights as they are, and the softplus of the regulariser then moves all
+      logits down together, ever more slowly.
+    """
+    names, leaves, structure = _scalar_losses(losses)
+    if not leaves:
+        raise ValueError("losses has no leaves: there is nothing to weigh.")
+    position = None if primary is None else _find_primary(primary, losses, names)
+    auxiliary = [name for leaf, name in enumerate(names) if leaf != position]
+    values = _epsilon_per_loss(epsilon, auxiliary)
+    if any(isinstance(value, jax.core.Tracer) for value in values):
+        learned = jnp.log(jnp.stack([jnp.asarray(v, jnp.float32) for v in values]))
+    else:
+        learned = jnp.asarray(np.log(np.asarray(values, np.float64)), jnp.float32)
+    return LossLogits(learned, structure, position)
+
+
+def loss_weights(mu: LossLogits) -> PyTree:
+    r"""The loss weights :math:`\lambda = \mathrm{Softmax}(\mu)`.
+
+    .. math::
+      \lambda_i = \frac{e^{\mu_i}}{\sum_j e^{\mu_j}}, \quad \mu_0 = 0.
+
+    Args:
+      mu: Loss logits. Leading axes are kept, so the stacked logits of a whole training
+        run give the history of every weight.
+
+    Returns:
+      A tree like the losses: positive float32 scalars that sum to 1 (float64 if the
+      logits are).
+
+    Raises:
+      TypeError: ``mu`` is not a :class:`LossLogits`.
+
+    Examples:
+      >>> import yoto_jax as yoto
+      >>> mu = yoto.init_loss_logits((0.0, 0.0), primary=0, epsilon=0.25)
+      >>> print([round(float(weight), 2) for weight in yoto.loss_weights(mu)])
+      [0.8, 0.2]
+
+    References:
+      Sakaridis, `You Only Train Once <https://arxiv.org/abs/2506.04349>`_, 2025, Eq. 5.
+    """
+    check_loss_logits(mu)
+    weights = softmax(upcast(mu.learned), mu.primary is not None)
+    order = primary_first(range(mu.structure.num_leaves), mu.primary)
+    by_leaf = {leaf: weights[..., place] for place, leaf in enumerate(order)}
+    return mu.structure.unflatten(by_leaf[leaf] for leaf in sorted(by_leaf))
+
+
+# Arithmetic on logits. Inside these functions the primary loss comes first, so that its
+# constant logit 0 is put in front of the learned ones wherever it stands in the tree.
+
+
+def upcast(x: jax.Array) -> jax.Array:
+    """``x`` in float32, or in its own dtype if that is wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def primary_first(items: Sequence[Any], primary: int | None) -> list[Any]:
+    """``items`` in the order of the leaves, but the primary one first."""
+    items = list(items)
+    return items if primary is None else [items.pop(primary), *items]
+
+
+def stack(entries: Sequence[jax.Array]) -> jax.Array:
+    """Stack arrays on a new last axis, as a fusible selection if they are few."""
+    if not 0 < len(entries) <= _UNROLL:
+        return jnp.stack(entries, axis=-1) if entries else jnp.zeros((0,), jnp.float32)
+    shape = (*entries[0].shape, len(entries))
+    place = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+    stacked = jnp.broadcast_to(entries[-1][..., None], shape)
+    for index in reversed(range(len(entries) - 1)):
+        stacked = jnp.where(place == index, entries[index][..., None], stacked)
+    return stacked
+
+
+def sum_of_products(x: jax.Array, y: Sequence[jax.Array]) -> jax.Array:
+    """Sum of ``x[..., k] * y[k]``, written out for a few terms."""
+    if len(y) > _UNROLL:
+        return jnp.sum(x * stack(y), axis=-1)
+    terms = (x[..., k] * entry for k, entry in enumerate(y))
+    return sum(terms, jnp.zeros(x.shape[:-1], x.dtype))
+
+
+def unstack(x: jax.Array) -> list[jax.Array]:
+    """The entries along the last axis."""
+    return [x[..., k] for k in range(x.shape[-1])]
+
+
+@jax.custom_jvp
+def _softmax(logits: jax.Array) -> jax.Array:
+    if logits.shape[-1] > _UNROLL:
+        return jax.nn.softmax(logits)
+    # 1 / sum_j exp(x_j - x_i) needs neither a maximum nor a common denominator. An
+    # exponential that overflows leaves the weight 0, as it should.
+    ratios = [jnp.exp(entry[..., None] - logits) for entry in unstack(logits)]
+    return 1.0 / sum(ratios[1:], ratios[0])
+
+
+@_softmax.defjvp
+def _softmax_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    (tangent,) = tangents
+    weights = _softmax(*primals)
+    return weights, weights * (
+        tangent - jnp.sum(weights * tangent, axis=-1, keepdims=True)
+    )
+
+
+def with_primary(learned: jax.Array, has_primary: bool) -> jax.Array:
+    """The learned logits, with the primary loss's constant 0 in front."""
+    if not has_primary:
+        return learned
+    zero = jnp.zeros(learned.shape[:-1], learned.dtype)
+    return stack([zero, *unstack(learned)])
+
+
+def softmax(learned: jax.Array, has_primary: bool) -> jax.Array:
+    """Loss weights on the last axis, the primary loss (if there is one) first."""
+    return _softmax(with_primary(learned, has_primary))
+
+
+# Checks, all on structure, shape and dtype alone: they cost nothing under jit.
+
+
+def check_loss_logits(mu: Any) -> None:
+    if not isinstance(mu, LossLogits):
+        raise TypeError(
+            f"mu must be a LossLogits (see init_loss_logits), got {type(mu).__name__}."
+        )
+
+
+def losses_in_order(losses: PyTree, mu: LossLogits) -> list[Any]:
+    """The leaves of ``losses``, checked against ``mu``, primary loss first."""
+    check_loss_logits(mu)
+    names, leaves, structure = _scalar_losses(losses)
+    if structure != mu.structure:
+        missing, extra = set(mu.names) - set(names), set(names) - set(mu.names)
+        difference = "; ".join(
+            f"{word}: {_listed(sorted(which))}"
+            for word, which in (("missing", missing), ("unexpected", extra))
+            if which
+        )
+        raise ValueError(
+            "losses do not match those that the loss logits were initialised with; "
+            + (difference or f"containers: expected {mu.structure}, got {structure}")
+            + "."
+        )
+    return primary_first(leaves, mu.primary)
+
+
+def loss_names(structure: jax.tree_util.PyTreeDef) -> tuple[str, ...]:
+    """Path of every leaf of a tree structure."""
+    leaves = structure.unflatten(range(structure.num_leaves))
+    return tuple(_name(path) for path, _ in jax.tree.leaves_with_path(leaves))
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _show(learned: Any, index: int) -> str:
+    try:
+        return format(float(learned[index]), ".4g")
+    except Exception:  # A tracer, a batch of logits, a label: anything can be a leaf.
+        return str(learned)
+
+
+def _scalar_losses(
+    losses: PyTree,
+) -> tuple[list[str], list[Any], jax.tree_util.PyTreeDef]:
+    """Names and leaves of a tree of losses, each a floating-point scalar."""
+    flat, structure = jax.tree.flatten_with_path(losses)
+    for path, leaf in flat:
+        name = _name(path)
+        shape, dtype = _shape_and_dtype(f"loss {name!r}", leaf)
+        if shape:
+            raise ValueError(
+                f"loss {name!r} must be a scalar, got shape {shape}; reduce it first "
+                "(or use vmap, if the axis is a batch of runs)."
+            )
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"loss {name!r} must be a floating-point number, got dtype {dtype}."
+            )
+    return [_name(path) for path, _ in flat], [leaf for _, leaf in flat], structure
+
+
+def _shape_and_dtype(what: str, value: Any) -> tuple[tuple[int, ...], Any]:
+    try:
+        dtype = jax.dtypes.result_type(value)
+    except TypeError:
+        raise TypeError(f"{what} is a {type(value).__name__}, not a number.") from None
+    return getattr(value, "shape", ()), dtype
+
+
+def _find_primary(primary: str | int, losses: PyTree, names: list[str]) -> int:
+    """Position of the one loss that ``primary`` names."""
+    if isinstance(primary, bool) or not isinstance(primary, str | int):
+        raise TypeError(
+            "primary must name exactly one loss, by its path or its index, or be None; "
+            f"got {primary!r}. The losses are: {_listed(names)}."
+        )
+    wanted = str(primary)
+    if isinstance(primary, int) and isinstance(losses, list | tuple):
+        if not -len(losses) <= primary < len(losses):
+            raise ValueError(
+                f"primary {primary} is out of range for {len(losses)} losses."
+            )
+        before = jax.tree.structure(losses[: primary % len(losses)]).num_leaves
+        within = jax.tree.structure(losses[primary]).num_leaves
+        found = list(range(before, before + within))
+    else:
+        found = [leaf for leaf, name in enumerate(names) if name == wanted]
+        found = found or [
+            leaf for leaf, name in enumerate(names) if name.endswith("/" + wanted)
+        ]
+        found = found or [
+            leaf for leaf, name in enumerate(names) if name.startswith(wanted + "/")
+        ]
+    if not found:
+        raise ValueError(
+            f"primary {primary!r} is unknown; the losses are: {_listed(names)}."
+        )
+    if len(found) > 1:
+        matches = _listed(names[leaf] for leaf in found)
+        raise ValueError(
+            f"primary {primary!r} is ambiguous; name one loss among {matches}."
+        )
+    return found[0]
+
+
+def _epsilon_per_loss(epsilon: PyTree, names: list[str]) -> list[ArrayLike]:
+    """One initial relative weight for each of the losses with these names."""
+    if isinstance(epsilon, jax.Array | np.ndarray) and epsilon.ndim == 1:
+        epsilon = list(epsilon)
+    given = {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(epsilon)}
+    values = list(given.values())
+    if list(given) == [""]:
+        values *= len(names)
+    elif given.keys() == set(names):
+        values = [given[name] for name in names]
+    elif isinstance(epsilon, dict) or len(values) != len(names):
+        raise ValueError(
+            "epsilon must be one number, or one for each auxiliary loss "
+            f"({_listed(names)}), got {epsilon!r}."
+        )
+    for name, value in zip(names, values, strict=True):
+        shape, _ = _shape_and_dtype(f"epsilon of loss {name!r}", value)
+        if shape:
+            raise ValueError(
+                f"epsilon of loss {name!r} must be a scalar, got shape {shape}."
+            )
+        if isinstance(value, jax.core.Tracer):
+            continue
+        if not 0 < float(value) < math.inf:
+            raise ValueError(
+                f"epsilon of loss {name!r} must be positive and finite, got {value}."
+            )
+    return values
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))

@@ -1,0 +1,306 @@
+"""Optimizers that learn loss logits along with the model: Algorithm 1 and its kin."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from yoto_jax._hyperparameter_decay import (
+    Entropy,
+    add_hyperparameter_decay,
+    check_rate,
+)
+from yoto_jax._loss_logits import PyTree, is_loss_logits
+
+Mask = PyTree | Callable[[optax.Params], PyTree]
+
+
+def label_loss_logits(params: PyTree) -> PyTree:
+    """Label loss logits ``"loss_logits"`` and all else ``"model"``, for ``partition``.
+
+    Args:
+      params: Any tree of parameters.
+
+    Returns:
+      A tree like ``params`` with one string for each array and each ``LossLogits``.
+
+    Examples:
+      An optimizer of their own for the loss logits:
+
+      >>> import jax, jax.numpy as jnp, optax, yoto_jax as yoto
+      >>> tx = optax.partition(
+      ...     {
+      ...         "model": optax.lion(1e-4, weight_decay=0.1),
+      ...         "loss_logits": yoto.adamw(1e-2, hyperparameter_decay=0.5),
+      ...     },
+      ...     yoto.label_loss_logits,
+      ... )
+      >>> params = {"w": jnp.ones(2), "mu": yoto.init_loss_logits((0.0, 0.0), 0)}
+      >>> yoto.label_loss_logits(params)
+      {'mu': 'loss_logits', 'w': 'model'}
+      >>> state = tx.init(params)
+    """
+    return jax.tree.map(
+        lambda x: "loss_logits" if is_loss_logits(x) else "model",
+        params,
+        is_leaf=is_loss_logits,
+    )
+
+
+def sgdw(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: jax.typing.ArrayLike = 0.9,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    hyperparameter_decay: optax.ScalarOrSchedule = 1.0,
+    *,
+    entropy: Entropy = "all",
+    mask: Mask | None = None,
+    accumulator_dtype: Any | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Algorithm 1: SGD with momentum, weight decay and hyperparameter decay.
+
+    .. math::
+      m_t &= \beta m_{t-1} + \eta_t g_t &
+      w_t &= w_{t-1} - m_t - \eta_t \lambda w_{t-1} \\
+      n_t &= \beta n_{t-1} + \eta_t h_t &
+      \mu_t &= \mu_{t-1} - n_t - \eta_t \rho \nabla L_r(\mu_{t-1})
+
+    with the gradients :math:`g, h` of the composite loss with respect to the model and
+    the logits. Both decays stay outside the momentum and are scaled by the learning
+    rate, which multiplies a gradient *before* it enters the momentum.
+
+    Args:
+      learning_rate: :math:`\eta`, a scalar or a schedule.
+      momentum: :math:`\beta`.
+      weight_decay: :math:`\lambda`, for everything but loss logits; scalar or schedule.
+      hyperparameter_decay: :math:`\rho`, for loss logits alone (unit: that of a loss),
+        a scalar or a schedule. See "Choosing rho and epsilon" in the README.
+      entropy: Which losses the entropy spans, see :func:`yoto_jax.regularizer`.
+      mask: Which parameters the weight decay applies to, as in ``optax.adamw``; loss
+        logits are exempt whatever it says.
+      accumulator_dtype: Dtype of the momentum, default that of the parameters.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``.
+
+    Raises:
+      ValueError: A decay is negative or not finite, or ``entropy`` is unknown. In
+        ``update``: ``params`` is missing.
+
+    Examples:
+      >>> import jax, optax, yoto_jax as yoto
+      >>> def losses(w): return {"fit": (w - 2.0) ** 2, "size": w**2}
+      >>> params = {"w": 0.0, "mu": yoto.init_loss_logits(losses(0.0), primary="fit")}
+      >>> tx = yoto.sgdw(0.05, hyperparameter_decay=0.1)
+      >>> state = tx.init(params)
+      >>> for _ in range(300):
+      ...     grads = jax.grad(
+      ...         lambda p: yoto.composite_loss(losses(p["w"]), p["mu"])
+      ...     )(params)
+      ...     updates, state = tx.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print({k: f"{v:.2f}" for k, v in yoto.loss_weights(params["mu"]).items()})
+      {'fit': '0.99', 'size': '0.01'}
+
+    References:
+      Sakaridis, `You Only Train Once <https://arxiv.org/abs/2506.04349>`_, 2025,
+      Algorithm 1.
+
+    .. warning::
+      The paper recommends rho of 20 to 200 with losses of order 1. Taken literally,
+      that pins the weights at the regulariser's own optimum whatever the losses do, so
+      the default here is smaller.
+    """
+    check_rate("weight_decay", weight_decay)
+    decays = optax.chain(
+        optax.add_decayed_weights(weight_decay, _but_loss_logits(mask)),
+        add_hyperparameter_decay(hyperparameter_decay, entropy=entropy),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    return unwrap_loss_logits(
+        optax.chain(
+            optax.scale_by_learning_rate(learning_rate),
+            optax.trace(momentum, accumulator_dtype=accumulator_dtype),
+            _add(decays),
+        )
+    )
+
+
+def adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Mask | None = None,
+    hyperparameter_decay: optax.ScalarOrSchedule = 1.0,
+    *,
+    entropy: Entropy = "all",
+    nesterov: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Algorithm 1 with AdamW in place of SGD with momentum.
+
+    .. math::
+      w_t = w_{t-1} - \eta_t (\hat g_t + \lambda w_{t-1}), \quad
+      \mu_t = \mu_{t-1} - \eta_t (\hat h_t + \rho \nabla L_r(\mu_{t-1})),
+
+    where :math:`\hat g, \hat h` are Adam's normalised gradients of the composite loss.
+    Weight decay never touches loss logits; hyperparameter decay touches nothing else.
+    Without loss logits among the parameters this is ``optax.adamw``.
+
+    Args:
+      learning_rate: :math:`\eta`, a scalar or a schedule.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the denominator.
+      eps_root: Added under the square root.
+      mu_dtype: Dtype of the first moment (Optax's name; not the loss logits).
+      weight_decay: :math:`\lambda`, for everything but loss logits; scalar or schedule.
+      mask: Which parameters the weight decay applies to, as in ``optax.adamw``; loss
+        logits are exempt whatever it says.
+      hyperparameter_decay: :math:`\rho`, for loss logits alone (no unit: Adam's steps
+        have none), scalar or schedule. See "Choosing rho and epsilon" in the README.
+      entropy: Which losses the entropy spans, see :func:`yoto_jax.regularizer`.
+      nesterov: Whether to use Nesterov momentum.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``.
+
+    Raises:
+      ValueError: A decay is negative or not finite, or ``entropy`` is unknown. In
+        ``update``: ``params`` is missing.
+
+    Examples:
+      >>> import jax, optax, yoto_jax as yoto
+      >>> def losses(w): return {"fit": (w - 2.0) ** 2, "size": w**2}
+      >>> params = {"w": 0.0, "mu": yoto.init_loss_logits(losses(0.0), primary="fit")}
+      >>> tx = yoto.adamw(0.05)
+      >>> state = tx.init(params)
+      >>> for _ in range(300):
+      ...     grads = jax.grad(
+      ...         lambda p: yoto.composite_loss(losses(p["w"]), p["mu"])
+      ...     )(params)
+      ...     updates, state = tx.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print({k: f"{v:.2f}" for k, v in yoto.loss_weights(params["mu"]).items()})
+      {'fit': '0.99', 'size': '0.01'}
+
+    References:
+      Sakaridis, `You Only Train Once <https://arxiv.org/abs/2506.04349>`_, 2025,
+      Algorithm 1 ("analogously" for AdamW); Loshchilov and Hutter,
+      `Decoupled Weight Decay <https://arxiv.org/abs/1711.05101>`_, 2019.
+
+    .. warning::
+      The paper does not print this form. Its rho of 20 exceeds any step that Adam can
+      take (about 1), which pins the weights at the regulariser's own optimum.
+    """
+    check_rate("weight_decay", weight_decay)
+    return unwrap_loss_logits(
+        optax.chain(
+            optax.scale_by_adam(
+                b1=b1,
+                b2=b2,
+                eps=eps,
+                eps_root=eps_root,
+                mu_dtype=mu_dtype,
+                nesterov=nesterov,
+            ),
+            optax.add_decayed_weights(weight_decay, _but_loss_logits(mask)),
+            add_hyperparameter_decay(hyperparameter_decay, entropy=entropy),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+    )
+
+
+def _but_loss_logits(mask: Mask | None) -> Callable[[optax.Params], PyTree]:
+    """``mask`` with every ``LossLogits`` taken out."""
+
+    def but_loss_logits(params: optax.Params) -> PyTree:
+        chosen = True if mask is None else mask(params) if callable(mask) else mask
+        return jax.tree.map(
+            lambda choice, subtree: jax.tree.map(
+                lambda x: not is_loss_logits(x) and choice,
+                subtree,
+                is_leaf=is_loss_logits,
+            ),
+            chosen,
+            params,
+            is_leaf=is_loss_logits,
+        )
+
+    return but_loss_logits
+
+
+def _add(
+    inner: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """Add to the updates what ``inner`` makes of zeros."""
+
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, Any]:
+        zeros = optax.tree.zeros_like(updates)
+        added, state = inner.update(zeros, state, params, **extra_args)
+        return jax.tree.map(lambda u, a: u + a, updates, added), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def unwrap_loss_logits(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Show ``inner`` all loss logits bare, outside any ``flax.nnx.Variable``.
+
+    ``nnx.Optimizer`` initialises a transformation with variables and updates it with
+    their values. Between the two it turns a variable whose value is a container, as a
+    :class:`LossLogits` is, into another container, and the second step fails in any
+    transformation that keeps a copy of the parameters. A state that has never seen the
+    variable is left whole. :func:`yoto_jax.adamw` and :func:`yoto_jax.sgdw` do this
+    themselves; an optimizer of your own wants it around all of it.
+
+    Args:
+      inner: Any transformation.
+
+    Returns:
+      The same transformation; without NNX variables, in every respect.
+
+    Examples:
+      >>> import optax, yoto_jax as yoto
+      >>> from flax import nnx
+      >>> from yoto_jax.nnx import CompositeLoss, unwrap_loss_logits
+      >>> model = CompositeLoss({"a": 0.0, "b": 0.0}, "a")
+      >>> tx = optax.chain(yoto.add_hyperparameter_decay(0.1), optax.lion(1e-3))
+      >>> optimizer = nnx.Optimizer(model, unwrap_loss_logits(tx), wrt=nnx.Param)
+      >>> for _ in range(2):
+      ...     grads = nnx.grad(lambda m: m({"a": 1.0, "b": 2.0}))(model)
+      ...     _ = optimizer.update(model, grads)
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def unwrap(tree: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda x: x.get_raw_value() if _is_wrapped(x) else x,
+            tree,
+            is_leaf=_is_wrapped,
+        )
+
+    def init_fn(params: PyTree) -> optax.OptState:
+        return inner.init(unwrap(params))
+
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, Any]:
+        new, state = inner.update(unwrap(updates), state, unwrap(params), **extra_args)
+        return jax.tree.unflatten(
+            jax.tree.structure(updates), jax.tree.leaves(new)
+        ), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _is_wrapped(x: Any) -> bool:
+    """Whether ``x`` is a ``flax.nnx.Variable`` of loss logits. Imports no Flax."""
+    return hasattr(x, "get_raw_value") and is_loss_logits(x.get_raw_value())
