@@ -1,0 +1,158 @@
+"""Data parallelism on eight virtual devices equals a run on one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import yoto_jax as yoto
+
+DEVICES = 8
+STEPS = 20
+OPTIMIZERS = {
+    "sgdw": yoto.sgdw(0.02, weight_decay=0.01, hyperparameter_decay=0.3),
+    "adamw": yoto.adamw(0.02, weight_decay=0.01),
+}
+
+pytestmark = pytest.mark.skipif(
+    jax.device_count() < DEVICES, reason="needs eight (virtual) devices"
+)
+
+
+def loss_fn(w, batch):
+    x, y = batch
+    prediction = jnp.tanh(x @ w)
+    return {
+        "fit": jnp.mean((prediction - y) ** 2),
+        "size": jnp.sum(w**2),
+        "smooth": jnp.mean(jnp.abs(prediction)),
+    }
+
+
+def objective(params, batch):
+    return yoto.composite_loss(loss_fn(params["w"], batch), params["mu"])
+
+
+def data():
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "w": jax.random.normal(keys[0], (5, 2)),
+        "mu": yoto.init_loss_logits({"fit": 0.0, "size": 0.0, "smooth": 0.0}, "fit"),
+    }
+    x = jax.random.normal(keys[1], (STEPS, 8 * DEVICES, 5))
+    y = jnp.sin(x[..., :2])
+    return params, (x, y)
+
+
+def one_device(tx):
+    params, batches = data()
+
+    def step(carry, batch):
+        params, state = carry
+        updates, state = tx.update(jax.grad(objective)(params, batch), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, batches)[0][0])
+    return run((params, tx.init(params)))
+
+
+def assert_same(tree, reference):
+    for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(reference), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("tx", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_pmap(tx):
+    params, batches = data()
+    replicas = jax.tree.map(
+        lambda x: jnp.stack([x] * DEVICES), (params, tx.init(params))
+    )
+
+    @functools.partial(jax.pmap, axis_name="devices")
+    def step(params, state, batch):
+        grads = jax.lax.pmean(jax.grad(objective)(params, batch), "devices")
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = replicas
+    for k in range(STEPS):
+        shards = jax.tree.map(
+            lambda x: x[k].reshape(DEVICES, -1, *x.shape[2:]),
+            batches,
+        )
+        params, state = step(params, state, shards)
+    learned = np.asarray(params["mu"].learned)
+    assert (learned == learned[0]).all(), "mu differs between replicas"
+    assert_same(jax.tree.map(lambda x: x[0], params), one_device(tx))
+
+
+@pytest.mark.parametrize("tx", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map(tx, check_vma):
+    params, batches = data()
+    mesh = jax.make_mesh(
+        (DEVICES,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,)
+    )
+    spec = jax.sharding.PartitionSpec
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(spec(), spec(), spec("devices")),
+        out_specs=(spec(), spec()),
+        check_vma=check_vma,
+    )
+    def step(params, state, batch):
+        if check_vma:
+            # The gradient of a mean over the axis with respect to replicated
+            # parameters is already the sum over the axis that it has to be.
+            mean = lambda p: jax.lax.pmean(objective_of(p, batch), "devices")
+            grads = jax.grad(mean)(params)
+        else:
+            grads = jax.lax.pmean(jax.grad(objective_of)(params, batch), "devices")
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    objective_of = objective
+    state = tx.init(params)
+    for k in range(STEPS):
+        params, state = step(params, state, jax.tree.map(lambda x: x[k], batches))
+    assert_same(params, one_device(tx))
+    shards = [np.asarray(s.data) for s in params["mu"].learned.addressable_shards]
+    assert all((shard == shards[0]).all() for shard in shards)
+
+
+@pytest.mark.parametrize("tx", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+def test_jit_with_sharded_batches(tx, axis_type):
+    params, batches = data()
+    mesh = jax.make_mesh(
+        (DEVICES,),
+        ("devices",),
+        axis_types=(getattr(jax.sharding.AxisType, axis_type),),
+    )
+    sharding = jax.sharding.NamedSharding(
+        mesh, jax.sharding.PartitionSpec(None, "devices")
+    )
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    batches = jax.device_put(batches, sharding)
+    params = jax.device_put(params, replicated)
+
+    @jax.jit
+    def step(params, state, batch):
+        updates, state = tx.update(jax.grad(objective)(params, batch), state, params)
+        return optax.apply_updates(params, updates), state
+
+    with jax.set_mesh(mesh):
+        state = jax.jit(tx.init)(params)
+        before = jax.tree.map(jax.typeof, (params, state))
+        for k in range(STEPS):
+            params, state = step(params, state, jax.tree.map(lambda x: x[k], batches))
+        after = jax.tree.map(jax.typeof, (params, state))
+    assert jax.tree.leaves(before) == jax.tree.leaves(after)
+    assert params["mu"].learned.sharding.is_fully_replicated
+    assert_same(params, one_device(tx))

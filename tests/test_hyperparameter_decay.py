@@ -1,0 +1,158 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import yoto_jax as yoto
+from tests import helpers
+
+
+def as_logits(learned, with_primary=True):
+    count = len(learned) + with_primary
+    mu = yoto.init_loss_logits((0.0,) * count, 0 if with_primary else None)
+    full = np.concatenate([[0.0] * with_primary, np.array(learned, np.float64)])
+    is_learned = np.arange(count) >= with_primary
+    return dataclasses.replace(mu, learned=jnp.array(learned)), full, is_learned
+
+
+@given(
+    st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=14),
+    st.booleans(),
+    st.sampled_from(["all", "auxiliary"]),
+)
+@settings(deadline=None, max_examples=100)
+def test_value_and_gradient_equal_equations_7_and_8(learned, with_primary, entropy):
+    with jax.enable_x64(True):
+        mu, full, is_learned = as_logits(learned, with_primary)
+        f = lambda x: yoto.regularizer(x, entropy=entropy)
+        value, gradient = jax.value_and_grad(f)(mu)
+        oracle = lambda x: helpers.regularizer(x, is_learned, entropy)
+        np.testing.assert_allclose(value, oracle(full), atol=1e-12)
+        expected = helpers.regularizer_gradient(full, is_learned, entropy)
+        np.testing.assert_allclose(gradient.learned, expected[is_learned], atol=1e-12)
+        numerical = helpers.numerical_gradient(oracle, full)[is_learned]
+        np.testing.assert_allclose(gradient.learned, numerical, atol=1e-7)
+        if entropy == "all":  # the closed form of the gradient
+            p = helpers.softmax(full)
+            closed_form = p * (full - p @ full) + 1 / (1 + np.exp(-full))
+            np.testing.assert_allclose(
+                gradient.learned, closed_form[is_learned], atol=1e-12
+            )
+        forward = jax.jacfwd(f)(mu).learned
+        np.testing.assert_allclose(forward, gradient.learned, atol=1e-12)
+
+
+@given(st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=14))
+@settings(deadline=None, max_examples=30)
+def test_float32_is_accurate(learned):
+    mu, full, is_learned = as_logits(np.float32(learned))
+    value, gradient = jax.value_and_grad(yoto.regularizer)(mu)
+    assert value.dtype == gradient.learned.dtype == jnp.float32
+    np.testing.assert_allclose(
+        value, helpers.regularizer(full, is_learned), rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        gradient.learned,
+        helpers.regularizer_gradient(full, is_learned)[is_learned],
+        atol=2e-6,
+    )
+
+
+@pytest.mark.parametrize(
+    ("auxiliary", "logit", "primary_weight"),
+    [
+        (1, -1.2785, 0.782),
+        (2, -1.6239, 0.717),
+        (3, -1.8612, 0.682),
+        (5, -2.1889, 0.641),
+        (10, -2.6730, 0.592),
+    ],
+)
+def test_minimiser_of_the_regularizer_alone(auxiliary, logit, primary_weight):
+    np.testing.assert_allclose(
+        helpers.minimise_regularizer(auxiliary), logit, atol=5e-5
+    )
+    params, _, _ = as_logits(np.full(auxiliary, -3.0, np.float32))
+    tx = optax.chain(yoto.add_hyperparameter_decay(20.0), optax.sgd(0.05))
+
+    @jax.jit
+    def descend(params):
+        def step(carry, _):
+            params, state = carry
+            zeros = jax.tree.map(jnp.zeros_like, params)
+            updates, state = tx.update(zeros, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), length=3000)[0][0]
+
+    minimiser = descend(params)
+    np.testing.assert_allclose(minimiser.learned, logit, atol=6e-5)
+    np.testing.assert_allclose(
+        yoto.loss_weights(minimiser)[0], primary_weight, atol=6e-4
+    )
+
+
+def test_auxiliary_entropy_vanishes_where_the_paper_ends():
+    """Spec of the variant: no pull between equal logits, nor with one rejected."""
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))
+    for learned in ([-0.18, -0.18], [-0.18, -40.0]):
+        mu, _, _ = as_logits(np.array(learned, np.float32))
+        gradient = jax.grad(lambda m: yoto.regularizer(m, entropy="auxiliary"))(mu)
+        np.testing.assert_allclose(
+            gradient.learned, sigmoid(np.array(learned)), atol=1e-6
+        )
+
+
+def test_a_common_shift_of_all_logits_does_not_change_the_entropy():
+    learned = np.array([0.3, -1.0, 2.0])
+    softplus = lambda x: np.log1p(np.exp(x)).sum()
+    with jax.enable_x64(True):
+        entropies = [
+            yoto.regularizer(as_logits(learned + shift, False)[0])
+            - softplus(learned + shift)
+            for shift in (0.0, 5.0, -7.0)
+        ]
+    np.testing.assert_allclose(entropies, entropies[0], atol=1e-12)
+
+
+def test_the_link_adds_rho_times_the_gradient_to_loss_logits_alone():
+    mu, full, is_learned = as_logits(np.array([0.5, -1.0], np.float32))
+    params = {"w": jnp.ones(3), "deep": [mu, {"none": None}]}
+    updates = jax.tree.map(jnp.ones_like, params)
+    tx = yoto.add_hyperparameter_decay(2.0)
+    new, _ = tx.update(updates, tx.init(params), params)
+    np.testing.assert_array_equal(new["w"], updates["w"])
+    expected = 1 + 2 * helpers.regularizer_gradient(full, is_learned)[is_learned]
+    np.testing.assert_allclose(new["deep"][0].learned, expected, rtol=1e-6)
+    assert jax.tree.structure(new) == jax.tree.structure(params)
+
+
+def test_rho_may_be_a_schedule():
+    mu, full, is_learned = as_logits(np.array([0.5], np.float32))
+    tx = yoto.add_hyperparameter_decay(lambda count: 10.0 * count)
+    state = tx.init(mu)
+    slope = helpers.regularizer_gradient(full, is_learned)[1]
+    for step in range(3):
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, mu), state, mu)
+        np.testing.assert_allclose(updates.learned, 10 * step * slope, rtol=1e-6)
+    assert optax.tree.get(state, "count") == 3
+
+
+def test_errors():
+    mu, _, _ = as_logits(np.zeros(1, np.float32))
+    tx = yoto.add_hyperparameter_decay(1.0)
+    with pytest.raises(ValueError, match="needs the current loss logits"):
+        tx.update(mu, tx.init(mu))
+    for rho in (-1.0, float("nan"), float("inf")):
+        for factory in (yoto.add_hyperparameter_decay,):
+            with pytest.raises(ValueError, match="hyperparameter_decay must be"):
+                factory(rho)
+    with pytest.raises(ValueError, match="entropy must be.*'some'"):
+        yoto.add_hyperparameter_decay(1.0, entropy="some")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="entropy must be.*'some'"):
+        yoto.regularizer(mu, entropy="some")  # type: ignore[arg-type]

@@ -1,0 +1,268 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import yoto_jax as yoto
+from tests import helpers
+
+AUXILIARY = 3
+
+
+def schedule(t):
+    return 1 / (1 + t / 50)
+
+
+def train(problem, tx, steps, epsilon=0.1, dtype=jnp.float32):
+    """Train with the library on the problem that the oracle is given."""
+    centres, scales, floors = (
+        jnp.array(x, dtype) for x in (problem.centres, problem.scales, problem.floors)
+    )
+
+    def losses(w):
+        distances = jnp.sum((w[None, :] - centres) ** 2, axis=-1)
+        return tuple(scales * distances + floors)
+
+    mu = yoto.init_loss_logits(losses(jnp.zeros(centres.shape[1], dtype)), 0, epsilon)
+    mu = dataclasses.replace(
+        mu, learned=jnp.full(mu.learned.shape, np.log(epsilon), dtype)
+    )
+    params = {"w": jnp.full(centres.shape[1], 2.0, dtype), "mu": mu}
+
+    def step(carry, _):
+        params, state = carry
+        grads = jax.grad(lambda p: yoto.composite_loss(losses(p["w"]), p["mu"]))(params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), (params["w"], params["mu"].learned)
+
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps))
+    return run((params, tx.init(params)))[1]
+
+
+def start(problem, epsilon=0.1):
+    w = np.full(problem.centres.shape[1], 2.0)
+    return w, np.array([0.0] + [np.log(epsilon)] * (len(problem.centres) - 1))
+
+
+@pytest.mark.parametrize("entropy", ["all", "auxiliary"])
+@pytest.mark.parametrize("x64", [False, True])
+def test_sgdw_is_algorithm_1(x64, entropy):
+    problem = helpers.Quadratics(AUXILIARY + 1, dim=5, seed=0)
+    expected = helpers.algorithm_1(
+        problem,
+        start(problem),
+        200,
+        lr=0.02,
+        beta1=0.9,
+        weight_decay=0.05,
+        rho=0.7,
+        schedule=schedule,
+        entropy=entropy,
+    )
+    tx = yoto.sgdw(
+        lambda t: 0.02 * schedule(t.astype(float)),
+        momentum=0.9,
+        weight_decay=0.05,
+        hyperparameter_decay=0.7,
+        entropy=entropy,
+    )
+    with jax.enable_x64(x64):
+        w, mu = train(problem, tx, 200, dtype=jnp.float64 if x64 else jnp.float32)
+    tolerance = 1e-12 if x64 else 1e-6
+    np.testing.assert_allclose(
+        w, [w for w, _ in expected], rtol=tolerance, atol=tolerance
+    )
+    np.testing.assert_allclose(
+        mu, [mu[1:] for _, mu in expected], rtol=tolerance, atol=tolerance
+    )
+    assert all(mu[0] == 0.0 for _, mu in expected)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_adamw_is_its_adam_form(x64):
+    problem = helpers.Quadratics(AUXILIARY + 1, dim=5, seed=1)
+    expected = helpers.algorithm_1_adamw(
+        problem,
+        start(problem),
+        200,
+        lr=0.02,
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        weight_decay=0.05,
+        rho=2.0,
+        schedule=schedule,
+    )
+    tx = yoto.adamw(
+        lambda t: 0.02 * schedule(t.astype(float)),
+        weight_decay=0.05,
+        hyperparameter_decay=2.0,
+    )
+    with jax.enable_x64(x64):
+        w, mu = train(problem, tx, 200, dtype=jnp.float64 if x64 else jnp.float32)
+    # Where a gradient passes through zero, Adam's quotient loses digits in float32.
+    tolerance = 1e-10 if x64 else 2e-5
+    np.testing.assert_allclose(w, [w for w, _ in expected], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(
+        mu, [mu[1:] for _, mu in expected], rtol=0, atol=tolerance
+    )
+
+
+def test_a_constant_rate_equals_a_constant_schedule():
+    problem = helpers.Quadratics(3, dim=2, seed=2)
+    for factory in (yoto.sgdw, yoto.adamw):
+        constant = train(
+            problem, factory(0.02, weight_decay=0.1, hyperparameter_decay=0.5), 30
+        )
+        schedule = train(
+            problem,
+            factory(
+                optax.constant_schedule(0.02),
+                weight_decay=optax.constant_schedule(0.1),
+                hyperparameter_decay=optax.constant_schedule(0.5),
+            ),
+            30,
+        )
+        np.testing.assert_allclose(constant[0], schedule[0], rtol=1e-6)
+        np.testing.assert_allclose(constant[1], schedule[1], rtol=1e-6)
+
+
+def test_without_loss_logits_they_are_the_optimizers_of_optax():
+    params = {"w": jnp.linspace(-1, 1, 6), "none": None}
+    grads = jax.tree.map(lambda x: x**2 - 0.3, params)
+    pairs = [
+        (yoto.adamw(0.1, weight_decay=0.01), optax.adamw(0.1, weight_decay=0.01)),
+        (yoto.sgdw(0.1), optax.sgd(0.1, momentum=0.9)),
+    ]
+    for ours, theirs in pairs:
+        results = []
+        for tx in (ours, theirs):
+            p, state = params, tx.init(params)
+            for _ in range(5):
+                updates, state = tx.update(grads, state, p)
+                p = optax.apply_updates(p, updates)
+            results.append(p["w"])
+        np.testing.assert_allclose(*results, rtol=1e-6)
+
+
+def test_one_loss_leaves_the_plain_optimizer():
+    """With nothing to weigh, the model moves as without us, bit for bit."""
+    params = {"w": jnp.linspace(-1, 1, 6)}
+    loss = lambda w: jnp.sum((w - 0.3) ** 2)
+    mu = yoto.init_loss_logits({"only": 0.0}, "only")
+    plain, ours = optax.adamw(0.1), yoto.adamw(0.1)
+    joint = {**params, "mu": mu}
+    plain_state, joint_state = plain.init(params), ours.init(joint)
+    for _ in range(20):
+        grads = jax.grad(lambda p: loss(p["w"]))(params)
+        updates, plain_state = plain.update(grads, plain_state, params)
+        params = optax.apply_updates(params, updates)
+        grads = jax.grad(
+            lambda p: yoto.composite_loss({"only": loss(p["w"])}, p["mu"])
+        )(joint)
+        updates, joint_state = ours.update(grads, joint_state, joint)
+        joint = optax.apply_updates(joint, updates)
+    np.testing.assert_array_equal(params["w"], joint["w"])
+
+
+@pytest.mark.parametrize("factory", [yoto.sgdw, yoto.adamw])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        None,
+        {"w": True, "b": False, "mu": True},
+        lambda params: jax.tree.map(lambda x: x.ndim > 0, params),
+        lambda params: {"w": True, "b": False, "mu": True},
+    ],
+    ids=["none", "prefix", "callable", "callable-prefix"],
+)
+def test_weight_decay_never_touches_loss_logits(factory, mask):
+    params = {
+        "w": jnp.ones(2),
+        "b": jnp.ones(()),
+        "mu": yoto.init_loss_logits((0.0, 0.0), 0),
+    }
+    tx = factory(0.1, weight_decay=0.5, hyperparameter_decay=0.0, mask=mask)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zeros, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], -0.05, rtol=1e-6)
+    np.testing.assert_allclose(updates["b"], -0.05 if mask is None else 0, rtol=1e-6)
+    np.testing.assert_array_equal(updates["mu"].learned, 0.0)
+
+
+@pytest.mark.parametrize("model", [optax.lion(0.01), optax.contrib.muon(0.05)])
+@pytest.mark.parametrize("joint", [True, False])
+def test_other_optimizers(model, joint):
+    """One optimizer for all with the link in front, or one of its own for mu."""
+    if joint:
+        tx = optax.chain(yoto.add_hyperparameter_decay(0.3), model)
+    else:
+        tx = optax.partition(
+            {"model": model, "loss_logits": yoto.adamw(0.02)}, yoto.label_loss_logits
+        )
+    target = jax.random.normal(jax.random.key(0), (4, 3))
+    losses = lambda w: {"fit": jnp.mean((w - target) ** 2), "size": jnp.mean(w**2)}
+    params = {
+        "w": jnp.zeros((4, 3)),
+        "mu": yoto.init_loss_logits(losses(target), "fit"),
+    }
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(lambda p: yoto.composite_loss(losses(p["w"]), p["mu"]))(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(200):
+        params, state = step(params, state)
+    assert losses(params["w"])["fit"] < 0.05 * losses(jnp.zeros((4, 3)))["fit"]
+    assert abs(params["mu"].learned[0] - np.log(0.1)) > 0.05
+    assert np.isfinite(params["mu"].learned).all()
+
+
+def test_labels():
+    mu = yoto.init_loss_logits((0.0, 0.0), 0)
+    params = {"a": jnp.ones(2), "b": [None, mu], "c": {}}
+    assert yoto.label_loss_logits(params) == {
+        "a": "model",
+        "b": [None, "loss_logits"],
+        "c": {},
+    }
+    assert yoto.label_loss_logits(mu) == "loss_logits"
+
+
+def test_exponential_weights_collapse_and_softmax_does_not():
+    """The paper's argument: dL/dmu_i = exp(mu_i) l_i > 0 shrinks every weight."""
+    losses = jnp.array([1.0, 1.0, 1.0])
+
+    def descend(loss):
+        step = lambda mu, _: (mu - 0.1 * jax.grad(loss)(mu), None)
+        return jax.lax.scan(step, jnp.zeros(3), length=10_000)[0]
+
+    exponential = descend(lambda mu: jnp.exp(mu) @ losses)
+    assert np.exp(exponential).sum() < 0.01
+
+    def softmax_loss(mu):
+        logits = yoto.LossLogits(mu[1:], jax.tree.structure((0.0,) * 3), 0)
+        return yoto.composite_loss(tuple(losses), logits)
+
+    np.testing.assert_allclose(descend(softmax_loss), 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("factory", [yoto.sgdw, yoto.adamw])
+def test_errors(factory):
+    with pytest.raises(ValueError, match="hyperparameter_decay must be.*-1"):
+        factory(0.1, hyperparameter_decay=-1.0)
+    with pytest.raises(ValueError, match="weight_decay must be.*inf"):
+        factory(0.1, weight_decay=float("inf"))
+    with pytest.raises(ValueError, match="entropy must be"):
+        factory(0.1, entropy="none")
+    params = {"mu": yoto.init_loss_logits((0.0, 0.0), 0)}
+    tx = factory(0.1)
+    with pytest.raises(ValueError, match="params"):
+        tx.update(params, tx.init(params))
