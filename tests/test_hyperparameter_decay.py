@@ -97,6 +97,37 @@ def test_minimiser_of_the_regularizer_alone(auxiliary, logit, primary_weight):
     )
 
 
+@pytest.mark.parametrize(("auxiliary", "pull"), [(1, 1 / 10), (2, 1 / 17)])
+def test_strongest_pull_on_one_vanishing_or_dominant_weight(auxiliary, pull):
+    """The bounds that the default of adamw is argued from."""
+    others = [helpers.minimise_regularizer(auxiliary)] * (auxiliary - 1)
+    line = np.linspace(-12, 8, 801)
+    learned = np.array([[x, *others] for x in line], np.float32)
+    mu = dataclasses.replace(as_logits(learned[0])[0], learned=jnp.array(learned))
+    gradients = jax.vmap(jax.grad(yoto.regularizer))(mu).learned[:, 0]
+    np.testing.assert_allclose(gradients.min(), -pull, rtol=0.02)
+    np.testing.assert_allclose(gradients.max(), 1.1, rtol=0.06)
+
+
+def test_decay_with_sgd_diverges_where_the_learning_rate_times_rho_passes_ten():
+    params = as_logits(np.array([-1.0], np.float32))[0]
+
+    def descend(rho):
+        tx = yoto.sgdw(1.0, momentum=0.0, hyperparameter_decay=rho)
+
+        def step(carry, _):
+            params, state = carry
+            zeros = jax.tree.map(jnp.zeros_like, params)
+            updates, state = tx.update(zeros, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        carry = (params, tx.init(params))
+        return jax.lax.scan(step, carry, length=500)[0][0].learned[0]
+
+    np.testing.assert_allclose(descend(8.0), -1.2785, atol=1e-3)
+    assert abs(descend(12.0) + 1.2785) > 0.1
+
+
 def test_auxiliary_entropy_vanishes_where_the_paper_ends():
     """Spec of the variant: no pull between equal logits, nor with one rejected."""
     sigmoid = lambda x: 1 / (1 + np.exp(-x))
@@ -149,9 +180,8 @@ def test_errors():
     with pytest.raises(ValueError, match="needs the current loss logits"):
         tx.update(mu, tx.init(mu))
     for rho in (-1.0, float("nan"), float("inf")):
-        for factory in (yoto.add_hyperparameter_decay,):
-            with pytest.raises(ValueError, match="hyperparameter_decay must be"):
-                factory(rho)
+        with pytest.raises(ValueError, match="hyperparameter_decay must be"):
+            yoto.add_hyperparameter_decay(rho)
     with pytest.raises(ValueError, match="entropy must be.*'some'"):
         yoto.add_hyperparameter_decay(1.0, entropy="some")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="entropy must be.*'some'"):

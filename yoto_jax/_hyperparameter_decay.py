@@ -103,7 +103,7 @@ class HyperparameterDecayState(NamedTuple):
 
 
 def add_hyperparameter_decay(
-    hyperparameter_decay: optax.ScalarOrSchedule = 1.0, *, entropy: Entropy = "all"
+    hyperparameter_decay: optax.ScalarOrSchedule, *, entropy: Entropy = "all"
 ) -> optax.GradientTransformationExtraArgs:
     r"""Add rho times the gradient of the regulariser to the updates of loss logits.
 
