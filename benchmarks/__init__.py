@@ -1,0 +1,1 @@
+"""Benchmarks of yoto_jax: `python -m benchmarks` lists them."""

@@ -1,0 +1,151 @@
+"""The command line: `python -m benchmarks` lists the benchmarks there are."""
+
+import argparse
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks import _common
+
+BENCHMARKS = {
+    "digits": "learned against searched loss weights on digits under shift",
+    "rho": "what the strength of the regulariser does to the weights",
+    "overhead": "what learning the weights costs per step",
+}
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+
+
+def load(benchmark: str) -> Any:
+    """The module of a benchmark, imported when it is needed: each takes seconds."""
+    return importlib.import_module(f"benchmarks.{benchmark}")
+
+
+def update_tables(pages: tuple[Path, ...], results: Path) -> None:
+    """Rewrite the marked tables of the pages from the stored results.
+
+    The table goes to the mark ``name`` of its benchmark, a summary to ``name-summary``.
+    """
+    blocks = {}
+    for name, module, path in _stored(results):
+        result = _common.read_json(path)
+        blocks[name] = _common.markdown(module.table(result))
+        if hasattr(module, "summary"):
+            blocks[f"{name}-summary"] = _common.markdown(module.summary(result))
+    for page in pages:
+        page.write_text(_common.fill_blocks(page.read_text(), blocks))
+
+
+def draw_figures(results: Path) -> None:
+    """Redraw the figures from the stored results."""
+    for _, module, path in _stored(results):
+        if hasattr(module, "figure"):
+            module.figure(_common.read_json(path), path.with_suffix(".png"))
+
+
+def _stored(results: Path) -> Iterator[tuple[str, Any, Path]]:
+    for name in BENCHMARKS:
+        path = results / f"{name}.json"
+        if path.is_file():
+            yield name, load(name), path
+
+
+def parser() -> argparse.ArgumentParser:
+    listing = "\n".join(f"  {name:<10} {what}" for name, what in BENCHMARKS.items())
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=f"benchmarks:\n{listing}\n\nupkeep:\n"
+        "  tables     rewrite the tables of the READMEs from the stored results\n"
+        "  figures    redraw the figures from the stored results",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s NAME [options]; %(prog)s NAME --help",
+    )
+    names = top.add_subparsers(
+        prog=top.prog, dest="name", metavar="NAME", help=argparse.SUPPRESS
+    )
+    for name, what in BENCHMARKS.items():
+        _add_options(names.add_parser(name, description=what, help=argparse.SUPPRESS))
+    for name in ("tables", "figures"):
+        names.add_parser(name, help=argparse.SUPPRESS)
+    return top
+
+
+def _add_options(command: argparse.ArgumentParser) -> None:
+    default = _common.Options("")
+    command.add_argument(
+        "--methods",
+        type=_names,
+        metavar="A,B",
+        help="run only these methods (default: all)",
+    )
+    command.add_argument(
+        "--seeds",
+        type=_positive,
+        default=default.seeds,
+        metavar="N",
+        help="number of seeds (default: %(default)s)",
+    )
+    command.add_argument(
+        "--steps",
+        type=_positive,
+        metavar="N",
+        help="training steps (default: what the preset says)",
+    )
+    command.add_argument(
+        "--preset",
+        choices=_common.PRESETS,
+        default=default.preset,
+        help="size of the benchmark (default: %(default)s)",
+    )
+    command.add_argument(
+        "--data",
+        type=_folder,
+        metavar="DIR",
+        help="data folder, for benchmarks that read one",
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=default.out,
+        metavar="DIR",
+        help="where the results go (default: %(default)s)",
+    )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def _folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"no folder {text!r}")
+    return Path(text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    command_line = parser()
+    given = vars(command_line.parse_args(arguments))
+    name = given.pop("name")
+    try:
+        if name is None:
+            command_line.print_help()
+        elif name == "tables":
+            update_tables(PAGES, RESULTS)
+        elif name == "figures":
+            draw_figures(RESULTS)
+        else:
+            load(name).main(_common.Options(name, **given))
+    except _common.UsageError as error:
+        command_line.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

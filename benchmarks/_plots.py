@@ -1,0 +1,27 @@
+"""What the figures share."""
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+# Okabe and Ito's colours, told apart by most colour-blind readers.
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
+LOSS_COLORS = {"ce": BLUE, "invariance": VERMILION, "reconstruction": GREEN}
+
+
+def plain_log_axis(panel: Axes) -> None:
+    """A logarithmic axis with plain numbers on it, dense enough for one decade."""
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_locator(NullLocator())
+
+
+def save(drawing: Figure, path: Path) -> None:
+    for panel in drawing.axes:
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    drawing.savefig(path)

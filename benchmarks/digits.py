@@ -1,0 +1,454 @@
+"""Digits under shift: one run with learned loss weights against a search for them.
+
+Every method trains the same model on the same data with the same seeds. Searches
+choose on the validation images at the strengths of training. The test images, at
+strengths never trained on, choose nothing.
+"""
+
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MultipleLocator
+
+import yoto_jax as yoto
+from benchmarks import _common
+from benchmarks import _digits_task as task
+from benchmarks import _plots as plots
+from benchmarks._common import Options, Record, Result, Table
+
+METHODS = ("yoto", "paper", "equal", "grid", "random")
+LEARNED = ("yoto", "paper")
+SEARCHES = ("grid", "random")
+STEPS = {"quick": 20, "cpu": 2000, "gpu": 20_000}
+
+LEARNING_RATE = 1e-3
+RANDOM_DRAWS = len(task.GRID)
+PAPER_RHO = 20.0
+HISTORY_POINTS = 100
+
+VALIDATED = "best by validation"
+ORACLE = "best on test"
+MEDIAN = "median"
+WORST = "worst"
+
+ROWS = {  # (method, config or None for the only one): name in the table
+    ("yoto", None): "YOTO, rho={rho} (default)",
+    ("paper", None): "YOTO, rho={rho} (paper)",
+    ("equal", None): "equal weights",
+    ("grid", VALIDATED): "grid, best by validation",
+    ("random", VALIDATED): "random, best by validation",
+    ("grid", MEDIAN): "grid, median point",
+    ("grid", WORST): "grid, worst point",
+    ("grid", ORACLE): "grid, best on test (oracle)",
+}
+
+
+def main(options: Options) -> None:
+    options.refuse_data()
+    methods = options.choose(METHODS)
+    steps = options.steps or STEPS[options.preset]
+    data = task.load()
+    records = task.regulariser_records("all")
+    history = []
+    for method in methods:
+        outcome, measured = run(method, data, options.seeds, steps)
+        records += measured
+        if method in LEARNED:
+            history += thinned(method, outcome)
+    settings = {"steps": steps, "seeds": options.seeds, "batch": task.BATCH}
+    result = _common.write_json(
+        options.out / "digits.json",
+        _common.meta(options, **settings),
+        records,
+        history=history,
+    )
+    figure(result, options.out / "digits.png")
+    _common.show(table(result), summary(result))
+    for sentence in conclusions(result):
+        _common.say(f"- {sentence}")
+    _common.say(f"Written: {options.out / 'digits.json'}, {options.out / 'digits.png'}")
+
+
+# Runs.
+
+
+def configurations(method: str, seeds: int) -> task.Configurations:
+    """The runs of a method, the same for all seeds but for random search."""
+    if method in LEARNED:
+        default = _default(yoto.adamw, "hyperparameter_decay")
+        rho = PAPER_RHO if method == "paper" else default
+        return task.learned([(_default(yoto.init_loss_logits, "epsilon"), rho)], seeds)
+    ratios = {
+        "equal": jnp.ones((1, len(task.AUXILIARY))),
+        "grid": jnp.array(task.GRID),
+        "random": jnp.stack([random_ratios(seed) for seed in range(seeds)]),
+    }
+    return task.fixed(ratios[method], seeds)
+
+
+def _default(function: Any, argument: str) -> float:
+    return inspect.signature(function).parameters[argument].default
+
+
+def random_ratios(seed: int) -> jax.Array:
+    """Log-uniform ratios from 0.01 to 100, drawn from a key of their own."""
+    key = jax.random.fold_in(jax.random.key(seed), 2**31)
+    shape = (RANDOM_DRAWS, len(task.AUXILIARY))
+    return 10.0 ** jax.random.uniform(key, shape, minval=-2.0, maxval=2.0)
+
+
+def optimizer(rho: jax.Array) -> optax.GradientTransformation:
+    return yoto.adamw(LEARNING_RATE, hyperparameter_decay=rho)
+
+
+def run(
+    method: str, data: task.Data, seeds: int, steps: int
+) -> tuple[task.Outcome, list[Record]]:
+    """Train and measure all runs of a method."""
+    runs = configurations(method, seeds)
+    cost = runs.rho.shape[1]
+    outcome = task.train(data.train, optimizer, runs, steps, method)
+    measured = measure(outcome, data)
+    records = []
+    for seed in range(seeds):
+        for i in range(cost):
+            config = _describe(method, runs, seed, i)
+            records += task.run_records(method, config, seed, i, measured)
+        if method in SEARCHES:
+            for config, i in selections(measured, seed).items():
+                compute = cost if config in (VALIDATED, ORACLE) else 1
+                records += task.run_records(method, config, seed, i, measured, compute)
+    for metric in ("run_seconds", "compile_seconds"):
+        # Seeds share a program; a search repeated for each of them is counted once.
+        seconds = getattr(outcome, metric) / (seeds if metric == "run_seconds" else 1)
+        records.append(_common.record(method, metric, seconds, compute=cost))
+    return outcome, records
+
+
+def measure(outcome: task.Outcome, data: task.Data) -> task.Measured:
+    validation = task.accuracy(outcome.model, task.validation_domains(data.validation))
+    test = task.accuracy(outcome.model, task.test_domains(data.test))
+    measured: task.Measured = {}
+    measured |= {("accuracy", domain): x for domain, x in test.items()}
+    measured |= {("accuracy", f"validation {d}"): x for d, x in validation.items()}
+    last = max(1, next(iter(outcome.losses.values())).shape[-1] // 20)
+    for name in task.LOSSES:
+        measured[f"weight:{name}", None] = outcome.weights[name][..., -1]
+        measured[f"loss:{name}", None] = outcome.losses[name][..., -last:].mean(-1)
+    return measured
+
+
+def selections(measured: task.Measured, seed: int) -> dict[str, int]:
+    """Which run of a search each way of choosing takes.
+
+    Only ``VALIDATED`` is a choice that somebody could make. The others look at the test
+    and describe the search: its best, its middle and its worst.
+    """
+    validation = measured["accuracy", "validation stylised"][seed]
+    test = np.mean([measured["accuracy", d][seed] for d in task.UNSEEN], axis=0)
+    ranked = np.argsort(test)
+    return {
+        VALIDATED: int(np.argmax(validation)),
+        ORACLE: int(ranked[-1]),
+        MEDIAN: int(ranked[(len(ranked) - 1) // 2]),
+        WORST: int(ranked[0]),
+    }
+
+
+def _describe(method: str, runs: task.Configurations, seed: int, i: int) -> str:
+    if method in LEARNED:
+        return _common.describe(rho=runs.rho[seed, i], epsilon=runs.epsilon[seed, i, 0])
+    return task.describe_ratios(runs.epsilon[seed, i])
+
+
+def thinned(method: str, outcome: task.Outcome) -> list[dict[str, Any]]:
+    """Weights and losses over time, averaged over stretches of steps."""
+    seeds, _, steps = outcome.weights[task.PRIMARY].shape
+    stretches = np.array_split(np.arange(steps), min(steps, HISTORY_POINTS))
+
+    def thin(curves: dict[str, np.ndarray], seed: int) -> dict[str, list[float]]:
+        return {
+            name: [_common.rounded(curve[seed, 0, s].mean()) for s in stretches]
+            for name, curve in curves.items()
+        }
+
+    return [
+        {
+            "method": method,
+            "seed": seed,
+            "step": [float(s.mean()) for s in stretches],
+            "weights": thin(outcome.weights, seed),
+            "losses": thin(outcome.losses, seed),
+        }
+        for seed in range(seeds)
+    ]
+
+
+# What follows reads the stored result and nothing else.
+
+
+def _unseen(records: list[Record]) -> np.ndarray:
+    """Accuracy averaged over the unseen shifts, one value for each seed and run."""
+    shifts = [_common.values(records, metric="accuracy", domain=d) for d in task.UNSEEN]
+    return np.mean(shifts, axis=0)
+
+
+def _of(result: Result, method: str, config: str | None = None) -> list[Record]:
+    records = _common.select(result["records"], method=method)
+    return records if config is None else _common.select(records, config=config)
+
+
+def table(result: Result) -> Table:
+    columns = ["method", "clean", *task.UNSEEN, "mean unseen", "runs", "seconds"]
+    rows = [
+        [_name(result, method, config), *_row(result, method, config)]
+        for method, config in ROWS
+        if _of(result, method)
+    ]
+    meta = result["meta"]
+    caption = (
+        f"Test accuracy in %, mean ± standard deviation over {meta['seeds']} seeds, "
+        f"{meta['steps']} steps, {meta['device']} ({meta['cpu_count']} cores). "
+        "Runs and seconds: cost of one repetition, compilation apart."
+    )
+    return Table(columns, rows, caption)
+
+
+def summary(result: Result) -> Table:
+    """The table without the shifts one by one."""
+    columns, rows, caption = table(result)
+    kept = [i for i, column in enumerate(columns) if column not in task.UNSEEN]
+    return Table(
+        [columns[i] for i in kept], [[row[i] for i in kept] for row in rows], caption
+    )
+
+
+def _name(result: Result, method: str, config: str | None) -> str:
+    settings = _of(result, method)[0]["config"] if method in LEARNED else ""
+    return ROWS[method, config].format(**_common.parse(settings))
+
+
+def _row(result: Result, method: str, config: str | None) -> list[str]:
+    records = _of(result, method, config)
+    (seconds,) = _common.select(_of(result, method), metric="run_seconds")
+    compute = _compute(records)
+    return [
+        *(
+            _common.mean_sd(
+                _common.values(records, metric="accuracy", domain=domain), scale=100
+            )
+            for domain in ("clean", *task.UNSEEN)
+        ),
+        _common.mean_sd(_unseen(records), scale=100),
+        f"{compute:g}",
+        f"{seconds['value'] * compute / seconds['compute']:.1f}",
+    ]
+
+
+def _compute(records: list[Record]) -> float:
+    return _common.select(records, metric="accuracy")[0]["compute"]
+
+
+def conclusions(result: Result) -> list[str]:
+    """What the numbers say, in sentences."""
+    rivals = [("grid", VALIDATED), ("random", VALIDATED), ("equal", None)]
+    sentences = []
+    if _of(result, "yoto"):
+        present = [rival for rival in rivals if _of(result, rival[0])]
+        sentences += [_comparison(result, *rival) for rival in present]
+        if _of(result, "grid"):
+            sentences.append(_cause(result))
+    sentences += [_hold(result, method) for method in LEARNED if _of(result, method)]
+    return sentences
+
+
+def _comparison(result: Result, method: str, config: str | None) -> str:
+    ours, theirs = _of(result, "yoto"), _of(result, method, config)
+    difference = _unseen(ours) - _unseen(theirs)
+    verdict = {
+        0: "not told apart by these seeds (within two standard errors)",
+        1: "YOTO is ahead",
+        -1: "YOTO is behind",
+    }[_sign(difference)]
+    return (
+        f"YOTO against {_name(result, method, config)}: "
+        f"{_common.mean_sd(difference, scale=100)} points on unseen shifts, for "
+        f"{_compute(ours):g} against {_compute(theirs):g} training runs; {verdict}."
+    )
+
+
+def _sign(difference: np.ndarray) -> int:
+    """Of the mean over seeds, 0 within two standard errors or with a single seed."""
+    n = len(difference)
+    error = difference.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
+    return int(np.sign(difference.mean())) if abs(difference.mean()) > 2 * error else 0
+
+
+def _listed(numbers: dict[str, float]) -> str:
+    return ", ".join(f"{name} {number:.2g}" for name, number in numbers.items())
+
+
+def _cause(result: Result) -> str:
+    """Where the weights went, and why not where the grid found the best ones."""
+    ours, grid = _of(result, "yoto"), _of(result, "grid", VALIDATED)
+    learned, searched = task.mean_of(ours, "weight"), task.mean_of(grid, "weight")
+    losses = task.mean_of(ours, "loss")
+    composite = sum(learned[name] * losses[name] for name in task.LOSSES)
+    wanted = max(task.LOSSES, key=lambda name: searched[name] / learned[name])
+    text = (
+        f"Weights at the end of YOTO: {_listed(learned)}; the grid's choice: "
+        f"{_listed(searched)}."
+    )
+    if _sign(_unseen(ours) - _unseen(grid)) < 0:
+        text += (
+            f" The grid's choice weighs {wanted} "
+            f"{searched[wanted] / learned[wanted]:.2g} times as much."
+        )
+        if losses[wanted] > composite:
+            text += (
+                f" Likely cause: weight flows to small losses, and {wanted} "
+                f"({losses[wanted]:.2g}) lies above the composite loss "
+                f"({composite:.2g}), so descent lowers its weight."
+            )
+        else:
+            text += (
+                f" Likely cause: the regulariser or the short run, because descent "
+                f"raises the weight of {wanted} ({losses[wanted]:.2g}), which lies "
+                f"below the composite loss ({composite:.2g})."
+            )
+    return text
+
+
+def _hold(result: Result, method: str) -> str:
+    """How far the losses moved the weights from where the regulariser wants them."""
+    furthest, factor = task.distance(
+        task.mean_of(_of(result, method), "weight"),
+        task.mean_of(_of(result, "regulariser"), "weight"),
+    )
+    return (
+        f"{_name(result, method, None)}: the weights end within a factor of "
+        f"{factor:.2g} ({furthest}) of those that the regulariser alone would choose."
+    )
+
+
+# The figure.
+
+
+def figure(result: Result, path: Path) -> None:
+    """Weights and losses over time, and accuracy against cost."""
+    history = [h for h in result["history"] if h["method"] == "yoto"]
+    drawing = Figure(figsize=(12.5, 4.4), dpi=110, layout="constrained")
+    widths = (1, 1, 1.35) if history else (1,)
+    panels = drawing.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+    if history:
+        _draw_history(panels[0], history, "weights")
+        _draw_history(panels[1], history, "losses")
+        alone = task.mean_of(_of(result, "regulariser"), "weight")
+        for name, color in plots.LOSS_COLORS.items():
+            panels[0].axhline(alone[name], color=color, linestyle=(0, (1, 3)), zorder=0)
+        panels[0].plot(
+            [], [], color=plots.GREY, linestyle=":", label="regulariser alone"
+        )
+        panels[0].set(title="YOTO: loss weights", ylabel="loss weight (sum: 1)")
+        panels[1].set(title="YOTO: training losses", ylabel="loss")
+        drawing.legend(
+            *panels[0].get_legend_handles_labels(),
+            loc="outside lower left",
+            ncols=4,
+            frameon=False,
+        )
+    _draw_accuracy(panels[-1], result)
+    plots.save(drawing, path)
+
+
+def _draw_history(panel: Axes, history: list[dict[str, Any]], what: str) -> None:
+    """Mean over seeds, and the range of the seeds as a band."""
+    for name, color in plots.LOSS_COLORS.items():
+        curves = np.array([h[what][name] for h in history])
+        step = history[0]["step"]
+        panel.plot(step, curves.mean(axis=0), color=color, label=name)
+        panel.fill_between(
+            step, curves.min(axis=0), curves.max(axis=0), color=color, alpha=0.2, lw=0
+        )
+    panel.set(xlabel="training step")
+    plots.plain_log_axis(panel)
+
+
+def _draw_accuracy(panel: Axes, result: Result) -> None:
+    points = [  # method, config, marker, colour, shift that keeps points apart
+        ("yoto", None, "o", plots.BLUE, 0.0),
+        ("paper", None, "v", plots.SKY, 0.25),
+        ("equal", None, "s", plots.BLACK, -0.25),
+        ("grid", VALIDATED, "D", plots.ORANGE, 0.15),
+        ("grid", ORACLE, "*", plots.PURPLE, -0.15),
+    ]
+    for method, config, marker, color, shift in points:
+        if records := _of(result, method, config):
+            accuracy = 100 * _unseen(records)
+            panel.errorbar(
+                _compute(records) + shift,
+                accuracy.mean(),
+                accuracy.std(ddof=1) if len(accuracy) > 1 else None,
+                fmt=marker,
+                color=color,
+                capsize=3,
+                markersize=8,
+                label=_name(result, method, config),
+            )
+    if _of(result, "random"):
+        curve = best_of_n(result, "random")
+        panel.plot(
+            np.arange(1, len(curve) + 1),
+            100 * curve,
+            color=plots.GREEN,
+            marker=".",
+            zorder=0,
+            label="random, best of n by validation",
+        )
+    if grid := _of(result, "grid", WORST):
+        panel.axhline(
+            100 * _unseen(grid).mean(),
+            color=plots.GREY,
+            linestyle=":",
+            label=_name(result, "grid", WORST),
+        )
+    panel.set(
+        title="Accuracy against cost",
+        xlabel="cost (training runs)",
+        ylabel="accuracy, mean over unseen shifts (%)",
+    )
+    panel.xaxis.set_major_locator(MultipleLocator(1))
+    panel.legend(fontsize=8, loc="lower right")
+
+
+def best_of_n(result: Result, method: str) -> np.ndarray:
+    """Expected test accuracy of the validated best among n runs, for every n.
+
+    The expectation is over all choices of n from the runs of the search: the run that
+    is r-th best of N by validation wins ``C(N - r, n - 1)`` of the ``C(N, n)`` choices.
+    """
+    searched = [r for r in _of(result, method) if "=" in r["config"]]
+    seeds = range(result["meta"]["seeds"])
+    curves = []
+    for seed in seeds:
+        of_seed = _common.select(searched, seed=seed)
+        validation = _common.values(of_seed, domain="validation stylised")
+        test = _unseen(of_seed)[np.argsort(-validation, kind="stable")]
+        total = len(test)
+        wins = [
+            [
+                math.comb(total - r, n - 1) / math.comb(total, n)
+                for r in range(1, total + 1)
+            ]
+            for n in range(1, total + 1)
+        ]
+        curves.append(np.array(wins) @ test)
+    return np.mean(curves, axis=0)

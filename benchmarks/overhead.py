@@ -1,0 +1,299 @@
+"""What learning the loss weights costs: a step with them against one without.
+
+Two programs train the same model on the same batch with the same optimizer. One sums
+the losses with constant weights, which XLA folds into the gradients; the other learns
+them. Both run in turn within one process, and only the ratio of neighbours counts, so
+that a machine that slows down slows both. A second copy of the plain program runs
+along: its ratio shows what noise alone looks like.
+
+Steps are timed in two ways: called one by one from Python, as training loops do, and
+inside a ``scan``, where only the device's own work is left.
+"""
+
+import functools
+import itertools
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import yoto_jax as yoto
+from benchmarks import _common
+
+Array = jax.Array
+Losses = dict[str, Array]
+WEIGHTS = {"fit": 0.5, "size": 0.3, "smooth": 0.2}
+ARMS = ("fixed", "fixed again", "yoto")
+
+
+class Model(NamedTuple):
+    """A model small enough to build here, and its batch."""
+
+    init: Callable[[Array], Any]
+    apply: Callable[[Any, Array], Array]
+    inputs: tuple[int, ...]
+
+
+def dense(key: Array, sizes: tuple[int, int]) -> dict[str, Array]:
+    scale = 1 / np.sqrt(sizes[0])
+    return {
+        "w": jax.random.normal(key, sizes, jnp.float32) * scale,
+        "b": jnp.zeros(sizes[1:], jnp.float32),
+    }
+
+
+def linear(layer: dict[str, Array], x: Array) -> Array:
+    return x @ layer["w"] + layer["b"]
+
+
+def mlp(*widths: int, batch: int) -> Model:
+    def init(key: Array) -> Any:
+        keys = jax.random.split(key, len(widths) - 1)
+        pairs = itertools.pairwise(widths)
+        return [dense(k, pair) for k, pair in zip(keys, pairs, strict=True)]
+
+    def apply(params: Any, x: Array) -> Array:
+        for layer in params[:-1]:
+            x = jnp.tanh(linear(layer, x))
+        return linear(params[-1], x)
+
+    return Model(init, apply, (batch, widths[0]))
+
+
+def convolutional(channels: int, depth: int, batch: int, side: int) -> Model:
+    def init(key: Array) -> Any:
+        keys = jax.random.split(key, depth + 1)
+        widths = [3] + [channels] * depth
+        kernels = [
+            jax.random.normal(k, (3, 3, a, b), jnp.float32) / np.sqrt(9 * a)
+            for k, a, b in zip(keys, widths[:-1], widths[1:], strict=False)
+        ]
+        return {"kernels": kernels, "head": dense(keys[-1], (channels, 10))}
+
+    def apply(params: Any, x: Array) -> Array:
+        for kernel in params["kernels"]:
+            y = jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            y = jax.nn.relu(y)
+            x = y if x.shape != y.shape else x + y
+        return linear(params["head"], x.mean((1, 2)))
+
+    return Model(init, apply, (batch, side, side, 3))
+
+
+def transformer(width: int, depth: int, heads: int, batch: int, length: int) -> Model:
+    def block(key: Array) -> Any:
+        keys = jax.random.split(key, 4)
+        return {
+            "qkv": dense(keys[0], (width, 3 * width)),
+            "out": dense(keys[1], (width, width)),
+            "up": dense(keys[2], (width, 4 * width)),
+            "down": dense(keys[3], (4 * width, width)),
+        }
+
+    def init(key: Array) -> Any:
+        return [block(k) for k in jax.random.split(key, depth)]
+
+    def norm(x: Array) -> Array:
+        return (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(
+            x.var(-1, keepdims=True) + 1e-5
+        )
+
+    def apply(params: Any, x: Array) -> Array:
+        for layer in params:
+            split = linear(layer["qkv"], norm(x)).reshape(batch, length, 3, heads, -1)
+            mixed = jax.nn.dot_product_attention(*jnp.moveaxis(split, 2, 0))
+            x = x + linear(layer["out"], mixed.reshape(x.shape))
+            x = x + linear(layer["down"], jax.nn.gelu(linear(layer["up"], norm(x))))
+        return x
+
+    return Model(init, apply, (batch, length, width))
+
+
+MODELS = {
+    "MLP 16-32-4": mlp(16, 32, 4, batch=32),
+    "MLP 32-64-8": mlp(32, 64, 8, batch=64),
+    "MLP 64-128-10": mlp(64, 128, 10, batch=64),
+    "MLP 16-32-32-4": mlp(16, 32, 32, 4, batch=64),
+    "MLP 64-64-64-10": mlp(64, 64, 64, 10, batch=64),
+    "convolutional net": convolutional(32, 4, batch=16, side=32),
+    "transformer": transformer(128, 4, heads=4, batch=8, length=64),
+}
+QUICK = {name: MODELS[name] for name in ("MLP 16-32-4",)}
+
+
+def losses_of(outputs: Array) -> Losses:
+    flat = outputs.reshape(-1, outputs.shape[-1])
+    return {
+        "fit": jnp.mean((flat - 1.0) ** 2),
+        "size": jnp.mean(jnp.abs(flat)),
+        "smooth": jnp.mean((flat[1:] - flat[:-1]) ** 2),
+    }
+
+
+def build(arm: str, model: Model) -> tuple[Callable[..., Any], Any]:
+    """One arm's compiled step and the carry it starts from."""
+    params: Any = {"model": model.init(jax.random.key(0))}
+    tx: optax.GradientTransformation = optax.adamw(1e-3)
+    total = lambda losses, params: sum(WEIGHTS[k] * losses[k] for k in WEIGHTS)
+    if arm == "yoto":
+        template = dict.fromkeys(WEIGHTS, 0.0)
+        params["mu"] = yoto.init_loss_logits(template, "fit")
+        tx = yoto.adamw(1e-3)
+        total = lambda losses, params: yoto.composite_loss(losses, params["mu"])
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(carry: Any, x: Array) -> tuple[Any, Losses]:
+        params, state = carry
+
+        def objective(params: Any) -> tuple[Any, Losses]:
+            losses = losses_of(model.apply(params["model"], x))
+            return total(losses, params), losses
+
+        grads, losses = jax.grad(objective, has_aux=True)(params)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), losses
+
+    return step, (params, tx.init(params))
+
+
+def in_loop(step: Callable[..., Any], n: int) -> Callable[..., Any]:
+    def run(carry: Any, x: Array) -> Any:
+        losses = None
+        for _ in range(n):
+            carry, losses = step(carry, x)
+        return carry, losses
+
+    return run
+
+
+def in_scan(step: Callable[..., Any], n: int) -> Callable[..., Any]:
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(carry: Any, x: Array) -> Any:
+        return jax.lax.scan(lambda carry, _: step(carry, x), carry, length=n)
+
+    return run
+
+
+WAYS = {"loop": in_loop, "scan": in_scan}
+
+
+def seconds(run: Callable[..., Any], carry: Any, x: Array) -> float:
+    """Time of one run on a copy of the carry, which it may consume."""
+    carry = jax.block_until_ready(jax.tree.map(jnp.copy, carry))
+    start = time.perf_counter()
+    jax.block_until_ready(run(carry, x))
+    return time.perf_counter() - start
+
+
+def compare(name: str, model: Model, rounds: int) -> list[_common.Record]:
+    """Time the arms of one model in turn; records of times and paired ratios."""
+    x = jax.random.normal(jax.random.key(1), model.inputs)
+    arms = {arm: build(arm, model) for arm in ARMS}
+    warm = [
+        seconds(in_loop(step, 3), carry, x) / 3
+        for _ in range(2)
+        for step, carry in arms.values()
+    ]
+    n = max(3, min(1000, int(0.15 / min(warm))))
+    records = []
+    for way, repeat in WAYS.items():
+        runs = {arm: (repeat(step, n), carry) for arm, (step, carry) in arms.items()}
+        for run, carry in runs.values():
+            seconds(run, carry, x)
+        times: dict[str, list[float]] = {arm: [] for arm in ARMS}
+        for turn in _common.track(range(rounds), f"{name}, {way}"):
+            for arm in ARMS if turn % 2 else ARMS[::-1]:
+                times[arm].append(seconds(*runs[arm], x) / n)
+        records += [r for arm in ARMS for r in describe(name, way, arm, times)]
+    return records
+
+
+def describe(
+    name: str, way: str, arm: str, times: dict[str, list[float]]
+) -> list[_common.Record]:
+    """Median time of a step, and quartiles of its ratio to the step beside it."""
+    ratios = np.percentile(np.divide(times[arm], times["fixed"]), [25, 50, 75])
+    measured = {
+        f"{way}: microseconds": 1e6 * statistics.median(times[arm]),
+        f"{way}: ratio": ratios[1],
+        f"{way}: ratio, first quartile": ratios[0],
+        f"{way}: ratio, third quartile": ratios[2],
+    }
+    return [
+        _common.record(arm, metric, value, config=name)
+        for metric, value in measured.items()
+    ]
+
+
+def import_time(rounds: int) -> list[_common.Record]:
+    """What ``import yoto_jax`` takes after ``import optax``, in new interpreters."""
+    code = (
+        "import time, optax; start = time.perf_counter(); import yoto_jax; "
+        "print(1e3 * (time.perf_counter() - start))"
+    )
+    times = [
+        float(subprocess.check_output([sys.executable, "-c", code], text=True))
+        for _ in _common.track(range(rounds), "import")
+    ]
+    return [_common.record("yoto", "import ms", statistics.median(times))]
+
+
+def main(options: _common.Options) -> None:
+    options.refuse_data()
+    options.choose(("yoto",))
+    quick = options.preset == "quick"
+    models = QUICK if quick else MODELS
+    rounds = options.steps or (3 if quick else 41)  # There is no training to step.
+    records = [r for name, m in models.items() for r in compare(name, m, rounds)]
+    records += import_time(2 if quick else 7)
+    path = Path(options.out) / "overhead.json"
+    _common.write_json(path, _common.meta(options, rounds=rounds), records)
+    result = _common.read_json(path)
+    _common.show(table(result))
+    _common.say(f"Results: {path}")
+
+
+def table(result: _common.Result) -> _common.Table:
+    """Step times and paired ratios by model, from the stored records."""
+    records = result["records"]
+
+    def cell(model: str, arm: str, metric: str) -> float:
+        (value,) = _common.values(records, config=model, method=arm, metric=metric)
+        return float(value)
+
+    def ratio(model: str, way: str, arm: str) -> str:
+        median, first, third = (
+            cell(model, arm, f"{way}: ratio{which}")
+            for which in ("", ", first quartile", ", third quartile")
+        )
+        return f"{median:.3f} ({first:.3f} to {third:.3f})"
+
+    columns = ["model"]
+    for way in WAYS:
+        columns += [f"{way}: step (us)", "same again", "learned weights"]
+    rows = []
+    for model in dict.fromkeys(r["config"] for r in records if r["config"]):
+        row = [model]
+        for way in WAYS:
+            row.append(f"{cell(model, 'fixed', f'{way}: microseconds'):,.0f}")
+            row += [ratio(model, way, arm) for arm in ARMS[1:]]
+        rows.append(row)
+    (milliseconds,) = _common.values(records, metric="import ms")
+    meta = result["meta"]
+    return _common.Table(
+        columns,
+        rows,
+        f"Ratio to the step with fixed weights, median (quartiles) of {meta['rounds']} "
+        f"interleaved rounds, {meta['device']} ({meta['cpu_count']} cores). "
+        f"`import yoto_jax` takes {milliseconds:.0f} ms after `import optax`.",
+    )

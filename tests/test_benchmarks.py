@@ -1,0 +1,268 @@
+"""The benchmarks run, their records are complete, and pages follow from records."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import __main__ as command_line
+from benchmarks import _common, digits, rho
+from benchmarks import _digits_task as task
+
+SEEDS, STEPS = 2, 10  # throughout, to share compiled programs
+
+
+@pytest.fixture(autouse=True)
+def any_rank():
+    """Benchmarks add biases to batches as models commonly do."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def data():
+    return task.load()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the quick preset of the digits writes."""
+    folder = tmp_path_factory.mktemp("results")
+    with jax.numpy_rank_promotion("allow"):
+        size = f"--preset quick --seeds {SEEDS} --steps {STEPS}"
+        command_line.main(f"digits {size} --out {folder}".split())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(folder):
+    return _common.read_json(folder / "digits.json")
+
+
+# Command line.
+
+
+def test_without_a_name_the_benchmarks_are_listed(capsys):
+    command_line.main([])
+    listed = capsys.readouterr().out
+    for name, what in command_line.BENCHMARKS.items():
+        assert name in listed
+        assert what in listed
+
+
+@pytest.mark.parametrize("name", command_line.BENCHMARKS)
+def test_every_benchmark_has_a_table_and_a_main(name):
+    module = command_line.load(name)
+    assert callable(module.main)
+    assert callable(module.table)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("nothing", "invalid choice"),
+        ("digits --seeds 0", "positive integer"),
+        ("digits --seeds two", "positive integer"),
+        ("digits --steps -5", "positive integer"),
+        ("digits --preset huge", "invalid choice"),
+        ("digits --data nowhere", "no folder 'nowhere'"),
+        ("digits --data .", "reads no data folder"),
+        ("digits --methods yoto,magic", "unknown method 'magic'"),
+        ("rho --methods adam", "unknown method 'adam'"),
+    ],
+)
+def test_bad_options_exit_with_2_and_say_why(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command_line.main(arguments.split())
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# Data and corruptions.
+
+
+def test_the_split_is_disjoint_and_stratified():
+    labels = np.repeat(np.arange(10), 100)
+    parts = task.split(labels)
+    assert [len(part) for part in parts] == [400, 100, 500]
+    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(1000))
+    for part in parts:
+        np.testing.assert_array_equal(np.bincount(labels[part]), len(part) / 10)
+
+
+def test_all_digits_are_used_once(data):
+    assert sum(len(part.labels) for part in data) == 1797
+
+
+def test_corruption_of_strength_0_is_the_identity(data):
+    images = data.test.images[:20]
+    unchanged = task.corrupt(jax.random.key(0), images, jnp.zeros((20, 5)))
+    np.testing.assert_allclose(unchanged, images, atol=1e-6)
+
+
+@pytest.mark.parametrize("i", range(5), ids=task.CORRUPTIONS)
+def test_each_corruption_changes_images_the_more_the_stronger(i, data):
+    images = data.test.images[:200]
+    changes = [
+        jnp.mean(jnp.abs(task.corrupt(jax.random.key(0), images, s) - images))
+        for s in jnp.linspace(0, 1.3, 4)[:, None, None]
+        * jnp.eye(5)[i]
+        * jnp.ones((200, 1))
+    ]
+    assert (np.diff(changes) > 0).all()
+
+
+def test_evaluation_is_the_same_every_time(data):
+    first, second = (task.test_domains(data.test) for _ in range(2))
+    for domain, part in first.items():
+        np.testing.assert_array_equal(part.images, second[domain].images)
+
+
+# Training.
+
+
+def train(data, configurations):
+    return task.train(data.train, digits.optimizer, configurations, STEPS, "test")
+
+
+def test_a_sweep_trains_as_a_single_run_does(data):
+    grid = jnp.array(task.GRID)
+    sweep = train(data, task.fixed(grid, SEEDS))
+    single = train(data, task.fixed(grid[5:6], SEEDS))
+    jax.tree.map(
+        lambda many, one: np.testing.assert_allclose(many[:, 5], one[:, 0], atol=1e-4),
+        (sweep.model, sweep.losses),
+        (single.model, single.losses),
+    )
+
+
+def test_fixed_weights_stay_and_learned_ones_move(data):
+    fixed = train(data, task.fixed(jnp.full((1, 2), 0.1), SEEDS))
+    learned = train(data, task.learned([(0.1, 1.0)], SEEDS))
+    for name in task.LOSSES:
+        assert np.ptp(fixed.weights[name]) == 0
+        assert np.ptp(learned.weights[name]) > 0
+        np.testing.assert_array_equal(
+            fixed.losses[name][..., 0], learned.losses[name][..., 0]
+        )
+
+
+# Records, and what is made of them.
+
+
+def test_records_have_the_schema(result):
+    fields = {
+        "method": str,
+        "config": str,
+        "seed": int | None,
+        "domain": str | None,
+        "unseen": bool,
+        "metric": str,
+        "value": float,
+        "compute": int | float,
+    }
+    for record in result["records"]:
+        assert record.keys() == fields.keys()
+        for field, kind in fields.items():
+            assert isinstance(record[field], kind), record
+
+
+def test_meta_names_no_folder_of_this_machine(result, folder):
+    assert {"command", "commit", "date", "device", "versions"} <= result["meta"].keys()
+    assert str(folder.parent) not in json.dumps(result["meta"])
+    assert result["meta"]["command"].startswith("python -m benchmarks digits")
+
+
+@pytest.mark.parametrize(("method", "config"), digits.ROWS)
+def test_every_method_has_every_seed_and_domain(method, config, result):
+    for domain in ("clean", *task.UNSEEN):
+        records = _common.select(
+            result["records"], method=method, domain=domain, metric="accuracy"
+        )
+        if config is not None:
+            records = _common.select(records, config=config)
+        runs = 9 if method in digits.SEARCHES and config is None else 1
+        assert [r["seed"] for r in records] == list(range(SEEDS)) * runs
+        assert all(r["unseen"] == (domain != "clean") for r in records)
+        assert all(0 <= r["value"] <= 1 for r in records)
+
+
+def test_a_search_pays_for_all_its_runs(result):
+    for method in digits.SEARCHES:
+        chosen = _common.select(
+            result["records"], method=method, config=digits.VALIDATED
+        )
+        assert {r["compute"] for r in chosen} == {9}
+
+
+def test_validation_chooses_and_test_does_not(result):
+    grid = _common.select(result["records"], method="grid", seed=0)
+    runs = [r for r in grid if "=" in r["config"]]
+    validation = _common.values(runs, domain="validation stylised")
+    configs = [r["config"] for r in _common.select(runs, domain="clean")]
+    best = configs[int(np.argmax(validation))]
+    for domain in ("clean", *task.UNSEEN):
+        np.testing.assert_array_equal(
+            _common.values(grid, config=digits.VALIDATED, domain=domain),
+            _common.values(grid, config=best, domain=domain),
+        )
+
+
+def test_best_of_n_of_all_is_the_validated_best(result):
+    curve = digits.best_of_n(result, "random")
+    records = _common.select(
+        result["records"], method="random", config=digits.VALIDATED
+    )
+    expected = np.mean([_common.values(records, domain=d) for d in task.UNSEEN])
+    np.testing.assert_allclose(curve[-1], expected, rtol=1e-6)
+
+
+def test_sentences_follow_from_the_records(result):
+    assert len(digits.conclusions(result)) == 6
+    better = json.loads(json.dumps(result))
+    for record in better["records"]:
+        if record["method"] == "yoto" and record["unseen"]:
+            record["value"] = 1.0 + 0.001 * record["seed"]
+    assert "YOTO is ahead" in digits.conclusions(better)[0]
+
+
+def test_figure_is_redrawn_from_the_file(folder, result):
+    written = (folder / "digits.png").read_bytes()
+    digits.figure(result, folder / "again.png")
+    assert (folder / "again.png").read_bytes() == written
+
+
+def test_one_seed_and_one_method_are_enough(tmp_path):
+    options = _common.Options("digits", ("equal",), seeds=1, steps=2, out=tmp_path)
+    digits.main(options)
+    table = digits.table(_common.read_json(tmp_path / "digits.json"))
+    assert len(table.rows) == 1
+
+
+def test_rho_writes_its_results(tmp_path):
+    options = _common.Options(
+        "rho", ("sgdw",), seeds=1, steps=2, preset="quick", out=tmp_path
+    )
+    rho.main(options)
+    result = _common.read_json(tmp_path / "rho.json")
+    assert (tmp_path / "rho.png").is_file()
+    learned = [r for r in result["records"] if "rho=" in r["config"]]
+    assert len(learned) == len(rho.QUICK_RHOS) * (len(rho.EPSILONS) + 1) * 5
+    assert not any(r["unseen"] for r in result["records"])
+
+
+def test_tables_are_filled_in_once(folder, tmp_path):
+    page = tmp_path / "page.md"
+    marks = [
+        f"<!-- {n}:begin -->\n<!-- {n}:end -->" for n in ("digits", "digits-summary")
+    ]
+    page.write_text("\n".join(["Before", *marks, "After\n"]))
+    command_line.update_tables((page,), folder)
+    once = page.read_text()
+    assert once.startswith("Before\n")
+    assert once.endswith("After\n")
+    assert once.count("| grid, best by validation |") == 2
+    command_line.update_tables((page,), folder)
+    assert page.read_text() == once
