@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,26 @@ TRANSFORMATIONS = {
         yoto.label_loss_logits,
     ),
 }
+
+
+RESTORE = """
+import sys, jax, optax, orbax.checkpoint as ocp, yoto_jax as yoto
+params = {"mu": yoto.init_loss_logits({"a": 0.0, "b": 0.0, "c": 0.0}, "b")}
+target = jax.eval_shape(lambda: (params, yoto.adamw(0.1).init(params)))
+with ocp.StandardCheckpointer() as checkpointer:
+    restored, state = checkpointer.restore(sys.argv[1], target)
+print(restored["mu"], optax.tree.get(state, "nu")["mu"].learned.shape)
+"""
+
+
+def test_a_fresh_process_restores_loss_logits(tmp_path):
+    losses = {"a": 0.0, "b": 0.0, "c": 0.0}
+    params = {"mu": yoto.init_loss_logits(losses, "b", [0.5, 2.0])}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "run", (params, yoto.adamw(0.1).init(params)))
+    command = [sys.executable, "-c", RESTORE, str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"{params['mu']} (2,)"
 
 
 @pytest.mark.parametrize("tx", TRANSFORMATIONS.values(), ids=TRANSFORMATIONS)

@@ -129,6 +129,21 @@ def test_float64_losses_give_a_float64_loss():
         assert python_floats.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("count", [3, 12])
+def test_strict_promotion(dtype, count):
+    """The pure functions promote nothing implicitly."""
+    losses = tuple(jnp.asarray(k + 1, dtype) for k in range(count))
+    mu = yoto.init_loss_logits(losses, 0)
+    low = jax.tree.map(lambda x: x.astype(dtype), mu)
+    with jax.numpy_dtype_promotion("strict"):
+        for logits in (mu, low):
+            jax.grad(yoto.composite_loss, argnums=(0, 1))(losses, logits)
+            jax.hessian(yoto.composite_loss, argnums=1)(losses, logits)
+            jax.hessian(yoto.regularizer)(logits)
+            yoto.loss_weights(logits)
+
+
 @pytest.mark.parametrize("count", [3, 9, 10, 40])
 def test_few_and_many_losses_take_the_same_values(count):
     """Short vectors are written out entry by entry, long ones are not."""

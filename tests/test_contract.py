@@ -50,6 +50,23 @@ def masked(tx):
     return optax.masked(tx, mask)
 
 
+def leafwise_masked(tx):
+    """Matrices alone: what is left of loss logits is empty."""
+    return optax.masked(tx, lambda params: jax.tree.map(lambda x: x.ndim > 1, params))
+
+
+def leafwise_partition(tx):
+    """Labels by path, which know nothing of loss logits."""
+    label = lambda path, _: "some" if "w" in jax.tree_util.keystr(path) else "rest"
+    labels = lambda params: jax.tree_util.tree_map_with_path(label, params)
+    return optax.partition({"some": tx, "rest": optax.adam(0.02)}, labels)
+
+
+def frozen(tx):
+    freeze = lambda params: jax.tree.map(lambda x: x.ndim == 1, params)
+    return optax.selective_transform(tx, freeze_mask=freeze)
+
+
 FORMS: dict[str, Callable[[Any], Any]] = {
     "bare": lambda tx: tx,
     "chain": lambda tx: optax.chain(optax.clip_by_global_norm(10.0), tx),
@@ -60,6 +77,9 @@ FORMS: dict[str, Callable[[Any], Any]] = {
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 5),
     "conditional": lambda tx: optax.conditionally_transform(tx, lambda step: step < 99),
     "extra_args": optax.with_extra_args_support,
+    "leaf-wise mask": leafwise_masked,
+    "leaf-wise partition": leafwise_partition,
+    "frozen": frozen,
 }
 
 MU = yoto.init_loss_logits({"a": 0.0, "b": 0.0, "c": 0.0}, "b")

@@ -9,6 +9,18 @@ import yoto_jax as yoto
 eqx = pytest.importorskip("equinox")
 
 
+def test_a_filter_may_freeze_loss_logits():
+    params = {"w": jnp.ones(3), "mu": yoto.init_loss_logits((0.0, 0.0), 0)}
+    spec = {"w": True, "mu": jax.tree.map(lambda _: False, params["mu"])}
+    trained, kept = eqx.partition(params, spec)
+    tx = yoto.adamw(0.1)
+    grads = jax.tree.map(jnp.ones_like, trained)
+    updates, _ = tx.update(grads, tx.init(trained), trained)
+    new = eqx.combine(eqx.apply_updates(trained, updates), kept)
+    np.testing.assert_array_equal(new["mu"].learned, params["mu"].learned)
+    assert (new["w"] != params["w"]).all()
+
+
 def test_loss_logits_are_a_field_of_an_equinox_module():
     class Model(eqx.Module):
         linear: eqx.nn.Linear

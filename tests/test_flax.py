@@ -11,7 +11,7 @@ import yoto_jax as yoto
 pytest.importorskip("flax")
 
 from flax import linen as nn
-from flax import nnx
+from flax import nnx, serialization
 from flax.training import train_state
 
 from yoto_jax import linen as yoto_linen
@@ -172,6 +172,28 @@ def test_nnx_without_its_optimizer(tx):
         updates, state = tx.update(jax.grad(loss)(params), state, params)
         params = optax.apply_updates(params, updates)
     assert loss(params) < first
+
+
+def test_linen_state_survives_the_serialization_of_flax():
+    layer = yoto_linen.CompositeLoss("fit", epsilon=0.3)
+    losses = {"fit": 1.0, "size": 2.0}
+    variables = layer.init(jax.random.key(0), losses)
+    blank = yoto_linen.CompositeLoss("fit").init(jax.random.key(0), losses)
+    restored = serialization.from_bytes(blank, serialization.to_bytes(variables))
+    assert jax.tree.structure(restored) == jax.tree.structure(variables)
+    np.testing.assert_array_equal(
+        layer.apply(restored, losses), layer.apply(variables, losses)
+    )
+    other = yoto_linen.CompositeLoss("a").init(
+        jax.random.key(0), {"a": 1.0, "b": 1.0, "c": 1.0}
+    )
+    with pytest.raises(ValueError, match="mu must hold 2 logits"):
+        serialization.from_bytes(other, serialization.to_bytes(variables))
+
+
+def test_nnx_layer_takes_rngs_like_any_other():
+    layer = yoto_nnx.CompositeLoss({"a": 0.0, "b": 0.0}, "a", rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(layer({"a": 1.0, "b": 1.0}), 1.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("primary", ["fit", None])

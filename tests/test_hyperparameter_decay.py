@@ -97,7 +97,10 @@ def test_minimiser_of_the_regularizer_alone(auxiliary, logit, primary_weight):
     )
 
 
-@pytest.mark.parametrize(("auxiliary", "pull"), [(1, 1 / 10), (2, 1 / 17)])
+@pytest.mark.parametrize(
+    ("auxiliary", "pull"),
+    [(1, 1 / 10.016), (2, 1 / 16.8), (3, 1 / 23.3), (5, 1 / 35.7)],
+)
 def test_strongest_pull_on_one_vanishing_or_dominant_weight(auxiliary, pull):
     """The bounds that the default of adamw is argued from."""
     others = [helpers.minimise_regularizer(auxiliary)] * (auxiliary - 1)
@@ -105,11 +108,11 @@ def test_strongest_pull_on_one_vanishing_or_dominant_weight(auxiliary, pull):
     learned = np.array([[x, *others] for x in line], np.float32)
     mu = dataclasses.replace(as_logits(learned[0])[0], learned=jnp.array(learned))
     gradients = jax.vmap(jax.grad(yoto.regularizer))(mu).learned[:, 0]
-    np.testing.assert_allclose(gradients.min(), -pull, rtol=0.02)
-    np.testing.assert_allclose(gradients.max(), 1.1, rtol=0.06)
+    np.testing.assert_allclose(gradients.min(), -pull, rtol=2e-3)
+    assert 1.09 < gradients.max() < 1.26
 
 
-def test_decay_with_sgd_diverges_where_the_learning_rate_times_rho_passes_ten():
+def test_decay_with_sgd_is_unstable_where_the_learning_rate_times_rho_is_large():
     params = as_logits(np.array([-1.0], np.float32))[0]
 
     def descend(rho):
@@ -125,7 +128,8 @@ def test_decay_with_sgd_diverges_where_the_learning_rate_times_rho_passes_ten():
         return jax.lax.scan(step, carry, length=500)[0][0].learned[0]
 
     np.testing.assert_allclose(descend(8.0), -1.2785, atol=1e-3)
-    assert abs(descend(12.0) + 1.2785) > 0.1
+    assert 0.1 < abs(descend(12.0) + 1.2785) < 2.0  # oscillates
+    assert descend(30.0) < -10.0  # is lost
 
 
 def test_auxiliary_entropy_vanishes_where_the_paper_ends():
@@ -163,6 +167,32 @@ def test_the_link_adds_rho_times_the_gradient_to_loss_logits_alone():
     assert jax.tree.structure(new) == jax.tree.structure(params)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_the_link_computes_in_float32_whatever_it_is_given(dtype):
+    mu, _, is_learned = as_logits(np.array([0.5, -1.0, 2.0], np.float32))
+    low = jax.tree.map(lambda x: x.astype(dtype), mu)
+    update = jax.tree.map(lambda x: jnp.full_like(x, 1e-2), low)
+    tx = yoto.add_hyperparameter_decay(1.0)
+    new, _ = tx.update(update, tx.init(low), low)
+    exact = np.append(0.0, np.array(low.learned, np.float64))
+    expected = np.array(update.learned, np.float64)
+    expected = expected + helpers.regularizer_gradient(exact, is_learned)[is_learned]
+    half_a_unit = float(jnp.finfo(dtype).eps) / 2
+    np.testing.assert_allclose(
+        np.array(new.learned, np.float64), expected, rtol=1.01 * half_a_unit
+    )
+
+
+def test_infinite_logits_leave_finite_gradients():
+    for learned in ([-np.inf, -np.inf, 0.0], [3e38, -3e38, 1.0], [-np.inf] * 12):
+        mu, _, _ = as_logits(np.array(learned, np.float32))
+        np.testing.assert_allclose(sum(yoto.loss_weights(mu)), 1.0, rtol=1e-6)
+        gradient = jax.grad(yoto.regularizer)(mu).learned
+        assert np.isfinite(gradient).all()
+        if max(learned) < 1e38:
+            assert np.isfinite(yoto.regularizer(mu))
+
+
 def test_rho_may_be_a_schedule():
     mu, full, is_learned = as_logits(np.array([0.5], np.float32))
     tx = yoto.add_hyperparameter_decay(lambda count: 10.0 * count)
@@ -179,9 +209,15 @@ def test_errors():
     tx = yoto.add_hyperparameter_decay(1.0)
     with pytest.raises(ValueError, match="needs the current loss logits"):
         tx.update(mu, tx.init(mu))
-    for rho in (-1.0, float("nan"), float("inf")):
+    bad = (-1.0, float("nan"), float("inf"), np.float32(-1), jnp.float32(np.nan))
+    for rho in bad:
         with pytest.raises(ValueError, match="hyperparameter_decay must be"):
             yoto.add_hyperparameter_decay(rho)
+    for rho in (None, "1", np.ones(2)):
+        with pytest.raises((TypeError, ValueError), match="hyperparameter_decay must"):
+            yoto.add_hyperparameter_decay(rho)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="updates hold LossLogits.*dict"):
+        tx.update({"mu": mu}, tx.init(mu), {"mu": {"w": jnp.ones(1)}})
     with pytest.raises(ValueError, match="entropy must be.*'some'"):
         yoto.add_hyperparameter_decay(1.0, entropy="some")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="entropy must be.*'some'"):

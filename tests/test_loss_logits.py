@@ -1,5 +1,7 @@
 import collections
+import copy
 import dataclasses
+import pickle
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +49,7 @@ CONTAINERS = [
     ({"heads": {"fit": 1.0, "size": 2.0}, "size": 3.0}, "size", 2),
     ((1.0, 2.0, 3.0), 1, 1),
     ((1.0, 2.0, 3.0), -1, 2),
+    ((1.0, 2.0, 3.0), np.int64(1), 1),
     ([(1.0, 2.0), 3.0], 1, 2),
     ([(1.0, 2.0), 3.0], "0/1", 1),
     ({0: 1.0, 7: 2.0}, 7, 1),
@@ -121,6 +124,20 @@ def test_one_epsilon_per_auxiliary_loss(epsilon):
 def test_one_epsilon_for_all(epsilon):
     mu = yoto.init_loss_logits((0.0, 0.0, 0.0), 0, epsilon)
     np.testing.assert_allclose(mu.learned, np.log(float(epsilon)), rtol=1e-6)
+
+
+def test_epsilon_in_order_and_by_name_do_not_mix():
+    digits = {str(k): 0.0 for k in range(13)}  # As leaves, "10" comes before "2".
+    mu = yoto.init_loss_logits(digits, "0", list(range(1, 13)))
+    np.testing.assert_allclose(np.exp(mu.learned), range(1, 13), rtol=1e-6)
+    named = yoto.init_loss_logits(digits, "0", {k: 1.0 + int(k) for k in mu.names[1:]})
+    by_name = dict(zip(mu.names[1:], named.learned, strict=True))
+    np.testing.assert_allclose(np.exp(by_name["10"]), 11.0, rtol=1e-6)
+    clash = {"a/b": 0.0, "a": {"b": 0.0}, "c": 0.0}
+    with pytest.raises(ValueError, match="epsilon must be one number, or one for each"):
+        yoto.init_loss_logits(clash, "c", {"a/b": 0.5, "a": {"b": 0.1}})
+    mu = yoto.init_loss_logits(clash, "c", [0.1, 0.5])
+    np.testing.assert_allclose(np.exp(mu.learned), [0.1, 0.5], rtol=1e-6)
 
 
 def test_epsilon_may_be_traced():
@@ -209,9 +226,9 @@ def test_repr_survives_tracers_and_labels():
 
 
 def test_structure_survives_tree_operations_and_copies():
-    import copy
-
     mu = yoto.init_loss_logits({"a": 0.0, "b": 0.0}, "a")
+    pickled = pickle.loads(pickle.dumps(mu))
+    assert jax.tree.structure(pickled) == jax.tree.structure(mu)
     again = jax.tree.unflatten(jax.tree.structure(mu), jax.tree.leaves(mu))
     assert jax.tree.structure(again) == jax.tree.structure(copy.deepcopy(mu))
     assert hash(jax.tree.structure(mu)) == hash(jax.tree.structure(again))
@@ -255,6 +272,20 @@ def test_structure_survives_tree_operations_and_copies():
 def test_errors_name_the_culprit(losses, primary, epsilon, error, message):
     with pytest.raises(error, match=message):
         yoto.init_loss_logits(losses, primary, epsilon)
+
+
+@pytest.mark.parametrize("learned", [jnp.zeros(5), jnp.zeros(1), jnp.zeros(()), None])
+def test_the_number_of_logits_must_fit_the_losses(learned):
+    mu = yoto.init_loss_logits({"a": 0.0, "b": 0.0, "c": 0.0}, "b")
+    wrong = dataclasses.replace(mu, learned=learned)
+    losses = {"a": 6.0, "b": 6.0, "c": 6.0}
+    for f in (
+        yoto.loss_weights,
+        yoto.regularizer,
+        lambda mu: yoto.composite_loss(losses, mu),
+    ):
+        with pytest.raises((TypeError, ValueError), match="mu must hold"):
+            f(wrong)
 
 
 def test_only_loss_logits_are_loss_logits():

@@ -33,14 +33,15 @@ def composite_loss(losses: PyTree, mu: LossLogits) -> jax.Array:
       mu: Loss logits.
 
     Returns:
-      Scalar in float32, or in the widest dtype among the losses and the logits if that
-      is wider. A loss of NaN or infinity makes it (and its gradients) non-finite:
-      ``optax.apply_if_finite`` then keeps parameters, logits and state as they were.
+      Scalar in float32, or in float64 if a loss or the logits are. A loss of NaN or
+      infinity makes it (and its gradients) non-finite: ``optax.apply_if_finite`` then
+      keeps parameters, logits and state as they were.
 
     Raises:
       TypeError: A loss is not a floating-point number, or ``mu`` is no ``LossLogits``.
       ValueError: The losses do not match ``mu`` (missing and unexpected ones are
-        named), a loss is not a scalar, or ``mu`` has a batch axis (use ``vmap``).
+        named), a loss is not a scalar, or ``mu`` has a batch axis (use ``vmap``) or
+        another number of logits than the losses need.
 
     Examples:
       >>> import jax, yoto_jax as yoto
@@ -63,8 +64,13 @@ def composite_loss(losses: PyTree, mu: LossLogits) -> jax.Array:
             f"{mu.learned.shape}. Use vmap over losses and logits together."
         )
     learned = upcast(mu.learned)
-    dtype = jnp.result_type(learned, *leaves)
-    values = [jnp.asarray(leaf, dtype) for leaf in leaves]
+    # Python floats take the dtype of the others, as everywhere in JAX.
+    dtypes = [jax.dtypes.result_type(x) for x in leaves if type(x) is not float]
+    wide = jnp.float64 in (*dtypes, learned.dtype)
+    values = [
+        jnp.asarray(leaf, jnp.float64 if wide else jnp.float32) for leaf in leaves
+    ]
+    learned = learned.astype(values[0].dtype)
     return _weighted_sum(mu.primary is not None, values, learned)
 
 
@@ -79,10 +85,12 @@ def _weighted_sum(
 @_weighted_sum.defjvp
 def _weighted_sum_jvp(has_primary, primals, tangents):
     # Written in closed form (Eqs. 3 and 6), so that the transposed rule hands a weight
-    # to every loss and one fused vector to mu.
+    # to every loss and one vector to mu. As a product with (identity - weights), that
+    # vector is a single kernel, which depends on nothing but weights and losses.
     (values, learned), (d_values, d_learned) = primals, tangents
     weights = softmax(learned, has_primary)
+    centring = jnp.eye(len(values), dtype=learned.dtype) - weights[None, :]
+    slope = weights * jnp.sum(centring * stack(values)[None, :], axis=-1)
     total = sum_of_products(weights, values)
-    first = int(has_primary)
-    slope = weights[first:] * (stack(values[first:]) - total)
-    return total, sum_of_products(weights, d_values) + jnp.sum(slope * d_learned)
+    d_total = sum_of_products(weights, d_values)
+    return total, d_total + jnp.sum(slope[int(has_primary) :] * d_learned)

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from yoto_jax._loss_logits import (
@@ -44,11 +45,13 @@ def regularizer(mu: LossLogits, *, entropy: Entropy = "all") -> jax.Array:
         1: then nothing holds them up against the primary loss, only against each other.
 
     Returns:
-      Scalar, float32 (float64 if the logits are).
+      Scalar, or an array of the leading axes of the logits; float32, or float64 if the
+      logits are.
 
     Raises:
       TypeError: ``mu`` is not a :class:`LossLogits`.
-      ValueError: Unknown ``entropy``.
+      ValueError: Unknown ``entropy``, or ``mu`` holds another number of logits than its
+        losses need.
 
     Examples:
       >>> import yoto_jax as yoto
@@ -72,8 +75,8 @@ def regularizer(mu: LossLogits, *, entropy: Entropy = "all") -> jax.Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _regularizer(spans_primary: bool, learned: jax.Array) -> jax.Array:
     log_p = jax.nn.log_softmax(with_primary(learned, spans_primary))
-    # exp(log_p) * log_p is 0, not NaN, for a weight that has underflowed.
-    negated_entropy = jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+    p = jnp.exp(log_p)
+    negated_entropy = jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1)
     return negated_entropy + jnp.sum(jax.nn.softplus(learned), axis=-1)
 
 
@@ -87,8 +90,9 @@ def _regularizer_jvp(spans_primary, primals, tangents):
 def _regularizer_gradient(spans_primary: bool, learned: jax.Array) -> jax.Array:
     """Eq. 8 without rho."""
     p = softmax(learned, spans_primary)[..., int(spans_primary) :]
-    mean = sum_of_products(p, unstack(learned))  # The primary's logit is 0.
-    return p * (learned - mean[..., None]) + jax.nn.sigmoid(learned)
+    weighed = jnp.where(p > 0, learned, 0.0)  # 0 times infinity is 0 here.
+    mean = sum_of_products(p, unstack(weighed))  # The primary's logit is 0.
+    return p * (weighed - mean[..., None]) + jax.nn.sigmoid(learned)
 
 
 def _entropy_spans_primary(mu: LossLogits, entropy: Entropy) -> bool:
@@ -125,8 +129,9 @@ def add_hyperparameter_decay(
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``.
 
     Raises:
+      TypeError: rho is neither a number, nor a scalar array, nor a schedule.
       ValueError: rho is negative or not finite, or ``entropy`` is unknown. In
-        ``update``: ``params`` is missing.
+        ``update``: ``params`` is missing, or holds no loss logits where the updates do.
 
     Examples:
       >>> import jax, optax, yoto_jax as yoto
@@ -171,8 +176,14 @@ def add_hyperparameter_decay(
             state = HyperparameterDecayState(count)
 
         def decay(update: Any, param: Any) -> Any:
-            if not is_loss_logits(update):
+            # A mask or filter that works leaf by leaf empties a LossLogits.
+            if not (is_loss_logits(update) and jax.tree.leaves(update)):
                 return update
+            if not is_loss_logits(param):
+                raise ValueError(
+                    "the updates hold LossLogits where the parameters hold a "
+                    f"{type(param).__name__}."
+                )
             slope = _regularizer_gradient(
                 _entropy_spans_primary(param, entropy), upcast(param.learned)
             )
@@ -195,6 +206,14 @@ def _check_entropy(entropy: str) -> None:
 
 
 def check_rate(name: str, value: Any) -> None:
-    """Reject a number that is negative or not finite; schedules and arrays pass."""
-    if isinstance(value, int | float) and not 0 <= value < math.inf:
+    """Reject a number that is negative or not finite; schedules and tracers pass."""
+    if callable(value) or isinstance(value, jax.core.Tracer):
+        return
+    if not isinstance(value, int | float | np.generic | np.ndarray | jax.Array) or (
+        np.ndim(value) > 0
+    ):
+        raise TypeError(
+            f"{name} must be a number, a scalar array or a schedule, got {value!r}."
+        )
+    if not 0 <= float(value) < math.inf:
         raise ValueError(f"{name} must be non-negative and finite, got {value}.")

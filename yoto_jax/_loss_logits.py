@@ -30,7 +30,8 @@ class LossLogits:
 
     A pytree node with one array leaf. It may sit anywhere in a tree of parameters, and
     the transformations of this package find it there by its type. Build one with
-    :func:`yoto_jax.init_loss_logits`.
+    :func:`yoto_jax.init_loss_logits`. A checkpoint holds the array alone: which loss
+    each entry belongs to is known from the ``LossLogits`` that it is restored into.
 
     Attributes:
       learned: The logits that are learned, float32 of shape ``(K,)``, in the order of
@@ -155,11 +156,12 @@ def loss_weights(mu: LossLogits) -> PyTree:
         run give the history of every weight.
 
     Returns:
-      A tree like the losses: positive float32 scalars that sum to 1 (float64 if the
-      logits are).
+      A tree like the losses: float32 scalars (float64 if the logits are) that sum to
+      1, positive unless they underflow to 0. With leading axes, arrays of that shape.
 
     Raises:
       TypeError: ``mu`` is not a :class:`LossLogits`.
+      ValueError: ``mu`` holds another number of logits than its losses need.
 
     Examples:
       >>> import yoto_jax as yoto
@@ -182,8 +184,8 @@ def loss_weights(mu: LossLogits) -> PyTree:
 
 
 def upcast(x: jax.Array) -> jax.Array:
-    """``x`` in float32, or in its own dtype if that is wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    """``x`` in float32, or in float64 if it comes in that."""
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
 def primary_first(items: Sequence[Any], primary: int | None) -> list[Any]:
@@ -222,8 +224,10 @@ def _softmax(logits: jax.Array) -> jax.Array:
     if logits.shape[-1] > _UNROLL:
         return jax.nn.softmax(logits)
     # 1 / sum_j exp(x_j - x_i) needs neither a maximum nor a common denominator. An
-    # exponential that overflows leaves the weight 0, as it should.
-    ratios = [jnp.exp(entry[..., None] - logits) for entry in unstack(logits)]
+    # exponential that overflows leaves the weight 0, as it should; infinite logits
+    # must not meet as inf - inf.
+    entries = [entry[..., None] for entry in unstack(logits)]
+    ratios = [jnp.where(x == logits, 1.0, jnp.exp(x - logits)) for x in entries]
     return 1.0 / sum(ratios[1:], ratios[0])
 
 
@@ -258,6 +262,16 @@ def check_loss_logits(mu: Any) -> None:
     if not isinstance(mu, LossLogits):
         raise TypeError(
             f"mu must be a LossLogits (see init_loss_logits), got {type(mu).__name__}."
+        )
+    if not hasattr(mu.learned, "shape"):
+        raise TypeError(
+            f"mu must hold an array of logits, got {type(mu.learned).__name__}."
+        )
+    needed = mu.structure.num_leaves - (mu.primary is not None)
+    if mu.learned.shape[-1:] != (needed,):
+        raise ValueError(
+            f"mu must hold {needed} logits for the losses {_listed(mu.names)} with "
+            f"primary {mu.primary}, got shape {mu.learned.shape}."
         )
 
 
@@ -327,6 +341,8 @@ def _shape_and_dtype(what: str, value: Any) -> tuple[tuple[int, ...], Any]:
 
 def _find_primary(primary: str | int, losses: PyTree, names: list[str]) -> int:
     """Position of the one loss that ``primary`` names."""
+    if isinstance(primary, np.integer):
+        primary = int(primary)
     if isinstance(primary, bool) or not isinstance(primary, str | int):
         raise TypeError(
             "primary must name exactly one loss, by its path or its index, or be None; "
@@ -365,13 +381,18 @@ def _epsilon_per_loss(epsilon: PyTree, names: list[str]) -> list[ArrayLike]:
     """One initial relative weight for each of the losses with these names."""
     if isinstance(epsilon, jax.Array | np.ndarray) and epsilon.ndim == 1:
         epsilon = list(epsilon)
-    given = {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(epsilon)}
-    values = list(given.values())
-    if list(given) == [""]:
+    given = [(_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(epsilon)]
+    values = [leaf for _, leaf in given]
+    if jax.tree.structure(epsilon) == jax.tree.structure(0):
         values *= len(names)
-    elif given.keys() == set(names):
-        values = [given[name] for name in names]
-    elif isinstance(epsilon, dict) or len(values) != len(names):
+    elif isinstance(epsilon, list | tuple) and len(epsilon) == len(values):
+        pass  # In the order of the losses.
+    else:
+        by_name = dict(given)
+        values = [by_name[name] for name in names if name in by_name]
+        if len(by_name) < len(given) or len(values) < len(given):
+            values = []
+    if len(values) != len(names):
         raise ValueError(
             "epsilon must be one number, or one for each auxiliary loss "
             f"({_listed(names)}), got {epsilon!r}."

@@ -56,6 +56,7 @@ def sgdw(
     *,
     entropy: Entropy = "all",
     mask: Mask | None = None,
+    nesterov: bool = False,
     accumulator_dtype: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Algorithm 1: SGD with momentum, weight decay and hyperparameter decay.
@@ -79,14 +80,16 @@ def sgdw(
       entropy: Which losses the entropy spans, see :func:`yoto_jax.regularizer`.
       mask: Which parameters the weight decay applies to, as in ``optax.adamw``; loss
         logits are exempt whatever it says.
+      nesterov: Whether to use Nesterov momentum (not in the paper).
       accumulator_dtype: Dtype of the momentum, default that of the parameters.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``.
 
     Raises:
+      TypeError: A decay is neither a number, nor a scalar array, nor a schedule.
       ValueError: A decay is negative or not finite, or ``entropy`` is unknown. In
-        ``update``: ``params`` is missing.
+        ``update``: ``params`` is missing, or holds no loss logits where the updates do.
 
     Examples:
       >>> import jax, optax, yoto_jax as yoto
@@ -111,20 +114,20 @@ def sgdw(
     .. warning::
       The paper recommends rho of 20 to 200 with losses of order 1. Taken literally,
       that pins the weights at the regulariser's own optimum whatever the losses do. It
-      may also diverge: the decay is a gradient step on the regulariser, and where the
-      learning rate times rho passes about 10, it throws the logits so far down that
-      nothing brings them back.
+      may also be unstable: the decay is a gradient step on the regulariser, which
+      oscillates where the learning rate times rho passes 9 (one auxiliary loss) and
+      from about 20 on throws the logits so far down that nothing brings them back.
     """
     check_rate("weight_decay", weight_decay)
     decays = optax.chain(
-        optax.add_decayed_weights(weight_decay, _but_loss_logits(mask)),
         add_hyperparameter_decay(hyperparameter_decay, entropy=entropy),
+        optax.add_decayed_weights(weight_decay, _but_loss_logits(mask)),
         optax.scale_by_learning_rate(learning_rate),
     )
     return unwrap_loss_logits(
         optax.chain(
             optax.scale_by_learning_rate(learning_rate),
-            optax.trace(momentum, accumulator_dtype=accumulator_dtype),
+            optax.trace(momentum, nesterov, accumulator_dtype),
             _add(decays),
         )
     )
@@ -173,8 +176,9 @@ def adamw(
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``.
 
     Raises:
+      TypeError: A decay is neither a number, nor a scalar array, nor a schedule.
       ValueError: A decay is negative or not finite, or ``entropy`` is unknown. In
-        ``update``: ``params`` is missing.
+        ``update``: ``params`` is missing, or holds no loss logits where the updates do.
 
     Examples:
       >>> import jax, optax, yoto_jax as yoto
@@ -198,12 +202,14 @@ def adamw(
       `Decoupled Weight Decay <https://arxiv.org/abs/1711.05101>`_, 2019.
 
     .. warning::
-      The paper does not print this form, and uses rho = 20 with it. As Adam normalises
-      them, the losses push a logit by about 1 at the most. The regulariser pulls a
-      vanishing weight back by rho / 10 at the most (one auxiliary loss; rho / 17 with
-      two) and a dominant one by rho. Hence the default of 10: with one auxiliary loss
-      the smallest rho that no steady push overcomes. At rho = 1 a long run drives the
-      largest losses out; from 20 on the weights stay near the regulariser's optimum.
+      The paper does not print this form, and uses rho = 20 with it. Adam normalises the
+      push of the losses on a logit to about 1, however small it is. The regulariser
+      pulls a dominant weight down by about rho, but a vanishing one up by no more than
+      rho / 10, 17, 23 or 36 with 1, 2, 3 or 5 auxiliary losses. Below that rho, a push
+      that never wavers drives a weight to 0 in the end. At the default of 10 the losses
+      still move a weight from the regulariser's own optimum, several times down and up
+      to 1.4 times up; for very long runs or many losses take 20 or more, where the
+      weights hardly move.
     """
     check_rate("weight_decay", weight_decay)
     return unwrap_loss_logits(
@@ -216,8 +222,8 @@ def adamw(
                 mu_dtype=mu_dtype,
                 nesterov=nesterov,
             ),
-            optax.add_decayed_weights(weight_decay, _but_loss_logits(mask)),
             add_hyperparameter_decay(hyperparameter_decay, entropy=entropy),
+            optax.add_decayed_weights(weight_decay, _but_loss_logits(mask)),
             optax.scale_by_learning_rate(learning_rate),
         )
     )
@@ -267,7 +273,8 @@ def unwrap_loss_logits(
     :class:`LossLogits` is, into another container, and the second step fails in any
     transformation that keeps a copy of the parameters. A state that has never seen the
     variable is left whole. :func:`yoto_jax.adamw` and :func:`yoto_jax.sgdw` do this
-    themselves; an optimizer of your own wants it around all of it.
+    themselves. Put it around all of an optimizer of your own, and around a wrapper
+    that accumulates or averages, such as ``optax.MultiSteps``, even with ours inside.
 
     Args:
       inner: Any transformation.

@@ -1,5 +1,7 @@
 """The composite loss as a Flax Linen layer. Needs ``pip install yoto_jax[flax]``."""
 
+import dataclasses
+
 import jax
 
 try:
@@ -9,8 +11,27 @@ except ModuleNotFoundError as error:
         "yoto_jax.linen needs Flax: pip install 'yoto_jax[flax]'"
     ) from error
 
+from flax import serialization
+
 from yoto_jax._composite_loss import composite_loss
-from yoto_jax._loss_logits import PyTree, init_loss_logits, loss_weights
+from yoto_jax._loss_logits import (
+    LossLogits,
+    PyTree,
+    check_loss_logits,
+    init_loss_logits,
+    loss_weights,
+)
+
+
+def _from_state_dict(mu: LossLogits, state: dict[str, jax.Array]) -> LossLogits:
+    restored = dataclasses.replace(mu, learned=state["learned"])
+    check_loss_logits(restored)
+    return restored
+
+
+serialization.register_serialization_state(
+    LossLogits, lambda mu: {"learned": mu.learned}, _from_state_dict
+)
 
 
 class CompositeLoss(nn.Module):

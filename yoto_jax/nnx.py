@@ -26,6 +26,7 @@ class CompositeLoss(nnx.Module):
       primary: Path or index of the primary loss, or ``None``.
       epsilon: Initial weights relative to the primary loss, see
         :func:`yoto_jax.init_loss_logits`.
+      rngs: Not used.
 
     Attributes:
       loss_logits: The parameter.
@@ -45,8 +46,14 @@ class CompositeLoss(nnx.Module):
     """
 
     def __init__(
-        self, losses: PyTree, primary: str | int | None, epsilon: PyTree = 0.1
+        self,
+        losses: PyTree,
+        primary: str | int | None,
+        epsilon: PyTree = 0.1,
+        *,
+        rngs: nnx.Rngs | None = None,
     ):
+        del rngs  # Accepted as all NNX modules do; nothing here is random.
         self.loss_logits = nnx.Param(init_loss_logits(losses, primary, epsilon))
 
     def __call__(self, losses: PyTree) -> jax.Array:
