@@ -8,7 +8,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 WORKERS ?= 2
 
-.PHONY: demo test lint types tests notebooks docs format clean
+.PHONY: demo test lint types tests notebooks format clean
 
 demo: $(VENV)/bench
 	$(RUN) benchmarks digits
