@@ -196,8 +196,8 @@ def primary_first(items: Sequence[Any], primary: int | None) -> list[Any]:
 
 def stack(entries: Sequence[jax.Array]) -> jax.Array:
     """Stack arrays on a new last axis, as a fusible selection if they are few."""
-    if not 0 < len(entries) <= _UNROLL:
-        return jnp.stack(entries, axis=-1) if entries else jnp.zeros((0,), jnp.float32)
+    if len(entries) > _UNROLL:
+        return jnp.stack(entries, axis=-1)
     shape = (*entries[0].shape, len(entries))
     place = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
     stacked = jnp.broadcast_to(entries[-1][..., None], shape)
