@@ -2,14 +2,13 @@
 
 import dataclasses
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
 
 PyTree = Any
 """Any nesting of containers that JAX knows."""
@@ -141,7 +140,7 @@ def init_loss_logits(
     if any(isinstance(value, jax.core.Tracer) for value in values):
         learned = jnp.log(jnp.stack([jnp.asarray(v, jnp.float32) for v in values]))
     else:
-        learned = jnp.asarray(np.log(np.asarray(values, np.float64)), jnp.float32)
+        learned = jnp.asarray([math.log(float(v)) for v in values], jnp.float32)
     return LossLogits(learned, structure, position)
 
 
@@ -259,6 +258,7 @@ def softmax(learned: jax.Array, has_primary: bool) -> jax.Array:
 
 
 def check_loss_logits(mu: Any) -> None:
+    """Raise unless ``mu`` holds as many logits as its losses need."""
     if not isinstance(mu, LossLogits):
         raise TypeError(
             f"mu must be a LossLogits (see init_loss_logits), got {type(mu).__name__}."
@@ -339,11 +339,11 @@ def _shape_and_dtype(what: str, value: Any) -> tuple[tuple[int, ...], Any]:
     return getattr(value, "shape", ()), dtype
 
 
-def _find_primary(primary: str | int, losses: PyTree, names: list[str]) -> int:
+def _find_primary(primary: Any, losses: PyTree, names: list[str]) -> int:
     """Position of the one loss that ``primary`` names."""
-    if isinstance(primary, np.integer):
-        primary = int(primary)
-    if isinstance(primary, bool) or not isinstance(primary, str | int):
+    if hasattr(primary, "__index__") and not isinstance(primary, bool):
+        primary = operator.index(primary)
+    elif not isinstance(primary, str):
         raise TypeError(
             "primary must name exactly one loss, by its path or its index, or be None; "
             f"got {primary!r}. The losses are: {_listed(names)}."
@@ -377,9 +377,9 @@ def _find_primary(primary: str | int, losses: PyTree, names: list[str]) -> int:
     return found[0]
 
 
-def _epsilon_per_loss(epsilon: PyTree, names: list[str]) -> list[ArrayLike]:
+def _epsilon_per_loss(epsilon: PyTree, names: list[str]) -> list[Any]:
     """One initial relative weight for each of the losses with these names."""
-    if isinstance(epsilon, jax.Array | np.ndarray) and epsilon.ndim == 1:
+    if getattr(epsilon, "ndim", 0) == 1:
         epsilon = list(epsilon)
     given = [(_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(epsilon)]
     values = [leaf for _, leaf in given]
