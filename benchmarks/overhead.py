@@ -260,8 +260,8 @@ def main(options: _common.Options) -> None:
     records = [r for name, m in models.items() for r in compare(name, m, rounds)]
     records += import_time(2 if quick else 7)
     path = Path(options.out) / "overhead.json"
-    _common.write_json(path, _common.meta(options, rounds=rounds), records)
-    result = _common.read_json(path)
+    meta = _common.meta(options, rounds=rounds)
+    result = _common.write_json(path, meta, records)
     _common.show(table(result))
     _common.say(f"Results: {path}")
 

@@ -12,7 +12,6 @@ from yoto_jax._loss_logits import (
     softmax,
     stack,
     sum_of_products,
-    upcast,
 )
 
 
@@ -63,15 +62,12 @@ def composite_loss(losses: PyTree, mu: LossLogits) -> jax.Array:
             "composite_loss takes the logits of one run, of shape (K,); got shape "
             f"{mu.learned.shape}. Use vmap over losses and logits together."
         )
-    learned = upcast(mu.learned)
     # Python floats take the dtype of the others, as everywhere in JAX.
-    dtypes = [jax.dtypes.result_type(x) for x in leaves if type(x) is not float]
-    wide = jnp.float64 in (*dtypes, learned.dtype)
-    values = [
-        jnp.asarray(leaf, jnp.float64 if wide else jnp.float32) for leaf in leaves
-    ]
-    learned = learned.astype(values[0].dtype)
-    return _weighted_sum(mu.primary is not None, values, learned)
+    given = [mu.learned, *(leaf for leaf in leaves if type(leaf) is not float)]
+    wide = jnp.float64 in map(jax.dtypes.result_type, given)
+    dtype = jnp.float64 if wide else jnp.float32
+    values = [jnp.asarray(leaf, dtype) for leaf in leaves]
+    return _weighted_sum(mu.primary is not None, values, mu.learned.astype(dtype))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -6,12 +6,11 @@ import jax
 
 try:
     from flax import linen as nn
+    from flax import serialization
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "yoto_jax.linen needs Flax: pip install 'yoto_jax[flax]'"
     ) from error
-
-from flax import serialization
 
 from yoto_jax._composite_loss import composite_loss
 from yoto_jax._loss_logits import (
