@@ -131,10 +131,10 @@ def init_loss_logits(
       the weights as they are, and the softplus of the regulariser then moves all
       logits down together, ever more slowly.
     """
-    names, leaves, structure = _scalar_losses(losses)
+    names, leaves, structure = scalar_losses(losses)
     if not leaves:
         raise ValueError("losses has no leaves: there is nothing to weigh.")
-    position = None if primary is None else _find_primary(primary, losses, names)
+    position = None if primary is None else find_loss("primary", primary, losses, names)
     auxiliary = [name for leaf, name in enumerate(names) if leaf != position]
     values = _epsilon_per_loss(epsilon, auxiliary)
     if any(isinstance(value, jax.core.Tracer) for value in values):
@@ -270,7 +270,7 @@ def check_loss_logits(mu: Any) -> None:
     needed = mu.structure.num_leaves - (mu.primary is not None)
     if mu.learned.shape[-1:] != (needed,):
         raise ValueError(
-            f"mu must hold {needed} logits for the losses {_listed(mu.names)} with "
+            f"mu must hold {needed} logits for the losses {listed(mu.names)} with "
             f"primary {mu.primary}, got shape {mu.learned.shape}."
         )
 
@@ -278,20 +278,29 @@ def check_loss_logits(mu: Any) -> None:
 def losses_in_order(losses: PyTree, mu: LossLogits) -> list[Any]:
     """The leaves of ``losses``, checked against ``mu``, primary loss first."""
     check_loss_logits(mu)
-    names, leaves, structure = _scalar_losses(losses)
-    if structure != mu.structure:
-        missing, extra = set(mu.names) - set(names), set(names) - set(mu.names)
-        difference = "; ".join(
-            f"{word}: {_listed(sorted(which))}"
-            for word, which in (("missing", missing), ("unexpected", extra))
-            if which
-        )
-        raise ValueError(
-            "losses do not match those that the loss logits were initialised with; "
-            + (difference or f"containers: expected {mu.structure}, got {structure}")
-            + "."
-        )
+    _, leaves, structure = scalar_losses(losses)
+    check_structure(structure, mu.structure, "the loss logits")
     return primary_first(leaves, mu.primary)
+
+
+def check_structure(
+    structure: jax.tree_util.PyTreeDef, expected: jax.tree_util.PyTreeDef, owner: str
+) -> None:
+    """Raise unless losses have the structure that ``owner`` was initialised with."""
+    if structure == expected:
+        return
+    got, wanted = loss_names(structure), loss_names(expected)
+    missing, extra = set(wanted) - set(got), set(got) - set(wanted)
+    difference = "; ".join(
+        f"{word}: {listed(sorted(which))}"
+        for word, which in (("missing", missing), ("unexpected", extra))
+        if which
+    )
+    raise ValueError(
+        f"losses do not match those that {owner} were initialised with; "
+        + (difference or f"containers: expected {expected}, got {structure}")
+        + "."
+    )
 
 
 def loss_names(structure: jax.tree_util.PyTreeDef) -> tuple[str, ...]:
@@ -311,7 +320,7 @@ def _show(learned: Any, index: int) -> str:
         return str(learned)
 
 
-def _scalar_losses(
+def scalar_losses(
     losses: PyTree,
 ) -> tuple[list[str], list[Any], jax.tree_util.PyTreeDef]:
     """Names and leaves of a tree of losses, each a floating-point scalar."""
@@ -339,23 +348,24 @@ def _shape_and_dtype(what: str, value: Any) -> tuple[tuple[int, ...], Any]:
     return getattr(value, "shape", ()), dtype
 
 
-def _find_primary(primary: Any, losses: PyTree, names: list[str]) -> int:
-    """Position of the one loss that ``primary`` names."""
-    if hasattr(primary, "__index__") and not isinstance(primary, bool):
-        primary = operator.index(primary)
-    elif not isinstance(primary, str):
+def find_loss(role: str, chosen: Any, losses: PyTree, names: Sequence[str]) -> int:
+    """Position of the one loss that ``chosen`` names; ``role`` is for the messages."""
+    if hasattr(chosen, "__index__") and not isinstance(chosen, bool):
+        chosen = operator.index(chosen)
+    elif not isinstance(chosen, str):
+        alternative = ", or be None" if role == "primary" else ""
         raise TypeError(
-            "primary must name exactly one loss, by its path or its index, or be None; "
-            f"got {primary!r}. The losses are: {_listed(names)}."
+            f"{role} must name exactly one loss, by its path or its index"
+            f"{alternative}; got {chosen!r}. The losses are: {listed(names)}."
         )
-    wanted = str(primary)
-    if isinstance(primary, int) and isinstance(losses, list | tuple):
-        if not -len(losses) <= primary < len(losses):
+    wanted = str(chosen)
+    if isinstance(chosen, int) and isinstance(losses, list | tuple):
+        if not -len(losses) <= chosen < len(losses):
             raise ValueError(
-                f"primary {primary} is out of range for {len(losses)} losses."
+                f"{role} {chosen} is out of range for {len(losses)} losses."
             )
-        before = jax.tree.structure(losses[: primary % len(losses)]).num_leaves
-        within = jax.tree.structure(losses[primary]).num_leaves
+        before = jax.tree.structure(losses[: chosen % len(losses)]).num_leaves
+        within = jax.tree.structure(losses[chosen]).num_leaves
         found = list(range(before, before + within))
     else:
         found = [leaf for leaf, name in enumerate(names) if name == wanted]
@@ -367,12 +377,12 @@ def _find_primary(primary: Any, losses: PyTree, names: list[str]) -> int:
         ]
     if not found:
         raise ValueError(
-            f"primary {primary!r} is unknown; the losses are: {_listed(names)}."
+            f"{role} {chosen!r} is unknown; the losses are: {listed(names)}."
         )
     if len(found) > 1:
-        matches = _listed(names[leaf] for leaf in found)
+        matches = listed(names[leaf] for leaf in found)
         raise ValueError(
-            f"primary {primary!r} is ambiguous; name one loss among {matches}."
+            f"{role} {chosen!r} is ambiguous; name one loss among {matches}."
         )
     return found[0]
 
@@ -395,7 +405,7 @@ def _epsilon_per_loss(epsilon: PyTree, names: list[str]) -> list[Any]:
     if len(values) != len(names):
         raise ValueError(
             "epsilon must be one number, or one for each auxiliary loss "
-            f"({_listed(names)}), got {epsilon!r}."
+            f"({listed(names)}), got {epsilon!r}."
         )
     for name, value in zip(names, values, strict=True):
         shape, _ = _shape_and_dtype(f"epsilon of loss {name!r}", value)
@@ -412,5 +422,5 @@ def _epsilon_per_loss(epsilon: PyTree, names: list[str]) -> list[Any]:
     return values
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))

@@ -1,0 +1,458 @@
+"""The engine: the gradient of the weighted sum, whatever its Gramian is taken of."""
+
+import functools
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import yoto_jax as yoto
+from yoto_jax import weightings
+from yoto_jax.weightings._protocol import make_weighting
+
+
+def reading(statistic):
+    """A weighting that lets a statistic through as its weights (rows of a Gramian)."""
+
+    def update(losses, learned, layout, **seen):
+        value = seen[statistic]
+        return jnp.diag(value) if value.ndim == 2 else value, value
+
+    shape = lambda layout: (layout.size,) * (2 if statistic == "gramian" else 1)
+    return make_weighting(
+        lambda layout: jnp.zeros(shape(layout), layout.dtype),
+        update,
+        needs=(statistic,),
+        downstream="c",
+    )
+
+
+W = jax.random.normal(jax.random.key(0), (4, 3))
+PARAMS = {"first": W, "last": {"kernel": jnp.linspace(-1, 1, 6).reshape(3, 2)}}
+X = jax.random.normal(jax.random.key(1), (8, 4))
+
+
+def encoder(params, x):
+    return jnp.tanh(x @ params["first"])
+
+
+def heads(params, z, x):
+    y = z @ params["last"]["kernel"]
+    return {"a": jnp.mean((y - 1) ** 2), "b": jnp.mean(jnp.abs(z)), "c": jnp.mean(y[0])}
+
+
+def loss_fn(params, x):
+    return heads(params, encoder(params, x), x)
+
+
+def jacobian(f, params):
+    """Rows of gradients in float64, each loss on its own."""
+    flatten = lambda tree: np.concatenate(
+        [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)]
+    )
+    names = sorted(f(params))
+    return np.stack([flatten(jax.grad(lambda p: f(p)[n])(params)) for n in names])
+
+
+J = jacobian(lambda p: loss_fn(p, X), PARAMS)
+EXPECTED = {
+    "gramian": J @ J.T,
+    "norms": np.linalg.norm(J, axis=1),
+    "max_abs": np.abs(J).max(1),
+    "mean_abs": np.abs(J).mean(1),
+    "alignment": J @ J[2],
+}
+MEMORY = {
+    "all": {},
+    "chunks": {"chunk_size": 2},
+    "one at a time": {"chunk_size": 1},
+    "none kept": {"keep_gradients": False},
+    "none kept, chunks": {"keep_gradients": False, "chunk_size": 2},
+}
+
+
+def call(f, weighting, *args, **options):
+    state = weighting.init(dict.fromkeys("abc", 0.0))
+    validation = options.pop("validation", None)
+    direction = options.pop("direction", None)
+    step = jax.jit(yoto.value_and_grad(f, weighting, **options))
+    extra = {} if validation is None else {"validation": validation}
+    extra |= {} if direction is None else {"direction": direction}
+    return step(PARAMS, state, *args, **extra)
+
+
+@pytest.mark.parametrize(
+    ("statistic", "mode"),
+    [
+        (statistic, mode)
+        for statistic, mode in itertools.product(EXPECTED, MEMORY)
+        if (statistic, mode) != ("gramian", "none kept, chunks")  # an error, below
+    ],
+)
+def test_statistics_and_gradient(statistic, mode):
+    options = MEMORY[mode]
+    losses, grads, state = call(loss_fn, reading(statistic), X, **options)
+    np.testing.assert_allclose(state.learned, EXPECTED[statistic], rtol=2e-5)
+    chex.assert_trees_all_close(losses, loss_fn(PARAMS, X), rtol=1e-6)
+    composite = lambda p: sum(
+        state.loss_weights[n] * v for n, v in loss_fn(p, X).items()
+    )
+    chex.assert_trees_all_close(grads, jax.grad(composite)(PARAMS), rtol=1e-4)
+
+
+@pytest.mark.parametrize("statistic", EXPECTED)
+def test_selected_parameters(statistic):
+    last = lambda p: p["last"]
+    rows = jacobian(lambda q: loss_fn(PARAMS | {"last": q}, X), PARAMS["last"])
+    expected = {
+        "gramian": rows @ rows.T,
+        "norms": np.linalg.norm(rows, axis=1),
+        "max_abs": np.abs(rows).max(1),
+        "mean_abs": np.abs(rows).mean(1),
+        "alignment": J @ J[2],  # a direction in all parameters
+    }[statistic]
+    _, grads, state = call(loss_fn, reading(statistic), X, select=last)
+    np.testing.assert_allclose(state.learned, expected, rtol=2e-5, atol=1e-7)
+    weights = np.array([float(state.loss_weights[n]) for n in "abc"])
+    np.testing.assert_allclose(
+        np.concatenate([g.ravel() for g in jax.tree.leaves(grads)]),
+        weights @ J,
+        rtol=1e-4,
+        atol=1e-7,
+    )
+
+
+@pytest.mark.parametrize("options", MEMORY.values(), ids=MEMORY)
+def test_heads_descend_the_plain_sum(options):
+    weighting = reading("norms")
+    _, grads, state = call(
+        loss_fn, weighting, X, heads=lambda p: p["last"]["kernel"], **options
+    )
+    first = J[:, : W.size]  # What the heads do not share is all that is looked at.
+    np.testing.assert_allclose(state.learned, np.linalg.norm(first, axis=1), rtol=2e-5)
+    plain = jax.grad(lambda p: sum(loss_fn(p, X).values()))(PARAMS)
+    chex.assert_trees_all_close(grads["last"], plain["last"], rtol=1e-5)
+    weighted = jax.grad(
+        lambda p: sum(state.loss_weights[n] * v for n, v in loss_fn(p, X).items())
+    )(PARAMS)
+    chex.assert_trees_all_close(grads["first"], weighted["first"], rtol=1e-5)
+
+
+Z = encoder(PARAMS, X)
+S = jacobian(lambda z: heads(PARAMS, z, X), Z)
+EXPECTED_OF_Z = {
+    "gramian": S @ S.T,
+    "norms": np.linalg.norm(S, axis=1),
+    "max_abs": np.abs(S).max(1),
+    "mean_abs": np.abs(S).mean(1),
+}
+
+
+@pytest.mark.parametrize("weigh_heads", [False, True])
+@pytest.mark.parametrize("statistic", EXPECTED_OF_Z)
+def test_gradients_of_the_representation(statistic, weigh_heads):
+    losses, grads, state = call(
+        heads, reading(statistic), X, encoder=encoder, weigh_heads=weigh_heads
+    )
+    np.testing.assert_allclose(state.learned, EXPECTED_OF_Z[statistic], rtol=2e-5)
+    chex.assert_trees_all_close(losses, loss_fn(PARAMS, X), rtol=1e-6)
+    weights = state.loss_weights
+    through_z = jax.grad(
+        lambda p: sum(
+            weights[n] * v for n, v in heads(PARAMS, encoder(p, X), X).items()
+        )
+    )(PARAMS)
+    of_heads = weights if weigh_heads else dict.fromkeys("abc", 1.0)
+    own = jax.grad(lambda p: sum(of_heads[n] * v for n, v in heads(p, Z, X).items()))(
+        PARAMS
+    )
+    expected = jax.tree.map(jnp.add, through_z, own)
+    chex.assert_trees_all_close(grads, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("statistic", EXPECTED_OF_Z)
+def test_with_the_identity_as_encoder_nothing_changes(statistic):
+    f = lambda params, z, x: loss_fn(z, x)
+    _, grads, state = call(f, reading(statistic), X, encoder=lambda params, x: params)
+    _, full, expected = call(loss_fn, reading(statistic), X)
+    chex.assert_trees_all_close(state, expected, rtol=1e-5)
+    chex.assert_trees_all_close(grads, full, rtol=1e-4, atol=1e-6)
+
+
+def test_a_representation_may_be_any_tree_and_carry_integers_and_statistics():
+    def encode(params, x):
+        return {"z": [encoder(params, x)], "place": jnp.arange(8), "mean": x.mean(0)}
+
+    def decode(params, z, x):
+        shifted = z["z"][0] + 0.0 * z["place"][:, None]
+        return heads(params, shifted, x), z["mean"]
+
+    weighting = reading("gramian")
+    state = weighting.init(dict.fromkeys("abc", 0.0))
+    step = yoto.value_and_grad(decode, weighting, encoder=encode, has_aux=True)
+    (losses, aux), grads, state = jax.jit(step)(PARAMS, state, X)
+    np.testing.assert_allclose(aux, X.mean(0), rtol=1e-6)
+    _, expected, reference = call(heads, weighting, X, encoder=encoder)
+    chex.assert_trees_all_close(grads, expected, rtol=1e-6)
+    chex.assert_trees_all_close(state, reference, rtol=1e-6)
+    assert set(losses) == set("abc")
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_auxiliary_output_and_keyword_arguments(encoded):
+    f = (
+        (lambda p, z, x, *, scale: (heads(p, z, scale * x), scale))
+        if encoded
+        else (lambda p, x, *, scale: (loss_fn(p, scale * x), scale))
+    )
+    options = {"encoder": lambda p, x, *, scale: encoder(p, scale * x)}
+    weighting = weightings.equal()
+    state = weighting.init(dict.fromkeys("abc", 0.0))
+    step = yoto.value_and_grad(
+        f, weighting, has_aux=True, **(options if encoded else {})
+    )
+    (losses, aux), _, _ = step(PARAMS, state, X, scale=2.0)
+    assert aux == 2.0
+    chex.assert_trees_all_close(losses, loss_fn(PARAMS, 2.0 * X), rtol=1e-6)
+
+
+# Downstream losses.
+
+X_VALIDATION = X[::-1] * 0.7
+V = jacobian(lambda p: loss_fn(p, X_VALIDATION), PARAMS)[2]
+
+
+def test_alignment_with_a_validation_batch_is_exact():
+    _, _, state = call(loss_fn, reading("alignment"), X, validation=(X_VALIDATION,))
+    np.testing.assert_allclose(state.learned, J @ V, rtol=2e-5)
+
+
+def test_alignment_looks_ahead():
+    rate = 0.1
+    weighting = reading("alignment")
+    state = weighting.init(dict.fromkeys("abc", 0.0))
+    step = yoto.value_and_grad(loss_fn, weighting, lookahead=rate)
+    _, _, state = step(PARAMS, state, X, validation=(X_VALIDATION,))
+    composite = jax.grad(lambda p: sum(loss_fn(p, X).values()))(PARAMS)  # weights 1
+    ahead = jax.tree.map(lambda p, g: p - rate * g, PARAMS, composite)
+    v = jacobian(lambda p: loss_fn(p, X_VALIDATION), ahead)[2]
+    np.testing.assert_allclose(state.learned, J @ v, rtol=2e-4)
+
+
+def test_weights_formed_on_a_validation_batch():
+    losses, grads, state = call(
+        loss_fn, reading("gramian"), X, align="validation", validation=(X_VALIDATION,)
+    )
+    rows = jacobian(lambda p: loss_fn(p, X_VALIDATION), PARAMS)
+    np.testing.assert_allclose(state.learned, rows @ rows.T, rtol=2e-5)
+    chex.assert_trees_all_close(losses, loss_fn(PARAMS, X), rtol=1e-6)
+    weights = np.array([float(state.loss_weights[n]) for n in "abc"])
+    flat = np.concatenate([g.ravel() for g in jax.tree.leaves(grads)])
+    np.testing.assert_allclose(flat, weights @ J, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+@pytest.mark.parametrize("given", ["validation", "direction"])
+def test_training_gradients_against_a_validation_gradient(encoded, given):
+    """The downstream row of the Gramian is that of the validation batch."""
+    if encoded:
+        f, options, rows = heads, {"encoder": encoder}, S
+        # What reaches the parameters through z, and the same of the training losses.
+        through = lambda p, x: heads(PARAMS, encoder(p, x), x)
+    else:
+        f, options, rows = loss_fn, {}, J
+        through = loss_fn
+    v = jax.grad(lambda p: through(p, X_VALIDATION)["c"])(PARAMS)
+    flat = np.concatenate([np.asarray(g, float).ravel() for g in jax.tree.leaves(v)])
+    derivatives = jacobian(lambda p: through(p, X), PARAMS) @ flat
+    options[given] = (X_VALIDATION,) if given == "validation" else v
+    _, _, state = call(f, reading("gramian"), X, align="train-validation", **options)
+    expected = rows @ rows.T
+    expected[2, :] = expected[:, 2] = derivatives
+    expected[2, 2] = flat @ flat
+    np.testing.assert_allclose(state.learned, expected, rtol=5e-5, atol=1e-7)
+
+
+def test_directional_derivatives_agree_with_finite_differences():
+    _, _, state = call(loss_fn, reading("alignment"), X, validation=(X_VALIDATION,))
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda p: jnp.asarray(np.asarray(p), "float64"), PARAMS)
+        x, x_validation = (
+            jnp.asarray(np.asarray(a), "float64") for a in (X, X_VALIDATION)
+        )
+        v = jax.grad(lambda p: loss_fn(p, x_validation)["c"])(wide)
+        at = lambda h: jax.tree.map(lambda p, d: p + h * d, wide, v)
+        plus, minus = loss_fn(at(1e-6), x), loss_fn(at(-1e-6), x)
+        expected = [float((plus[n] - minus[n]) / 2e-6) for n in "abc"]
+    np.testing.assert_allclose(state.learned, expected, rtol=1e-4)
+
+
+# When statistics are due.
+
+
+def test_statistics_are_computed_only_when_due():
+    calls = []
+
+    def costly(params, x):
+        jax.debug.callback(lambda: calls.append(1))
+        return jnp.ones(3)
+
+    def update(losses, learned, layout, *, norms, costly):
+        return norms * costly, learned
+
+    weighting = weightings.every(
+        make_weighting(lambda layout: (), update, needs=("norms", "costly")), 3
+    )
+    state = weighting.init(dict.fromkeys("abc", 0.0))
+    step = yoto.value_and_grad(loss_fn, weighting, statistics={"costly": costly})
+    step = jax.jit(step)
+    for _ in range(7):
+        _, grads, state = step(PARAMS, state, X)
+    jax.effects_barrier()
+    assert len(calls) == 3
+    assert int(state.step) == 7
+    flat = np.concatenate([g.ravel() for g in jax.tree.leaves(grads)])
+    np.testing.assert_allclose(flat, EXPECTED["norms"] @ J, rtol=1e-4, atol=1e-7)
+
+
+# Precision.
+
+
+def test_inner_products_of_low_precision_are_taken_in_float32():
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    f = lambda p: jax.tree.map(
+        lambda v: v.astype(jnp.bfloat16), loss_fn(p, X.astype(jnp.bfloat16))
+    )
+    weighting = reading("gramian")
+    state = weighting.init(dict.fromkeys("abc", 0.0))
+    _, rows = yoto.value_and_jacobian(f)(params)
+    _, grads, state = yoto.value_and_grad(f, weighting)(params, state)
+    flat = np.concatenate(
+        [np.asarray(r, np.float64).reshape(3, -1) for r in jax.tree.leaves(rows)], 1
+    )
+    np.testing.assert_allclose(state.learned, flat @ flat.T, rtol=1e-5)
+    chex.assert_trees_all_equal_dtypes(grads, params)
+
+
+def test_value_and_jacobian_with_auxiliary_output_and_chunks():
+    f = lambda p, x: (loss_fn(p, x), 3)
+    for chunk in (None, 1, 2):
+        step = yoto.value_and_jacobian(f, has_aux=True, chunk_size=chunk)
+        (losses, aux), rows = step(PARAMS, X)
+        flat = np.concatenate([r.reshape(3, -1) for r in jax.tree.leaves(rows)], 1)
+        np.testing.assert_allclose(flat, J, rtol=1e-5, atol=1e-7)
+        assert aux == 3
+        assert set(losses) == set("abc")
+
+
+# Errors.
+
+
+def test_errors_name_what_is_wrong():
+    upgrad, plain = reading("gramian"), weightings.equal()
+    make = yoto.value_and_grad
+    with pytest.raises(TypeError, match="weighting must be a LossWeighting.*str"):
+        make(loss_fn, "upgrad")
+    with pytest.raises(ValueError, match="neither select= nor heads="):
+        make(heads, upgrad, encoder=encoder, select=lambda p: p["last"])
+    with pytest.raises(ValueError, match="weigh_heads= is about the heads of encoder="):
+        make(loss_fn, upgrad, weigh_heads=True)
+    with pytest.raises(ValueError, match="align must be .* got 'test'"):
+        make(loss_fn, upgrad, align="test")
+    with pytest.raises(ValueError, match="follow a downstream loss"):
+        make(loss_fn, plain, align="validation")
+    with pytest.raises(ValueError, match="keep_gradients=True"):
+        make(loss_fn, upgrad, keep_gradients=False, chunk_size=2)
+    with pytest.raises(ValueError, match="needs 'curvature'.*statistics="):
+        make(loss_fn, upgrad._replace(needs=("curvature",)))
+    with pytest.raises(ValueError, match="needs validation="):
+        call(loss_fn, upgrad, X, align="validation")
+    with pytest.raises(ValueError, match="are for align="):
+        call(loss_fn, upgrad, X, validation=(X,))
+    with pytest.raises(TypeError, match="validation must be a tuple"):
+        call(loss_fn, upgrad, X, align="validation", validation=X)
+    with pytest.raises(ValueError, match="select and heads must return a part"):
+        call(loss_fn, upgrad, X, select=lambda p: ())
+    with pytest.raises(ValueError, match="none are left to be weighed"):
+        call(loss_fn, upgrad, X, heads=lambda p: p)
+    with pytest.raises(ValueError, match="downstream 'd' is unknown.*'a', 'b', 'c'"):
+        call(loss_fn, reading("alignment")._replace(downstream="d"), X)
+    with pytest.raises(ValueError, match="loss 'a' must be a scalar, got shape"):
+        call(lambda p, x: {"a": jnp.ones(2) * p["first"][0, 0]}, plain, X)
+    with pytest.raises(ValueError, match="missing: 'c'; unexpected: 'd'"):
+        call(lambda p, x: {n: p["first"][0, 0] for n in "abd"}, plain, X)
+    with pytest.raises(TypeError, match="loss 'a' must be a floating-point number"):
+        call(lambda p, x: dict.fromkeys("abc", jnp.int32(1)), plain, X)
+
+
+def test_a_gramian_weighting_without_gradients_says_so():
+    weighting = reading("gramian")
+    state = weighting.init((0.0, 0.0))
+    with pytest.raises(ValueError, match="needs gramian=.*value_and_grad"):
+        weighting.update((1.0, 2.0), state)
+    with pytest.raises(ValueError, match=r"shape \(2, 2\) for the 2 losses"):
+        weighting.update((1.0, 2.0), state, gramian=jnp.eye(3))
+
+
+# Memory, read off the compiled programs.
+
+
+def test_what_each_mode_keeps_in_memory():
+    """Arrays of 1 MiB, eight losses: 6 MiB of parameters, 48 MiB of gradients."""
+    count, width = 8, 512
+    params = [jnp.eye(width) for _ in range(6)]
+    x = jnp.ones((4, width))
+
+    def many(params, x):
+        for kernel in params:
+            x = jnp.tanh(x @ kernel)
+        return [jnp.mean((x[:, k::count] - k) ** 2) for k in range(count)]
+
+    def mebibytes(weighting, **options):
+        state = weighting.init([0.0] * count)
+        step = yoto.value_and_grad(many, weighting, **options)
+        lowered = jax.jit(lambda *args: step(*args)[1:]).lower(params, state, x)
+        return lowered.compile().memory_analysis().temp_size_in_bytes / 2**20
+
+    needs = lambda name: reading(name)._replace(downstream=None)
+    plain = mebibytes(weightings.equal())
+    assert mebibytes(needs("gramian")) > 40  # all gradients
+    assert (
+        mebibytes(needs("gramian"), keep_gradients=False) < 24
+    )  # a few arrays of each
+    assert mebibytes(needs("norms"), keep_gradients=False) < plain + 3
+    identity = {
+        "encoder": lambda params, x: functools.reduce(
+            lambda x, kernel: jnp.tanh(x @ kernel), params, x
+        )
+    }
+
+    def last(params, z, x):
+        return [jnp.mean((z[:, k::count] - k) ** 2) for k in range(count)]
+
+    weighting = needs("gramian")
+    state = weighting.init([0.0] * count)
+    step = yoto.value_and_grad(last, weighting, **identity)
+    lowered = jax.jit(lambda *args: step(*args)[1:]).lower(params, state, x)
+    encoded = lowered.compile().memory_analysis().temp_size_in_bytes / 2**20
+    assert encoded < plain + 1
+
+
+def test_training_with_sgd_goes_down():
+    weighting = weightings.static({"a": 1.0, "b": 0.1, "c": 0.0})
+    state = weighting.init(dict.fromkeys("abc", 0.0))
+    tx = optax.sgd(0.1)
+    step = yoto.value_and_grad(loss_fn, weighting)
+
+    def body(carry, _):
+        params, state, opt_state = carry
+        losses, grads, state = step(params, state, X)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), state, opt_state), losses
+
+    _, losses = jax.lax.scan(body, (PARAMS, state, tx.init(PARAMS)), length=50)
+    assert losses["a"][-1] < 0.5 * losses["a"][0]

@@ -1,0 +1,177 @@
+"""Weightings made of other weightings."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from yoto_jax import weightings
+from yoto_jax.weightings._protocol import make_weighting
+
+STEPS = [{"a": 1.0, "b": 4.0}, {"a": 2.0, "b": 2.0}, {"a": 4.0, "b": 1.0}]
+
+
+def inverse(needs=("losses",), **options):
+    """Weights 1 / loss, or the square root of the inverse diagonal of a Gramian."""
+
+    def update(losses, learned, layout, **seen):
+        gramian = seen.get("gramian")
+        weights = 1 / losses if gramian is None else jnp.diagonal(gramian) ** -0.5
+        return weights, learned + 1.0
+
+    return make_weighting(
+        lambda layout: jnp.zeros((), layout.dtype), update, needs=needs, **options
+    )
+
+
+def run(weighting, steps=STEPS, **statistics):
+    state = weighting.init(steps[0])
+    history = []
+    for losses in steps:
+        weights, state = weighting.update(losses, state, **statistics)
+        chex.assert_trees_all_equal(weights, optax.tree.get(state, "loss_weights"))
+        history.append([float(weights[name]) for name in sorted(weights)])
+    return np.array(history), state
+
+
+def test_every_updates_at_the_first_step_and_then_so_often():
+    history, state = run(weightings.every(inverse(), 2))
+    np.testing.assert_allclose(history, [[1, 0.25], [1, 0.25], [0.25, 1]])
+    assert int(state.inner.num_updates) == 2
+    assert float(state.inner.learned) == 2.0
+
+
+def test_every_of_every_is_due_when_both_are():
+    weighting = weightings.every(weightings.every(inverse(), 2), 3)
+    state = weighting.init(STEPS[0])
+    due = []
+    for k in range(12):
+        due.append(bool(weighting.due(state)))
+        _, state = weighting.update(STEPS[k % 3], state)
+    # The inner one counts the calls that reach it, which are those of the outer one.
+    assert [k for k, now in enumerate(due) if now] == [0]
+
+
+def test_smooth_is_an_average_that_starts_at_the_first_weights():
+    history, _ = run(weightings.smooth(inverse(), 0.75))
+    first = np.array([1, 0.25])
+    second = 0.75 * first + 0.25 * np.array([0.5, 0.5])
+    third = 0.75 * second + 0.25 * np.array([0.25, 1.0])
+    np.testing.assert_allclose(history, [first, second, third])
+
+
+def test_smooth_moves_only_when_the_weights_inside_do():
+    history, _ = run(weightings.smooth(weightings.every(inverse(), 2), 0.5))
+    np.testing.assert_allclose(history, [[1, 0.25], [1, 0.25], [0.625, 0.625]])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+def test_normalize_divides_by_a_running_mean(decay):
+    history, state = run(weightings.normalize(weightings.equal("sum"), decay))
+    values = np.array([[s["a"], s["b"]] for s in STEPS])
+    scale, expected = values[0], []
+    for value in values:
+        scale = scale if not expected else decay * scale + (1 - decay) * value
+        expected.append(1 / scale)
+    np.testing.assert_allclose(history, expected, rtol=1e-6)
+    np.testing.assert_allclose([state.loss_scales[n] for n in "ab"], scale)
+
+
+@pytest.mark.parametrize("name", ["famo", "uncertainty", "dwa", "relobralo", "yoto"])
+def test_normalized_weightings_do_not_see_the_unit_of_a_loss(name):
+    make = {"yoto": lambda: weightings.yoto("a")}.get(name) or getattr(weightings, name)
+    units = {"a": 1000.0, "b": 0.01}
+    plain, _ = run(weightings.normalize(make()))
+    scaled_steps = [{n: units[n] * s[n] for n in s} for s in STEPS]
+    scaled, _ = run(weightings.normalize(make()), scaled_steps)
+    np.testing.assert_allclose(scaled * [1000.0, 0.01], plain, rtol=1e-4)
+
+
+def test_normalize_scales_gradient_statistics():
+    gramian = jnp.array([[4.0, 1.0], [1.0, 9.0]])
+    weighting = weightings.normalize(inverse(needs=("gramian",)), decay=1.0)
+    history, _ = run(weighting, gramian=gramian)
+    # Gradients of the scaled losses have norms 2 / 1 and 3 / 4.
+    np.testing.assert_allclose(history[-1], [1 / 2, 1 / 3], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda w: weightings.smooth(w, 0.5),
+        lambda w: weightings.normalize(w, 0.5),
+        lambda w: weightings.every(w, 1),
+        lambda w: weightings.smooth(weightings.normalize(w), 0.5),
+    ],
+)
+def test_a_bad_batch_is_held_through_wrappers(wrap):
+    weighting = wrap(inverse())
+    state = weighting.init(STEPS[0])
+    for losses in STEPS:
+        weights, state = weighting.update(losses, state)
+    held, after = weighting.update({"a": jnp.nan, "b": 1.0}, state)
+    chex.assert_trees_all_equal(held, weights)
+    assert int(optax.tree.get(after, "num_skipped")) == 1
+    resumed, _ = weighting.update(STEPS[0], after)
+    expected, _ = weighting.update(STEPS[0], state)
+    chex.assert_trees_all_equal(resumed, expected)
+
+
+def test_observers_reach_the_weighting_inside():
+    inner = inverse(
+        observe=lambda learned, layout, *, cotangent_norm, gradient_norm: (
+            learned + cotangent_norm / gradient_norm
+        ),
+        observe_step=lambda losses, learned, layout: learned + 100 * jnp.sum(losses),
+    )
+    for wrap in (
+        lambda w: weightings.smooth(w),
+        lambda w: weightings.every(w, 2),
+        lambda w: weightings.normalize(w),
+    ):
+        weighting = wrap(inner)
+        state = weighting.init(STEPS[0])
+        state = weighting.observe(state, cotangent_norm=6.0, gradient_norm=2.0)
+        assert float(optax.tree.get(state, "learned")) == 3.0
+        state = weighting.observe_step(STEPS[0], state)
+        assert float(optax.tree.get(state, "learned")) == 503.0
+
+
+def test_wrappers_pass_on_what_is_needed():
+    inner = inverse(needs=("gramian", "losses"), downstream="a")
+    for wrap in (weightings.smooth, weightings.normalize):
+        assert wrap(inner).needs == inner.needs
+        assert wrap(inner).downstream == "a"
+        assert wrap(inner).observe is None
+    assert weightings.every(inner, 3).needs == inner.needs
+
+
+def test_errors_name_what_is_wrong():
+    with pytest.raises(ValueError, match="steps must be positive, got 0"):
+        weightings.every(inverse(), 0)
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 1"):
+        weightings.smooth(inverse(), 1)
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], got -1"):
+        weightings.normalize(inverse(), -1)
+    for wrap in (weightings.smooth, weightings.normalize):
+        weighting = wrap(inverse())
+        with pytest.raises(ValueError, match="missing: 'b'; unexpected: 'c'"):
+            weighting.update({"a": 1.0, "c": 1.0}, weighting.init(STEPS[0]))
+
+
+def test_wrappers_under_scan_and_vmap():
+    weighting = weightings.normalize(weightings.smooth(weightings.every(inverse(), 2)))
+    losses = jax.tree.map(lambda *x: jnp.array(x), *STEPS)
+
+    def run_all(losses):
+        state = weighting.init(STEPS[0])
+        step = lambda state, losses: weighting.update(losses, state)[::-1]
+        return jax.lax.scan(step, state, losses)[1]
+
+    expected, _ = run(weighting)
+    got = run_all(losses)
+    np.testing.assert_allclose(np.stack([got["a"], got["b"]], 1), expected, rtol=1e-6)
+    batched = jax.vmap(run_all)(jax.tree.map(lambda x: jnp.stack([x, 2 * x]), losses))
+    chex.assert_trees_all_close(jax.tree.map(lambda x: x[0], batched), got, rtol=1e-6)

@@ -1,0 +1,123 @@
+"""The weightings as a link of an Optax chain, over stacked per-loss gradients."""
+
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+import optax
+from jax import lax
+
+from yoto_jax._gradients import (
+    combine_rows,
+    mean_over,
+    named_axes,
+    place_of,
+    stacked,
+    statistics_of,
+)
+from yoto_jax._loss_logits import PyTree, listed, loss_names
+from yoto_jax.weightings._protocol import GRADIENT_STATISTICS, LossWeighting
+
+
+def aggregate(
+    weighting: LossWeighting,
+    losses: PyTree | int,
+    *,
+    axis_name: Hashable | tuple[Hashable, ...] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Combine per-loss gradients, stacked on a leading axis, into one gradient.
+
+    .. math::
+      u \leftarrow \sum_k w_k u_k, \qquad w = \mathrm{weighting}(L, J J^T).
+
+    The first link of a chain: what comes after it sees gradients of the usual shape. In
+    front of gradient accumulation, each batch is aggregated on its own.
+
+    Args:
+      weighting: Any :class:`yoto_jax.LossWeighting`.
+      losses: A tree of losses, or of anything with their shape and dtype; or just their
+        number K.
+      axis_name: Axis, or axes, of ``pmap`` or ``shard_map`` over which the per-loss
+        gradients are averaged first. Leave it out if they already are.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` whose state is that of the weighting.
+      Its ``update`` takes gradients with a leading axis of length K, as
+      :func:`yoto_jax.value_and_jacobian` makes them, and as keywords ``losses=``, if
+      the weighting looks at loss values, and any other statistic that it needs.
+
+    Raises:
+      ValueError: In ``update``: ``losses`` is missing although the weighting needs
+        them, or an array has no leading axis of length K.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, yoto_jax as yoto
+      >>> loss_fn = lambda w: {"fit": jnp.sum((w - 1) ** 2), "size": jnp.sum(w**2)}
+      >>> w = jnp.array([0.0, 2.0])
+      >>> losses, jacobian = yoto.value_and_jacobian(loss_fn)(w)
+      >>> upgrad = yoto.weightings.upgrad()
+      >>> tx = optax.chain(yoto.aggregate(upgrad, losses), optax.sgd(1.0))
+      >>> updates, state = tx.update(jacobian, tx.init(w), w)
+      >>> print(updates)
+      [ 1. -3.]
+      >>> print(optax.tree.get(state, "loss_weights")["fit"])
+      0.5
+    """
+    if isinstance(losses, int):
+        losses = (0.0,) * losses
+    axes = named_axes(axis_name)
+    count = jax.tree.structure(losses).num_leaves
+    names = loss_names(jax.tree.structure(losses))
+    asked = [name for name in weighting.needs if name in GRADIENT_STATISTICS]
+    aligned = "alignment" in weighting.needs
+
+    def init_fn(params: PyTree) -> Any:
+        del params
+        return weighting.init(losses)
+
+    def update_fn(
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        *,
+        losses: PyTree | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, Any]:
+        del params
+        for path, leaf in jax.tree.leaves_with_path(updates):
+            if leaf.shape[:1] != (count,):
+                raise ValueError(
+                    f"update{jax.tree_util.keystr(path)} must have a leading axis of "
+                    f"length {count}, one entry for each of the losses "
+                    f"{listed(names)}, got shape {leaf.shape}."
+                )
+        if losses is None:
+            if "losses" in weighting.needs:
+                raise ValueError(
+                    "this weighting needs the losses: call update(updates, state, "
+                    "params, losses=losses)."
+                )
+            losses = optax.tree.ones_like(optax.tree.get(state, "loss_weights"))
+        elif axes:
+            losses = mean_over(losses, axes)
+        rows = mean_over(updates, axes)
+        seen = dict(extra_args)
+        if (asked or aligned) and weighting.due is not None:
+            seen |= lax.cond(
+                weighting.due(state),
+                lambda: statistics(rows),
+                lambda: optax.tree.zeros_like(jax.eval_shape(statistics, rows)),
+            )
+        else:
+            seen |= statistics(rows)
+        weights, state = weighting.update(losses, state, **seen)
+        return combine_rows(rows, stacked(weights)), state
+
+    def statistics(rows: PyTree) -> dict[str, jax.Array]:
+        if not aligned:
+            return statistics_of(rows, asked)
+        found = statistics_of(rows, [*asked, "gramian"])
+        place = place_of(weighting.downstream, optax.tree.ones_like(losses))
+        return found | {"alignment": found["gramian"][place]}
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

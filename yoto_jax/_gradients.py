@@ -1,0 +1,715 @@
+"""The engine: losses, their gradients as far as a weighting asks, one update."""
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from yoto_jax._loss_logits import PyTree, find_loss, loss_names, scalar_losses, upcast
+from yoto_jax.weightings._protocol import GRADIENT_STATISTICS, LossWeighting
+
+Align = Literal["train", "validation", "train-validation"]
+Where = Callable[[PyTree], PyTree]
+Axes = tuple[Hashable, ...]
+
+
+class _Pass(NamedTuple):
+    """One batch, forward, and what can be had from it backward."""
+
+    losses: PyTree  # scalars, averaged over the devices
+    aux: Any
+    statistics: Callable[[Sequence[str]], dict[str, jax.Array]]
+    direction: Callable[[int], PyTree]  # gradient of one loss, where weights act
+    along: Callable[[PyTree], jax.Array]  # (K,) derivatives along a direction
+    combine: Callable[[PyTree, Any, LossWeighting], tuple[PyTree, Any]]
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any],
+    weighting: LossWeighting,
+    *,
+    encoder: Callable[..., PyTree] | None = None,
+    has_aux: bool = False,
+    axis_name: Hashable | tuple[Hashable, ...] | None = None,
+    select: Where | None = None,
+    heads: Where | None = None,
+    weigh_heads: bool = False,
+    chunk_size: int | None = None,
+    keep_gradients: bool = True,
+    align: Align = "train",
+    lookahead: jax.typing.ArrayLike = 0.0,
+    statistics: dict[str, Callable[..., Any]] | None = None,
+) -> Callable[..., Any]:
+    r"""Losses, the gradient of their weighted sum, and the weighting's next state.
+
+    .. math::
+      \nabla_\theta \sum_k w_k L_k(\theta) = J^T w, \qquad
+      w = \mathrm{weighting}(L, J J^T).
+
+    The weights are cotangents. A weighting that looks at losses alone costs one forward
+    and one backward pass, as ``jax.value_and_grad`` does. One that looks at gradients
+    gets them from where you say:
+
+    - of all parameters (the default): K backward passes in one ``vmap``. ``chunk_size``
+      bounds how many run at a time. ``keep_gradients=False`` keeps none of the K
+      gradients: the Gramian is summed up array by array, and one more backward pass
+      follows.
+    - of a part of them, ``select=lambda params: params["last shared layer"]``: K
+      backward passes down to there, and one all the way.
+    - of the representation z that all losses share, ``encoder=``: the heads are
+      differentiated once, with a copy of z for each loss, and the encoder once. For a
+      deep encoder this costs hardly more than a plain step, whatever the method.
+
+    Args:
+      loss_fn: ``loss_fn(params, *args) -> losses``, any tree of scalars. With
+        ``encoder``, ``loss_fn(params, z, *args) -> losses``.
+      weighting: Any :class:`yoto_jax.LossWeighting`.
+      encoder: ``encoder(params, *args) -> z``, any tree of arrays that carry the batch
+        axis. The weights then act on the gradient that reaches the parameters through
+        z; what ``loss_fn`` itself uses of the parameters, the heads, descends the plain
+        sum of the losses.
+      has_aux: Whether ``loss_fn`` returns ``(losses, aux)``. To get something out of
+        the encoder, such as batch statistics, pass it through z.
+      axis_name: Axis, or axes, of ``pmap`` or ``shard_map`` that the batch is spread
+        over. Losses and gradients are averaged over it *before* a weight is formed, and
+        come out averaged. Under ``jit`` with sharded arrays nothing is needed.
+      select: Part of the parameters whose gradients the weighting gets to see.
+      heads: Part of the parameters that descends the plain sum of the losses, as the
+        heads do with ``encoder``. All others follow the weights, and the weighting gets
+        to see the gradients of those alone.
+      weigh_heads: With ``encoder``: whether the heads follow the weights too. Costs a
+        second backward pass through them.
+      chunk_size: How many per-loss gradients are computed at a time (``None``: all).
+      keep_gradients: Whether per-loss gradients are kept until the weights are known.
+      align: Which batch shows a weighting with a downstream loss where to go.
+        ``"train"``: the training batch. ``"validation"``: the batch given as
+        ``validation=``, on which the weights are formed altogether.
+        ``"train-validation"``: the gradient of the downstream loss comes from there,
+        the others from the training batch; their inner products are exact directional
+        derivatives (``jax.jvp``).
+      lookahead: Learning rate of the virtual step at whose end the downstream gradient
+        is taken, for a weighting that asks for ``"alignment"``.
+      statistics: Functions ``(params, *args) -> (K,) or a tree like the losses`` for
+        whatever else the weighting needs, by the name it asks for.
+
+    Returns:
+      ``fn(params, state, *args, validation=None, direction=None, **kwargs)``, giving
+      ``(losses, grads, state)``, with ``(losses, aux)`` in the first place if
+      ``has_aux``. ``losses`` are unweighted. ``state`` comes from
+      ``weighting.init(losses)``; its ``loss_weights`` are those just used. ``kwargs``
+      go to ``loss_fn`` and ``encoder``. ``validation`` is a tuple of arguments that
+      takes the place of ``args``; ``direction`` a tree like the parameters that takes
+      the place of the downstream gradient, for example a running mean of it.
+
+    Raises:
+      TypeError: A loss is not a floating-point number.
+      ValueError: Options that exclude each other; a loss that is not a scalar, or
+        losses that do not match the state; an unknown downstream loss; a weighting that
+        needs what nobody provides.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, yoto_jax as yoto
+      >>> def loss_fn(w, x):
+      ...     return {"fit": jnp.mean((x @ w - 1) ** 2), "size": jnp.sum(w**2)}
+      >>> w, x = jnp.array([0.5, -1.0]), jnp.eye(2)
+      >>> weighting = yoto.weightings.upgrad()
+      >>> state = weighting.init(jax.eval_shape(loss_fn, w, x))
+      >>> step = jax.jit(yoto.value_and_grad(loss_fn, weighting))
+      >>> losses, grads, state = step(w, state, x)
+      >>> print(grads, state.loss_weights["size"])
+      [ 0.33 -2.3 ] 0.57
+
+    References:
+      Sener and Koltun, `Multi-Task Learning as Multi-Objective Optimization
+      <https://arxiv.org/abs/1810.04650>`_, 2018, Section 3.3, for gradients of the
+      representation; Karpukhin and Savchenko, `When Losses Align
+      <https://arxiv.org/abs/2605.07756>`_, 2026, for downstream losses and heads.
+
+    .. warning::
+      With ``encoder``, gradients of z stand in for gradients of the parameters. That is
+      exact where the Jacobian of the encoder is orthogonal, and a bound elsewhere. The
+      K copies of z cost nothing under ``jit``, which computes their common forward pass
+      once; outside it, the heads run K times.
+
+      A batch on which a loss or gradient is not finite leaves the state as it was, but
+      for its counter ``num_skipped``; the gradient still carries the batch's NaN. Use
+      ``optax.apply_if_finite`` to keep it from the parameters.
+    """
+    _check_options(weighting, encoder, select, heads, weigh_heads, align, statistics)
+    axes = named_axes(axis_name)
+    asked = [name for name in weighting.needs if name in GRADIENT_STATISTICS]
+    aligned = "alignment" in weighting.needs
+    if chunk_size is not None and not keep_gradients and "gramian" in asked:
+        raise ValueError(
+            "a Gramian in chunks needs keep_gradients=True: every gradient meets every "
+            "other."
+        )
+
+    def run(params: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Pass:
+        local = _vary(params, axes)
+        if encoder is None:
+            f = lambda p: _split(loss_fn(p, *args, **kwargs), has_aux)
+            return _direct(
+                f, local, axes, weighting, select, heads, chunk_size, keep_gradients
+            )
+        encode = lambda p: encoder(p, *args, **kwargs)
+        decode = lambda p, z: _split(loss_fn(p, z, *args, **kwargs), has_aux)
+        return _encoded(encode, decode, local, axes, weigh_heads)
+
+    def fn(
+        params: PyTree,
+        state: Any,
+        *args: Any,
+        validation: tuple[Any, ...] | None = None,
+        direction: PyTree | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, PyTree, Any]:
+        _check_validation(align, aligned, validation, direction)
+        training = run(params, args, kwargs)
+        steering = training
+        if align == "validation":
+            steering = run(params, validation or (), kwargs)
+
+        def look() -> dict[str, Any]:
+            found: dict[str, Any] = steering.statistics(asked) if asked else {}
+            for name, statistic in (statistics or {}).items():
+                found[name] = mean_over(statistic(params, *args, **kwargs), axes)
+            return found
+
+        seen = look() if weighting.due is None else _if_due(weighting, state, look)
+        if aligned or align == "train-validation":
+            place = place_of(weighting.downstream, training.losses)
+            if direction is None:
+                where = params
+                if aligned:
+                    weights = optax.tree.get(state, "loss_weights")
+                    descent, _ = training.combine(weights, state, _silent(weighting))
+                    where = jax.tree.map(
+                        lambda p, g: (p - lookahead * g).astype(p.dtype),
+                        params,
+                        descent,
+                    )
+                batch = args if validation is None else validation
+                direction = run(where, batch, kwargs).direction(place)
+            derivatives = training.along(direction)
+            if aligned:
+                seen["alignment"] = derivatives
+            else:
+                seen["gramian"] = _replace_row(
+                    seen["gramian"], place, derivatives, _squared_norm(direction)
+                )
+
+        weights, state = weighting.update(steering.losses, state, **seen)
+        grads, state = training.combine(weights, state, weighting)
+        out = (training.losses, training.aux) if has_aux else training.losses
+        return out, grads, state
+
+    return fn
+
+
+def value_and_jacobian(
+    loss_fn: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+) -> Callable[..., Any]:
+    """Losses, and their gradients stacked on a leading axis, for ``aggregate``.
+
+    Args:
+      loss_fn: ``loss_fn(params, *args) -> losses``, any tree of scalars.
+      has_aux: Whether ``loss_fn`` returns ``(losses, aux)``.
+      chunk_size: How many gradients are computed at a time (``None``: all).
+
+    Returns:
+      ``fn(params, *args, **kwargs) -> (losses, jacobian)``: a tree like ``params``
+      whose every array has a new first axis of length K, in the order of
+      ``jax.tree.leaves(losses)``. With ``has_aux``, ``((losses, aux), jacobian)``.
+
+    Raises:
+      TypeError: A loss is not a floating-point number.
+      ValueError: A loss is not a scalar.
+
+    Examples:
+      >>> import jax.numpy as jnp, yoto_jax as yoto
+      >>> loss_fn = lambda w: {"fit": jnp.sum((w - 1) ** 2), "size": jnp.sum(w**2)}
+      >>> losses, jacobian = yoto.value_and_jacobian(loss_fn)(jnp.array([0.0, 2.0]))
+      >>> print(jacobian)
+      [[-2.  2.]
+       [ 0.  4.]]
+    """
+
+    def fn(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+        f = lambda p: _split(loss_fn(p, *args, **kwargs), has_aux)
+        losses, pullback, aux = jax.vjp(f, params, has_aux=True)
+        jacobian = _rows(lambda ct: pullback(ct)[0], losses, chunk_size)
+        return ((losses, aux) if has_aux else losses), jacobian
+
+    return fn
+
+
+# Where gradients come from.
+
+
+def _direct(
+    f: Callable[[PyTree], tuple[PyTree, Any]],
+    params: PyTree,
+    axes: Axes,
+    weighting: LossWeighting,
+    select: Where | None,
+    heads: Where | None,
+    chunk_size: int | None,
+    keep: bool,
+) -> _Pass:
+    """Gradients of the parameters."""
+    losses, pullback, aux = jax.vjp(f, params, has_aux=True)
+    scalar_losses(losses)
+    keep = keep and select is None and weighting.due is None
+    pull = lambda ct: mean_over(pullback(ct)[0], axes)
+    pull_selected = pull if select is None else _pull_part(f, params, select, axes)
+    apart = [] if heads is None else _leaf_places(params, heads)
+    if len(apart) == len(jax.tree.leaves(params)):
+        raise ValueError("heads= names all parameters: none are left to be weighed.")
+
+    def without_heads(rows: PyTree) -> PyTree:
+        if select is not None:
+            return rows
+        leaves = jax.tree.leaves(rows)
+        return [leaf for place, leaf in enumerate(leaves) if place not in apart]
+
+    kept: list[PyTree] = []
+
+    def statistics(names: Sequence[str]) -> dict[str, jax.Array]:
+        if not keep and "gramian" not in names:
+            row = lambda ct: without_heads(pull_selected(ct))
+            one = lambda ct: statistics_of(_add_axis(row(ct)), names)
+            found = lax.map(one, _basis(losses), batch_size=chunk_size or 1)
+            return {name: x[:, 0] for name, x in found.items()}
+        rows = _rows(pull_selected, losses, chunk_size)
+        if keep:
+            kept.append(rows)
+        return statistics_of(without_heads(rows), names)
+
+    def direction(place: int) -> PyTree:
+        return pull(_one_hot(losses, place))
+
+    def along(v: PyTree) -> jax.Array:
+        v = jax.tree.map(lambda x, p: x.astype(p.dtype), v, params)
+        _, tangents = jax.jvp(lambda p: f(p)[0], (params,), (_vary(v, axes),))
+        return stacked(mean_over(tangents, axes))
+
+    def combine(weights: PyTree, state: Any, _: Any) -> tuple[PyTree, Any]:
+        if kept:
+            grads = combine_rows(kept[0], stacked(weights))
+        else:
+            grads = pull(_cotangents(weights, losses))
+        if heads is not None:
+            if kept:
+                ones = jnp.ones_like(stacked(weights))
+                plain = jax.tree.leaves(combine_rows(kept[0], ones))
+                part = {place: plain[place] for place in apart}
+            else:
+                ones = jax.tree.map(jnp.ones_like, weights)
+                part = _pull_part(f, params, heads, axes)(_cotangents(ones, losses))
+            leaves, structure = jax.tree.flatten(grads)
+            leaves = [part.get(place, leaf) for place, leaf in enumerate(leaves)]
+            grads = structure.unflatten(leaves)
+        return grads, state
+
+    averaged = mean_over(losses, axes)
+    return _Pass(averaged, aux, statistics, direction, along, combine)
+
+
+def _encoded(
+    encode: Callable[[PyTree], PyTree],
+    decode: Callable[[PyTree, PyTree], tuple[PyTree, Any]],
+    params: PyTree,
+    axes: Axes,
+    weigh_heads: bool,
+) -> _Pass:
+    """Gradients of the representation: one backward pass through the encoder."""
+    z, encoder_pullback = jax.vjp(encode, params)
+    shapes = jax.eval_shape(lambda p, z: decode(p, z)[0], params, z)
+    scalar_losses(shapes)
+    structure = jax.tree.structure(shapes)
+    count = structure.num_leaves
+
+    def each_from_its_copy(p: PyTree, copies: list[PyTree]) -> tuple[PyTree, Any]:
+        # Under jit the copies are one array, and the forward passes one computation.
+        outs = [decode(p, copy) for copy in copies]
+        leaves = [jax.tree.leaves(losses)[k] for k, (losses, _) in enumerate(outs)]
+        return structure.unflatten(leaves), outs[0][1]
+
+    losses, pullback, aux = jax.vjp(
+        each_from_its_copy, params, [z] * count, has_aux=True
+    )
+    plain = _cotangents(jax.tree.map(lambda x: jnp.ones(()), losses), losses)
+    head_grads, rows = pullback(plain)
+    devices = lax.psum(1, axes) if axes else 1
+    averaged = mean_over(losses, axes)
+
+    def encoder_pull(cotangent: PyTree) -> PyTree:
+        return encoder_pullback(jax.tree.map(_match, cotangent, z))[0]
+
+    def statistics(names: Sequence[str]) -> dict[str, jax.Array]:
+        # Seen from all devices, z is the devices' parts side by side, and the gradient
+        # of a mean over n devices is 1/n of the local one.
+        local = _statistics_of_list(rows, names)
+        total: dict[str, jax.Array] = {}
+        for name, x in local.items():
+            if not axes:
+                total[name] = x
+            elif name == "gramian":
+                total[name] = lax.psum(x, axes) / devices**2
+            elif name == "norms":
+                total[name] = jnp.sqrt(lax.psum(x**2, axes)) / devices
+            elif name == "max_abs":
+                total[name] = lax.pmax(x, axes) / devices
+            else:
+                total[name] = lax.pmean(x, axes) / devices
+        return total
+
+    def direction(place: int) -> PyTree:
+        return mean_over(encoder_pull(rows[place]), axes)
+
+    def along(v: PyTree) -> jax.Array:
+        v = jax.tree.map(lambda x, p: x.astype(p.dtype), v, params)
+        _, tangent = jax.jvp(encode, (params,), (_vary(v, axes),))
+        products = jnp.stack([_dot(row, tangent) for row in rows])
+        return mean_over(products, axes)
+
+    def combine(
+        weights: PyTree, state: Any, weighting: LossWeighting
+    ) -> tuple[PyTree, Any]:
+        vector = stacked(weights)
+        cotangent = jax.tree.map(
+            lambda *xs: _weighted_sum(vector, xs),
+            *rows,
+            is_leaf=lambda x: x is None,
+        )
+        through_encoder = encoder_pull(cotangent)
+        own = head_grads
+        if weigh_heads:
+            own = pullback(_cotangents(weights, losses))[0]
+        add = lambda a, b: jax.tree.map(jnp.add, a, b)
+        if weighting.observe is None:
+            return mean_over(add(through_encoder, own), axes), state
+        squared = _squared_norm(cotangent)
+        if axes:
+            squared = lax.psum(squared, axes) / devices**2
+            through_encoder, own = mean_over((through_encoder, own), axes)
+        state = weighting.observe(
+            state,
+            cotangent_norm=jnp.sqrt(squared),
+            gradient_norm=jnp.sqrt(_squared_norm(through_encoder)),
+        )
+        return add(through_encoder, own), state
+
+    return _Pass(averaged, aux, statistics, direction, along, combine)
+
+
+def _if_due(
+    weighting: LossWeighting, state: Any, look: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Statistics if the weighting is about to look at them, or else zeros."""
+    assert weighting.due is not None
+    shapes = jax.eval_shape(look)
+    idle = lambda: optax.tree.zeros_like(shapes)
+    return lax.cond(weighting.due(state), look, idle) if shapes else {}
+
+
+# What is told of them.
+
+
+def statistics_of(rows: PyTree, names: Sequence[str]) -> dict[str, jax.Array]:
+    """Statistics of gradients stacked on the first axis, summed up leaf by leaf."""
+    flat = [x.reshape(x.shape[0], -1) for x in _floating(rows)]
+    found: dict[str, Any] = {}
+    if "gramian" in names:
+        found["gramian"] = _total(_products(x) for x in flat)
+    if "norms" in names:
+        squares = (jnp.sum(jnp.square(upcast(x)), axis=1) for x in flat)
+        found["norms"] = jnp.sqrt(_total(squares))
+    if "max_abs" in names:
+        largest = [jnp.max(jnp.abs(upcast(x)), axis=1, initial=0.0) for x in flat]
+        found["max_abs"] = functools.reduce(jnp.maximum, largest)
+    if "mean_abs" in names:
+        entries = max(1, sum(x.shape[1] for x in flat))
+        sums = (jnp.sum(jnp.abs(upcast(x)), axis=1) for x in flat)
+        found["mean_abs"] = _total(sums) / entries
+    return found
+
+
+def _statistics_of_list(
+    rows: Sequence[PyTree], names: Sequence[str]
+) -> dict[str, jax.Array]:
+    """The same of a list of gradients, which need not be copied side by side."""
+    if "gramian" in names:
+        count = len(rows)
+        dots = {
+            (i, j): _dot(rows[i], rows[j]) for i in range(count) for j in range(i + 1)
+        }
+        gramian = jnp.stack(
+            [
+                jnp.stack([dots[max(i, j), min(i, j)] for j in range(count)])
+                for i in range(count)
+            ]
+        )
+        rest = [name for name in names if name != "gramian"]
+        return {"gramian": gramian} | _statistics_of_list(rows, rest)
+    if not names:
+        return {}
+    each = [statistics_of(_add_axis(row), names) for row in rows]
+    return {name: jnp.concatenate([x[name] for x in each]) for name in names}
+
+
+def _products(x: jax.Array) -> jax.Array:
+    """Inner products of the rows, in float32 at least, whatever the accelerator."""
+    return lax.dot_general(
+        x,
+        x,
+        (((1,), (1,)), ((), ())),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+    )
+
+
+def _dot(a: PyTree, b: PyTree) -> jax.Array:
+    pairs = zip(_floating(a), _floating(b), strict=True)
+    return _total(jnp.sum(upcast(x) * upcast(y)) for x, y in pairs)
+
+
+def _squared_norm(tree: PyTree) -> jax.Array:
+    return _total(jnp.sum(jnp.square(upcast(x))) for x in _floating(tree))
+
+
+def _floating(tree: PyTree) -> list[jax.Array]:
+    return [x for x in jax.tree.leaves(tree) if x.dtype != jax.dtypes.float0]
+
+
+def _total(terms: Any) -> jax.Array:
+    return functools.reduce(jnp.add, terms)
+
+
+def _replace_row(
+    gramian: jax.Array, place: int, row: jax.Array, corner: jax.Array
+) -> jax.Array:
+    gramian = gramian.at[place, :].set(row).at[:, place].set(row)
+    return gramian.at[place, place].set(corner)
+
+
+# Cotangents and rows.
+
+
+def _cotangents(weights: PyTree, losses: PyTree) -> PyTree:
+    return jax.tree.map(lambda w, x: _match(w.astype(x.dtype), x), weights, losses)
+
+
+def _match(x: Any, like: Any) -> Any:
+    """``x`` varying over the same axes as ``like``, as pullbacks insist."""
+    return _vary(x, tuple(_varying(like)))
+
+
+def _one_hot(losses: PyTree, place: int) -> PyTree:
+    leaves, structure = jax.tree.flatten(losses)
+    ones = [
+        jnp.full((), float(k == place), leaf.dtype) for k, leaf in enumerate(leaves)
+    ]
+    return jax.tree.map(_match, structure.unflatten(ones), losses)
+
+
+def _basis(losses: PyTree) -> PyTree:
+    """All one-hot cotangents, stacked on a leading axis."""
+    leaves, structure = jax.tree.flatten(losses)
+    eye = np.eye(len(leaves))
+    columns = [_match(jnp.asarray(eye[k], x.dtype), x) for k, x in enumerate(leaves)]
+    return structure.unflatten(columns)
+
+
+def _rows(
+    pull: Callable[[PyTree], PyTree], losses: PyTree, chunk_size: int | None
+) -> PyTree:
+    scalar_losses(losses)
+    basis = _basis(losses)
+    if chunk_size is None:
+        return jax.vmap(pull)(basis)
+    return lax.map(pull, basis, batch_size=chunk_size)
+
+
+def combine_rows(rows: PyTree, weights: jax.Array) -> PyTree:
+    def combine(row: jax.Array) -> jax.Array:
+        if row.dtype == jax.dtypes.float0:
+            return row[0]
+        return _weighted_sum(weights, [row[k] for k in range(row.shape[0])])
+
+    return jax.tree.map(combine, rows)
+
+
+def _weighted_sum(weights: jax.Array, terms: Sequence[jax.Array]) -> jax.Array:
+    """Weights times gradients, added in float32 at least; a weight of 0 is none."""
+    if terms[0].dtype == jax.dtypes.float0:
+        return terms[0]
+    total = _total(weights[k] * upcast(x) for k, x in enumerate(terms))
+    return total.astype(terms[0].dtype)
+
+
+def stacked(tree: PyTree) -> jax.Array:
+    return jnp.stack([upcast(jnp.asarray(x)) for x in jax.tree.leaves(tree)])
+
+
+def _add_axis(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x[None], tree)
+
+
+# Parts of the parameters.
+
+
+def _leaf_places(params: PyTree, where: Where) -> list[int]:
+    """Which leaves a function picks out of a tree."""
+    structure = jax.tree.structure(params)
+    places = jax.tree.leaves(where(structure.unflatten(range(structure.num_leaves))))
+    if not places or not all(isinstance(place, int) for place in places):
+        raise ValueError(
+            "select and heads must return a part of the parameters as it is, such as "
+            "lambda params: params['encoder'], with at least one array in it."
+        )
+    return places
+
+
+def _pull_part(
+    f: Callable[[PyTree], tuple[PyTree, Any]],
+    params: PyTree,
+    where: Where,
+    axes: Axes,
+) -> Callable[[PyTree], dict[int, jax.Array]]:
+    """A pullback to some leaves alone: what lies before them is never computed."""
+    leaves, structure = jax.tree.flatten(params)
+    places = _leaf_places(params, where)
+
+    def of_part(part: dict[int, jax.Array]) -> PyTree:
+        merged = [part.get(place, leaf) for place, leaf in enumerate(leaves)]
+        return f(structure.unflatten(merged))[0]
+
+    _, pullback = jax.vjp(of_part, {place: leaves[place] for place in places})
+    return lambda ct: mean_over(pullback(ct)[0], axes)
+
+
+# Axes of pmap and shard_map.
+
+
+def named_axes(axis_name: Any) -> Axes:
+    if axis_name is None:
+        return ()
+    return axis_name if isinstance(axis_name, tuple) else (axis_name,)
+
+
+def _vary(tree: PyTree, axes: Sequence[Hashable]) -> PyTree:
+    """Parameters as each device's own, so that gradients are those of its own losses.
+
+    Inside ``shard_map`` that checks varying axes, the gradient with respect to a value
+    that is the same everywhere is summed over the devices on its own accord.
+    """
+
+    def vary(x: Any) -> Any:
+        missing = tuple(axis for axis in axes if axis not in _varying(x))
+        return _to_varying(x, missing) if missing else x
+
+    return jax.tree.map(vary, tree) if axes else tree
+
+
+def _varying(x: Any) -> frozenset[Hashable]:
+    """The axes of ``shard_map`` along which a value may differ."""
+    kind = jax.typeof(x)
+    return kind.mat.varying if hasattr(kind, "mat") else kind.vma
+
+
+def _to_varying(x: jax.Array, axes: Axes) -> jax.Array:
+    if hasattr(lax, "pcast"):
+        return lax.pcast(x, axes, to="varying")
+    return lax.pvary(x, axes)  # jax < 0.9
+
+
+def mean_over(tree: PyTree, axes: Axes) -> PyTree:
+    if not axes:
+        return tree
+
+    def mean(x: Any) -> Any:
+        return x if x.dtype == jax.dtypes.float0 else lax.pmean(_vary(x, axes), axes)
+
+    return jax.tree.map(mean, tree)
+
+
+# Checks.
+
+
+def _split(out: Any, has_aux: bool) -> tuple[PyTree, Any]:
+    return out if has_aux else (out, None)
+
+
+def _silent(weighting: LossWeighting) -> LossWeighting:
+    return weighting._replace(observe=None)
+
+
+def place_of(downstream: Any, losses: PyTree) -> int:
+    structure = jax.tree.structure(losses)
+    return find_loss("downstream", downstream, losses, loss_names(structure))
+
+
+def _check_options(
+    weighting: LossWeighting,
+    encoder: Any,
+    select: Any,
+    heads: Any,
+    weigh_heads: bool,
+    align: str,
+    statistics: dict[str, Any] | None,
+) -> None:
+    if not isinstance(weighting, LossWeighting):
+        raise TypeError(
+            "weighting must be a LossWeighting, such as yoto.weightings.equal(), got "
+            f"{type(weighting).__name__}."
+        )
+    if encoder is not None and (select is not None or heads is not None):
+        raise ValueError(
+            "encoder= says where gradients are taken and which parameters are heads: "
+            "give neither select= nor heads= with it."
+        )
+    if weigh_heads and encoder is None:
+        raise ValueError("weigh_heads= is about the heads of encoder=: give both.")
+    if align not in ("train", "validation", "train-validation"):
+        raise ValueError(
+            f"align must be 'train', 'validation' or 'train-validation', got {align!r}."
+        )
+    if align != "train" and weighting.downstream is None:
+        raise ValueError(
+            f"align={align!r} is for weightings that follow a downstream loss."
+        )
+    known = (*GRADIENT_STATISTICS, "losses", "alignment", *(statistics or {}))
+    for name in weighting.needs:
+        if name not in known:
+            raise ValueError(
+                f"this weighting needs {name!r}, which losses and gradients do not "
+                f"tell: give statistics={{{name!r}: function}}."
+            )
+
+
+def _check_validation(
+    align: str, aligned: bool, validation: Any, direction: Any
+) -> None:
+    if validation is not None and not isinstance(validation, tuple):
+        raise TypeError(
+            "validation must be a tuple of arguments in place of args, such as "
+            f"(batch,), got {type(validation).__name__}."
+        )
+    wants = align != "train"
+    if wants and validation is None and direction is None:
+        raise ValueError(f"align={align!r} needs validation=(...) in every call.")
+    if not wants and not aligned and (validation is not None or direction is not None):
+        raise ValueError(
+            "validation= and direction= are for align='validation' or "
+            "'train-validation'."
+        )

@@ -1,0 +1,93 @@
+"""You Only Train Once, with the loss logits in the state of the weighting."""
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from yoto_jax._composite_loss import composite_loss
+from yoto_jax._loss_logits import LossLogits, PyTree, init_loss_logits, loss_weights
+from yoto_jax._optimizers import adamw
+from yoto_jax.weightings._protocol import (
+    Layout,
+    LossWeighting,
+    descend,
+    make_weighting,
+)
+
+
+class YotoState(NamedTuple):
+    """What :func:`yoto` has learned."""
+
+    mu: LossLogits  # (K,) logits, primary loss left out
+    optimizer: optax.OptState
+
+
+def yoto(
+    primary: str | int | None,
+    epsilon: PyTree = 0.1,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+) -> LossWeighting:
+    r"""Softmax weights that descend the composite loss, as layer 1 has them.
+
+    .. math::
+      \lambda = \mathrm{Softmax}(\mu), \qquad
+      \frac{\partial L_e}{\partial \mu_i} = \lambda_i (l_i - L_e),
+
+    and an optimizer with hyperparameter decay that steps on :math:`\mu`. The logits are
+    in the state instead of among the parameters; step for step the weights are those of
+    :func:`yoto_jax.composite_loss` with the same optimizer for model and logits.
+
+    Args:
+      primary: The loss whose logit stays 0, see :func:`yoto_jax.init_loss_logits`.
+      epsilon: Initial weights relative to the primary loss.
+      optimizer: What steps on the logits; :func:`yoto_jax.adamw` with a learning rate
+        of 1e-3 if none is given. It should decay hyperparameters.
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting`; its weights are positive and sum to 1.
+
+    Raises:
+      TypeError: ``primary`` is neither a path, nor an index, nor ``None``.
+      ValueError: In ``init``: see :func:`yoto_jax.init_loss_logits`.
+
+    Examples:
+      >>> import yoto_jax as yoto
+      >>> losses = {"depth": 2.0, "camera": 1.0}
+      >>> weighting = yoto.weightings.yoto("depth", epsilon=0.25)
+      >>> weights, state = weighting.update(losses, weighting.init(losses))
+      >>> print({name: round(float(weight), 2) for name, weight in weights.items()})
+      {'camera': 0.2, 'depth': 0.8}
+      >>> state.learned.mu  # The smaller loss gains weight; it was log(0.25) = -1.386.
+      LossLogits(camera=-1.385, depth=None)
+
+    References:
+      Sakaridis, `You Only Train Once <https://arxiv.org/abs/2506.04349>`_, 2025,
+      Eqs. 5 to 8 and Algorithm 1.
+    """
+    tx = adamw(1e-3) if optimizer is None else optimizer
+
+    def logits(layout: Layout) -> LossLogits:
+        losses = layout.structure.unflatten([layout.full(0.0)[0]] * layout.size)
+        mu = init_loss_logits(losses, primary, epsilon)
+        return jax.tree.map(lambda x: x.astype(layout.dtype), mu)
+
+    def init(layout: Layout) -> YotoState:
+        mu: Any = logits(layout)
+        return YotoState(mu, tx.init(mu))
+
+    def weights(mu: LossLogits, layout: Layout) -> jax.Array:
+        return layout.vector("weights", loss_weights(mu))
+
+    def update(
+        losses: jax.Array, learned: YotoState, layout: Layout
+    ) -> tuple[jax.Array, YotoState]:
+        tree: Any = layout.structure.unflatten(list(losses))
+        slope = jax.grad(composite_loss, argnums=1)(tree, learned.mu)
+        mu, state = descend(tx, slope, learned.optimizer, learned.mu)
+        return weights(learned.mu, layout), YotoState(mu, state)
+
+    return make_weighting(
+        init, update, first_weights=lambda layout: weights(logits(layout), layout)
+    )
