@@ -1,0 +1,810 @@
+"""Weightings that look at losses, gradient norms or the tangent kernel."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental import checkify
+
+from tests import _oracles_losses as oracles
+from yoto_jax.weightings._causal import causal
+from yoto_jax.weightings._dwa import dwa
+from yoto_jax.weightings._famo import famo
+from yoto_jax.weightings._geometric import geometric
+from yoto_jax.weightings._grad_norm_balance import grad_norm_balance
+from yoto_jax.weightings._gradnorm import gradnorm
+from yoto_jax.weightings._imtl_l import imtl_l
+from yoto_jax.weightings._lr_annealing import lr_annealing
+from yoto_jax.weightings._ntk import ntk, ntk_diagonal, ntk_surrogate
+from yoto_jax.weightings._random import random
+from yoto_jax.weightings._relobralo import relobralo
+from yoto_jax.weightings._scale_invariant import scale_invariant
+from yoto_jax.weightings._softadapt import softadapt
+from yoto_jax.weightings._stch import stch
+from yoto_jax.weightings._uncertainty import uncertainty
+
+
+def example_run(updates=30, count=4, seed=0):
+    """Falling positive losses of many sizes, and positive gradient statistics."""
+    rng = np.random.default_rng(seed)
+    sizes = 10.0 ** np.linspace(-2, 2, count)
+    walk = np.cumsum(rng.normal(-0.03, 0.2, (updates, count)), axis=0)
+    norms = sizes[::-1] ** 0.5
+    statistics = norms * np.exp(rng.normal(0, 0.5, (2, updates, count)))
+    return sizes * np.exp(walk), np.max(statistics, 0), np.min(statistics, 0)
+
+
+LOSSES, LARGE, SMALL = example_run()  # (T, K) each
+T, K = LOSSES.shape
+
+
+def run(weighting, losses, **statistics):
+    """Weights (T, K) of a compiled run and its last state."""
+    losses = jnp.asarray(losses, jnp.result_type(float))
+    statistics = {k: jnp.asarray(v, losses.dtype) for k, v in statistics.items()}
+
+    @jax.jit
+    def scanned(losses, statistics):
+        def body(state, inputs):
+            values, given = inputs
+            weights, state = weighting.update(list(values), state, **given)
+            return state, jnp.stack(weights)
+
+        state = weighting.init(list(losses[0]))
+        return jax.lax.scan(body, state, (losses, statistics))
+
+    state, weights = scanned(losses, statistics)
+    return np.asarray(weights), state
+
+
+def keeps(seed, beta, updates, dtype):
+    key, drawn = jax.random.fold_in(jax.random.key(seed), 0), []
+    for _ in range(updates):
+        key, draw = jax.random.split(key)
+        drawn.append(bool(jax.random.bernoulli(draw, jnp.asarray(beta, dtype))))
+    return drawn
+
+
+KINDS = ["regression", "classification", "classification", "regression"]
+BOUNDS = [-1.0, 0.005, -30.0, 0.0]
+SURROGATE = LARGE / (2 * np.sqrt(LOSSES))
+SQUARES = SMALL**2
+
+CASES = {
+    "scale_invariant": (scale_invariant, lambda: 1 / LOSSES, {}),
+    "geometric": (
+        geometric,
+        lambda: np.prod(LOSSES, 1, keepdims=True) ** (1 / K) / (K * LOSSES),
+        {},
+    ),
+    "uncertainty": (uncertainty, lambda: oracles.uncertainty(LOSSES), {}),
+    "uncertainty of both kinds": (
+        lambda: uncertainty(KINDS, initial=-0.5),
+        lambda: oracles.uncertainty(LOSSES, np.array([0.5, 1, 1, 0.5]), -0.5),
+        {},
+    ),
+    "imtl_l": (imtl_l, lambda: oracles.imtl_l(LOSSES), {}),
+    "dwa": (dwa, lambda: oracles.dwa(LOSSES), {}),
+    "dwa by windows": (
+        lambda: dwa(0.5, window=7),
+        lambda: oracles.dwa(LOSSES, 0.5, 7),
+        {},
+    ),
+    "softadapt": (softadapt, lambda: oracles.softadapt(LOSSES), {}),
+    "softadapt, paper": (
+        lambda: softadapt(0.1, form="difference", loss_weighted=True),
+        lambda: oracles.softadapt(LOSSES, 0.1, "difference", True),
+        {},
+    ),
+    "softadapt, differences": (
+        lambda: softadapt(-0.1, form="difference"),
+        lambda: oracles.softadapt(LOSSES, -0.1, "difference"),
+        {},
+    ),
+    "relobralo": (
+        lambda: relobralo(alpha=0.8, beta=0.6, temperature=0.3, key=3),
+        lambda: oracles.relobralo(
+            LOSSES, keeps(3, 0.6, T, jnp.result_type(float)), 0.8, 0.3
+        ),
+        {},
+    ),
+    "famo": (famo, lambda: oracles.famo(LOSSES), {}),
+    "famo with bounds": (
+        lambda: famo(gamma=0.1, lower_bounds=BOUNDS),
+        lambda: oracles.famo(LOSSES, 0.1, np.array(BOUNDS)),
+        {},
+    ),
+    "stch": (
+        lambda: stch(5.0, preference=[0.1, 0.2, 0.3, 0.4], ideal=[0, 0, 1, 2]),
+        lambda: np.array(
+            [
+                p * oracles.softmax(p * (loss - np.array([0, 0, 1, 2])) / 5)
+                for p in [np.array([0.1, 0.2, 0.3, 0.4])]
+                for loss in LOSSES
+            ]
+        ),
+        {},
+    ),
+    "stch, logarithms": (
+        lambda: stch(0.7, form="log"),
+        lambda: oracles.stch_log(LOSSES, 0.7, 0),
+        {},
+    ),
+    "stch, logarithms and nadir": (
+        lambda: stch(0.7, form="log", warmup=5),
+        lambda: oracles.stch_log(LOSSES, 0.7, 5),
+        {},
+    ),
+    "causal": (
+        lambda: causal(0.5),
+        lambda: np.array(
+            [
+                [np.exp(-0.5 * loss[:k].sum()) / len(loss) for k in range(len(loss))]
+                for loss in LOSSES
+            ]
+        ),
+        {},
+    ),
+    "gradnorm": (gradnorm, lambda: oracles.gradnorm(LOSSES, LARGE), {"norms": LARGE}),
+    "gradnorm with a small alpha": (
+        lambda: gradnorm(0.12),
+        lambda: oracles.gradnorm(LOSSES, LARGE, 0.12),
+        {"norms": LARGE},
+    ),
+    "grad_norm_balance": (
+        grad_norm_balance,
+        lambda: oracles.grad_norm_balance(LARGE),
+        {"norms": LARGE},
+    ),
+    "lr_annealing": (
+        lambda: lr_annealing(2, decay=0.8),
+        lambda: oracles.lr_annealing(2, LARGE, SMALL, 0.8),
+        {"max_abs": LARGE, "mean_abs": SMALL},
+    ),
+    "lr_annealing by means": (
+        lambda: lr_annealing(2, statistic="mean"),
+        lambda: oracles.lr_annealing(2, SMALL, SMALL),
+        {"mean_abs": SMALL},
+    ),
+    "ntk": (
+        lambda: ntk(eps=1e-9),
+        lambda: oracles.averages(SQUARES.mean(1, keepdims=True) / SQUARES),
+        {"ntk_diagonal": SQUARES},
+    ),
+    "ntk by traces": (
+        lambda: ntk(eps=1e-9, reduction="sum", decay=0.5),
+        lambda: oracles.averages(SQUARES.sum(1, keepdims=True) / SQUARES, 0.5),
+        {"ntk_diagonal": SQUARES},
+    ),
+    "ntk_surrogate": (
+        ntk_surrogate,
+        lambda: oracles.averages(SURROGATE.sum(1, keepdims=True) / SURROGATE),
+        {"norms": LARGE},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("x64", [True, False])
+def test_weights_equal_an_independent_oracle_at_every_update(name, x64):
+    make, oracle, statistics = CASES[name]
+    with jax.enable_x64(x64):
+        weights, state = run(make(), LOSSES, **statistics)
+        expected = oracle()
+        assert weights.dtype == (np.float64 if x64 else np.float32)
+    # Rounding of thirty updates adds up: 3e-15 at most in float64, in float32 5e-6, and
+    # 3e-5 in gradnorm, whose weights are renormalised at every update.
+    np.testing.assert_allclose(weights, expected, rtol=1e-12 if x64 else 1e-4)
+    assert state.num_updates == T
+    assert state.num_skipped == 0
+
+
+# Closed forms, golden values, identities.
+
+
+def test_golden_value_of_dwa():
+    weighting = dwa(temperature=2.0)
+    with jax.enable_x64(True):
+        weights, _ = run(weighting, [[1.0, 2.0], [0.5, 4.0], [3.0, 3.0]])
+        expected = 2 * jax.nn.softmax(jnp.array([0.25, 1.0]))
+    np.testing.assert_allclose(weights, [[1, 1], [1, 1], expected], rtol=1e-15)
+
+
+def geometric_mean(losses):
+    return jnp.exp(jnp.mean(jnp.log(losses)))
+
+
+def smooth_maximum(losses):
+    return 0.3 * jax.nn.logsumexp((losses - 1.0) / 4 / 0.3)
+
+
+def smooth_maximum_of_logarithms(losses):
+    return 4 * 0.3 * jax.nn.logsumexp(jnp.log(losses) / 0.3)
+
+
+@pytest.mark.parametrize(
+    ("weighting", "objective"),
+    [
+        (scale_invariant(), lambda losses: jnp.sum(jnp.log(losses))),
+        (geometric(), geometric_mean),
+        (stch(0.3, ideal=1.0), smooth_maximum),
+        (stch(0.3, form="log"), smooth_maximum_of_logarithms),
+        (stch(0.3, form="log", warmup=1), lambda losses: jnp.sum(jnp.log(losses))),
+    ],
+)
+def test_weights_are_the_gradient_of_the_scalarization(weighting, objective):
+    with jax.enable_x64(True):
+        weights, _ = run(weighting, LOSSES[:1])
+        slopes = jax.grad(objective)(jnp.array(LOSSES[0]))
+    np.testing.assert_allclose(weights[0], slopes, rtol=1e-12)
+
+
+def test_a_small_smoothing_leaves_the_largest_loss_alone():
+    weights, _ = run(stch(1e-3), [[1.0, 3.0, 2.0]])
+    np.testing.assert_allclose(weights, [[0, 1 / 3, 0]], atol=1e-7)
+
+
+def test_causal_weights_fall_with_time_until_all_is_solved():
+    weights, _ = run(causal(1.0), [[0.5, 1.0, 2.0, 4.0], [0.0, 0.0, 0.0, 9.0]])
+    assert np.all(np.diff(weights[0]) < 0)
+    np.testing.assert_allclose(weights[1], 0.25, rtol=1e-7)
+
+
+def test_random_weights_are_softmax_normals_and_change_at_every_update():
+    weights, _ = run(random(key=1), np.ones((500, 3)))
+    np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-6)
+    assert len(np.unique(weights[:, 0])) == 500
+    # Differences of log-weights are differences of normals: mean 0, variance 2. The
+    # bounds are four standard errors of 500 draws.
+    differences = np.log(weights[:, 0] / weights[:, 1])
+    assert abs(differences.mean()) < 4 * np.sqrt(2 / 500)
+    assert abs(differences.var() - 2) < 4 * 2 * np.sqrt(2 / 500)
+
+
+@pytest.mark.parametrize("make", [random, lambda key: relobralo(beta=0.5, key=key)])
+def test_the_key_decides_the_weights(make):
+    runs = [run(make(key=key), LOSSES)[0] for key in (0, 0, jax.random.key(0), 1)]
+    np.testing.assert_array_equal(runs[0], runs[1])
+    np.testing.assert_array_equal(runs[0], runs[2])
+    assert np.any(runs[0] != runs[3])
+
+
+@pytest.mark.parametrize("make", [random, lambda key: relobralo(key=key)])
+def test_the_key_given_survives_a_donated_state(make):
+    key = jax.random.key(0)
+    weighting = make(key)
+    consume = jax.jit(lambda learned: learned, donate_argnums=0)
+    first = consume(weighting.init([1.0, 2.0]).learned)
+    again = consume(weighting.init([1.0, 2.0]).learned)
+    assert not key.is_deleted()
+    assert first.key == again.key
+
+
+@pytest.mark.parametrize("make", [random, lambda key: relobralo(key=key)])
+def test_a_key_that_is_no_key_is_refused(make):
+    with pytest.raises(TypeError, match="key"):
+        make("seed").init([1.0])
+
+
+def test_uncertainty_steps_on_the_gradient_of_the_joint_objective():
+    def objective(s, losses):
+        regression = 0.5 * jnp.exp(-s[0]) * losses[0] + 0.5 * s[0]
+        return regression + jnp.exp(-s[1]) * losses[1] + 0.5 * s[1]
+
+    with jax.enable_x64(True):
+        losses, s = jnp.array([0.7, 3.0]), jnp.array([0.3, -0.2])
+        weighting = uncertainty(
+            ["regression", "classification"], optimizer=optax.sgd(0.1), initial=list(s)
+        )
+        weights, state = weighting.update(list(losses), weighting.init(list(losses)))
+        slope, factors = jax.grad(objective, argnums=(0, 1))(s, losses)
+        expected = s - 0.1 * slope
+    np.testing.assert_allclose(weights, factors, rtol=1e-14)
+    np.testing.assert_allclose(state.learned.log_variances, expected, rtol=1e-14)
+
+
+def test_imtl_l_is_twice_uncertainty_with_the_sign_changed():
+    # I(s) = 2 U(-s), so dI/ds = -2 U'(-s): half the learning rate gives the same path.
+    rng = np.random.default_rng(1)
+    losses = rng.uniform(0.2, 3.0, (T, K))
+    with jax.enable_x64(True):
+        for rate in (0.02, 0.2):
+            imtl, imtl_state = run(imtl_l(optax.sgd(rate)), losses)
+            kendall, state = run(uncertainty(optimizer=optax.sgd(2 * rate)), losses)
+            np.testing.assert_allclose(imtl, 2 * kendall, rtol=1e-12)
+            np.testing.assert_allclose(
+                imtl_state.learned.log_scales,
+                -state.learned.log_variances,
+                rtol=1e-12,
+            )
+        # Adam does not see the factor 2, but for its epsilon.
+        adam = optax.adam(0.025, eps=0.0)
+        imtl, _ = run(imtl_l(adam), losses)
+        kendall, _ = run(uncertainty(optimizer=adam), losses)
+    np.testing.assert_allclose(imtl, 2 * kendall, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "product"),
+    [
+        (lambda tx: uncertainty(optimizer=tx), 0.5),
+        (lambda tx: uncertainty("classification", optimizer=tx), 0.5),
+        (imtl_l, 1.0),
+    ],
+)
+def test_learned_scales_settle_at_one_over_the_loss(make, product):
+    losses = np.broadcast_to([0.1, 1.0, 30.0], (2000, 3))
+    weights, _ = run(make(optax.sgd(0.05)), losses)
+    np.testing.assert_allclose(weights[-1] * losses[-1], product, rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [uncertainty, imtl_l])
+@pytest.mark.parametrize("size", [1e-30, 1e15])
+def test_learned_scales_stay_bounded(make, size):
+    weights, state = run(make(optimizer=optax.sgd(0.5)), np.full((100, 1), size))
+    limit = np.exp(20.0 if size < 1 else -20.0)
+    np.testing.assert_allclose(
+        weights[-1], limit * (0.5 if make is uncertainty else 1), rtol=1e-5
+    )
+    assert state.num_skipped == 0
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ["regression", "classification"],
+        ("regression", "classification"),
+        {"heads/label": "classification", "depth": "regression"},
+        {"heads": {"label": "classification"}, "depth": "regression"},
+    ],
+)
+def test_the_kind_of_each_loss_is_found_by_order_name_or_tree(kind):
+    losses = {"heads": {"label": 1.0}, "depth": 2.0}  # Order: depth, heads/label.
+    weights = uncertainty(kind).init(losses).loss_weights
+    assert weights == {"heads": {"label": 1.0}, "depth": 0.5}
+
+
+@pytest.mark.parametrize(
+    "kind", ["poisson", ["regression"], {"depth": "regression"}, None, [["x"], "y"]]
+)
+def test_a_kind_that_does_not_fit_is_refused(kind):
+    with pytest.raises(ValueError, match="kind must be.*'depth', 'label'"):
+        uncertainty(kind).init({"depth": 1.0, "label": 2.0})
+
+
+def test_softadapt_by_ratios_ignores_the_units_of_the_losses():
+    weights, _ = run(softadapt(2.0), LOSSES)
+    rescaled, _ = run(softadapt(2.0), LOSSES * [1e-3, 1e3, 10, 1])
+    np.testing.assert_allclose(weights, rescaled, rtol=2e-5)
+
+
+def test_relobralo_follows_the_first_losses_at_its_second_update():
+    ratio = np.array([0.5, 2.0]) / [1.0, 4.0]
+    weights, _ = run(relobralo(temperature=0.1), [[1.0, 4.0], [0.5, 2.0], [0.5, 1.0]])
+    np.testing.assert_allclose(weights[0], 1)
+    np.testing.assert_allclose(weights[1], 2 * oracles.softmax(ratio / 0.1), rtol=1e-6)
+    # From then on a step of 1 - alpha away from it.
+    assert 0 < np.abs(weights[2] - weights[1]).max() < 2e-3
+
+
+def test_dwa_counts_windows_by_the_updates_it_accepted():
+    bad = [[np.nan, 1.0]]
+    good = [[1.0, 2.0], [3.0, 2.0], [1.0, 1.0], [2.0, 3.0], [1.0, 1.0]]
+    weights, state = run(dwa(window=2), good[:1] + bad + good[1:])
+    expected = oracles.dwa(np.array(good), window=2)
+    np.testing.assert_allclose(np.delete(weights, 1, 0), expected, rtol=1e-6)
+    assert (state.num_updates, state.num_skipped) == (5, 1)
+
+
+# FAMO.
+
+
+compiled_famo = jax.jit(famo().update)
+
+
+@given(
+    st.lists(
+        st.lists(st.floats(0, 2.0**50, width=32), min_size=3, max_size=3),
+        min_size=1,
+        max_size=4,
+    )
+)
+@settings(deadline=None, max_examples=50)
+def test_famo_weights_sum_to_one(losses):
+    state = famo().init([0.0] * 3)
+    for values in losses:
+        weights, state = compiled_famo(values, state)
+        np.testing.assert_allclose(sum(weights), 1, rtol=1e-6)
+        assert all(weight >= 0 for weight in weights)
+    assert state.num_skipped == 0
+
+
+def quadratic(x):
+    centres = jnp.asarray([[1.0, 0.0], [-1.0, 2.0], [0.0, -3.0]], x.dtype)
+    return list(jnp.sum((x[None] - centres) ** 2, axis=-1) + 0.1)
+
+
+def train(weighting, observe, steps=25):
+    state, x, history = weighting.init([0.0] * 3), jnp.zeros(2), []
+    for _ in range(steps):
+        losses, pullback = jax.vjp(quadratic, x)
+        weights, state = weighting.update(losses, state)
+        history.append(weights)
+        x = x - 0.05 * pullback(weights)[0]
+        if observe:
+            state = weighting.observe_step(quadratic(x), state)
+    return np.array(history)
+
+
+def test_both_forms_of_famo_coincide_if_the_batch_never_changes():
+    with jax.enable_x64(True):
+        free = train(famo(gamma=0.1), observe=False)
+        exact = train(famo(gamma=0.1, exact=True), observe=True)
+        unobserved = train(famo(gamma=0.1, exact=True), observe=False)
+    np.testing.assert_allclose(free, exact, rtol=1e-13)
+    assert np.abs(free - unobserved)[5:].max() > 1e-3
+    assert famo().observe_step is None
+
+
+def test_exact_famo_learns_once_per_update_and_never_from_a_bad_batch():
+    weighting = famo(exact=True)
+    observe = weighting.observe_step
+    assert observe is not None
+    before = weighting.init([1.0, 1.0])
+    assert not np.any(observe([0.5, 1.0], before).learned.task_logits)
+
+    _, state = weighting.update([1.0, 1.0], before)
+    bad = observe([jnp.nan, 1.0], state)
+    np.testing.assert_array_equal(bad.learned.task_logits, 0)
+    state = observe([0.5, 1.0], state)
+    np.testing.assert_allclose(state.learned.task_logits, [-0.025, 0.025], rtol=1e-4)
+    again = observe([0.1, 1.0], state)
+    np.testing.assert_array_equal(again.learned.task_logits, state.learned.task_logits)
+
+    # The losses after a step belong to those of the same batch, or to none.
+    _, held = weighting.update([jnp.nan, 1.0], state)
+    held = observe([0.1, 1.0], held)
+    np.testing.assert_array_equal(held.learned.task_logits, state.learned.task_logits)
+
+
+def test_famo_holds_what_is_below_a_bound():
+    weighting = famo(lower_bounds={"depth": -2.0, "camera": 0.0})
+    weights, state = weighting.update(
+        {"depth": -1.0, "camera": 0.0}, weighting.init({"depth": 0.0, "camera": 0.0})
+    )
+    np.testing.assert_allclose(weights["depth"] + weights["camera"], 1, rtol=1e-6)
+    held, after = weighting.update({"depth": -2.1, "camera": 0.5}, state)
+    assert held == weights
+    assert (after.num_updates, after.num_skipped) == (1, 1)
+    np.testing.assert_array_equal(after.learned.log_gaps, state.learned.log_gaps)
+
+
+def test_famo_accepts_a_schedule_and_another_optimizer():
+    schedule, _ = run(famo(optax.constant_schedule(0.1)), LOSSES)
+    rate, _ = run(famo(0.1), LOSSES)
+    other, _ = run(famo(optimizer=optax.adam(0.1)), LOSSES)
+    np.testing.assert_array_equal(schedule, rate)
+    np.testing.assert_array_equal(other, rate)
+
+
+# Gradient statistics.
+
+
+def test_gradnorm_steps_on_the_gradient_of_its_objective():
+    def objective(w, losses, first, norms):
+        weighted = jnp.abs(w) * norms
+        rates = losses / first / jnp.mean(losses / first)
+        target = jax.lax.stop_gradient(jnp.mean(weighted) * rates**1.5)
+        return jnp.sum(jnp.abs(weighted - target))
+
+    with jax.enable_x64(True):
+        weighting = gradnorm(optimizer=optax.sgd(0.01))
+        losses, norms = jnp.array(LOSSES), jnp.array([0.5, 2.0, 3.0, 1.0])
+        state = weighting.init(list(losses[0]))
+        w = jnp.ones(K)
+        for t in range(25):
+            weights, state = weighting.update(list(losses[t]), state, norms=norms)
+            np.testing.assert_allclose(weights, w, rtol=1e-12)
+            w = w - 0.01 * jax.grad(objective)(w, losses[t], losses[0], norms)
+            w = K * w / jnp.sum(jnp.abs(w))
+            np.testing.assert_allclose(state.learned.task_weights, w, rtol=1e-12)
+
+
+def test_gradnorm_weights_sum_to_k_and_are_never_negative():
+    weights, _ = run(gradnorm(optimizer=optax.sgd(0.3)), LOSSES, norms=LARGE)
+    np.testing.assert_allclose(weights.sum(1), K, rtol=1e-6)
+    assert np.all(weights >= 0)
+
+
+def test_gradnorm_with_alpha_zero_makes_the_norms_equal():
+    norms = np.broadcast_to([1.0, 2.0, 4.0], (2000, 3))
+    tx = optax.sgd(optax.linear_schedule(0.01, 0.0, 2000))
+    weights, _ = run(gradnorm(0.0, optimizer=tx), np.ones((2000, 3)), norms=norms)
+    np.testing.assert_allclose(weights[-1], 3 * np.array([4, 2, 1]) / 7, atol=1e-3)
+
+
+def test_grad_norm_balance_makes_all_gradients_equally_long():
+    weights, _ = run(grad_norm_balance(decay=0.0, eps=1e-12), LOSSES, norms=LARGE)
+    np.testing.assert_allclose(
+        weights * LARGE, np.broadcast_to(LARGE.mean(1)[:, None], LARGE.shape), rtol=1e-5
+    )
+
+
+def test_the_reference_of_lr_annealing_keeps_its_weight():
+    weighting = lr_annealing("residual")
+    losses = {"boundary": 1.0, "residual": 2.0}
+    state = weighting.init(losses)
+    for size in (1.0, 5.0, 0.0):
+        weights, state = weighting.update(
+            losses,
+            state,
+            max_abs={"boundary": 1.0, "residual": size},
+            mean_abs=jnp.array([0.5, 0.1]),
+        )
+        assert weights["residual"] == pytest.approx(1.0)
+    # 1 after 0.9 + 0.1 * 2, then 0.1 * 10, then 0: no pull from the reference.
+    assert weights["boundary"] == pytest.approx(((0.9 + 0.2) * 0.9 + 1.0) * 0.9)
+    with pytest.raises(ValueError, match="reference 'wall' is unknown"):
+        lr_annealing("wall").init(losses)
+    with pytest.raises(TypeError, match="reference must name exactly one loss"):
+        lr_annealing(None).init(losses)
+
+
+GRADIENT_METHODS = {
+    "gradnorm": (gradnorm, ["norms"], np.inf),
+    "grad_norm_balance": (lambda: grad_norm_balance(eps=1e-4), ["norms"], 1e4),
+    "lr_annealing": (
+        lambda: lr_annealing(0, eps=1e-4),
+        ["max_abs", "mean_abs"],
+        1e4,
+    ),
+    "ntk": (lambda: ntk(eps=1e-4), ["ntk_diagonal"], 1e4),
+    "ntk_surrogate": (lambda: ntk_surrogate(eps=1e-4), ["norms"], 1e4),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENT_METHODS)
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
+@pytest.mark.parametrize("sizes", [[0, 1, 2], [0, 0, 0], [2, 0, 1], [5]])
+def test_zero_gradients_give_finite_weights(name, scale, sizes):
+    make, needs, limit = GRADIENT_METHODS[name]
+    values = np.broadcast_to(scale * np.array(sizes, float), (30, len(sizes)))
+    weights, state = run(make(), np.ones(values.shape), **dict.fromkeys(needs, values))
+    assert np.all(np.isfinite(weights))
+    assert np.all(weights >= 0)
+    assert weights.max() <= limit * (1 + 1e-5)
+    assert state.num_skipped == 0
+    if not any(sizes):
+        np.testing.assert_allclose(weights, 1, rtol=1e-6)
+
+
+def test_the_statistics_are_asked_for_by_name():
+    for name, (make, needs, _) in GRADIENT_METHODS.items():
+        weighting = make()
+        with pytest.raises(ValueError, match=f"needs {needs[0]}="):
+            weighting.update([1.0, 1.0], weighting.init([1.0, 1.0]))
+        assert set(needs) <= set(weighting.needs), name
+
+
+# The diagonal of the tangent kernel.
+
+
+def network(params, point):
+    x, t = point["x"], point["t"]
+    hidden = jnp.tanh(params["w"] @ jnp.stack([x, t]) + params["b"])
+    return jnp.dot(params["v"], hidden) ** 2
+
+
+def network_inputs(dtype):
+    keys = jax.random.split(jax.random.key(0), 5)
+    params = {
+        "w": jax.random.normal(keys[0], (6, 2), dtype),
+        "b": jax.random.normal(keys[1], (6,), dtype),
+        "v": jax.random.normal(keys[2], (6,), dtype),
+    }
+    points = {
+        k: jax.random.normal(keys[3 + i], (11,), dtype) for i, k in enumerate("xt")
+    }
+    return params, points
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 4, 11, 100])
+def test_ntk_diagonal_is_the_trace_of_the_kernel_over_the_points(batch_size):
+    with jax.enable_x64(True):
+        params, points = network_inputs(jnp.float64)
+        flat, unravel = jax.flatten_util.ravel_pytree(params)
+        jacobian = jax.jacfwd(
+            lambda p: jax.vmap(lambda point: network(unravel(p), point))(points)
+        )(flat)
+        kernel = jacobian @ jacobian.T
+        measured = jax.jit(
+            lambda params, points: ntk_diagonal(
+                network, params, points, batch_size=batch_size
+            )
+        )(params, points)
+    assert measured.dtype == jnp.float64
+    np.testing.assert_allclose(measured, np.trace(kernel) / 11, rtol=1e-13)
+
+
+def test_ntk_diagonal_accumulates_in_float32():
+    # 3000 squares of 0.1 in bfloat16 would stop growing at 2.
+    params = jnp.full((3000,), 1.0, jnp.bfloat16)
+    points = jnp.full((2,), 0.1, jnp.bfloat16)
+    measured = ntk_diagonal(lambda p, x: jnp.sum(p * x), params, points)
+    assert measured.dtype == jnp.float32
+    np.testing.assert_allclose(measured, 3000 * float(points[0]) ** 2, rtol=1e-6)
+
+
+def test_ntk_diagonal_refuses_points_without_one_leading_axis():
+    for points in ({"x": jnp.ones(3), "t": jnp.ones(4)}, jnp.ones(0), jnp.ones(()), {}):
+        with pytest.raises(ValueError, match="points must have one leading axis"):
+            ntk_diagonal(lambda p, x: p, jnp.float32(1.0), points)
+
+
+def test_ntk_weights_from_the_kernel_balance_the_terms():
+    params, points = network_inputs(jnp.float32)
+    diagonal = {
+        "value": ntk_diagonal(network, params, points),
+        "tenfold": ntk_diagonal(lambda p, x: 10 * network(p, x), params, points),
+    }
+    weighting = ntk(decay=0.0)
+    losses = {"value": 1.0, "tenfold": 1.0}
+    weights, _ = weighting.update(losses, weighting.init(losses), ntk_diagonal=diagonal)
+    np.testing.assert_allclose(weights["value"] / weights["tenfold"], 100, rtol=1e-5)
+
+
+# Losses that are not positive, edges, errors.
+
+POSITIVE = {
+    "scale_invariant": scale_invariant,
+    "geometric": geometric,
+    "uncertainty": uncertainty,
+    "imtl_l": imtl_l,
+    "dwa": dwa,
+    "softadapt": softadapt,
+    "softadapt, loss-weighted": lambda: softadapt(
+        form="difference", loss_weighted=True
+    ),
+    "relobralo": relobralo,
+    "stch": lambda: stch(form="log"),
+    "gradnorm": gradnorm,
+    "ntk_surrogate": ntk_surrogate,
+}
+ANY_SIGN = {
+    "random": random,
+    "softadapt": lambda: softadapt(form="difference"),
+    "stch": stch,
+    "causal": causal,
+    "famo": lambda: famo(lower_bounds=-100.0),
+    "grad_norm_balance": grad_norm_balance,
+    "lr_annealing": lambda: lr_annealing("depth"),
+    "ntk": ntk,
+}
+
+
+def ones_for(weighting, count):
+    return {name: jnp.ones(count) for name in weighting.needs if name != "losses"}
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_a_loss_that_is_not_positive_is_an_error_or_held(name, value):
+    weighting = POSITIVE[name]()
+    good, bad = {"depth": 1.0, "camera": 2.0}, {"depth": 1.0, "camera": value}
+    statistics = ones_for(weighting, 2)
+    weights, state = weighting.update(good, weighting.init(good), **statistics)
+    with pytest.raises(ValueError, match="loss 'camera' is"):
+        weighting.update(bad, state, **statistics)
+
+    held, after = jax.jit(weighting.update)(bad, state, **statistics)
+    assert held == weights
+    assert after.num_skipped == 1
+    for new, old in zip(
+        jax.tree.leaves(after.learned), jax.tree.leaves(state.learned), strict=True
+    ):
+        assert jnp.all(new == old)
+
+    checked = jax.jit(checkify.checkify(weighting.update))
+    error, _ = checked(bad, state, **statistics)
+    assert "needs positive losses" in str(error.get())
+    error, _ = checked(good, state, **statistics)
+    assert error.get() is None
+
+
+@pytest.mark.parametrize("name", ANY_SIGN)
+def test_losses_of_any_sign_where_the_method_allows_them(name):
+    weighting = ANY_SIGN[name]()
+    losses = {"depth": -1.0, "camera": 0.0}
+    weights, state = weighting.update(
+        losses, weighting.init(losses), **ones_for(weighting, 2)
+    )
+    assert all(jnp.isfinite(w) and w >= 0 for w in weights.values())
+    assert state.num_skipped == 0
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+def test_jumps_over_thirty_orders_of_magnitude_are_survived(name):
+    weighting = POSITIVE[name]()
+    losses = np.array([[1e-15, 1e15], [1e15, 1e-15], [1e15, 1e15]] * 10)
+    statistics = {k: np.ones((30, 2)) for k in weighting.needs if k != "losses"}
+    weights, state = run(weighting, losses, **statistics)
+    assert np.all(np.isfinite(weights))
+    assert state.num_skipped == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "weight"),
+    [
+        (random, 1.0),
+        (scale_invariant, 0.5),
+        (geometric, 1.0),
+        (dwa, 1.0),
+        (softadapt, 1.0),
+        (relobralo, 1.0),
+        (famo, 1.0),
+        (stch, 1.0),
+        (lambda: stch(form="log"), 0.5),
+        (causal, 1.0),
+        (gradnorm, 1.0),
+        (lambda: grad_norm_balance(eps=1e-30), 1.0),
+        (lambda: lr_annealing(0), 1.0),
+        (ntk, 1.0),
+        (ntk_surrogate, 1.0),
+    ],
+)
+def test_a_single_loss_has_the_weight_that_the_convention_gives(make, weight):
+    weighting = make()
+    statistics = {k: np.full((5, 1), 3.0) for k in weighting.needs if k != "losses"}
+    weights, state = run(weighting, np.full((5, 1), 2.0), **statistics)
+    np.testing.assert_allclose(weights, weight, rtol=1e-6)
+    assert state.num_skipped == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: dwa(0.0), "temperature must be positive, got 0.0"),
+        (lambda: dwa(window=0), "window must be at least 1, got 0"),
+        (lambda: softadapt(form="log"), "form must be.*'log'"),
+        (lambda: softadapt(eps=-1.0), "eps must not be negative, got -1"),
+        (lambda: relobralo(alpha=1.1), "alpha must be in .*, got 1.1"),
+        (lambda: relobralo(beta=-0.1), "beta must be in .*, got -0.1"),
+        (lambda: relobralo(temperature=-1), "temperature must be positive, got -1"),
+        (lambda: relobralo(eps=-1), "eps must not be negative, got -1"),
+        (lambda: famo(gamma=-1e-3), "gamma must not be negative, got -0.001"),
+        (lambda: stch(0), "smoothing must be positive, got 0"),
+        (lambda: stch(form="square"), "form must be.*'square'"),
+        (lambda: stch(form="log", warmup=-1), "warmup must not be negative, got -1"),
+        (lambda: stch(warmup=3), "warmup is for form='log' alone, got 3"),
+        (lambda: stch(form="log", preference=[1.0]), "preference is for form='linear'"),
+        (lambda: stch(form="log", ideal=[1.0]), "ideal is for form='linear' alone"),
+        (lambda: causal(-1.0), "tolerance must not be negative, got -1"),
+        (lambda: grad_norm_balance(decay=1.0), "decay must be in .*, got 1.0"),
+        (lambda: grad_norm_balance(eps=0.0), "eps must be positive, got 0.0"),
+        (lambda: lr_annealing(0, statistic="min"), "statistic must be.*'min'"),
+        (lambda: ntk(reduction="max"), "reduction must be.*'max'"),
+        (lambda: ntk_surrogate(eps=-1), "eps must be positive, got -1"),
+    ],
+)
+def test_arguments_out_of_range_are_refused_with_their_value(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda values: famo(lower_bounds=values),
+        lambda values: stch(preference=values),
+        lambda values: stch(ideal=values),
+        lambda values: uncertainty(initial=values),
+    ],
+)
+def test_a_vector_of_settings_must_fit_the_losses(make):
+    weighting = make([1.0, 2.0, 3.0])
+    losses = {"depth": 1.0, "label": 1.0}
+    with pytest.raises(ValueError, match="one for each loss .'depth', 'label'."):
+        weighting.init(losses)

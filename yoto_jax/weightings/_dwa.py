@@ -1,0 +1,97 @@
+"""Dynamic weight average."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+
+LARGEST_RATIO = 1e30
+"""Ratios of losses stay below this: a softmax of an infinite one would be NaN."""
+
+
+class DwaState(NamedTuple):
+    """What :func:`dwa` remembers of the losses."""
+
+    window_sum: jax.Array  # (K,) sum over the window under way
+    window_count: jax.Array  # int32 scalar, updates in it
+    last_average: jax.Array  # (K,) average over the window before
+    earlier_average: jax.Array  # (K,) and over the one before that
+    num_windows: jax.Array  # int32 scalar, complete windows, counted up to 2
+
+
+def dwa(temperature: float = 2.0, *, window: int = 1) -> LossWeighting:
+    r"""More weight for the losses that fall more slowly: dynamic weight average.
+
+    .. math::
+      w_i = K\, \mathrm{Softmax}_i\!\left(\frac{r_i}{T}\right), \qquad
+      r_i = \frac{\bar L_i(e-1)}{\bar L_i(e-2)},
+
+    where :math:`\bar L_i(e)` is the average of a loss over the ``window`` updates
+    number :math:`e`, an epoch in the paper. All weights are 1 in the first two windows.
+
+    Args:
+      temperature: T. The larger it is, the more even are the weights.
+      window: Updates to average over. The paper takes those of one epoch; ratios of
+        single batches are mostly noise.
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting` for positive losses; its weights are positive
+      and sum to K.
+
+    Raises:
+      ValueError: ``temperature`` or ``window`` is not positive. In ``update`` outside
+        ``jit``: a loss is not positive. Inside ``jit`` such a batch leaves the weights
+        and the averages as they were.
+
+    Examples:
+      >>> import yoto_jax as yoto
+      >>> weighting = yoto.weightings.dwa()
+      >>> state = weighting.init({"depth": 1.0, "camera": 2.0})
+      >>> for depth, camera in [(1.0, 2.0), (0.5, 4.0), (0.4, 4.0)]:
+      ...     losses = {"depth": depth, "camera": camera}
+      ...     weights, state = weighting.update(losses, state)
+      >>> print({name: round(float(w), 3) for name, w in weights.items()})
+      {'camera': 1.358, 'depth': 0.642}
+
+    References:
+      Liu, Johns and Davison, `End-to-End Multi-Task Learning with Attention
+      <https://arxiv.org/abs/1803.10704>`_, 2019, Eq. 7.
+    """
+    if isinstance(temperature, int | float) and not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}.")
+    if isinstance(window, int | float) and not window >= 1:
+        raise ValueError(f"window must be at least 1, got {window}.")
+
+    def init(layout: Layout) -> DwaState:
+        zero = jnp.zeros((), jnp.int32)
+        return DwaState(
+            window_sum=layout.full(0.0),
+            window_count=zero,
+            last_average=layout.full(1.0),
+            earlier_average=layout.full(1.0),
+            num_windows=zero.copy(),
+        )
+
+    def update(
+        losses: jax.Array, learned: DwaState, layout: Layout
+    ) -> tuple[jax.Array, DwaState]:
+        ratios = learned.last_average / learned.earlier_average
+        ratios = jnp.minimum(ratios, LARGEST_RATIO)
+        softmax = layout.size * jax.nn.softmax(ratios / temperature)
+        weights = jnp.where(learned.num_windows >= 2, softmax, 1.0)
+
+        total, count = learned.window_sum + losses, learned.window_count + 1
+        done = count >= window
+        return weights, DwaState(
+            window_sum=jnp.where(done, 0.0, total),
+            window_count=jnp.where(done, 0, count),
+            last_average=jnp.where(done, total / count, learned.last_average),
+            earlier_average=jnp.where(
+                done, learned.last_average, learned.earlier_average
+            ),
+            num_windows=jnp.minimum(learned.num_windows + done, 2),
+        )
+
+    return make_weighting(init, update, positive=True)

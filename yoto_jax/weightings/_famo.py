@@ -1,0 +1,157 @@
+"""Fast adaptive multitask optimization."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from yoto_jax._loss_logits import PyTree
+from yoto_jax.weightings._protocol import (
+    Layout,
+    LossWeighting,
+    descend,
+    make_weighting,
+)
+
+
+class FamoState(NamedTuple):
+    """What :func:`famo` has learned, and the losses it waits to see improved."""
+
+    task_logits: jax.Array  # (K,)
+    log_gaps: jax.Array  # (K,) log of the last losses above their lower bounds
+    has_gaps: jax.Array  # bool scalar, whether there are any to learn from
+    optimizer: optax.OptState
+
+
+def famo(
+    learning_rate: optax.ScalarOrSchedule = 0.025,
+    *,
+    gamma: float = 1e-3,
+    lower_bounds: PyTree = 0.0,
+    exact: bool = False,
+    optimizer: optax.GradientTransformation | None = None,
+) -> LossWeighting:
+    r"""Equal progress on the logarithms of all losses, from the losses alone (FAMO).
+
+    .. math::
+      w_i = c\, \frac{z_i}{D_i}, \qquad z = \mathrm{Softmax}(\xi), \qquad
+      D_i = L_i - b_i + 10^{-8}, \qquad c = \Big( \sum_j z_j / D_j \Big)^{-1}.
+
+    After a step that takes :math:`D` to :math:`D'`, the logits descend the slowest
+    relative improvement:
+
+    .. math::
+      \nabla_\xi = \Big( \frac{\partial z}{\partial \xi} \Big)^{\!\top}
+        \left( \log D - \log D' \right) + \gamma\, \xi.
+
+    By default the losses of the next update serve as :math:`D'`, which costs nothing,
+    as in the authors' toy example; the two then differ in their batches as well. With
+    ``exact=True`` nothing is learned until you show it the losses of the same batch
+    after the step, at the price of another forward pass::
+
+      (losses, grads, state) = fn(params, state, batch)
+      ...  # step to new params
+      state = weighting.observe_step(loss_fn(params, batch), state)
+
+    Args:
+      learning_rate: Of Adam on the logits.
+      gamma: Decay of the logits towards equal weights. It is added to the gradient in
+        front of Adam, as in the authors' code, not decoupled from it. The authors use
+        1e-3, and 1e-2 on one of their four benchmarks.
+      lower_bounds: b, in the units of the losses: one number, one per loss in the order
+        of ``jax.tree.leaves``, or a tree like the losses. Losses may be negative if
+        their bounds are.
+      exact: Whether to learn from ``observe_step`` instead of the next losses.
+      optimizer: What steps on the logits in place of ``optax.adam(learning_rate)``.
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting`; its weights are positive and sum to 1. A batch
+      with a loss below its bound leaves the weights as they were, and counts in
+      ``num_skipped``.
+
+    Raises:
+      ValueError: ``gamma`` is negative. In ``init``: ``lower_bounds`` does not fit the
+        losses.
+
+    Examples:
+      >>> import yoto_jax as yoto
+      >>> losses = {"depth": 0.5, "camera": 2.0}
+      >>> weighting = yoto.weightings.famo()
+      >>> weights, state = weighting.update(losses, weighting.init(losses))
+      >>> print({name: round(float(w), 3) for name, w in weights.items()})
+      {'camera': 0.2, 'depth': 0.8}
+      >>> losses = {"depth": 0.1, "camera": 2.0}  # Only one of them improves, so
+      >>> weights, state = weighting.update(losses, state)
+      >>> print(state.learned.task_logits.round(3))  # the other one gains.
+      [ 0.025 -0.025]
+
+    References:
+      Liu et al., `FAMO: Fast Adaptive Multitask Optimization
+      <https://arxiv.org/abs/2306.03792>`_, 2023, Algorithm 1.
+
+    .. warning::
+      The authors also clip the norm of the shared gradient to 1. That is the model
+      optimizer's business here: put ``optax.clip_by_global_norm(1.0)`` in front of it.
+    """
+    if isinstance(gamma, int | float) and gamma < 0:
+        raise ValueError(f"gamma must not be negative, got {gamma}.")
+    tx = optax.chain(
+        optax.add_decayed_weights(gamma),
+        optax.adam(learning_rate) if optimizer is None else optimizer,
+    )
+
+    def bounds(layout: Layout) -> jax.Array:
+        return layout.vector("lower_bounds", lower_bounds)
+
+    def init(layout: Layout) -> FamoState:
+        bounds(layout)  # To be told now if they do not fit.
+        logits = layout.full(0.0)
+        return FamoState(
+            task_logits=logits,
+            log_gaps=layout.full(0.0),
+            has_gaps=jnp.zeros((), jnp.bool_),
+            optimizer=tx.init(logits),
+        )
+
+    def log_gaps(losses: jax.Array, layout: Layout) -> jax.Array:
+        gaps = losses - bounds(layout)
+        # A result that is not finite makes the caller hold weights and state.
+        return jnp.log(jnp.where(gaps >= 0, gaps + 1e-8, jnp.nan))
+
+    def learn(gaps: jax.Array, learned: FamoState) -> FamoState:
+        improvement = learned.log_gaps - gaps
+        shares = jax.nn.softmax(learned.task_logits)
+        slope = shares * (improvement - jnp.sum(shares * improvement))
+        logits, state = descend(tx, slope, learned.optimizer, learned.task_logits)
+        new = learned._replace(task_logits=logits, optimizer=state)
+        return jax.tree.map(
+            functools.partial(jnp.where, learned.has_gaps), new, learned
+        )
+
+    def update(
+        losses: jax.Array, learned: FamoState, layout: Layout
+    ) -> tuple[jax.Array, FamoState]:
+        gaps = log_gaps(losses, layout)
+        if not exact:
+            learned = learn(gaps, learned)
+        # c z / D in logarithms; the sum is 1 because c makes it so.
+        weights = jax.nn.softmax(learned.task_logits - gaps)
+        return weights, learned._replace(
+            log_gaps=gaps, has_gaps=jnp.ones((), jnp.bool_)
+        )
+
+    def observe_step(
+        losses: jax.Array, learned: FamoState, layout: Layout
+    ) -> FamoState:
+        learned = learn(log_gaps(losses, layout), learned)
+        # One step, one lesson: after a batch that was held there is none.
+        return learned._replace(has_gaps=jnp.zeros((), jnp.bool_))
+
+    return make_weighting(
+        init,
+        update,
+        first_weights=lambda layout: layout.full(1.0 / layout.size),
+        observe_step=observe_step if exact else None,
+    )

@@ -1,0 +1,117 @@
+"""Equal gradient norms by a moving average, and what such averages share."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+
+
+class AverageState(NamedTuple):
+    """A moving average of weights."""
+
+    average_weights: jax.Array  # (K,)
+
+
+def averaged(
+    target: Callable[..., jax.Array],
+    decay: float,
+    needs: tuple[str, ...],
+    *,
+    positive: bool = False,
+    check: Callable[[Layout], object] = lambda layout: None,
+) -> LossWeighting:
+    """A moving average, from 1, of ``target(losses, layout, **statistics)``.
+
+    What ``check(layout)`` raises, it raises in ``init``.
+    """
+    if isinstance(decay, int | float) and not 0 <= decay < 1:
+        raise ValueError(f"decay must be in [0, 1), got {decay}.")
+
+    def init(layout: Layout) -> AverageState:
+        check(layout)
+        return AverageState(layout.full(1.0))
+
+    def update(
+        losses: jax.Array,
+        learned: AverageState,
+        layout: Layout,
+        **statistics: jax.Array,
+    ) -> tuple[jax.Array, AverageState]:
+        latest = target(losses, layout, **statistics)
+        average = decay * learned.average_weights + (1.0 - decay) * latest
+        return average, AverageState(average)
+
+    return make_weighting(init, update, needs=needs, positive=positive)
+
+
+def check_eps(eps: float) -> None:
+    """Raise unless ``eps`` is positive, as far as that is known."""
+    if isinstance(eps, int | float) and not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}.")
+
+
+def bounded_ratio(over: jax.Array, under: jax.Array, eps: float) -> jax.Array:
+    """``over / under``, but at most ``1 / eps``, and 1 where both are 0."""
+    under = jnp.maximum(under, eps * over)
+    positive = under > 0
+    return jnp.where(positive, over / jnp.where(positive, under, 1.0), 1.0)
+
+
+def grad_norm_balance(*, decay: float = 0.9, eps: float = 1e-5) -> LossWeighting:
+    r"""Weights that make the gradients of all losses equally long.
+
+    .. math::
+      \hat w_i = \frac{\bar n}{n_i + \varepsilon \bar n}, \qquad
+      \bar n = \frac1K \sum_j n_j, \qquad
+      w \leftarrow \beta w + (1 - \beta) \hat w,
+
+    where :math:`n_i` is the gradient norm of the loss without its weight. The average
+    starts at 1 and takes the gradients of an update in before the update uses it.
+
+    Args:
+      decay: :math:`\beta` of the moving average, in [0, 1).
+      eps: Relative to the mean norm: :math:`\hat w` is at most 1/eps, which is what a
+        loss without a gradient gets.
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting`, for losses of any sign, which needs the
+      gradient norms; its weights are positive, with a harmonic mean near 1. It may be
+      run every k updates alone, see :func:`yoto_jax.weightings.every`.
+
+    Raises:
+      ValueError: ``decay`` is not in [0, 1), or ``eps`` is not positive.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import yoto_jax as yoto
+      >>> losses = {"boundary": 0.1, "residual": 4.0}
+      >>> weighting = yoto.weightings.grad_norm_balance(decay=0.0)
+      >>> state, norms = weighting.init(losses), jnp.array([1.0, 3.0])
+      >>> weights, state = weighting.update(losses, state, norms=norms)
+      >>> print({name: round(float(w), 3) for name, w in weights.items()})
+      {'boundary': 2.0, 'residual': 0.667}
+
+    References:
+      Wang et al., `An Expert's Guide to Training Physics-informed Neural Networks
+      <https://arxiv.org/abs/2308.08468>`_, 2023, and its code, jaxpi.
+
+    .. warning::
+      The paper has the sum of the norms in place of their mean; the mean is what its
+      code has. This is neither :func:`yoto_jax.weightings.gradnorm` nor
+      :func:`yoto_jax.weightings.lr_annealing`. On several devices, average the
+      gradients first and then take norms: an average of the devices' weights is another
+      rule.
+    """
+    check_eps(eps)
+
+    def target(losses: jax.Array, layout: Layout, *, norms: jax.Array) -> jax.Array:
+        mean = jnp.mean(norms)
+        # All norms 0: nothing to balance.
+        return jnp.where(
+            mean > 0, mean / jnp.where(mean > 0, norms + eps * mean, 1.0), 1.0
+        )
+
+    return averaged(target, decay, ("norms",))

@@ -1,0 +1,110 @@
+"""GradNorm: gradient norms balanced by the rates of training."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from yoto_jax.weightings._dwa import LARGEST_RATIO
+from yoto_jax.weightings._protocol import (
+    Layout,
+    LossWeighting,
+    descend,
+    make_weighting,
+)
+
+
+class GradNormState(NamedTuple):
+    """What :func:`gradnorm` has learned."""
+
+    task_weights: jax.Array  # (K,) absolute values sum to K
+    initial_losses: jax.Array  # (K,) of the first update
+    has_initial: jax.Array  # bool scalar
+    optimizer: optax.OptState
+
+
+def gradnorm(
+    alpha: float = 1.5, *, optimizer: optax.GradientTransformation | None = None
+) -> LossWeighting:
+    r"""Gradient norms that are larger for the losses that train more slowly.
+
+    .. math::
+      \min_w \sum_i \left| G_i - \mathrm{sg}(\bar G\, r_i^\alpha) \right|, \qquad
+      G_i = |w_i|\, n_i, \qquad
+      r_i = \frac{L_i / L_i(0)}{\frac1K \sum_j L_j / L_j(0)},
+
+    where :math:`n_i` is the gradient norm of loss i, :math:`\bar G` the mean of
+    :math:`G`, sg stops the gradient, and :math:`L_i(0)` is the loss at the first
+    update. The weights take one step at every update and are then rescaled to sum to K.
+
+    Args:
+      alpha: How strongly slower losses are pulled along; 0 makes all norms equal. 1.5
+        and 0.12 in the paper.
+      optimizer: What steps on the weights; ``optax.adam(0.025)`` if none is given.
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting` for positive losses, which needs the gradient
+      norms; its weights start at 1, are not negative and sum to K. Those of an update
+      are the ones before its step.
+
+    Raises:
+      ValueError: In ``update`` outside ``jit``: a loss is not positive. Inside ``jit``
+        such a batch leaves the weights as they were.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import yoto_jax as yoto
+      >>> losses = {"camera": 1.0, "depth": 1.0}
+      >>> weighting = yoto.weightings.gradnorm()
+      >>> state = weighting.init(losses)
+      >>> for _ in range(300):
+      ...     norms = jnp.array([3.0, 1.0])
+      ...     weights, state = weighting.update(losses, state, norms=norms)
+      >>> print({name: round(float(w), 1) for name, w in weights.items()})
+      {'camera': 0.5, 'depth': 1.5}
+
+    References:
+      Chen et al., `GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep
+      Multitask Networks <https://arxiv.org/abs/1711.02257>`_, 2018, Eqs. 1 and 2.
+
+    .. warning::
+      The paper takes the norms over the last shared layer; here they are over the
+      parameters, or the representation, that the gradients are taken of. The target
+      :math:`\bar G r_i^\alpha` is held constant and the weights are renormalised after
+      every step, as in the paper; implementations that do not, have other weights.
+    """
+    tx = optax.adam(0.025) if optimizer is None else optimizer
+
+    def init(layout: Layout) -> GradNormState:
+        weights = layout.full(1.0)
+        return GradNormState(
+            task_weights=weights,
+            initial_losses=layout.full(1.0),
+            has_initial=jnp.zeros((), jnp.bool_),
+            optimizer=tx.init(weights),
+        )
+
+    def update(
+        losses: jax.Array, learned: GradNormState, layout: Layout, *, norms: jax.Array
+    ) -> tuple[jax.Array, GradNormState]:
+        w = learned.task_weights
+        initial = jnp.where(learned.has_initial, learned.initial_losses, losses)
+        rates = jnp.minimum(losses / initial, LARGEST_RATIO / layout.size)
+        rates /= jnp.mean(rates)
+        weighted = jnp.abs(w) * norms
+        target = jnp.mean(weighted) * rates**alpha
+        # The norms do not depend on w, so that no second derivative is needed. At 0 the
+        # slope of |w| is taken as 1: a weight must be able to leave 0.
+        slope = jnp.sign(weighted - target) * norms * jnp.where(w < 0, -1.0, 1.0)
+        new, state = descend(tx, slope, learned.optimizer, w)
+        total = jnp.sum(jnp.abs(new))
+        new = jnp.where(total > 0, layout.size * new / total, 1.0)
+        return jnp.abs(w), GradNormState(
+            task_weights=new,
+            initial_losses=initial,
+            has_initial=jnp.ones((), jnp.bool_),
+            optimizer=state,
+        )
+
+    return make_weighting(init, update, needs=("losses", "norms"), positive=True)

@@ -1,0 +1,128 @@
+"""Relative loss balancing with random lookback."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from yoto_jax.weightings._dwa import LARGEST_RATIO
+from yoto_jax.weightings._protocol import (
+    Layout,
+    LossWeighting,
+    as_key,
+    make_weighting,
+)
+
+
+class RelobraloState(NamedTuple):
+    """What :func:`relobralo` remembers of the losses."""
+
+    last_weights: jax.Array  # (K,)
+    first_losses: jax.Array  # (K,)
+    last_losses: jax.Array  # (K,)
+    num_seen: jax.Array  # int32 scalar, updates, counted up to 2
+    key: jax.Array  # typed key, split at every update
+
+
+def relobralo(
+    *,
+    alpha: float = 0.999,
+    beta: float = 0.999,
+    temperature: float = 1.0,
+    key: jax.Array | int = 0,
+    eps: float = 1e-12,
+) -> LossWeighting:
+    r"""Relative loss balancing with random lookback (ReLoBRaLo).
+
+    .. math::
+      b_i(t, t') &= K\, \mathrm{Softmax}_i\!\left(
+        \frac{L_i(t)}{T L_i(t') + \varepsilon} \right), \\
+      w_i(t) &= \alpha \left[ \rho\, w_i(t-1) + (1 - \rho)\, b_i(t, 0) \right]
+        + (1 - \alpha)\, b_i(t, t-1), \qquad \rho \sim \mathrm{Bernoulli}(\beta).
+
+    A moving average of weights by recent progress, which now and then looks back to the
+    first losses instead of its own past. One :math:`\rho` is drawn for all losses. All
+    weights are 1 at update 0. At update 1, :math:`\alpha` is 0, so that the weights are
+    :math:`b(1, 0)`, as in the authors' code.
+
+    Args:
+      alpha: Decay of the moving average, in [0, 1].
+      beta: Probability of keeping the moving average in place of the lookback, in
+        [0, 1].
+      temperature: T. The larger it is, the more even are the weights.
+      key: A typed key, ``jax.random.key(...)``, or an integer seed.
+      eps: Keeps the ratios finite; in the unit of the losses, well below all of them.
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting` for positive losses; its weights are positive
+      and sum to K.
+
+    Raises:
+      TypeError: In ``init``: ``key`` is neither a typed key nor an integer.
+      ValueError: ``alpha`` or ``beta`` is not in [0, 1], ``temperature`` is not
+        positive, or ``eps`` is negative. In ``update`` outside ``jit``: a loss is not
+        positive. Inside ``jit`` such a batch leaves weights and key as they were.
+
+    Examples:
+      >>> import yoto_jax as yoto
+      >>> weighting = yoto.weightings.relobralo()
+      >>> state = weighting.init({"depth": 1.0, "camera": 1.0})
+      >>> for depth, camera in [(1.0, 2.0), (0.5, 2.0)]:
+      ...     losses = {"depth": depth, "camera": camera}
+      ...     weights, state = weighting.update(losses, state)
+      >>> print({name: round(float(w), 3) for name, w in weights.items()})
+      {'camera': 1.245, 'depth': 0.755}
+
+    References:
+      Bischof and Kraus, `Multi-Objective Loss Balancing for Physics-Informed Deep
+      Learning <https://arxiv.org/abs/2110.09813>`_, 2021.
+
+    .. warning::
+      Both terms :math:`b` carry the factor K, and the past weights take part in the
+      average; some well-known implementations drop one or the other.
+    """
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if isinstance(value, int | float) and not 0 <= value <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {value}.")
+    if isinstance(temperature, int | float) and not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}.")
+    if isinstance(eps, int | float) and eps < 0:
+        raise ValueError(f"eps must not be negative, got {eps}.")
+
+    def init(layout: Layout) -> RelobraloState:
+        return RelobraloState(
+            last_weights=layout.full(1.0),
+            first_losses=layout.full(1.0),
+            last_losses=layout.full(1.0),
+            num_seen=jnp.zeros((), jnp.int32),
+            # A key of its own: the caller's may be donated with the state otherwise.
+            key=jax.random.fold_in(as_key(key), 0),
+        )
+
+    def balance(losses: jax.Array, earlier: jax.Array) -> jax.Array:
+        ratios = jnp.minimum(losses / (temperature * earlier + eps), LARGEST_RATIO)
+        return losses.size * jax.nn.softmax(ratios)
+
+    def update(
+        losses: jax.Array, learned: RelobraloState, layout: Layout
+    ) -> tuple[jax.Array, RelobraloState]:
+        key, draw = jax.random.split(learned.key)
+        keep = jax.random.bernoulli(draw, jnp.asarray(beta, layout.dtype))
+        past = jnp.where(
+            keep, learned.last_weights, balance(losses, learned.first_losses)
+        )
+        decay = jnp.where(learned.num_seen == 1, 0.0, alpha)
+        recent = balance(losses, learned.last_losses)
+        weights = decay * past + (1.0 - decay) * recent
+
+        is_first = learned.num_seen == 0
+        weights = jnp.where(is_first, 1.0, weights)
+        return weights, RelobraloState(
+            last_weights=weights,
+            first_losses=jnp.where(is_first, losses, learned.first_losses),
+            last_losses=losses,
+            num_seen=jnp.minimum(learned.num_seen + 1, 2),
+            key=key,
+        )
+
+    return make_weighting(init, update, positive=True)

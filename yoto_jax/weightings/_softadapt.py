@@ -1,0 +1,96 @@
+"""SoftAdapt: weights by the latest change of the losses."""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from yoto_jax.weightings._dwa import LARGEST_RATIO
+from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+
+
+class SoftAdaptState(NamedTuple):
+    """What :func:`softadapt` remembers of the losses."""
+
+    last_losses: jax.Array  # (K,)
+    has_last: jax.Array  # bool scalar
+
+
+def softadapt(
+    beta: float = 1.0,
+    *,
+    form: Literal["ratio", "difference"] = "ratio",
+    loss_weighted: bool = False,
+    eps: float = 1e-12,
+) -> LossWeighting:
+    r"""More weight for the losses that fell least, or rose, since the last update.
+
+    .. math::
+      w_i = K\, \mathrm{Softmax}_i(\beta s_i), \qquad
+      s_i = \frac{L_i(t)}{L_i(t-1) + \varepsilon}
+      \quad\text{or}\quad s_i = L_i(t) - L_i(t-1).
+
+    The ratio is the form of NVIDIA's PhysicsNeMo, which does not depend on the units of
+    the losses; the difference is that of the paper. With ``loss_weighted`` the
+    exponentials are multiplied by the losses, :math:`w_i \propto L_i e^{\beta s_i}`.
+    All weights are 1 at the first update.
+
+    Args:
+      beta: Sharpness. Positive values favour the losses that do worst, negative ones
+        those that do best. With differences, in units of one over the loss.
+      form: Which :math:`s` to take.
+      loss_weighted: Whether to multiply by the losses, the paper's second variant.
+      eps: Keeps the ratio finite; in the unit of the losses, well below all of them.
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting`; its weights sum to K. The ratio and
+      ``loss_weighted`` are for positive losses.
+
+    Raises:
+      ValueError: An unknown ``form``, or a negative ``eps``. In ``update`` outside
+        ``jit``: a loss is not positive where it has to be. Inside ``jit`` such a batch
+        leaves the weights as they were.
+
+    Examples:
+      >>> import yoto_jax as yoto
+      >>> weighting = yoto.weightings.softadapt()
+      >>> state = weighting.init({"depth": 1.0, "camera": 1.0})
+      >>> for depth, camera in [(1.0, 2.0), (0.5, 2.0)]:
+      ...     losses = {"depth": depth, "camera": camera}
+      ...     weights, state = weighting.update(losses, state)
+      >>> print({name: round(float(w), 3) for name, w in weights.items()})
+      {'camera': 1.245, 'depth': 0.755}
+
+    References:
+      Heydari, Thompson and Mehmood, `SoftAdapt: Techniques for Adaptive Loss Weighting
+      of Neural Networks with Multi-Part Loss Functions
+      <https://arxiv.org/abs/1912.12355>`_, 2019.
+
+    .. warning::
+      The paper's weights sum to 1, these sum to K. The paper looks back over several
+      updates, this over one: wrap it in :func:`yoto_jax.weightings.every` to look at
+      every k-th batch alone, or in :func:`yoto_jax.weightings.smooth`.
+    """
+    if form not in ("ratio", "difference"):
+        raise ValueError(f"form must be 'ratio' or 'difference', got {form!r}.")
+    if isinstance(eps, int | float) and eps < 0:
+        raise ValueError(f"eps must not be negative, got {eps}.")
+
+    def init(layout: Layout) -> SoftAdaptState:
+        return SoftAdaptState(layout.full(1.0), jnp.zeros((), jnp.bool_))
+
+    def update(
+        losses: jax.Array, learned: SoftAdaptState, layout: Layout
+    ) -> tuple[jax.Array, SoftAdaptState]:
+        if form == "ratio":
+            change = jnp.minimum(losses / (learned.last_losses + eps), LARGEST_RATIO)
+        else:
+            change = losses - learned.last_losses
+        exponents = beta * change
+        if loss_weighted:
+            exponents += jnp.log(losses)
+        softmax = layout.size * jax.nn.softmax(exponents)
+        weights = jnp.where(learned.has_last, softmax, 1.0)
+        return weights, SoftAdaptState(losses, jnp.ones((), jnp.bool_))
+
+    return make_weighting(init, update, positive=form == "ratio" or loss_weighted)

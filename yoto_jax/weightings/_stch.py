@@ -1,0 +1,142 @@
+"""Smooth Chebyshev scalarization."""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from yoto_jax._loss_logits import PyTree
+from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+
+
+class StchState(NamedTuple):
+    """What :func:`stch` remembers of its first updates."""
+
+    warmup_sum: jax.Array  # (K,) losses
+    warmup_count: jax.Array  # int32 scalar
+
+
+def stch(
+    smoothing: float = 1.0,
+    *,
+    preference: PyTree = None,
+    ideal: PyTree = 0.0,
+    form: Literal["linear", "log"] = "linear",
+    warmup: int = 0,
+) -> LossWeighting:
+    r"""The gradient of a smooth maximum of the losses (smooth Chebyshev).
+
+    The linear form scalarizes the losses themselves, the logarithmic one their
+    logarithms relative to a nadir :math:`n`:
+
+    .. math::
+      \mu \log \sum_i \exp\!\left( \frac{p_i (L_i - z_i)}{\mu} \right)
+      &\;\Rightarrow\; w_i = p_i\, \mathrm{Softmax}_i\!\left(
+        \frac{p_i (L_i - z_i)}{\mu} \right), \\
+      K \mu \log \sum_i \exp\!\left( \frac{\log (L_i / n_i)}{\mu} \right)
+      &\;\Rightarrow\; w_i = \frac{K}{L_i}\, \mathrm{Softmax}_i\!\left(
+        \frac{\log (L_i / n_i)}{\mu} \right).
+
+    Weight moves to the largest losses. As :math:`\mu` goes to 0 only the largest one is
+    left; a large :math:`\mu` gives the weights :math:`p_i / K` and :math:`1 / L_i`.
+
+    Args:
+      smoothing: :math:`\mu`; in the unit of the weighted losses in the linear form,
+        without a unit in the logarithmic one.
+      preference: p of the linear form: one number, one per loss in the order of
+        ``jax.tree.leaves``, or a tree like the losses. 1/K if none is given.
+      ideal: z of the linear form, the best values of the losses, given likewise.
+      form: Which of the two.
+      warmup: Updates of the logarithmic form whose average losses become the nadir. In
+        these, the weights are :math:`1 / L_i`. With 0, the nadir is 1.
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting`. In the linear form, for losses of any sign,
+      weights lie between 0 and :math:`p_i`. In the logarithmic form, for positive
+      losses, the weighted losses sum to K.
+
+    Raises:
+      ValueError: ``smoothing`` is not positive, ``warmup`` is negative, an unknown
+        ``form``, or an argument of the other one. In ``init``: arguments that do not
+        fit the losses. In ``update`` of the logarithmic form outside ``jit``: a loss is
+        not positive. Inside ``jit`` such a batch leaves the weights as they were.
+
+    Examples:
+      >>> import yoto_jax as yoto
+      >>> losses = {"depth": 1.0, "camera": 3.0}
+      >>> weighting = yoto.weightings.stch(0.5)
+      >>> weights, state = weighting.update(losses, weighting.init(losses))
+      >>> print({name: round(float(w), 3) for name, w in weights.items()})
+      {'camera': 0.44, 'depth': 0.06}
+
+    References:
+      Lin et al., `Smooth Tchebycheff Scalarization for Multi-Objective Optimization
+      <https://arxiv.org/abs/2402.19078>`_, 2024. The logarithmic form is that of the
+      authors' multi-task experiments.
+
+    .. warning::
+      Weight moves to the largest losses here, and to the smallest ones in
+      :func:`yoto_jax.weightings.yoto`.
+    """
+    if isinstance(smoothing, int | float) and not smoothing > 0:
+        raise ValueError(f"smoothing must be positive, got {smoothing}.")
+    if isinstance(warmup, int | float) and warmup < 0:
+        raise ValueError(f"warmup must not be negative, got {warmup}.")
+    if form == "linear":
+        if isinstance(warmup, int | float) and warmup != 0:
+            raise ValueError(f"warmup is for form='log' alone, got {warmup}.")
+        return _linear(smoothing, preference, ideal)
+    if form != "log":
+        raise ValueError(f"form must be 'linear' or 'log', got {form!r}.")
+    if preference is not None:
+        raise ValueError(f"preference is for form='linear' alone, got {preference}.")
+    if not (isinstance(ideal, int | float) and ideal == 0):
+        raise ValueError(f"ideal is for form='linear' alone, got {ideal}.")
+    return _logarithmic(smoothing, warmup)
+
+
+def _linear(smoothing: float, preference: PyTree, ideal: PyTree) -> LossWeighting:
+    def preferences(layout: Layout) -> jax.Array:
+        if preference is None:
+            return layout.full(1.0 / layout.size)
+        return layout.vector("preference", preference)
+
+    def ideals(layout: Layout) -> jax.Array:
+        return layout.vector("ideal", ideal)
+
+    def init(layout: Layout) -> tuple[()]:
+        ideals(layout)  # To be told now if they do not fit.
+        return ()
+
+    def update(
+        losses: jax.Array, learned: tuple[()], layout: Layout
+    ) -> tuple[jax.Array, tuple[()]]:
+        p = preferences(layout)
+        distances = p * (losses - ideals(layout))
+        return p * jax.nn.softmax(distances / smoothing), learned
+
+    return make_weighting(
+        init,
+        update,
+        first_weights=lambda layout: preferences(layout) / layout.size,
+    )
+
+
+def _logarithmic(smoothing: float, warmup: int) -> LossWeighting:
+    def init(layout: Layout) -> StchState:
+        return StchState(layout.full(0.0), jnp.zeros((), jnp.int32))
+
+    def update(
+        losses: jax.Array, learned: StchState, layout: Layout
+    ) -> tuple[jax.Array, StchState]:
+        logs, count = jnp.log(losses), learned.warmup_count
+        nadir = jnp.where(count > 0, learned.warmup_sum / jnp.maximum(count, 1), 1.0)
+        shares = jax.nn.log_softmax((logs - jnp.log(nadir)) / smoothing)
+        warm = count < warmup
+        weights = jnp.where(warm, 1.0, layout.size * jnp.exp(shares)) / losses
+        return weights, StchState(
+            warmup_sum=learned.warmup_sum + jnp.where(warm, losses, 0.0),
+            warmup_count=count + warm,
+        )
+
+    return make_weighting(init, update, positive=True)

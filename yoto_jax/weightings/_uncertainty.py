@@ -1,0 +1,132 @@
+"""Homoscedastic uncertainty as the loss weight."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from yoto_jax._loss_logits import PyTree, listed
+from yoto_jax.weightings._protocol import (
+    Layout,
+    LossWeighting,
+    descend,
+    make_weighting,
+)
+
+LOG_LIMIT = 20.0
+"""Learned log-weights stay within plus and minus this: e**20 is 5e8."""
+
+_FACTORS = {"regression": 0.5, "classification": 1.0}
+
+
+class UncertaintyState(NamedTuple):
+    """What :func:`uncertainty` has learned."""
+
+    log_variances: jax.Array  # (K,)
+    optimizer: optax.OptState
+
+
+def uncertainty(
+    kind: PyTree = "regression",
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    initial: PyTree = 0.0,
+) -> LossWeighting:
+    r"""Weights by learned noise variances, one for each loss.
+
+    .. math::
+      \min_{\theta, s} \sum_i \left[ c_i e^{-s_i} L_i(\theta) + \tfrac12 s_i \right],
+      \qquad w_i = c_i e^{-s_i}, \qquad s_i = \log \sigma_i^2,
+
+    with :math:`c_i = 1/2` for the squared error of a regression and :math:`c_i = 1` for
+    the cross-entropy of a classification. Model and :math:`s` step on the same
+    objective at the same time. For fixed losses :math:`s` settles at
+    :math:`w_i = 1 / (2 L_i)`, half the weights of
+    :func:`yoto_jax.weightings.scale_invariant`, whatever the kind.
+
+    Args:
+      kind: ``"regression"``, ``"classification"``, or one of them for each loss: a tree
+        like the losses, a dict by the names of the losses, or a sequence in the order
+        of ``jax.tree.leaves``.
+      optimizer: What steps on the log-variances; ``optax.adam(0.025)`` if none is
+        given. To train them as parameters of the model are, give the model's optimizer.
+      initial: First log-variances: one number, one per loss, or a tree like the losses.
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting` for positive losses. The weights have the unit
+      of one over the loss and no fixed sum; they lie between :math:`c_i e^{-20}` and
+      :math:`c_i e^{20}`.
+
+    Raises:
+      ValueError: In ``init``: ``kind`` or ``initial`` does not fit the losses. In
+        ``update`` outside ``jit``: a loss is not positive. Inside ``jit`` such a batch
+        leaves the weights as they were.
+
+    Examples:
+      >>> import yoto_jax as yoto
+      >>> losses = {"depth": 0.5, "label": 2.0}
+      >>> kind = {"depth": "regression", "label": "classification"}
+      >>> weighting = yoto.weightings.uncertainty(kind)
+      >>> state = weighting.init(losses)
+      >>> for _ in range(300):
+      ...     weights, state = weighting.update(losses, state)
+      >>> print({name: round(float(w), 2) for name, w in weights.items()})
+      {'depth': 1.0, 'label': 0.25}
+
+    References:
+      Kendall, Gal and Cipolla, `Multi-Task Learning Using Uncertainty to Weigh Losses
+      for Scene Geometry and Semantics <https://arxiv.org/abs/1705.07115>`_, 2018,
+      Eqs. 7 and 10.
+
+    .. warning::
+      The log-variances are clipped to [-20, 20] after every step. In the paper they are
+      not, and the weight of a loss that goes to 0 grows without bound.
+    """
+    tx = optax.adam(0.025) if optimizer is None else optimizer
+
+    def variances(layout: Layout) -> jax.Array:
+        return jnp.clip(layout.vector("initial", initial), -LOG_LIMIT, LOG_LIMIT)
+
+    def weights(log_variances: jax.Array, layout: Layout) -> jax.Array:
+        return _factors(kind, layout) * jnp.exp(-log_variances)
+
+    def init(layout: Layout) -> UncertaintyState:
+        log_variances = variances(layout)
+        return UncertaintyState(log_variances, tx.init(log_variances))
+
+    def update(
+        losses: jax.Array, learned: UncertaintyState, layout: Layout
+    ) -> tuple[jax.Array, UncertaintyState]:
+        used = weights(learned.log_variances, layout)
+        log_variances, state = descend(
+            tx, 0.5 - used * losses, learned.optimizer, learned.log_variances
+        )
+        log_variances = jnp.clip(log_variances, -LOG_LIMIT, LOG_LIMIT)
+        return used, UncertaintyState(log_variances, state)
+
+    return make_weighting(
+        init,
+        update,
+        positive=True,
+        first_weights=lambda layout: weights(variances(layout), layout),
+    )
+
+
+def _factors(kind: Any, layout: Layout) -> jax.Array:
+    """The constant in front of every loss."""
+    kinds: list[Any] = []
+    if isinstance(kind, str):
+        kinds = [kind] * layout.size
+    elif isinstance(kind, dict) and set(kind) == set(layout.names):
+        kinds = [kind[name] for name in layout.names]
+    elif jax.tree.structure(kind) == layout.structure:
+        kinds = jax.tree.leaves(kind)
+    elif isinstance(kind, list | tuple):
+        kinds = list(kind)
+    if len(kinds) != layout.size or any(k not in list(_FACTORS) for k in kinds):
+        raise ValueError(
+            "kind must be 'regression' or 'classification', or one of them for each "
+            f"loss ({listed(layout.names)}), got {kind!r}."
+        )
+    return jnp.asarray([_FACTORS[k] for k in kinds], layout.dtype)
