@@ -1,0 +1,135 @@
+"""Independent answers for Gramian weightings, in float64 and from J itself."""
+
+import itertools
+
+import numpy as np
+from scipy.optimize import minimize, nnls
+
+
+def bounded_qp(matrix, linear, lower):
+    """Minimise v^T A v / 2 - q^T v, v >= u, by an active set method (A regular)."""
+    root = np.linalg.cholesky(matrix).T
+    target = np.linalg.solve(root.T, linear - matrix @ lower)
+    return lower + nnls(root, target, maxiter=100 * len(lower))[0]
+
+
+def _regularized(jacobian, regularization):
+    gramian = jacobian @ jacobian.T
+    return gramian / np.trace(gramian) + regularization * np.eye(len(gramian))
+
+
+def upgrad(jacobian, preference, regularization=1e-4):
+    matrix = _regularized(jacobian, regularization)
+    zero = np.zeros(len(matrix))
+    return sum(bounded_qp(matrix, zero, row) for row in np.diag(preference))
+
+
+def dual_proj(jacobian, preference, regularization=1e-4):
+    matrix = _regularized(jacobian, regularization)
+    return bounded_qp(matrix, np.zeros(len(matrix)), preference)
+
+
+def mgda(jacobian):
+    """The smallest convex combination: every face of the simplex is tried."""
+    count, best, least = len(jacobian), None, np.inf
+    for size in range(1, count + 1):
+        for face in map(list, itertools.combinations(range(count), size)):
+            rows = jacobian[face]
+            w = np.linalg.lstsq(
+                np.vstack([rows.T[:, 1:] - rows.T[:, :1]]), -rows[0], rcond=None
+            )[0]
+            w = np.r_[1 - w.sum(), w]
+            value = ((w @ rows) ** 2).sum()
+            if w.min() >= 0 and value < least:
+                least, best = value, np.zeros(count)
+                best[face] = w
+    return best
+
+
+def cagrad_objective(jacobian, w, c):
+    mean, combined = jacobian.mean(0), w @ jacobian
+    return combined @ mean + c * np.linalg.norm(mean) * np.linalg.norm(combined)
+
+
+def cagrad_minimum(jacobian, c):
+    count = len(jacobian)
+    scale = (jacobian**2).sum()
+    starts = [np.full(count, 1 / count), *(0.9 * np.eye(count) + 0.1 / count)]
+    return min(
+        minimize(
+            lambda w: cagrad_objective(jacobian, w, c) / scale,
+            start,
+            method="SLSQP",
+            bounds=[(0, 1)] * count,
+            constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
+            options={"ftol": 1e-15, "maxiter": 500},
+        ).fun
+        * scale
+        for start in starts
+    )
+
+
+def aligned_mtl(jacobian, preference, scale=np.min):
+    """The singular vectors of J, with one singular value for all."""
+    u, s, vt = np.linalg.svd(jacobian, full_matrices=False)
+    kept = s > 1e-6 * s[0]
+    sigma = np.sqrt(scale(s[kept] ** 2))
+    return preference @ (sigma * u[:, kept] @ vt[kept])  # the direction
+
+
+def units(jacobian):
+    return jacobian / np.linalg.norm(jacobian, axis=1, keepdims=True)
+
+
+def config(jacobian):
+    x = np.linalg.pinv(units(jacobian)) @ np.ones(len(jacobian))
+    x /= np.linalg.norm(x)
+    return (jacobian @ x).sum() * x  # the direction
+
+
+def imtl_g(jacobian):
+    """The differences to the first projection vanish, and the weights sum to 1."""
+    unit = units(jacobian)
+    count = len(jacobian)
+    equations = np.vstack([(unit[:1] - unit[1:]) @ jacobian.T, np.ones(count)])
+    return np.linalg.solve(equations, np.eye(count)[-1])
+
+
+def pcgrad(jacobian, orders):
+    total = np.zeros(jacobian.shape[1])
+    for i, order in enumerate(orders):
+        g = jacobian[i].copy()
+        for j in order:
+            if j != i and g @ jacobian[j] < 0:
+                g -= (g @ jacobian[j]) / (jacobian[j] @ jacobian[j]) * jacobian[j]
+        total += g
+    return total
+
+
+def all_pcgrads(jacobian):
+    count = len(jacobian)
+    others = [
+        list(itertools.permutations(set(range(count)) - {i})) for i in range(count)
+    ]
+    return [pcgrad(jacobian, orders) for orders in itertools.product(*others)]
+
+
+def gradvac_pair(jacobian, targets, decay):
+    """Two losses: no chance in the order. Returns the direction and new targets."""
+    targets, total = targets.copy(), 0.0
+    for i, j in ((0, 1), (1, 0)):
+        g, other = jacobian[i].copy(), jacobian[j]
+        phi = g @ other / np.linalg.norm(g) / np.linalg.norm(other)
+        t = targets[i, j]
+        if phi < t:
+            wanted = t * np.sqrt(1 - phi**2) - phi * np.sqrt(1 - t**2)
+            g = (
+                g
+                + np.linalg.norm(g)
+                * wanted
+                / (np.linalg.norm(other) * np.sqrt(1 - t**2))
+                * other
+            )
+        targets[i, j] = decay * t + (1 - decay) * phi
+        total = total + g
+    return total, targets

@@ -1,0 +1,134 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import _oracles_gramian as oracles
+from yoto_jax import _solvers
+
+
+def conflicting(losses, seed):
+    rng = np.random.default_rng(seed)
+    jacobian = rng.normal(size=(losses, losses // 2 + 8))
+    jacobian -= rng.uniform(0.5, 1.0) * jacobian.mean(0)
+    return jacobian * np.exp(rng.normal(size=(losses, 1)))
+
+
+@functools.cache
+def upgrad_solver(losses, dtype):
+    lower = np.eye(losses) / losses
+
+    def solve(gramian):
+        matrix = _solvers.unit_trace(gramian) + 1e-4 * jnp.eye(losses, dtype=dtype)
+        rows = jnp.asarray(lower, dtype)
+        one = lambda u: _solvers.solve_bounded_qp(matrix, jnp.zeros_like(u), u)
+        return jnp.sum(jax.vmap(one)(rows), axis=0)
+
+    return jax.jit(solve)
+
+
+@pytest.mark.parametrize("losses", [2, 3, 11, 40])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("float64", 1e-12)])
+def test_bounded_qp_agrees_with_an_active_set_method(losses, dtype, bound):
+    with jax.enable_x64(dtype == "float64"):
+        for seed in range(10):
+            jacobian = conflicting(losses, seed)
+            gramian = np.asarray(jacobian @ jacobian.T, dtype)
+            exact = gramian.astype(np.float64)  # of what the solver is given
+            matrix = exact / np.trace(exact) + 1e-4 * np.eye(losses)
+            expected = sum(
+                oracles.bounded_qp(matrix, np.zeros(losses), u)
+                for u in np.eye(losses) / losses
+            )
+            found = upgrad_solver(losses, dtype)(jnp.asarray(gramian))
+            error = np.abs(np.float64(found) - expected).max() / expected.max()
+            assert error <= bound
+
+
+def test_non_negative_least_squares_has_exact_zeros_and_float64_accuracy():
+    rng = np.random.default_rng(0)
+    solve = jax.jit(_solvers.solve_bounded_qp)
+    with jax.enable_x64(True):
+        for _ in range(20):
+            unit = oracles.units(rng.normal(size=(7, 12)))
+            matrix, linear = unit @ unit.T, unit @ rng.normal(size=12)
+            expected = oracles.bounded_qp(matrix, linear, np.zeros(7))
+            found = np.asarray(solve(matrix, linear, jnp.zeros(7)))
+            np.testing.assert_allclose(found, expected, atol=1e-10)
+            np.testing.assert_array_equal(found == 0, expected == 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_singular_matrices_give_an_optimal_solution(dtype):
+    rng = np.random.default_rng(1)
+    solve = jax.jit(_solvers.solve_bounded_qp)
+    tolerance = 1e-5 if dtype == "float32" else 1e-10
+    with jax.enable_x64(dtype == "float64"):
+        for _ in range(10):
+            unit = oracles.units(rng.normal(size=(6, 3)))
+            unit[1] = unit[0]
+            unit[2] = 0
+            matrix, linear = unit @ unit.T, unit @ rng.normal(size=3)
+            found = solve(
+                jnp.asarray(matrix, dtype),
+                jnp.asarray(linear, dtype),
+                jnp.zeros(6, dtype),
+            )
+            found = np.float64(found)
+            slack = matrix @ found - linear
+            assert np.isfinite(found).all()
+            assert found.min() >= 0
+            assert slack.min() >= -tolerance
+            assert abs(found @ slack) <= tolerance * 10
+
+
+def test_zero_matrix_returns_the_bounds():
+    lower = jnp.asarray([0.5, 0.0, 2.0])
+    found = _solvers.solve_bounded_qp(jnp.zeros((3, 3)), jnp.zeros(3), lower)
+    np.testing.assert_allclose(found, lower, atol=1e-6)
+
+
+@pytest.mark.parametrize("losses", [1, 2, 3, 5])
+def test_smallest_convex_combination_is_the_best_of_all_faces(losses):
+    solve = jax.jit(_solvers.smallest_convex_combination)
+    with jax.enable_x64(True):
+        for seed in range(10):
+            jacobian = conflicting(losses, seed)
+            found = np.asarray(solve(jacobian @ jacobian.T))
+            expected = oracles.mgda(jacobian)
+            np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+def power_solver(regularization, steps):
+    def solve(cosine, scale, power):
+        eye = jnp.eye(len(scale), dtype=scale.dtype)
+        matrix = cosine + regularization * eye
+        return _solvers.solve_power_equation(matrix, scale, power, steps=steps)
+
+    return jax.jit(solve)
+
+
+@pytest.mark.parametrize("losses", [2, 20])
+def test_power_equation_is_solved_for_many_exponents_and_scales(losses):
+    solve = power_solver(1e-4, 40)
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        for alpha in (0.5, 1.0, 2.0, 5.0):
+            for spread in (0.0, 1.0, 2.0):
+                unit = oracles.units(rng.normal(size=(losses, losses // 2 + 2)))
+                matrix = unit @ unit.T + 1e-4 * np.eye(losses)
+                norms = np.exp(spread * rng.normal(size=losses))
+                scale = (norms / norms.max()) ** (1 / alpha - 1)
+                b = np.asarray(solve(unit @ unit.T, jnp.asarray(scale), 1 / alpha))
+                assert b.min() > 0
+                np.testing.assert_allclose(
+                    (matrix @ b) * b ** (1 / alpha) / scale, 1, atol=1e-7
+                )
+
+
+def test_a_gradient_that_is_zero_has_no_cosine():
+    cosine, norms = _solvers.cosines(jnp.diag(jnp.asarray([4.0, 0.0, 1e-30])))
+    np.testing.assert_allclose(cosine, np.diag([1.0, 0.0, 1.0]), rtol=1e-6)
+    np.testing.assert_allclose(norms, [2.0, 0.0, 1e-15], rtol=1e-6)

@@ -1,0 +1,348 @@
+"""Small dense problems in the Gramian: a fixed number of steps, on the device.
+
+Everything here works under ``jit`` and ``vmap``, in float32 and float64, and for
+matrices that are singular or zero.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+HIGHEST = lax.Precision.HIGHEST  # float32 products on accelerators are float32
+
+
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``a @ b`` in full precision."""
+    return jnp.matmul(a, b, precision=HIGHEST)
+
+
+def safe_divide(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``a / b``, and 0 where ``b`` is 0."""
+    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
+
+
+def unit_trace(gramian: jax.Array) -> jax.Array:
+    """The Gramian divided by its trace; zero stays zero."""
+    return safe_divide(gramian, jnp.trace(gramian))
+
+
+def cosines(gramian: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines between gradients, and the norms of the gradients.
+
+    A gradient that is zero has cosine 0 with every other one, and with itself.
+    """
+    norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
+    # One norm at a time: the product of two can overflow or underflow.
+    rows = safe_divide(gramian, norms[:, None])
+    return safe_divide(rows, norms[None, :]), norms
+
+
+def _factor(matrix: jax.Array) -> jax.Array:
+    return lax.linalg.cholesky(matrix, symmetrize_input=False)
+
+
+def _solve(factor: jax.Array, right: jax.Array) -> jax.Array:
+    """Solve with one vector, or several in the columns, given the Cholesky factor."""
+    columns = right[:, None] if right.ndim == 1 else right
+    y = lax.linalg.triangular_solve(factor, columns, left_side=True, lower=True)
+    x = lax.linalg.triangular_solve(
+        factor, y, left_side=True, lower=True, transpose_a=True
+    )
+    return x[:, 0] if right.ndim == 1 else x
+
+
+def _longest_step(x: jax.Array, step: jax.Array) -> jax.Array:
+    """The largest fraction of ``step``, up to 1, that leaves ``x`` positive."""
+    return 1 / jnp.maximum(jnp.max(-step / x), 1)
+
+
+def _shorten(x: jax.Array, step: jax.Array) -> jax.Array:
+    """The largest fraction of ``step``, up to 1, well inside of what is positive."""
+    return jnp.minimum(1, 0.995 / jnp.maximum(jnp.max(-step / x), 0.5))
+
+
+def _accept(ok: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    return jnp.where(ok & jnp.all(jnp.isfinite(new)), new, old)
+
+
+def solve_bounded_qp(
+    matrix: jax.Array, linear: jax.Array, lower: jax.Array, *, steps: int = 16
+) -> jax.Array:
+    r"""Minimise :math:`\frac12 v^\top A v - q^\top v` subject to :math:`v \ge u`.
+
+    Mehrotra's predictor-corrector interior point method, then one solve on the bounds
+    that it found to be active. That last solution is exact up to rounding, with
+    ``v == u`` on the active bounds, and taken only if it is optimal.
+
+    Args:
+      matrix: (K, K) symmetric positive semi-definite A.
+      linear: (K,) q. For a singular A it must be in its range, or the minimum may be at
+        infinity and the result is large but finite.
+      lower: (K,) u.
+      steps: The number of interior point steps.
+
+    Returns:
+      (K,) v. For several q or u with one A use ``jax.vmap``.
+    """
+    size, dtype = matrix.shape[0], matrix.dtype
+    eps = jnp.finfo(dtype).eps
+    # x = d (v - u) / s >= 0 with a unit diagonal and a linear term of order 1.
+    scale = jnp.sqrt(jnp.maximum(jnp.diagonal(matrix), 0))
+    scale = jnp.where(scale > 0, scale, 1)
+    a = matrix / scale[:, None] / scale[None, :]
+    b = (linear - dot(matrix, lower)) / scale
+    height = jnp.max(jnp.abs(b))
+    height = jnp.where(height > 0, height, 1)
+    b = b / height
+    # Much below the accuracy of the result, it keeps singular matrices invertible.
+    ridged = a + eps * jnp.eye(size, dtype=dtype)
+
+    def step(
+        _: jax.Array, carry: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        x, z = carry  # z >= 0 is the multiplier of x >= 0
+        gap = jnp.vdot(x, z)
+        residual = dot(ridged, x) - b - z
+        factor = _factor(ridged + jnp.diag(z / x))
+        dx = _solve(factor, -residual - z)
+        dz = -z - z / x * dx
+        t = jnp.minimum(_longest_step(x, dx), _longest_step(z, dz))
+        centred = jnp.vdot(x + t * dx, z + t * dz) / gap
+        correction = (centred**3 * gap / size - dx * dz) / x
+        dx = _solve(factor, -residual - z + correction)
+        dz = -z - z / x * dx + correction
+        # One length for both: in a quadratic problem the residual needs it.
+        t = jnp.minimum(_shorten(x, dx), _shorten(z, dz))
+        new_x, new_z = x + t * dx, z + t * dz
+        # Once converged, rounding may push either across its bound: stay then.
+        ok = jnp.all((new_x > 0) & (new_z > 0) & jnp.isfinite(new_x + new_z))
+        return jnp.where(ok, new_x, x), jnp.where(ok, new_z, z)
+
+    x = jnp.ones((size,), dtype)
+    z = jnp.maximum(dot(a, x) - b, 1)
+    x, z = lax.fori_loop(0, steps, step, (x, z))
+
+    free = x > z
+    eye = jnp.eye(size, dtype=dtype)
+    factor = _factor(jnp.where(free[:, None] & free[None, :], ridged, eye))
+    polished = jnp.where(free, x, 0)
+    for _ in range(2):  # the second one takes the ridge out again
+        residual = jnp.where(free, b - dot(a, polished), 0)
+        polished = polished + _solve(factor, residual)
+    slack = dot(a, polished) - b
+    tolerance = 4 * size * eps
+    stationary = jnp.abs(slack) <= tolerance * (1 + jnp.max(jnp.abs(polished)))
+    optimal = jnp.where(
+        free, stationary & (polished >= -tolerance), slack >= -tolerance
+    )
+    x = _accept(jnp.all(optimal), jnp.maximum(polished, 0), x)
+    # Then nothing pushes off the bounds: also of a matrix of zeros, exactly.
+    x = jnp.where(jnp.all(b <= 0), 0, x)
+    return lower + x * height / scale
+
+
+def smallest_convex_combination(gramian: jax.Array) -> jax.Array:
+    r"""Minimise :math:`w^\top G w` subject to :math:`w \ge 0` and :math:`\sum w = 1`.
+
+    Any w of other sum t costs :math:`t^2 w^\top G w`, so that minimising
+    :math:`v^\top G v + s (1^\top v - 1)^2` over :math:`v \ge 0` gives v proportional to
+    w for every s > 0: a problem with bounds alone.
+
+    Args:
+      gramian: (K, K) symmetric positive semi-definite G.
+
+    Returns:
+      (K,) w with exact zeros.
+    """
+    size = gramian.shape[0]
+    a = unit_trace(gramian)
+    # Of the order of the minimum, or the small gradients are lost in rounding.
+    s = jnp.maximum(jnp.min(jnp.diagonal(a)), size * jnp.finfo(a.dtype).eps)
+    s = jnp.full((size,), s)
+    v = solve_bounded_qp(a + s[:, None], s, jnp.zeros_like(s))
+    return v / jnp.sum(v)
+
+
+def minimise_on_simplex(
+    derivatives: Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]],
+    size: int,
+    dtype: jnp.dtype,
+    *,
+    steps: int = 20,
+) -> jax.Array:
+    r"""Minimise a smooth convex f(w) subject to :math:`w \ge 0`, :math:`\sum w = 1`.
+
+    The interior point method of :func:`solve_bounded_qp` with one equality. The best of
+    all iterates is returned.
+
+    Args:
+      derivatives: ``derivatives(w) -> (value, gradient, hessian)`` of a function of
+        order 1.
+      size: K.
+      dtype: Of w.
+      steps: The number of interior point steps.
+
+    Returns:
+      (K,) w.
+    """
+    eps = jnp.finfo(dtype).eps
+    ones = jnp.ones((size,), dtype)
+    eye = jnp.eye(size, dtype=dtype)
+
+    def step(_: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        w, z, y, best, least = carry  # y is the multiplier of the sum
+        value, gradient, hessian = derivatives(w)
+        best, least = jnp.where(value < least, w, best), jnp.minimum(value, least)
+        gap = jnp.vdot(w, z)
+        residual = gradient - y - z
+        factor = _factor(hessian + jnp.diag(z / w) + eps * eye)
+
+        def newton(correction: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            right = jnp.stack([correction - residual - z, ones], axis=1)
+            free, along = _solve(factor, right).T
+            dy = -jnp.sum(free) / jnp.sum(along)
+            dw = free + dy * along
+            return dw, correction - z - z / w * dw, dy
+
+        dw, dz, _ = newton(jnp.zeros_like(w))
+        t = jnp.minimum(_longest_step(w, dw), _longest_step(z, dz))
+        centred = jnp.vdot(w + t * dw, z + t * dz) / gap
+        dw, dz, dy = newton((centred**3 * gap / size - dw * dz) / w)
+        t = jnp.minimum(_shorten(w, dw), _shorten(z, dz))
+        new_w, new_z, new_y = w + t * dw, z + t * dz, y + t * dy
+        ok = jnp.all((new_w > 0) & (new_z > 0) & jnp.isfinite(new_w + new_z + new_y))
+        return (
+            jnp.where(ok, new_w / jnp.sum(new_w), w),
+            jnp.where(ok, new_z, z),
+            jnp.where(ok, new_y, y),
+            best,
+            least,
+        )
+
+    w = ones / size
+    value, gradient, _ = derivatives(w)
+    y = jnp.min(gradient) - 1
+    start = (w, gradient - y, y, w, value)
+    w, _, _, best, least = lax.fori_loop(0, steps, step, start)
+    return jnp.where(derivatives(w)[0] <= least, w, best)
+
+
+def solve_power_equation(
+    matrix: jax.Array, scale: jax.Array, power: jax.Array | float, *, steps: int = 20
+) -> jax.Array:
+    r"""Solve :math:`(C b)_i = m_i b_i^{-\beta}` for :math:`b > 0`.
+
+    b minimises :math:`\frac12 b^\top C b - \sum_i m_i \phi(b_i)` with
+    :math:`\phi(b) = b^{1-\beta} / (1 - \beta)`, or :math:`\log b` for
+    :math:`\beta = 1`, which is strictly convex. Newton's method, in relative steps, for
+    the derivative and for the logarithm of the equation: the best of a few lengths.
+
+    Args:
+      matrix: (K, K) symmetric positive definite C.
+      scale: (K,) m > 0.
+      power: beta > 0.
+      steps: The number of Newton steps.
+
+    Returns:
+      (K,) b.
+    """
+    dtype = matrix.dtype
+    power = jnp.asarray(power, dtype)
+    lengths = jnp.asarray([1, 0.7, 0.5, 0.25, 0.1, 0.03, 0.01, 0.001], dtype)
+    floor = jnp.finfo(dtype).tiny ** 0.5  # weights below are nothing
+
+    def terms(b: jax.Array) -> jax.Array:
+        return scale * b ** (1 - power)  # b times what C b has to be
+
+    def along_ray(b: jax.Array) -> jax.Array:
+        """The best positive multiple of b."""
+        have, want = jnp.vdot(b, dot(matrix, b)), jnp.sum(terms(b))
+        return b * (want / have) ** (1 / (1 + power))
+
+    def potential(b: jax.Array) -> jax.Array:
+        quadratic = 0.5 * jnp.vdot(b, dot(matrix, b))
+        # expm1 makes it right at power = 1 and near it.
+        logs = jnp.log(b)
+        exponent = 1 - power
+        near = jnp.abs(exponent) < 1e-3
+        phi = jnp.where(
+            near,
+            logs * (1 + 0.5 * exponent * logs),
+            jnp.expm1(exponent * logs) / jnp.where(near, 1, exponent),
+        )
+        return quadratic - jnp.sum(scale * phi)
+
+    def newton(scaled: jax.Array, slope: jax.Array, curvature: jax.Array) -> jax.Array:
+        hessian = scaled + jnp.diag(curvature)
+        # A unit diagonal, for the sake of scales that differ by many orders.
+        root = jnp.sqrt(jnp.diagonal(hessian))
+        hessian = hessian / root[:, None] / root[None, :]
+        return _solve(_factor(hessian), slope / root) / root
+
+    def step(_: jax.Array, b: jax.Array) -> jax.Array:
+        scaled = b[:, None] * matrix * b[None, :]
+        want, have = terms(b), jnp.sum(scaled, axis=1)
+        # Newton's method for the potential: always descends, but crawls where b is
+        # too large. For the logarithm of the equation: a power law in one step.
+        plain = newton(scaled, want - have, power * want)
+        far = jnp.max(jnp.abs(plain))
+        bounded = jnp.maximum(have, 1e-3 * want)
+        steep = newton(scaled, bounded * jnp.log(want / bounded), power * bounded)
+        plain = lengths[:, None] * (plain / jnp.maximum(1, far / 4))[None, :]
+        plain = jnp.where(plain > 0, jnp.log1p(jnp.maximum(plain, 0)), plain)
+        steep = lengths[:, None] * jnp.clip(steep, -6, 4)[None, :]
+        trials = jnp.concatenate([plain, steep])
+        trials = jnp.maximum(b[None, :] * jnp.exp(trials), floor)
+        values = jax.vmap(potential)(trials)
+        values = jnp.where(jnp.isfinite(values), values, jnp.inf)
+        # Near the solution the values differ by rounding alone: full step then.
+        chosen = jnp.where(far < 0.1, 0, jnp.argmin(values))
+        new = along_ray(trials[chosen])
+        return _accept(jnp.all(new > 0), new, b)
+
+    b = along_ray(scale ** (1 / (1 + power)))
+    return lax.fori_loop(0, steps, step, b)
+
+
+def spectrum(gramian: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Eigenvalues, eigenvectors in the columns, and which values are not rounding."""
+    values, vectors = jnp.linalg.eigh(gramian, symmetrize_input=False)
+    eps = jnp.finfo(gramian.dtype).eps
+    return values, vectors, values > gramian.shape[0] * eps * values[-1]
+
+
+def equal_cosine_weights(cosine: jax.Array) -> jax.Array:
+    """Pseudo-inverse of the cosines times a vector of ones: ``b = pinv(C) 1``."""
+    values, vectors, kept = spectrum(cosine)
+    inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
+    # Of gradients that cancel nothing is left but rounding, which a caller would scale
+    # up to a step of full size.
+    sums = jnp.sum(vectors, axis=0)
+    noise = cosine.shape[0] ** 2 * jnp.finfo(cosine.dtype).eps
+    return dot(vectors, inverse * jnp.where(jnp.abs(sums) <= noise, 0, sums))
+
+
+def surgery(alter: Callable[..., Any], rows: Any, key: jax.Array) -> Any:
+    """Let every loss go through all losses, in a random order of its own.
+
+    Args:
+      alter: ``alter(row, i, j) -> row``: what becomes of the row of loss i at loss j.
+      rows: A tree of arrays with a leading axis of size K, one row per loss.
+      key: Typed key of the orders.
+
+    Returns:
+      The rows in the end.
+    """
+    size = jax.tree.leaves(rows)[0].shape[0]
+    places = jnp.arange(size)
+    orders = jax.vmap(lambda k: jax.random.permutation(k, size))(
+        jax.random.split(key, size)
+    )
+
+    def visit(rows: Any, others: jax.Array) -> tuple[Any, None]:
+        return jax.vmap(alter)(rows, places, others), None
+
+    return lax.scan(visit, rows, orders.T)[0]

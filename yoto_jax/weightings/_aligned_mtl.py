@@ -1,0 +1,88 @@
+"""Aligned multi-task learning."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from yoto_jax._loss_logits import PyTree
+from yoto_jax._solvers import dot, spectrum, unit_trace
+from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+
+
+def aligned_mtl(
+    preference: PyTree = None, *, scale: Literal["min", "median", "mean"] = "min"
+) -> LossWeighting:
+    r"""Aligns the principal components of the gradients: condition number 1.
+
+    The gradients are replaced by the orthogonal ones of equal norm that are closest to
+    them, and those are combined as the preference says:
+
+    .. math::
+      G = V \mathrm{diag}(l) V^\top, \qquad
+      w = \sqrt{s}\; V_r\, \mathrm{diag}(l_r)^{-1/2}\, V_r^\top p
+
+    over the eigenvalues :math:`l_r` above rounding, where s is the smallest of them.
+
+    Args:
+      preference: p, one number per loss or one for all. 1/K if none is given; the
+        authors' code has 1, which gives K times the gradient.
+      scale: What s is of the eigenvalues: ``"min"`` as in the paper, ``"median"`` or
+        ``"mean"``.
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting` that needs the Gramian; its weights have at most
+      the Euclidean norm of the preference, and are 0 if all gradients are zero.
+
+    Raises:
+      ValueError: ``scale`` is none of these. In ``init`` and ``update``: the preference
+        does not fit the losses.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import yoto_jax as yoto
+      >>> weighting = yoto.weightings.aligned_mtl()
+      >>> losses = {"a": 1.0, "b": 2.0}
+      >>> gramian = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
+      >>> weights, _ = weighting.update(
+      ...     losses, weighting.init(losses), gramian=gramian
+      ... )
+      >>> print({name: round(float(weight), 3) for name, weight in weights.items()})
+      {'a': 0.559, 'b': 0.408}
+
+    References:
+      Senushkin et al., `Independent Component Alignment for Multi-Task Learning
+      <https://arxiv.org/abs/2305.19000>`_, 2023, Eq. 9 and Algorithm 1.
+
+    .. warning::
+      Weights may be negative. Gradients that nearly depend on each other linearly give
+      a small s and small steps, and s jumps when an eigenvalue falls below rounding.
+    """
+    if scale not in ("min", "median", "mean"):
+        raise ValueError(f"scale must be 'min', 'median' or 'mean', got {scale!r}.")
+
+    def preferred(layout: Layout) -> jax.Array:
+        chosen = 1.0 / layout.size if preference is None else preference
+        return layout.vector("preference", chosen)
+
+    def update(
+        losses: jax.Array, learned: tuple[()], layout: Layout, *, gramian: jax.Array
+    ) -> tuple[jax.Array, tuple[()]]:
+        del losses
+        values, vectors, kept = spectrum(unit_trace(gramian))
+        size, rank = layout.size, jnp.sum(kept)
+        if scale == "mean":
+            square = jnp.sum(jnp.where(kept, values, 0)) / jnp.maximum(rank, 1)
+        elif scale == "median":  # they ascend: the middle of the last ones
+            low, high = (2 * size - rank - 1) // 2, (2 * size - rank) // 2
+            middle = jnp.clip(jnp.stack([low, high]), 0, size - 1)
+            square = jnp.mean(values[middle])
+        else:
+            square = values[jnp.clip(size - rank, 0, size - 1)]
+        ratios = jnp.where(kept, square / jnp.where(kept, values, 1), 0)
+        aligned = jnp.sqrt(ratios) * dot(vectors.T, preferred(layout))
+        return dot(vectors, aligned), learned
+
+    return make_weighting(
+        lambda layout: (), update, needs=("gramian",), first_weights=preferred
+    )

@@ -1,0 +1,91 @@
+"""Conflict-Averse Gradient descent."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from yoto_jax._solvers import dot, minimise_on_simplex, unit_trace
+from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+
+
+def cagrad(c: float = 0.5, *, rescale: Literal[0, 1, 2] = 0) -> LossWeighting:
+    r"""The mean gradient, turned towards the loss that gains least from it.
+
+    Within a ball of radius c times its norm around the mean gradient :math:`g_0` it is
+    the direction whose worst local improvement :math:`\min_k g_k \cdot d` is best:
+
+    .. math::
+      d = g_0 + \frac{c \|g_0\|}{\|g_w\|} g_w, \qquad g_w = \sum_k w_k g_k, \qquad
+      w = \arg\min_{w \ge 0,\; 1^\top w = 1}\ g_w \cdot g_0 + c \|g_0\| \|g_w\| .
+
+    Args:
+      c: Radius of the ball; 0 is the mean gradient, and large values approach
+        :func:`mgda`.
+      rescale: 0 takes d as it is, as the paper does; 1 divides by :math:`1 + c^2`, as
+        the authors' code; 2 by :math:`1 + c`.
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting` that needs the Gramian; its weights are at least
+      1/K before the division.
+
+    Raises:
+      ValueError: c is negative, or ``rescale`` is none of these.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import yoto_jax as yoto
+      >>> weighting = yoto.weightings.cagrad()
+      >>> losses = {"a": 1.0, "b": 2.0}
+      >>> gramian = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
+      >>> weights, _ = weighting.update(
+      ...     losses, weighting.init(losses), gramian=gramian
+      ... )
+      >>> print({name: round(float(weight), 3) for name, weight in weights.items()})
+      {'a': 0.704, 'b': 0.5}
+
+    References:
+      Liu et al., `Conflict-Averse Gradient Descent for Multi-task Learning
+      <https://arxiv.org/abs/2110.14048>`_, 2021, Eq. 3 and Algorithm 1.
+
+    .. warning::
+      For c below 1 the direction may still increase a loss. At Pareto stationary
+      points, where :math:`\|g_w\|` vanishes, the direction is the mean gradient.
+    """
+    if isinstance(c, int | float) and not c >= 0:
+        raise ValueError(f"c must not be negative, got {c}.")
+    if rescale not in (0, 1, 2):
+        raise ValueError(f"rescale must be 0, 1 or 2, got {rescale!r}.")
+
+    def update(
+        losses: jax.Array, learned: tuple[()], layout: Layout, *, gramian: jax.Array
+    ) -> tuple[jax.Array, tuple[()]]:
+        del losses
+        eps = jnp.finfo(layout.dtype).eps
+        g = unit_trace(gramian)
+        mean = layout.full(1.0 / layout.size)
+        to_mean = dot(g, mean)
+        radius = c * jnp.sqrt(jnp.maximum(jnp.vdot(mean, to_mean), 0))
+
+        def derivatives(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            gw = dot(g, w)
+            # The norm has a kink at 0; rounded off where float arithmetic ends.
+            norm = jnp.sqrt(jnp.maximum(jnp.vdot(w, gw), 0) + eps)
+            slope = gw / norm
+            hessian = (g - slope[:, None] * slope[None, :]) / norm
+            value = jnp.vdot(w, to_mean) + radius * norm
+            return value, to_mean + radius * slope, radius * hessian
+
+        w = minimise_on_simplex(derivatives, layout.size, layout.dtype)
+        square = jnp.maximum(jnp.vdot(w, dot(g, w)), 0)
+        stationary = square <= layout.size * eps
+        pull = jnp.where(stationary, 0, radius / jnp.sqrt(square + stationary))
+        weights = mean + pull * w
+        return weights / (1, 1 + c**2, 1 + c)[rescale], learned
+
+    return make_weighting(
+        lambda layout: (),
+        update,
+        needs=("gramian",),
+        first_weights=lambda layout: layout.full(1.0 / layout.size),
+    )

@@ -1,0 +1,61 @@
+"""Conflict-Free Inverse Gradients."""
+
+import jax
+import jax.numpy as jnp
+
+from yoto_jax._solvers import cosines, dot, equal_cosine_weights, safe_divide
+from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+
+
+def config() -> LossWeighting:
+    r"""A direction with the same angle to all gradients, as long as they support it.
+
+    .. math::
+      d = \Bigl(\sum_k g_k \cdot x\Bigr) x, \qquad
+      x = \frac{U^{+} 1}{\|U^{+} 1\|}, \qquad
+      U = \Bigl(\frac{g_1}{\|g_1\|}, \ldots, \frac{g_K}{\|g_K\|}\Bigr)^\top .
+
+    Since :math:`U^{+} 1 = U^\top C^{+} 1`, the cosines C are all that is needed. (The
+    name is that of the method; nothing is configured.)
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting` that needs the Gramian.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import yoto_jax as yoto
+      >>> weighting = yoto.weightings.config()
+      >>> losses = {"a": 1.0, "b": 2.0}
+      >>> gramian = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
+      >>> weights, _ = weighting.update(
+      ...     losses, weighting.init(losses), gramian=gramian
+      ... )
+      >>> print({name: round(float(weight), 3) for name, weight in weights.items()})
+      {'a': 1.226, 'b': 0.844}
+
+    References:
+      Liu et al., `ConFIG: Towards Conflict-free Training of Physics Informed Neural
+      Networks <https://arxiv.org/abs/2408.11104>`_, 2024, Eqs. 2 and 3.
+
+    .. warning::
+      Weights may be negative. Where gradients depend on each other linearly, equal
+      angles may be impossible; they are then as equal as least squares make them.
+    """
+
+    def update(
+        losses: jax.Array, learned: tuple[()], layout: Layout, *, gramian: jax.Array
+    ) -> tuple[jax.Array, tuple[()]]:
+        del losses
+        cosine, norms = cosines(gramian)
+        b = equal_cosine_weights(cosine)
+        towards = dot(cosine, b)  # 1 wherever equal angles are possible
+        square = jnp.vdot(b, towards)
+        length = jnp.where(square > 0, safe_divide(jnp.vdot(norms, towards), square), 0)
+        return length * safe_divide(b, norms), learned
+
+    return make_weighting(
+        lambda layout: (),
+        update,
+        needs=("gramian",),
+        first_weights=lambda layout: layout.full(1.0 / layout.size),
+    )

@@ -1,0 +1,68 @@
+"""Projection of the mean gradient onto the dual cone."""
+
+import jax
+import jax.numpy as jnp
+
+from yoto_jax._loss_logits import PyTree
+from yoto_jax._solvers import solve_bounded_qp, unit_trace
+from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+
+
+def dual_proj(
+    preference: PyTree = None, *, regularization: float = 1e-4
+) -> LossWeighting:
+    r"""Projects the mean gradient onto the directions that increase no loss.
+
+    .. math::
+      w = \arg\min_{v \ge p}\ v^\top
+      \Bigl(\frac{G}{\mathrm{tr}\, G} + \varepsilon I\Bigr) v .
+
+    Args:
+      preference: p, one positive number per loss or one for all; 1/K if none is given.
+      regularization: :math:`\varepsilon`. It makes the solution unique; the combined
+        gradient conflicts by about this much of the mean squared norm.
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting` that needs the Gramian; its weights are no less
+      than the preference, and equal to it if the mean gradient conflicts with none.
+
+    Raises:
+      ValueError: ``regularization`` is negative. In ``init`` and ``update``: the
+        preference does not fit the losses.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import yoto_jax as yoto
+      >>> weighting = yoto.weightings.dual_proj()
+      >>> losses = {"a": 1.0, "b": 2.0}
+      >>> gramian = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
+      >>> weights, _ = weighting.update(
+      ...     losses, weighting.init(losses), gramian=gramian
+      ... )
+      >>> print({name: round(float(weight), 3) for name, weight in weights.items()})
+      {'a': 0.611, 'b': 0.5}
+
+    References:
+      Lopez-Paz and Ranzato, `Gradient Episodic Memory for Continual Learning
+      <https://arxiv.org/abs/1706.08840>`_, 2017, Eq. 11, for the mean gradient in
+      place of the gradient of one task.
+    """
+    if isinstance(regularization, int | float) and not regularization >= 0:
+        raise ValueError(f"regularization must not be negative, got {regularization}.")
+
+    def preferred(layout: Layout) -> jax.Array:
+        chosen = 1.0 / layout.size if preference is None else preference
+        return layout.vector("preference", chosen)
+
+    def update(
+        losses: jax.Array, learned: tuple[()], layout: Layout, *, gramian: jax.Array
+    ) -> tuple[jax.Array, tuple[()]]:
+        del losses
+        eye = jnp.eye(layout.size, dtype=layout.dtype)
+        matrix = unit_trace(gramian) + regularization * eye
+        lower = preferred(layout)
+        return solve_bounded_qp(matrix, jnp.zeros_like(lower), lower), learned
+
+    return make_weighting(
+        lambda layout: (), update, needs=("gramian",), first_weights=preferred
+    )

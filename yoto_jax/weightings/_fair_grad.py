@@ -1,0 +1,76 @@
+"""Alpha-fair gradients."""
+
+import jax
+import jax.numpy as jnp
+
+from yoto_jax._solvers import cosines, safe_divide, solve_power_equation
+from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+
+
+def fair_grad(alpha: float = 2.0, *, regularization: float = 1e-4) -> LossWeighting:
+    r"""Alpha-fair shares of the gain, from the sum of the losses to the worst of them.
+
+    .. math::
+      \sum_j (g_i \cdot g_j)\, a_j = a_i^{-1/\alpha}, \qquad a > 0 .
+
+    With :math:`\alpha = 1` it is :func:`nash_mtl` without a limit on the norm; towards
+    0 it tends to the sum of the losses, and for large values to the best improvement
+    of the loss that improves least.
+
+    Args:
+      alpha: Positive; 2 is the paper's choice. Between 0.5 and 5 the equations are
+        solved to rounding even if the norms of gradients differ by a factor 1000.
+      regularization: Added to the squared norms of the gradients, relative to them.
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting` that needs the Gramian; its weights are
+      positive, and 0 for gradients that are zero. Multiplying all losses by s
+      multiplies them by :math:`s^{-2 \alpha / (\alpha + 1)}`.
+
+    Raises:
+      ValueError: ``alpha`` is not positive or ``regularization`` is negative.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import yoto_jax as yoto
+      >>> weighting = yoto.weightings.fair_grad()
+      >>> losses = {"a": 1.0, "b": 2.0}
+      >>> gramian = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
+      >>> weights, _ = weighting.update(
+      ...     losses, weighting.init(losses), gramian=gramian
+      ... )
+      >>> print({name: round(float(weight), 3) for name, weight in weights.items()})
+      {'a': 0.471, 'b': 0.319}
+
+    References:
+      Ban and Ji, `Fair Resource Allocation in Multi-Task Learning
+      <https://arxiv.org/abs/2402.15638>`_, 2024, Eq. 6 and Algorithm 1.
+
+    .. warning::
+      The authors' code looks for the least squares of the equation with SciPy; here
+      Newton's method minimises the convex function whose gradient it is.
+    """
+    if isinstance(alpha, int | float) and not alpha > 0:
+        raise ValueError(f"alpha must be positive, got {alpha}.")
+    if isinstance(regularization, int | float) and not regularization >= 0:
+        raise ValueError(f"regularization must not be negative, got {regularization}.")
+
+    def update(
+        losses: jax.Array, learned: tuple[()], layout: Layout, *, gramian: jax.Array
+    ) -> tuple[jax.Array, tuple[()]]:
+        del losses
+        cosine, norms = cosines(gramian)
+        present = norms > 0
+        power = jnp.asarray(1 / alpha, layout.dtype)
+        # In b = norm * a / unit the equation is C b = m b^(-1/alpha), with m = 1 for
+        # the largest gradient.
+        largest = jnp.where(jnp.any(present), jnp.max(norms), 1)
+        tiny = jnp.finfo(layout.dtype).tiny ** 0.25
+        share = jnp.where(present, norms / largest, 1)
+        m = jnp.clip(share ** (power - 1), tiny, 1 / tiny)
+        matrix = cosine + jnp.diag(jnp.where(present, regularization, 1))
+        b = solve_power_equation(matrix, m, power, steps=40)
+        unit = largest ** ((power - 1) / (power + 1))
+        return safe_divide(jnp.where(present, b * unit, 0), norms), learned
+
+    return make_weighting(lambda layout: (), update, needs=("gramian",))

@@ -1,0 +1,115 @@
+"""Gradient Vaccine."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from yoto_jax._solvers import HIGHEST, cosines, dot, safe_divide, surgery
+from yoto_jax.weightings._protocol import (
+    Layout,
+    LossWeighting,
+    as_key,
+    make_weighting,
+)
+
+
+class GradVacState(NamedTuple):
+    """What :func:`gradvac` has learned."""
+
+    cosine_targets: jax.Array  # (K, K), row i: seen from the gradient of loss i
+    key: jax.Array  # typed key
+
+
+def gradvac(decay: float = 0.99, *, key: jax.Array | int = 0) -> LossWeighting:
+    r"""Turns gradients towards each other until they are as similar as usual.
+
+    As :func:`pcgrad`, with a target for the cosine in place of 0. For every loss i
+    start from :math:`g = g_i` and, for all :math:`j \ne i` in a random order, if the
+    cosine :math:`\phi` of g and :math:`g_j` is below the target :math:`T_{ij}`,
+
+    .. math::
+      g \leftarrow g + \frac{\|g\| \bigl(T_{ij} \sqrt{1 - \phi^2}
+      - \phi \sqrt{1 - T_{ij}^2}\bigr)}{\|g_j\| \sqrt{1 - T_{ij}^2}}\, g_j, \qquad
+      T_{ij} \leftarrow \mathtt{decay}\; T_{ij} + (1 - \mathtt{decay})\, \phi .
+
+    Args:
+      decay: Of the moving average of the cosines; 0.99 is :math:`\beta = 0.01` of the
+        paper.
+      key: Random key or seed of the orders.
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting` that needs the Gramian. The targets begin with
+      0, so that the first update is that of :func:`pcgrad`; the weights are 1 or more.
+
+    Raises:
+      TypeError: ``key`` is neither a typed key nor an integer.
+      ValueError: ``decay`` is not between 0 and 1.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import yoto_jax as yoto
+      >>> weighting = yoto.weightings.gradvac()
+      >>> losses = {"a": 1.0, "b": 2.0}
+      >>> gramian = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
+      >>> weights, state = weighting.update(
+      ...     losses, weighting.init(losses), gramian=gramian
+      ... )
+      >>> print({name: round(float(weight), 3) for name, weight in weights.items()})
+      {'a': 2.222, 'b': 1.579}
+      >>> print(state.learned.cosine_targets.round(4))
+      [[ 0.     -0.0084]
+       [-0.0084  0.    ]]
+
+    References:
+      Wang et al., `Gradient Vaccine: Investigating and Improving Multi-task
+      Optimization in Massively Multilingual Models
+      <https://arxiv.org/abs/2010.05874>`_, 2020, Eqs. 3 and 4, Algorithm 1.
+
+    .. warning::
+      The gradients are those of all parameters that the Gramian is made of. The paper
+      has one set of targets per layer or block of parameters.
+    """
+    if isinstance(decay, int | float) and not 0 <= decay <= 1:
+        raise ValueError(f"decay must be between 0 and 1, got {decay}.")
+    key = as_key(key)
+
+    def init(layout: Layout) -> GradVacState:
+        shape = (layout.size, layout.size)
+        return GradVacState(jnp.zeros(shape, layout.dtype), key)
+
+    def update(
+        losses: jax.Array, learned: GradVacState, layout: Layout, *, gramian: jax.Array
+    ) -> tuple[jax.Array, GradVacState]:
+        del losses
+        cosine, norms = cosines(gramian)
+        following, order_key = jax.random.split(learned.key)
+        nearly_one = 1 - 4 * jnp.finfo(layout.dtype).eps
+        sine = lambda x: jnp.sqrt(1 - x**2)
+
+        # Rows are coefficients of the gradients at unit length: row i is what g_i
+        # becomes, relative to its norm.
+        def turn(
+            carry: tuple[jax.Array, jax.Array], i: jax.Array, j: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            row, targets = carry
+            moments = dot(cosine, row)
+            length = jnp.sqrt(jnp.maximum(jnp.vdot(row, moments), 0))
+            seen = safe_divide(moments[j], length)
+            seen = jnp.clip(seen, -nearly_one, nearly_one)
+            target = jnp.clip(targets[j], -nearly_one, nearly_one)
+            change = length * (target * sine(seen) / sine(target) - seen)
+            other = (i != j) & (norms[i] > 0) & (norms[j] > 0)
+            row = row.at[j].add(jnp.where(other & (seen < target), change, 0))
+            new = decay * targets[j] + (1 - decay) * seen
+            return row, targets.at[j].set(jnp.where(other, new, targets[j]))
+
+        eye = jnp.eye(layout.size, dtype=layout.dtype)
+        rows, targets = surgery(turn, (eye, learned.cosine_targets), order_key)
+        weights = safe_divide(
+            jnp.einsum("i,ij->j", norms, rows, precision=HIGHEST), norms
+        )
+        weights = jnp.where(norms > 0, weights, 1)
+        return weights, GradVacState(jnp.asarray(targets, layout.dtype), following)
+
+    return make_weighting(init, update, needs=("gramian",))

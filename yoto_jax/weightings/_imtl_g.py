@@ -1,0 +1,63 @@
+"""Impartial Multi-Task Learning, gradients."""
+
+import jax
+import jax.numpy as jnp
+
+from yoto_jax._solvers import cosines, equal_cosine_weights, safe_divide
+from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+
+
+def imtl_g() -> LossWeighting:
+    r"""Weights for which the combined gradient has equal projections on all gradients.
+
+    .. math::
+      d \cdot \frac{g_i}{\|g_i\|} = d \cdot \frac{g_j}{\|g_j\|}
+      \quad \text{for } d = \sum_k w_k g_k,\ \sum_k w_k = 1, \qquad
+      w \propto \frac{C^{+} 1}{\|g\|}
+
+    with the cosines C of the gradients.
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting` that needs the Gramian; its weights sum to 1, or
+      are all 0 where no such weights exist.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import yoto_jax as yoto
+      >>> weighting = yoto.weightings.imtl_g()
+      >>> losses = {"a": 1.0, "b": 2.0}
+      >>> gramian = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
+      >>> weights, _ = weighting.update(
+      ...     losses, weighting.init(losses), gramian=gramian
+      ... )
+      >>> print({name: round(float(weight), 3) for name, weight in weights.items()})
+      {'a': 0.592, 'b': 0.408}
+
+    References:
+      Liu et al., `Towards Impartial Multi-task Learning
+      <https://openreview.net/forum?id=IMPnRXEWpvr>`_, 2021, Eq. 6.
+
+    .. warning::
+      Weights may be negative. Where gradients depend on each other linearly the
+      pseudo-inverse of the cosines decides. A gradient that is zero gets the weight 0.
+    """
+
+    def update(
+        losses: jax.Array, learned: tuple[()], layout: Layout, *, gramian: jax.Array
+    ) -> tuple[jax.Array, tuple[()]]:
+        del losses
+        cosine, norms = cosines(gramian)
+        v = safe_divide(equal_cosine_weights(cosine), norms)
+        # In units of the largest: sums of extreme weights do not overflow.
+        v = safe_divide(v, jnp.max(jnp.abs(v)))
+        total = jnp.sum(v)
+        rounding = layout.size * jnp.finfo(layout.dtype).eps * jnp.sum(jnp.abs(v))
+        nothing = jnp.abs(total) <= rounding
+        return jnp.where(nothing, 0, v / jnp.where(nothing, 1, total)), learned
+
+    return make_weighting(
+        lambda layout: (),
+        update,
+        needs=("gramian",),
+        first_weights=lambda layout: layout.full(1.0 / layout.size),
+    )

@@ -1,0 +1,79 @@
+"""Nash bargaining between the losses."""
+
+import jax
+import jax.numpy as jnp
+
+from yoto_jax._solvers import cosines, dot, safe_divide, solve_power_equation
+from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+
+
+def nash_mtl(
+    max_norm: float | None = 1.0, *, regularization: float = 1e-4
+) -> LossWeighting:
+    r"""The Nash bargaining solution: the product of the losses' gains is largest.
+
+    .. math::
+      \sum_j (g_i \cdot g_j)\, a_j = \frac{1}{a_i}, \qquad a > 0,
+
+    where :math:`a_i` minimises :math:`\frac12 a^\top G a - \sum_i \log a_i`, a strictly
+    convex function: Newton's method solves it without a quadratic programme. The
+    direction does not change when losses are rescaled.
+
+    Args:
+      max_norm: The largest norm of the combined gradient, or ``None``: without a limit
+        the norm is the square root of the number of losses, wherever gradients are
+        independent.
+      regularization: Added to the squared norms of the gradients, relative to them.
+        It keeps the weights finite near Pareto stationary points, and float32 accurate.
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting` that needs the Gramian; its weights are
+      positive, and 0 for gradients that are zero.
+
+    Raises:
+      ValueError: ``max_norm`` is not positive or ``regularization`` is negative.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import yoto_jax as yoto
+      >>> weighting = yoto.weightings.nash_mtl()
+      >>> losses = {"a": 1.0, "b": 2.0}
+      >>> gramian = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
+      >>> weights, _ = weighting.update(
+      ...     losses, weighting.init(losses), gramian=gramian
+      ... )
+      >>> print({name: round(float(weight), 3) for name, weight in weights.items()})
+      {'a': 0.418, 'b': 0.288}
+
+    References:
+      Navon et al., `Multi-Task Learning as a Bargaining Game
+      <https://arxiv.org/abs/2202.01017>`_, 2022, Claim 3.1 and Section 3.2.
+
+    .. warning::
+      The authors' code divides the Gramian by its norm and solves a sequence of convex
+      programmes, so that small gradients are lost in the tolerance. Here the matrix of
+      cosines is solved for, which keeps the weights exactly inverse to the scale of
+      their gradients. To update the weights every few steps only, as the paper does to
+      save time, use :func:`yoto_jax.weightings.every`.
+    """
+    if isinstance(max_norm, int | float) and not max_norm > 0:
+        raise ValueError(f"max_norm must be positive or None, got {max_norm}.")
+    if isinstance(regularization, int | float) and not regularization >= 0:
+        raise ValueError(f"regularization must not be negative, got {regularization}.")
+
+    def update(
+        losses: jax.Array, learned: tuple[()], layout: Layout, *, gramian: jax.Array
+    ) -> tuple[jax.Array, tuple[()]]:
+        del losses
+        cosine, norms = cosines(gramian)
+        present = norms > 0
+        ridge = jnp.where(present, regularization, 1)
+        one = layout.full(1.0)
+        b = solve_power_equation(cosine + jnp.diag(ridge), one, 1.0)
+        b = jnp.where(present, b, 0)
+        if max_norm is not None:
+            norm = jnp.sqrt(jnp.maximum(jnp.vdot(b, dot(cosine, b)), 0))
+            b = b / jnp.maximum(norm / max_norm, 1)
+        return safe_divide(b, norms), learned
+
+    return make_weighting(lambda layout: (), update, needs=("gramian",))

@@ -1,0 +1,94 @@
+"""Projecting Conflicting Gradients."""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from yoto_jax._solvers import HIGHEST, cosines, safe_divide, surgery
+from yoto_jax.weightings._protocol import (
+    Layout,
+    LossWeighting,
+    as_key,
+    make_weighting,
+)
+
+
+class PCGradState(NamedTuple):
+    """What :func:`pcgrad` remembers."""
+
+    key: jax.Array  # typed key
+
+
+def pcgrad(
+    key: jax.Array | int = 0, *, reduction: Literal["sum", "mean"] = "sum"
+) -> LossWeighting:
+    r"""Takes out of each gradient what conflicts with the others, and adds them up.
+
+    For every loss i start from :math:`g = g_i` and, for all :math:`j \ne i` in a random
+    order of its own, while :math:`g \cdot g_j < 0`,
+
+    .. math::
+      g \leftarrow g - \frac{g \cdot g_j}{\|g_j\|^2}\, g_j .
+
+    Args:
+      key: Random key or seed of the orders. With one or two losses there is no chance
+        in it.
+      reduction: ``"sum"`` adds the gradients up, as the paper does, ``"mean"`` divides
+        by K.
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting` that needs the Gramian; its weights are 1 or
+      more, with ``"sum"``, and 1 without conflict.
+
+    Raises:
+      TypeError: ``key`` is neither a typed key nor an integer.
+      ValueError: ``reduction`` is neither.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import yoto_jax as yoto
+      >>> weighting = yoto.weightings.pcgrad()
+      >>> losses = {"a": 1.0, "b": 2.0}
+      >>> gramian = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
+      >>> weights, _ = weighting.update(
+      ...     losses, weighting.init(losses), gramian=gramian
+      ... )
+      >>> print({name: round(float(weight), 3) for name, weight in weights.items()})
+      {'a': 2.222, 'b': 1.579}
+
+    References:
+      Yu et al., `Gradient Surgery for Multi-Task Learning
+      <https://arxiv.org/abs/2001.06782>`_, 2020, Algorithm 1.
+
+    .. warning::
+      The projections are onto the original gradients of the other losses, as in the
+      paper, and every loss draws its own order; some implementations draw one for all.
+    """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}.")
+    key = as_key(key)
+
+    def update(
+        losses: jax.Array, learned: PCGradState, layout: Layout, *, gramian: jax.Array
+    ) -> tuple[jax.Array, PCGradState]:
+        del losses
+        cosine, norms = cosines(gramian)
+        following, order_key = jax.random.split(learned.key)
+
+        # Rows are coefficients of the gradients at unit length: row i is what g_i
+        # becomes, relative to its norm.
+        def project(row: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
+            along = jnp.minimum(jnp.vdot(cosine[j], row, precision=HIGHEST), 0)
+            return row.at[j].add(jnp.where(i == j, 0, -along))
+
+        rows = surgery(project, jnp.eye(layout.size, dtype=layout.dtype), order_key)
+        weights = safe_divide(
+            jnp.einsum("i,ij->j", norms, rows, precision=HIGHEST), norms
+        )
+        weights = jnp.where(norms > 0, weights, 1)
+        if reduction == "mean":
+            weights = weights / layout.size
+        return weights, PCGradState(following)
+
+    return make_weighting(lambda layout: PCGradState(key), update, needs=("gramian",))

@@ -1,0 +1,70 @@
+"""Unconflicting projections of the gradients."""
+
+import jax
+import jax.numpy as jnp
+
+from yoto_jax._loss_logits import PyTree
+from yoto_jax._solvers import solve_bounded_qp, unit_trace
+from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+
+
+def upgrad(preference: PyTree = None, *, regularization: float = 1e-4) -> LossWeighting:
+    r"""Projects each gradient onto the directions that increase no loss, and adds up.
+
+    .. math::
+      w = \sum_i v_i, \qquad
+      v_i = \arg\min_{v \ge p_i e_i} v^\top
+      \Bigl(\frac{G}{\mathrm{tr}\, G} + \varepsilon I\Bigr) v .
+
+    The combined gradient conflicts with no gradient, follows positive factors of the
+    losses linearly, and does not vanish unless the parameters are Pareto stationary.
+
+    Args:
+      preference: p, one positive number per loss or one for all; 1/K if none is given.
+      regularization: :math:`\varepsilon`. It makes the solution unique; the combined
+        gradient conflicts by about this much of the mean squared norm.
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting` that needs the Gramian; its weights are no less
+      than the preference, and equal to it without conflict.
+
+    Raises:
+      ValueError: ``regularization`` is negative. In ``init`` and ``update``: the
+        preference does not fit the losses.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import yoto_jax as yoto
+      >>> weighting = yoto.weightings.upgrad()
+      >>> losses = {"a": 1.0, "b": 2.0}
+      >>> gramian = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
+      >>> weights, _ = weighting.update(
+      ...     losses, weighting.init(losses), gramian=gramian
+      ... )
+      >>> print({name: round(float(weight), 3) for name, weight in weights.items()})
+      {'a': 1.111, 'b': 0.789}
+
+    References:
+      Quinton and Rey, `Jacobian Descent for Multi-Objective Optimization
+      <https://arxiv.org/abs/2406.16232>`_, 2024, Eq. 5 and Proposition 1.
+    """
+    if isinstance(regularization, int | float) and not regularization >= 0:
+        raise ValueError(f"regularization must not be negative, got {regularization}.")
+
+    def preferred(layout: Layout) -> jax.Array:
+        chosen = 1.0 / layout.size if preference is None else preference
+        return layout.vector("preference", chosen)
+
+    def update(
+        losses: jax.Array, learned: tuple[()], layout: Layout, *, gramian: jax.Array
+    ) -> tuple[jax.Array, tuple[()]]:
+        del losses
+        eye = jnp.eye(layout.size, dtype=layout.dtype)
+        matrix = unit_trace(gramian) + regularization * eye
+        lower = jnp.diag(preferred(layout))
+        project = lambda u: solve_bounded_qp(matrix, jnp.zeros_like(u), u)
+        return jnp.sum(jax.vmap(project)(lower), axis=0), learned
+
+    return make_weighting(
+        lambda layout: (), update, needs=("gramian",), first_weights=preferred
+    )
