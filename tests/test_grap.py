@@ -1,0 +1,847 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests import _oracles_grap as oracle
+from yoto_jax.weightings._auto_lambda import auto_lambda
+from yoto_jax.weightings._grap import grap, maximise_alignment
+
+
+def gramian_of(pretraining, downstream):
+    """The Gramian of K pretraining losses and, in the last place, the downstream."""
+    rows = jnp.concatenate([jnp.asarray(pretraining), jnp.asarray(downstream)[None]])
+    return rows @ rows.T
+
+
+def start(weighting, count, dtype=None):
+    return weighting.init([jnp.zeros((), dtype or jnp.result_type(float))] * count)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def feed(weighting, state, pretraining, downstream):
+    """One update from gradients: the weights as one vector, and the state."""
+    gramian = gramian_of(pretraining, downstream)
+    losses = [jnp.zeros((), gramian.dtype)] * gramian.shape[0]
+    weights, state = weighting.update(losses, state, gramian=gramian)
+    return jnp.stack(weights), state
+
+
+def descend_toy(weighting, gradients, x, steps, tx):
+    """Full mode: the weights multiply gradients of x itself. Every step's numbers."""
+
+    def step(carry, _):
+        x, state, opt_state = carry
+        pretraining, d = gradients(x)
+        weights, state = feed(weighting, state, pretraining, d)
+        gradient = weights[:-1] @ pretraining + weights[-1] * d
+        updates, opt_state = tx.update(gradient, opt_state, x)
+        x = optax.apply_updates(x, updates)
+        nu = state.learned.gradient_norms
+        seen = {"x": x, "phi": state.learned.raw_weights, "w": weights[:-1] * nu}
+        return (x, state, opt_state), seen
+
+    x = jnp.asarray(x, float)
+    count = gradients(x)[0].shape[0] + 1
+    carry = x, start(weighting, count), tx.init(x)
+    _, seen = jax.jit(lambda c: jax.lax.scan(step, c, length=steps))(carry)
+    return jax.tree.map(np.asarray, seen)
+
+
+def quadratic(x):
+    pretraining = jnp.array([[2.0, 0.0], [0.0, 2.0], [-1.0, -1.0]])
+    return pretraining, 2 * oracle.S @ (x - oracle.CENTER)
+
+
+def mixture(x):
+    s, m = jnp.asarray(oracle.MIXTURE_S), jnp.asarray(oracle.MIXTURE_CENTERS)
+    pretraining = jnp.einsum("kij,kj->ki", 2 * s, x[None] - m)
+    return pretraining, oracle.MIXTURE_WEIGHTS @ pretraining
+
+
+# Golden steps: SGD 0.01 for x and for phi, x = 0 unless said otherwise, phi = 1.
+
+
+def run_golden(gradients, x, steps, **options):
+    count = gradients(jnp.asarray(x, float))[0].shape[0]
+    weighting = grap(count, optimizer=optax.sgd(0.01), **options)
+    return descend_toy(weighting, gradients, x, steps, optax.sgd(0.01))
+
+
+def assert_golden(actual, expected):
+    """Equal in all the digits that are given, eight decimals."""
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=6e-9)
+
+
+def test_the_default_algorithm_takes_the_published_steps():
+    with jax.enable_x64(True):
+        seen = run_golden(quadratic, [0, 0], 100)
+        assert_golden(seen["w"][0], [1.41421356, 1.41421356, 1])
+        assert_golden(seen["phi"][0], [1.00110432, 0.99889568, 1])
+        assert_golden(seen["x"][0], [-0.00707107, -0.00707107])
+        assert_golden(seen["w"][1], [1.41577185, 1.41264838, 0.99999756])
+        assert_golden(seen["phi"][1], [1.00222300, 0.99777204, 1.00000248])
+        assert_golden(seen["x"][1], [-0.01415774, -0.01412650])
+        assert_golden(seen["phi"][2], [1.00335632, 0.99662860, 1.00000754])
+        assert_golden(seen["x"][2], [-0.02126021, -0.02116603])
+        assert_golden(seen["x"][99], [-0.82438717, -0.54260105])
+
+
+def test_the_settings_of_the_published_runs_take_the_published_steps():
+    with jax.enable_x64(True):
+        seen = run_golden(
+            quadratic,
+            [0, 0],
+            10,
+            regularization=1.0,
+            gramian_decay=0.0,
+            norm_decay=0.99,
+            warmup=100,
+            scale=0.5,
+        )
+        assert_golden(seen["phi"][0], [0.94640254, 0.94419391, 0.97264911])
+        assert_golden(seen["x"][0], [-0.00353553, -0.00353553])
+        assert_golden(seen["phi"][9], [0.62470783, 0.58962700, 0.78259608])
+
+
+def test_the_closed_form_takes_the_published_steps():
+    with jax.enable_x64(True):
+        seen = run_golden(quadratic, [0, 0], 10, algorithm="closed-form")
+        assert_golden(seen["w"][0], [0.15617376, 0, 1.10431526])
+        assert seen["w"][0][1] == 0
+        np.testing.assert_array_equal(seen["phi"][0], seen["w"][0])
+        assert_golden(seen["x"][0], [0.00624695, 0.00780869])
+        _, d = quadratic(jnp.zeros(2))
+        direction = -0.01 * d / jnp.linalg.norm(d)
+        np.testing.assert_allclose(seen["x"][0], direction, rtol=1e-8)
+        assert_golden(seen["w"][9], [0.16076253, 0, 1.10719412])
+        assert_golden(seen["x"][9], [0.06234391, 0.07818712])
+
+
+def test_the_mixture_takes_the_published_steps():
+    with jax.enable_x64(True):
+        seen = run_golden(mixture, [2, -1], 10)
+        assert_golden(seen["w"][0], [0.88432706, 0.19572714])
+        assert_golden(seen["phi"][0], [0.99975419, 1.00024581])
+        assert_golden(seen["x"][0], [1.99055014, -0.99672889])
+        assert_golden(seen["phi"][9], [0.99745210, 1.00254207])
+
+
+def test_the_statistics_of_the_first_step_are_those_by_hand():
+    with jax.enable_x64(True):
+        weighting = grap(3)
+        _, state = feed(weighting, start(weighting, 4), *quadratic(jnp.zeros(2)))
+    learned = state.learned
+    r = -np.sqrt(0.5)
+    np.testing.assert_allclose(
+        learned.cosines, [[1, 0, r], [0, 1, r], [r, r, 1]], atol=1e-15
+    )
+    np.testing.assert_allclose(
+        learned.alignments, [-0.6247, -0.7809, 0.9939], atol=5e-5
+    )
+    np.testing.assert_allclose(learned.gradient_norms, [2, 2, 1.4142], atol=5e-5)
+
+
+# Convergence.
+
+
+def test_raw_weights_of_the_mixture_go_to_their_optimal_ratio():
+    steps = 3000
+    with jax.enable_x64(True):
+        decayed = functools.partial(
+            optax.linear_schedule, end_value=0.0, transition_steps=steps
+        )
+        weighting = grap(2, optimizer=optax.adam(decayed(0.01), b1=0.0, b2=0.99))
+        seen = descend_toy(weighting, mixture, [2, -1], steps, optax.sgd(decayed(0.01)))
+    optimum = oracle.mixture_optimum()
+    np.testing.assert_allclose(optimum, [0.266497, 0.781726], atol=5e-7)
+    distance = np.linalg.norm(seen["x"] - optimum, axis=1)
+    # A composite gradient of norm 1 oscillates by about the learning rate: which phase
+    # of it a step number meets depends on rounding, how far it goes does not.
+    assert distance[900:1100].max() < 4e-2
+    assert distance[1900:2100].max() < 2e-2
+    assert distance[-1] < 5e-5
+    raw = seen["phi"][-1]
+    np.testing.assert_allclose(raw, [0.629650, 1.469188], rtol=2e-3)
+    np.testing.assert_allclose(raw[1] / raw[0], 7 / 3, rtol=3e-4)
+
+
+def test_the_quadratic_is_solved_with_the_settings_of_the_published_runs():
+    steps = 3000
+    with jax.enable_x64(True):
+        decayed = functools.partial(
+            optax.linear_schedule, end_value=0.0, transition_steps=steps
+        )
+        weighting = grap(
+            3,
+            optimizer=optax.adam(decayed(0.1), b1=0.0, b2=0.99),
+            regularization=1.0,
+            gramian_decay=0.0,
+            norm_decay=0.99,
+            warmup=100,
+        )
+        seen = descend_toy(
+            weighting, quadratic, [0, 0], steps, optax.sgd(decayed(0.01))
+        )
+    # No fixed weights are optimal here, so raw weights of this size keep oscillating.
+    assert np.linalg.norm(seen["x"][-1] - oracle.CENTER) < 0.03
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_the_closed_form_comes_within_a_tenth_of_the_optimum(x64):
+    with jax.enable_x64(x64):
+        weighting = grap(3, algorithm="closed-form")
+        seen = descend_toy(weighting, quadratic, [0, 0], 2000, optax.adam(0.01))
+    assert np.linalg.norm(seen["x"][-1] - oracle.CENTER) <= 0.1
+
+
+# The closed form by itself.
+
+
+def spd(count, seed):
+    a = np.random.default_rng(seed).normal(size=(count, count))
+    return a @ a.T + 0.5 * np.eye(count)
+
+
+solve = jax.jit(maximise_alignment, static_argnames="nonnegative")
+
+
+def best(cosines, alignments, nonnegative):
+    cosines, alignments = jnp.asarray(cosines, float), jnp.asarray(alignments, float)
+    return np.asarray(solve(cosines, alignments, nonnegative=nonnegative))
+
+
+def cosine(a, b):
+    return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+
+def test_the_best_weight_of_one_loss_is_known():
+    with jax.enable_x64(True):
+        assert best([[4]], [1], False) == pytest.approx(0.5)
+        assert best([[4]], [-1], False) == pytest.approx(-0.5)
+        assert best([[9]], [5], False) == pytest.approx(1 / 3)
+        assert best([[4]], [2], True) == pytest.approx(0.5)
+        assert best([[4]], [-2], True) == 0
+
+
+@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_free_solution_is_parallel_to_the_linear_one(count, seed):
+    c, b = spd(count, seed), np.random.default_rng(seed + 50).normal(size=count)
+    with jax.enable_x64(True):
+        w = best(c, b, False)
+    assert cosine(w, np.linalg.solve(c, b)) == pytest.approx(1, abs=1e-12)
+    assert w @ c @ w == pytest.approx(1, abs=1e-12)
+
+
+@given(st.integers(1, 6), st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=60)
+def test_the_non_negative_solution_is_the_best_of_all_supports(count, seed):
+    rng = np.random.default_rng(seed)
+    rank = int(rng.integers(1, count + 2))
+    gradients, d = rng.normal(size=(count, rank)), rng.normal(size=rank)
+    gradients /= np.linalg.norm(gradients, axis=1, keepdims=True)
+    c, p = gradients @ gradients.T, gradients @ d / np.linalg.norm(d)
+    with jax.enable_x64(True):
+        w = best(c, p, True)
+    expected = oracle.best_on_ellipsoid(c, p, free=False)
+    assert np.all(w >= 0)
+    # The weights may not be unique for a singular C, what they come to is. At
+    # p^T w = 1 the composite gradient is d itself.
+    assert p @ w == pytest.approx(p @ expected, abs=1e-7)
+    if np.any(w):
+        assert w @ c @ w == pytest.approx(1, abs=1e-7)
+    if rank >= count:
+        np.testing.assert_allclose(w, expected, atol=1e-6 * np.linalg.cond(c))
+        np.testing.assert_array_equal(w == 0, expected == 0)
+
+
+@pytest.mark.parametrize("nonnegative", [False, True])
+def test_no_alignment_gives_exact_zeros(nonnegative):
+    with jax.enable_x64(True):
+        assert not np.any(best(spd(3, 0), np.zeros(3), nonnegative))
+        assert not np.any(best(np.zeros((3, 3)), np.ones(3), nonnegative))
+        assert not np.any(best(np.zeros((3, 3)), np.zeros(3), nonnegative))
+        assert not np.any(best(spd(3, 0), -np.ones(3), True))
+
+
+@pytest.mark.parametrize("nonnegative", [False, True])
+@pytest.mark.parametrize(
+    ("alpha", "beta"),
+    [
+        *((size, 1) for size in (1e-4, 1e-8, 1e-12)),
+        *((1, size) for size in (1e-4, 1e-8, 1e-12)),
+        *((size, size) for size in (1e-6, 1e-10)),
+    ],
+)
+def test_tiny_problems_keep_their_direction_or_give_zeros(alpha, beta, nonnegative):
+    c, b = spd(4, 1), np.array([1.0, -0.3, 0.5, 0.8])
+    with jax.enable_x64(True):
+        expected = best(c, b, nonnegative)
+        w = best(alpha * c, beta * b, nonnegative)
+    assert not np.any(w) or cosine(w, expected) > 1 - 1e-9
+
+
+@pytest.mark.parametrize("nonnegative", [False, True])
+@pytest.mark.parametrize("alpha", [1e-6, 1e-3, 1e3, 1e6])
+def test_the_solution_scales_as_its_constraint_does(alpha, nonnegative):
+    c, b = spd(4, 2), np.array([1.0, -0.3, 0.5, 0.8])
+    with jax.enable_x64(True):
+        expected = best(c, b, nonnegative)
+        np.testing.assert_allclose(
+            best(alpha * c, b, nonnegative), expected / np.sqrt(alpha), rtol=1e-9
+        )
+        small = max(alpha, 1e-5)
+        np.testing.assert_allclose(best(c, small * b, nonnegative), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("nonnegative", [False, True])
+@pytest.mark.parametrize("ridge", [0, 1e-6, 1e-8, 1e-10])
+def test_singular_problems_have_finite_solutions(ridge, nonnegative, x64):
+    g = np.random.default_rng(3).normal(size=(4, 2))
+    b = np.array([1.0, -0.3, 0.5, 0.8])  # not in the range of the matrix
+    with jax.enable_x64(x64):
+        for c in (g @ g.T, np.ones((4, 4)), np.diag([1.0, 0, 0, 1])):
+            w = best(c + ridge * np.eye(4), b, nonnegative)
+            assert np.all(np.isfinite(w))
+
+
+# Identities.
+
+
+def random_gradients(count, size, seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    spread = 10.0 ** rng.uniform(-1, 1, size=(count, 1)) * scale
+    return rng.normal(size=(count, size)) * spread, rng.normal(size=size)
+
+
+ALGORITHMS = ["sgd", "scaled-sgd", "closed-form", "warmup-sgd", "warmup-scaled-sgd"]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("transform", ["abs", "linear"])
+def test_the_first_composite_gradient_has_the_norm_asked_for(algorithm, transform):
+    s, d = random_gradients(4, 9, 0)
+    with jax.enable_x64(True):
+        weighting = grap(4, algorithm=algorithm, transform=transform, scale=0.25)
+        weights, state = feed(weighting, start(weighting, 5), s, d)
+        assert weights[4] == 0
+        assert jnp.linalg.norm(weights[:4] @ s) == pytest.approx(0.25, rel=1e-9)
+        w = weights[:4] * state.learned.gradient_norms / 0.25
+        assert w @ state.learned.cosines @ w == pytest.approx(1, rel=1e-9)
+
+
+def hypergradient(s, d, phi, **options):
+    """dH/dphi, from the step of an SGD with learning rate 1."""
+    weighting = grap(len(s), optimizer=optax.sgd(1.0), initial=[*phi, 0.0], **options)
+    _, state = feed(weighting, start(weighting, len(s) + 1), s, d)
+    return np.asarray(phi) - np.asarray(state.learned.raw_weights)
+
+
+@pytest.mark.parametrize("algorithm", ["sgd", "scaled-sgd"])
+def test_the_objective_does_not_depend_on_the_size_of_raw_weights(algorithm):
+    s, d = random_gradients(4, 9, 1)
+    phi = np.array([0.3, -1.2, 0.7, 2.0])
+    with jax.enable_x64(True):
+        slope = hypergradient(s, d, phi, algorithm=algorithm)
+    assert np.linalg.norm(slope) > 1e-3
+    assert abs(phi @ slope) < 1e-14
+
+
+def test_the_objective_is_the_negative_cosine_of_composite_and_downstream_gradient():
+    s, d = random_gradients(4, 9, 2)
+    phi = np.array([0.3, 1.2, 0.7, 2.0])
+    negative_cosine = lambda phi: -cosine(np.abs(phi) @ s, d)
+    with jax.enable_x64(True):
+        slope = hypergradient(s, d, phi)
+    basis = 1e-6 * np.eye(4)
+    numerical = [
+        (negative_cosine(phi + e) - negative_cosine(phi - e)) / 2e-6 for e in basis
+    ]
+    np.testing.assert_allclose(slope, numerical, atol=1e-9)
+
+
+@pytest.mark.parametrize("algorithm", ["sgd", "scaled-sgd"])
+@pytest.mark.parametrize(
+    ("transform", "normalization"),
+    [("abs", "none"), ("linear", "none"), ("abs", "sum")],
+)
+def test_raw_weights_follow_the_hypergradient_of_one_step(
+    algorithm, transform, normalization
+):
+    """f1 = (x - 5)^2, f2 = (x + 3)^2, downstream 0.3 f1 + 0.9 f2, one step."""
+    x, phi = 0.7, np.array([0.8, 1.3])
+    s = np.array([[2 * (x - 5)], [2 * (x + 3)]])
+    downstream = lambda x: 0.3 * (x - 5) ** 2 + 0.9 * (x + 3) ** 2
+    d = np.array([0.3, 0.9]) @ s
+
+    def composite(phi):
+        u = phi * np.abs(s[:, 0]) if algorithm == "sgd" else phi
+        w = u / u.sum() if normalization == "sum" else u
+        return w @ np.sign(s[:, 0])
+
+    moved = lambda change: downstream(x + composite(phi) - composite(phi + change))
+    expected = np.array([(moved(e) - moved(-e)) / 2e-6 for e in 1e-6 * np.eye(2)])
+    options = {"transform": transform, "normalization": normalization}
+    with jax.enable_x64(True):
+        slope = hypergradient(s, d, phi, algorithm=algorithm, **options)
+    np.testing.assert_allclose(
+        slope / np.linalg.norm(slope), expected / np.linalg.norm(expected), atol=1e-7
+    )
+
+
+def test_losses_may_be_scaled_if_raw_weights_are_scaled_back():
+    s, d = random_gradients(3, 6, 3)
+    alpha = np.array([1e-3, 20.0, 4e5])
+    phi = np.array([1.0, 0.5, 2.0])
+    with jax.enable_x64(True):
+        plain = grap(3, initial=[*phi, 1.0])
+        scaled = grap(3, initial=[*(phi / alpha), 1.0])
+        weights, _ = feed(plain, start(plain, 4), s, d)
+        other, _ = feed(scaled, start(scaled, 4), alpha[:, None] * s, d)
+        np.testing.assert_allclose(
+            other[:3] @ (alpha[:, None] * s), weights[:3] @ s, rtol=1e-10
+        )
+        slope = hypergradient(s, d, phi)
+        # A raw weight of 1000 moves by 2e-5: its eight last digits are left.
+        np.testing.assert_allclose(
+            hypergradient(alpha[:, None] * s, d, phi / alpha), slope * alpha, rtol=1e-7
+        )
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("unit", [1e-15, 1e-6, 1e6, 1e15])
+def test_the_unit_of_the_losses_does_not_matter(algorithm, unit):
+    """In float32, where the Gramian goes from 1e-32 to 1e32."""
+    s, d = random_gradients(3, 6, 4)
+    s, d = jnp.asarray(s, jnp.float32), jnp.asarray(d, jnp.float32)
+    weighting = grap(3, algorithm=algorithm, downstream_weight=0.5)
+    state = other = start(weighting, 4)
+    for _ in range(3):
+        weights, state = feed(weighting, state, s, d)
+        scaled, other = feed(weighting, other, unit * s, unit * d)
+        np.testing.assert_allclose(scaled * unit, weights, rtol=2e-4)
+
+
+def test_weights_come_from_raw_weights_before_their_update():
+    s, d = random_gradients(3, 6, 5)
+    with jax.enable_x64(True):
+        slow, fast = (grap(3, optimizer=optax.sgd(rate)) for rate in (0.0, 10.0))
+        a, state = feed(slow, start(slow, 4), s, d)
+        b, moved = feed(fast, start(fast, 4), s, d)
+        np.testing.assert_array_equal(a, b)
+        assert not np.allclose(
+            state.learned.raw_weights, moved.learned.raw_weights, atol=1e-3
+        )
+
+
+def test_one_pretraining_loss_has_its_gradient_normalised():
+    weighting = grap("label")
+    losses = {"fit": jnp.float32(1.0), "label": jnp.float32(2.0)}
+    gramian = jnp.array([[16.0, 3.0], [3.0, 9.0]])
+    weights, state = weighting.update(losses, weighting.init(losses), gramian=gramian)
+    assert float(weights["fit"]) == 0.25
+    assert float(weights["label"]) == 0.0
+    assert state.learned.raw_weights == 1.0
+
+
+def test_the_place_of_the_downstream_loss_does_not_matter():
+    s, d = random_gradients(3, 6, 6)
+    rows = jnp.asarray(np.concatenate([s, d[None]]))
+    losses = dict.fromkeys("abcd", jnp.float32(0))
+    expected = None
+    for place in range(4):
+        order = [*range(place), 3, *range(place, 3)]
+        arranged = rows[np.array(order)]
+        weighting = grap("abcd"[place], downstream_weight=0.3, initial=2.0)
+        state = weighting.init(losses)
+        assert state.loss_weights["abcd"[place]] == np.float32(0.3)
+        for _ in range(2):
+            weights, state = weighting.update(
+                losses, state, gramian=arranged @ arranged.T
+            )
+        weights = np.asarray(list(weights.values()))
+        weights = np.append(np.delete(weights, place), weights[place])
+        expected = weights if expected is None else expected
+        np.testing.assert_allclose(weights, expected, rtol=1e-5)
+
+
+def test_the_downstream_gradient_joins_with_the_norm_asked_for():
+    s, d = random_gradients(3, 6, 7)
+    with jax.enable_x64(True):
+        weighting = grap(3, downstream_weight=0.5, scale=2.0)
+        weights, _ = feed(weighting, start(weighting, 4), s, d)
+        assert jnp.linalg.norm(weights[3] * d) == pytest.approx(1.0)
+
+
+# The whole state, for 25 steps, against the transcription.
+
+CONFIGURATIONS = [
+    {},
+    {"transform": "linear"},
+    {"normalization": "sum"},
+    {"normalization": "none"},
+    {"transform": "linear", "normalization": "sum"},
+    {"transform": "linear", "normalization": "none"},
+    {"algorithm": "scaled-sgd"},
+    {"algorithm": "scaled-sgd", "transform": "linear"},
+    {"algorithm": "scaled-sgd", "normalization": "sum"},
+    {"algorithm": "scaled-sgd", "normalization": "none"},
+    {"algorithm": "scaled-sgd", "regularization": 0.7, "warmup": 0},
+    {"algorithm": "closed-form"},
+    {"algorithm": "closed-form", "transform": "linear"},
+    {"algorithm": "closed-form", "solution_decay": 0.7},
+    {"algorithm": "closed-form", "gramian_decay": 0.0, "warmup": 0},
+    {"algorithm": "closed-form", "max_skipped": None, "scale": 0.5},
+    {"algorithm": "warmup-sgd"},
+    {"algorithm": "warmup-sgd", "transform": "linear", "solution_decay": 0.5},
+    {"algorithm": "warmup-scaled-sgd", "warmup": 5},
+    {"algorithm": "warmup-scaled-sgd", "transform": "linear", "warmup": 5},
+    {"algorithm": "warmup-sgd", "warmup": 0},
+    {"regularization": 1.0, "gramian_decay": 0.0, "norm_decay": 0.99, "scale": 0.5},
+    {"regularization": 0.3, "transform": "linear"},
+    {"regularization": 0.3, "normalization": "sum"},
+    {"gramian_decay": 0.0, "norm_decay": 0.0, "warmup": 0},
+    {"gramian_decay": 0.99, "warmup": 100},
+    {"downstream_weight": 1.0, "scale": 3.0},
+    {"algorithm": "closed-form", "downstream_weight": 0.2},
+]
+
+
+def label(options):
+    return ",".join(f"{k}={v}" for k, v in options.items()) or "default"
+
+
+@pytest.mark.parametrize(
+    ("adam", "encoded"), [(False, False), (True, True)], ids=["full", "encoder"]
+)
+@pytest.mark.parametrize("options", CONFIGURATIONS, ids=label)
+def test_25_steps_equal_the_transcription(options, adam, encoded):
+    steps, count, size = 25, 4, 7
+    rng = np.random.default_rng(len(label(options)))
+    common = rng.normal(size=size)
+    spread = 10.0 ** rng.uniform(-1, 1, size=(count, 1))
+    s = spread * (common + 1.5 * rng.normal(size=(steps, count, size)))
+    d = common + 0.5 * rng.normal(size=(steps, size))
+    d[7] = 0.0  # a batch without labels
+    observed = 10.0 ** rng.uniform(-1, 1, size=(steps, 2))
+    observed[3, 0] = 0.0  # a step without weights
+
+    reference = oracle.Grap(
+        count, optimizer=None if adam else oracle.Sgd(0.05), **options
+    )
+    expected = []
+    for i in range(steps):
+        weights, own = reference.step(s[i], d[i])
+        expected.append(np.append(weights, own))
+        if encoded:
+            reference.observe(*observed[i])
+
+    with jax.enable_x64(True):
+        weighting = grap(count, optimizer=None if adam else optax.sgd(0.05), **options)
+        assert weighting.observe is not None
+        observe = weighting.observe
+
+        def step(state, batch):
+            pretraining, downstream, (cotangent_norm, gradient_norm) = batch
+            weights, state = feed(weighting, state, pretraining, downstream)
+            if encoded:
+                state = observe(
+                    state, cotangent_norm=cotangent_norm, gradient_norm=gradient_norm
+                )
+            return state, weights
+
+        state = start(weighting, count + 1)
+        state, actual = jax.jit(lambda *a: jax.lax.scan(step, *a))(
+            state, (jnp.asarray(s), jnp.asarray(d), jnp.asarray(observed))
+        )
+    assert np.abs(expected).max() > 1e-3
+    # The closed form adds 1e-10 to the diagonal, to choose among equal solutions.
+    solved = options.get("algorithm", "sgd") not in ("sgd", "scaled-sgd")
+    atol = 3e-9 * np.abs(expected).max() if solved else 1e-12
+    np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=atol)
+    learned = state.learned
+    np.testing.assert_allclose(
+        learned.raw_weights, reference.phi, rtol=1e-9, atol=3e-9 if solved else 0
+    )
+    np.testing.assert_allclose(learned.gradient_norms, reference.nu, rtol=1e-12)
+    np.testing.assert_allclose(learned.cosines, reference.C, atol=1e-12)
+    np.testing.assert_allclose(learned.alignments, reference.p, atol=1e-12)
+    tau = 1.0 if reference.tau is None else reference.tau
+    np.testing.assert_allclose(learned.encoder_gain, tau, rtol=1e-12)
+    assert int(learned.num_batches) == steps
+    assert int(learned.num_aligned) == steps - 1
+    assert int(learned.num_observed) == (steps - 1 if encoded else 0)
+    assert int(learned.num_zero_steps) == reference.skipped
+    assert int(state.num_skipped) == 0
+
+
+# Where the published implementation loses its state.
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("x64", [False, True])
+def test_opposite_equal_gradients_do_not_destroy_the_raw_weights(algorithm, x64):
+    s = np.array([[0.3, 0.1, -0.7], [-0.3, -0.1, 0.7]])
+    d = np.array([1.0, 2.0, -1.0])
+    with jax.enable_x64(x64):
+        weighting = grap(2, algorithm=algorithm)
+        state = start(weighting, 3)
+        for _ in range(12):
+            weights, state = feed(weighting, state, s, d)
+            assert np.all(np.isfinite(weights))
+        assert np.all(np.isfinite(state.learned.raw_weights))
+        assert int(state.num_skipped) == 0
+        # The loss that pulls along d has won.
+        assert weights[0] > weights[1]
+        assert cosine(np.asarray(weights[:2] @ s), d) > 0.99 * cosine(s[0], d)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("transform", ["abs", "linear"])
+def test_a_loss_without_gradient_has_the_weight_zero(algorithm, transform):
+    s, d = random_gradients(3, 6, 8)
+    s[1] = 0.0
+    weighting = grap(3, algorithm=algorithm, transform=transform)
+    state = start(weighting, 4)
+    for _ in range(12):
+        weights, state = feed(weighting, state, jnp.float32(s), jnp.float32(d))
+        assert weights[1] == 0
+        assert np.all(np.isfinite(weights))
+    assert np.all(np.isfinite(state.learned.raw_weights))
+    assert not np.any(state.learned.cosines[1])
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("normalization", ["gradient", "sum", "none"])
+def test_zero_gradients_everywhere_give_finite_weights(algorithm, normalization):
+    if "sgd" in algorithm[:10] and "warmup" not in algorithm:
+        weighting = grap(2, algorithm=algorithm, normalization=normalization)
+    else:
+        weighting = grap(2, algorithm=algorithm, regularization=1.0)
+    state = start(weighting, 3)
+    for _ in range(3):
+        weights, state = feed(weighting, state, jnp.zeros((2, 4)), jnp.zeros(4))
+        assert not np.any(weights)
+    assert int(state.num_skipped) == 0
+    np.testing.assert_array_equal(state.learned.raw_weights, [1, 1])
+
+
+def test_a_sum_that_cancels_leaves_weights_and_state_finite():
+    s, d = random_gradients(2, 6, 9)
+    weighting = grap(
+        2,
+        algorithm="scaled-sgd",
+        transform="linear",
+        normalization="sum",
+        initial=[1.0, -1.0, 0.0],
+    )
+    weights, state = feed(
+        weighting, start(weighting, 3), jnp.float32(s), jnp.float32(d)
+    )
+    assert np.all(np.isfinite(weights))
+    assert np.all(np.isfinite(state.learned.raw_weights))
+    assert int(state.num_skipped) == 0
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_batch_without_labels_updates_norms_and_cosines_alone(algorithm):
+    with jax.enable_x64(True):
+        weighting = grap(3, algorithm=algorithm, gramian_decay=0.0, warmup=2)
+        state = start(weighting, 4)
+        for seed in range(3):
+            _, state = feed(weighting, state, *random_gradients(3, 6, seed))
+        s, _ = random_gradients(3, 6, 10)
+        weights, after = feed(weighting, state, s, np.zeros(6))
+        for name in ("raw_weights", "alignments", "optimizer", "solution"):
+            before, now = (getattr(x.learned, name) for x in (state, after))
+            jax.tree.map(np.testing.assert_array_equal, before, now)
+        assert int(after.learned.num_aligned) == 3
+        assert int(after.learned.num_batches) == 4
+        assert np.any(after.learned.cosines != state.learned.cosines)
+        # The composite gradient has norm 1 for the running means of the norms.
+        w = weights[:3] * after.learned.gradient_norms
+        assert w @ after.learned.cosines @ w == pytest.approx(1, rel=1e-9)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_first_batch_without_labels_has_equal_raw_weights(algorithm):
+    s, _ = random_gradients(3, 6, 11)
+    with jax.enable_x64(True):
+        weighting = grap(3, algorithm=algorithm)
+        weights, state = feed(weighting, start(weighting, 4), s, np.zeros(6))
+        assert jnp.linalg.norm(weights[:3] @ s) == pytest.approx(1)
+        np.testing.assert_array_equal(state.learned.raw_weights, np.ones(3))
+
+
+def test_a_batch_that_is_not_finite_changes_nothing():
+    weighting = grap(3)
+    state = start(weighting, 4)
+    _, state = feed(weighting, state, *map(jnp.float32, random_gradients(3, 6, 0)))
+    bad, d = map(jnp.float32, random_gradients(3, 6, 1))
+    weights, after = feed(weighting, state, bad.at[0, 0].set(jnp.nan), d)
+    np.testing.assert_array_equal(weights, jnp.stack(state.loss_weights))
+    jax.tree.map(np.testing.assert_array_equal, state.learned, after.learned)
+    assert int(after.num_skipped) == 1
+
+
+# Weights of zero.
+
+
+def against(count):
+    """Gradients that all point away from the downstream gradient."""
+    return -np.eye(count, 6) - 0.1, np.ones(6)
+
+
+def test_the_sixth_step_without_a_helpful_loss_weighs_all_alike():
+    weighting = grap(3, algorithm="closed-form", gramian_decay=0.0, warmup=0)
+    state = start(weighting, 4)
+    s, d = map(jnp.float32, against(3))
+    for number in range(1, 9):
+        weights, state = feed(weighting, state, s, d)
+        norms = state.learned.gradient_norms
+        expected = np.zeros(3) if number <= 5 else np.ones(3)
+        np.testing.assert_allclose(weights[:3] * norms, expected, rtol=1e-6)
+        assert int(state.learned.num_zero_steps) == number
+        assert int(state.learned.num_aligned) == number
+    np.testing.assert_array_equal(state.learned.raw_weights, np.ones(3))
+    weights, state = feed(weighting, state, -s, d)
+    assert np.all(np.asarray(weights[:3]) > 0)
+    assert int(state.learned.num_zero_steps) == 0
+    weights, state = feed(weighting, state, s, d)
+    assert not np.any(weights)
+    assert int(state.learned.num_zero_steps) == 1
+
+
+def test_none_allows_any_number_of_steps_with_weights_of_zero():
+    weighting = grap(3, algorithm="closed-form", max_skipped=None)
+    state = start(weighting, 4)
+    for _ in range(10):
+        weights, state = feed(weighting, state, *map(jnp.float32, against(3)))
+        assert not np.any(weights)
+
+
+def test_the_gain_of_the_encoder_is_a_running_mean_without_skipped_steps():
+    weighting = grap(1, norm_decay=0.75)
+    state = start(weighting, 2)
+    assert weighting.observe is not None
+    observe = jax.jit(weighting.observe)
+    gains = []
+    for norms in [(0.0, 0.0), (6.0, 3.0), (0.0, 1.0), (1.0, 0.0), (4.0, 4.0)]:
+        state = observe(state, cotangent_norm=norms[0], gradient_norm=norms[1])
+        gains.append(float(state.learned.encoder_gain))
+    assert gains == [1.0, 2.0, 2.0, 2.0, 1.75]
+    assert int(state.learned.num_observed) == 2
+
+
+def test_the_gain_holds_the_norm_of_the_encoders_gradient():
+    """A linear encoder z = A x that makes gradients 50 times as long, or 1/50."""
+    s, d = random_gradients(3, 6, 12)
+    for size in (50.0, 0.02):
+        jacobian = size * np.linalg.qr(np.random.default_rng(0).normal(size=(6, 6)))[0]
+        weighting = grap(3, scale=0.5)
+        assert weighting.observe is not None
+        state = start(weighting, 4)
+        for _ in range(2):
+            weights, state = feed(weighting, state, jnp.float32(s), jnp.float32(d))
+            cotangent = np.asarray(weights[:3] @ jnp.float32(s))
+            norm = np.linalg.norm(jacobian.T @ cotangent)
+            state = weighting.observe(
+                state, cotangent_norm=np.linalg.norm(cotangent), gradient_norm=norm
+            )
+        assert norm == pytest.approx(0.5, rel=1e-3)
+
+
+# What is refused.
+
+
+def test_the_downstream_loss_alone_is_refused():
+    for weighting in (grap("label"), auto_lambda("label")):
+        with pytest.raises(ValueError, match="besides the downstream one.*label"):
+            weighting.init({"label": 0.0})
+
+
+def test_an_unknown_downstream_loss_is_refused():
+    for weighting in (grap("lable"), auto_lambda("lable")):
+        with pytest.raises(ValueError, match="lable"):
+            weighting.init({"fit": 0.0, "label": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"algorithm": "mse"}, "algorithm must be one of .*'mse'"),
+        ({"transform": "exp"}, "transform must be one of .*'exp'"),
+        ({"normalization": "norm"}, "normalization must be one of .*'norm'"),
+        ({"algorithm": "closed-form", "normalization": "sum"}, "'sum'"),
+        ({"gramian_decay": 1.0}, "gramian_decay must be in .* got 1.0"),
+        ({"norm_decay": -0.1}, "norm_decay must be in .* got -0.1"),
+        ({"solution_decay": 2}, "solution_decay must be in .* got 2"),
+        ({"warmup": -1}, "warmup must be at least 0, got -1"),
+        ({"max_skipped": -1}, "max_skipped must be at least 0, got -1"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        grap("label", **options)
+
+
+# Auto-Lambda.
+
+
+def test_auto_lambda_follows_the_downstream_loss_one_step_ahead():
+    """Its gradient is that of the loss after one SGD step, by finite differences."""
+    rng = np.random.default_rng(0)
+    centers, x = rng.normal(size=(3, 5)), rng.normal(size=5)
+    held_out = rng.normal(size=5)
+    gradients = lambda x: np.concatenate(
+        [4 * np.sum((x - c) ** 2) * (x - c)[None] for c in centers]
+    )
+    downstream = lambda x: np.sum((x - held_out) ** 4)
+    slope = lambda x: 4 * (x - held_out) ** 3
+    weights, alpha = np.array([0.3, 0.8, 0.1]), 1e-2
+
+    ahead = lambda w: downstream(x - alpha * w @ gradients(x))
+    basis = 1e-5 * np.eye(3)
+    expected = [(ahead(weights + e) - ahead(weights - e)) / 2e-5 for e in basis]
+
+    v = slope(x - alpha * weights @ gradients(x))
+    with jax.enable_x64(True):
+        weighting = auto_lambda(
+            3, optimizer=optax.sgd(1.0), step_size=alpha, initial=[*weights, 9.0]
+        )
+        state = weighting.init([jnp.zeros(())] * 4)
+        np.testing.assert_allclose(state.loss_weights, [*weights, 0.0])
+        alignment = np.append(gradients(x) @ v, 5.0)
+        new, state = weighting.update(
+            [jnp.zeros(())] * 4, state, alignment=jnp.asarray(alignment)
+        )
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(weights - np.asarray(new)[:3], expected, rtol=1e-6)
+    assert new[3] == 0
+
+
+def test_auto_lambda_may_learn_the_weight_of_the_downstream_loss_too():
+    losses = {"fit": jnp.float32(0), "label": jnp.float32(0)}
+    alignment = jnp.array([-2.0, 3.0])
+    learned = auto_lambda("label", optimizer=optax.sgd(0.1), downstream_weight=None)
+    weights, _ = learned.update(losses, learned.init(losses), alignment=alignment)
+    np.testing.assert_allclose(list(weights.values()), [-0.1, 0.4], rtol=1e-6)
+    fixed = auto_lambda("label", optimizer=optax.sgd(0.1), downstream_weight=2.0)
+    weights, _ = fixed.update(losses, fixed.init(losses), alignment=alignment)
+    np.testing.assert_allclose(list(weights.values()), [-0.1, 2.0], rtol=1e-6)
+
+
+def test_auto_lambdas_first_step_has_the_length_of_its_learning_rate():
+    losses = [jnp.float32(0)] * 3
+    weighting = auto_lambda(2)
+    weights, _ = weighting.update(
+        losses, weighting.init(losses), alignment=jnp.array([5.0, -0.2, 1.0])
+    )
+    np.testing.assert_allclose(np.asarray(weights)[:2], [0.1001, 0.0999], rtol=1e-5)

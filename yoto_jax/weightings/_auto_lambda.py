@@ -1,0 +1,132 @@
+"""Auto-Lambda: weights that descend a validation loss one step ahead."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from yoto_jax._loss_logits import PyTree, listed
+from yoto_jax.weightings._protocol import (
+    Layout,
+    LossWeighting,
+    descend,
+    make_weighting,
+)
+
+
+class AutoLambdaState(NamedTuple):
+    """What :func:`auto_lambda` has learned."""
+
+    meta_weights: jax.Array  # (K,), lambda
+    optimizer: optax.OptState
+
+
+def auto_lambda(
+    downstream: str | int,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    step_size: float = 1.0,
+    initial: PyTree = 0.1,
+    downstream_weight: float | None = 0.0,
+) -> LossWeighting:
+    r"""Weights that descend the downstream loss as it is after one step of the model.
+
+    With :math:`g_i` the gradient of loss i, and v that of the downstream loss at the
+    end of the step :math:`\theta' = \theta - \alpha \sum_i \lambda_i g_i`,
+
+    .. math::
+      \frac{\partial L_D(\theta')}{\partial \lambda_i}
+      = -\alpha \langle g_i, v \rangle,
+
+    and an optimizer steps on :math:`\lambda`. All the inner products are one
+    directional derivative of the losses along v.
+
+    :func:`yoto_jax.value_and_grad` takes v on the training batch, or on the batch given
+    as ``validation=``, and at :math:`\theta` unless it is told a ``lookahead``,
+    which is :math:`\alpha`.
+
+    Args:
+      downstream: The loss to descend: its path or its index among the losses. For a sum
+        of several, make that sum one of the losses.
+      optimizer: Steps on the weights; ``optax.adam(1e-4)``, as in the paper for NYUv2,
+        if none is given (3e-5 there for Cityscapes).
+      step_size: :math:`\alpha`, the learning rate of the model. To Adam it makes no
+        difference.
+      initial: Initial weights: one number, one for each loss in the order of
+        ``jax.tree.leaves``, or a tree like the losses.
+      downstream_weight: Weight of the downstream loss itself. 0.0: it steers only.
+        ``None``: it is learned as the others are, as in the paper.
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting` that needs the alignment of each loss, its
+      derivative along v. Nothing normalises its weights.
+
+    Raises:
+      TypeError: ``downstream`` is neither a path nor an index.
+      ValueError: In ``init``: no loss, or more than one, is called ``downstream``, or
+        there is no loss with a weight to learn.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, yoto_jax as yoto
+      >>> def loss_fn(x, center):
+      ...     return {"helps": x**2, "hurts": (x - 9) ** 2, "label": (x - center) ** 2}
+      >>> weighting = yoto.weightings.auto_lambda("label", optimizer=optax.sgd(1e-3))
+      >>> state = weighting.init({"helps": 0.0, "hurts": 0.0, "label": 0.0})
+      >>> value_and_grad = jax.jit(yoto.value_and_grad(loss_fn, weighting))
+      >>> x, training, validation = 3.0, 0.0, 1.0
+      >>> _, grad, state = value_and_grad(x, state, training, validation=(validation,))
+      >>> print({k: round(float(w), 3) for k, w in state.loss_weights.items()})
+      {'helps': 0.124, 'hurts': 0.052, 'label': 0.0}
+
+    References:
+      Liu et al., `Auto-Lambda: Disentangling Dynamic Task Relationships
+      <https://arxiv.org/abs/2202.03091>`_, 2022.
+
+    .. warning::
+      As in the authors' implementation, a weight may become negative: the model then
+      climbs that loss. As there, the weights of a step are those after the update of
+      that step. Unlike there, the derivative is exact, not a finite difference, and the
+      step ahead has neither momentum nor weight decay.
+    """
+    tx = optax.adam(1e-4) if optimizer is None else optimizer
+
+    def current(meta_weights: jax.Array, layout: Layout) -> jax.Array:
+        if downstream_weight is None:
+            return meta_weights
+        place = layout.position("downstream", downstream)
+        return meta_weights.at[place].set(downstream_weight)
+
+    def init(layout: Layout) -> AutoLambdaState:
+        layout.position("downstream", downstream)
+        if layout.size < 2 and downstream_weight is not None:
+            raise ValueError(
+                "auto_lambda needs a loss to weigh besides the downstream one, got "
+                f"{listed(layout.names)} alone."
+            )
+        meta_weights = layout.vector("initial", initial)
+        return AutoLambdaState(meta_weights, tx.init(meta_weights))
+
+    def update(
+        losses: jax.Array,
+        learned: AutoLambdaState,
+        layout: Layout,
+        *,
+        alignment: jax.Array,
+    ) -> tuple[jax.Array, AutoLambdaState]:
+        del losses
+        slope = -jnp.asarray(step_size, layout.dtype) * alignment
+        meta_weights: Any
+        meta_weights, optimizer = descend(
+            tx, slope, learned.optimizer, learned.meta_weights
+        )
+        weights = current(meta_weights, layout)
+        return weights, AutoLambdaState(meta_weights, optimizer)
+
+    return make_weighting(
+        init,
+        update,
+        needs=("alignment",),
+        downstream=downstream,
+        first_weights=lambda layout: current(layout.vector("initial", initial), layout),
+    )

@@ -1,0 +1,455 @@
+"""Weights whose composite gradient points where a downstream loss falls."""
+
+import functools
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from yoto_jax._loss_logits import PyTree, listed
+from yoto_jax._solvers import dot, safe_divide, solve_bounded_qp
+from yoto_jax.weightings._protocol import (
+    Layout,
+    LossWeighting,
+    descend,
+    make_weighting,
+)
+
+Algorithm = Literal[
+    "sgd", "scaled-sgd", "closed-form", "warmup-sgd", "warmup-scaled-sgd"
+]
+Transform = Literal["abs", "linear"]
+Normalization = Literal["gradient", "sum", "none"]
+
+
+class GrapState(NamedTuple):
+    """What :func:`grap` has learned; K counts the losses without the downstream one."""
+
+    raw_weights: jax.Array  # (K,), phi
+    gradient_norms: jax.Array  # (K,), running means of the norms, nu
+    cosines: jax.Array  # (K, K), running mean of those between the gradients, C
+    alignments: jax.Array  # (K,), running mean of those with the downstream one, p
+    solution: jax.Array  # (K,), running mean of closed-form weights, 0 before the first
+    encoder_gain: jax.Array  # scalar, norm of cotangent by norm of gradient, tau
+    optimizer: optax.OptState
+    num_batches: jax.Array  # int32 scalar
+    num_aligned: jax.Array  # int32 scalar, of them with a downstream gradient
+    num_observed: jax.Array  # int32 scalar, times that the encoder's gain was observed
+    num_zero_steps: jax.Array  # int32 scalar, closed-form weights of 0 in a row
+
+
+def grap(
+    downstream: str | int,
+    *,
+    algorithm: Algorithm = "sgd",
+    optimizer: optax.GradientTransformation | None = None,
+    transform: Transform = "abs",
+    normalization: Normalization = "gradient",
+    regularization: float = 0.0,
+    gramian_decay: float = 0.9,
+    norm_decay: float = 0.9,
+    solution_decay: float = 0.0,
+    warmup: int = 10,
+    scale: float = 1.0,
+    downstream_weight: float = 0.0,
+    initial: PyTree = 1.0,
+    max_skipped: int | None = 5,
+) -> LossWeighting:
+    r"""GraP: weights that align the composite gradient with a downstream gradient.
+
+    The downstream loss is one of the losses. It steers the weights of the others, the
+    pretraining losses, and has no weight of its own unless you give it one. With
+    :math:`s_k` the gradient of pretraining loss k, d that of the downstream loss,
+    :math:`\nu_k` the running mean of :math:`\|s_k\|`, C the matrix of cosines between
+    the :math:`s_k`, and p the vector of their cosines with d (running means both),
+
+    .. math::
+      u_k = |\phi_k| \, \nu_k / \tau, \qquad w = u / \sqrt{u^T C u}, \qquad
+      \lambda_k = \tau \, w_k / \nu_k,
+
+    is the weight :math:`\lambda_k` of loss k. The composite gradient
+    :math:`\sum_k \lambda_k s_k` has norm :math:`\tau`, however large the losses. The
+    raw weights :math:`\phi` descend the negative cosine between it and d,
+
+    .. math::
+      H(\phi) = -p^T w + \rho \, (\|u\| - 1)^2,
+
+    with C, p, :math:`\nu` and :math:`\tau` held constant. The weights of a step come
+    from :math:`\phi` before its update. :math:`\tau` is 1 where gradients of parameters
+    are weighed. Where they are those of a representation (``encoder=`` in
+    :func:`yoto_jax.value_and_grad`), it is the running mean of what the encoder divides
+    norms by, so that the gradient of the encoder's parameters has norm 1.
+
+    Args:
+      downstream: The loss that steers: its path or its index among the losses.
+      algorithm: ``"sgd"``: as above. ``"scaled-sgd"``: with :math:`u_k = |\phi_k|`, raw
+        weights of gradients of norm 1. ``"closed-form"``: the w that maximises
+        :math:`p^T w` with :math:`w^T C w = 1` and, for ``"abs"``, :math:`w \ge 0`; the
+        raw weights become this w. ``"warmup-sgd"``, ``"warmup-scaled-sgd"``: the closed
+        form for the first ``warmup`` steps.
+      optimizer: Steps on the raw weights. ``optax.adam(0.01, b1=0.0, b2=0.99)``, as in
+        the published runs on event sequences, if none is given. To clip, chain it here.
+      transform: ``"abs"`` weights by :math:`|\phi_k|`, ``"linear"`` by :math:`\phi_k`,
+        of any sign.
+      normalization: ``"gradient"`` as above; ``"sum"`` with
+        :math:`w = u / \sum_k u_k`; ``"none"`` with :math:`w = u`. The closed form has
+        ``"gradient"`` alone.
+      regularization: :math:`\rho`. It holds the norm of u, on which nothing else
+        depends, at 1; the published runs have 1.0.
+      gramian_decay: Decay of the running means C and p, in [0, 1).
+      norm_decay: Decay of the running means :math:`\nu` and :math:`\tau`, in [0, 1).
+      solution_decay: Decay of a running mean of closed-form weights, in [0, 1).
+      warmup: Steps for which C and p are plain means of all that was seen.
+      scale: Factor on all weights: the norm of the composite gradient.
+      downstream_weight: Norm, relative to ``scale``, with which the downstream gradient
+        joins the composite one.
+      initial: Initial raw weights: one number, one for each loss in the order of
+        ``jax.tree.leaves``, or a tree like the losses; that of the downstream loss is
+        not used.
+      max_skipped: How many steps in a row may have weights of 0 because no combination
+        of gradients helps (closed form); those after it have :math:`w_k = 1`. ``None``:
+        any number.
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting` that needs the Gramian of all losses, the
+      downstream one among them. Its weights multiply raw losses; they are not
+      normalised, their composite gradient is.
+
+    Raises:
+      TypeError: ``downstream`` is neither a path nor an index.
+      ValueError: An option out of its range. In ``init``: no loss, or more than one, is
+        called ``downstream``, or there is no other loss.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, yoto_jax as yoto
+      >>> losses = {"contrastive": 1.0, "label": 0.7, "next": 2.0}
+      >>> weighting = yoto.weightings.grap("label")
+      >>> state, update = weighting.init(losses), jax.jit(weighting.update)
+      >>> gradients = jnp.array([[3.0, 0.0], [0.0, 1.0], [0.0, 4.0]])
+      >>> for _ in range(50):  # The gradient of "next" points along that of "label".
+      ...     weights, state = update(losses, state, gramian=gradients @ gradients.T)
+      >>> print({name: round(float(weight), 2) for name, weight in weights.items()})
+      {'contrastive': 0.1, 'label': 0.0, 'next': 0.24}
+
+    References:
+      Karpukhin and Savchenko, `When Losses Align: Gradient-Based Composite Loss
+      Weighting for Efficient Pretraining <https://arxiv.org/abs/2605.07756>`_, 2026.
+
+    .. warning::
+      The composite gradient has a norm that never shrinks, not at the optimum either:
+      let the learning rate decay. Where it points straight away from d, the gradient of
+      the cosine is zero, and the escape slow.
+
+      Deviations from the published implementation:
+
+      - If gradients cancel, :math:`u^T C u` is taken to be no less than a rounding
+        error, relative to u. There the weights would be :math:`10^{16}`, or the raw
+        weights NaN for good. With ``"sum"``, a sum that cancels is treated alike.
+      - Norms have no smallest value but 0: weights do not depend on the unit of the
+        losses. A loss whose gradient has been zero so far has the weight 0.
+      - A batch without downstream gradient, as one without labels, updates
+        :math:`\nu` and C. Raw weights, their optimizer and p stay what they are, and
+        the closed form stays with the last solution.
+      - A step whose composite gradient is zero does not enter :math:`\tau`.
+      - In a step with closed-form weights of 0 the gradient is zero and the step of
+        your optimizer up to you. The raw weights stay what they are. The warmups count
+        such steps too.
+      - The closed form is an exact quadratic program, not a search among supports.
+    """
+    _check(
+        algorithm,
+        transform,
+        normalization,
+        {
+            "gramian_decay": gramian_decay,
+            "norm_decay": norm_decay,
+            "solution_decay": solution_decay,
+        },
+        {
+            "regularization": regularization,
+            "warmup": warmup,
+            "scale": scale,
+            "downstream_weight": downstream_weight,
+            "max_skipped": max_skipped,
+        },
+    )
+    tx = optax.adam(0.01, b1=0.0, b2=0.99) if optimizer is None else optimizer
+    scaled = algorithm == "warmup-scaled-sgd" or algorithm == "scaled-sgd"
+    may_solve = algorithm not in ("sgd", "scaled-sgd")
+
+    def places(layout: Layout) -> tuple[int, np.ndarray]:
+        place = layout.position("downstream", downstream)
+        return place, np.delete(np.arange(layout.size), place)
+
+    def first_raw_weights(layout: Layout) -> jax.Array:
+        _, others = places(layout)
+        return layout.vector("initial", initial)[others]
+
+    def init(layout: Layout) -> GrapState:
+        if layout.size < 2:
+            raise ValueError(
+                "grap needs a loss to weigh besides the downstream one, got "
+                f"{listed(layout.names)} alone."
+            )
+        raw = first_raw_weights(layout)
+        zeros = lambda *shape: jnp.zeros(shape, layout.dtype)
+        count = lambda: jnp.zeros((), jnp.int32)
+        return GrapState(
+            raw_weights=raw,
+            gradient_norms=zeros(raw.size),
+            cosines=zeros(raw.size, raw.size),
+            alignments=zeros(raw.size),
+            solution=zeros(raw.size),
+            encoder_gain=jnp.ones((), layout.dtype),
+            optimizer=tx.init(raw),
+            num_batches=count(),
+            num_aligned=count(),
+            num_observed=count(),
+            num_zero_steps=count(),
+        )
+
+    def update(
+        losses: jax.Array, learned: GrapState, layout: Layout, *, gramian: jax.Array
+    ) -> tuple[jax.Array, GrapState]:
+        del losses
+        place, others = places(layout)
+        norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
+        norm, own_norms = norms[place], norms[others]
+        aligned = norm > 0
+
+        nu = _running_mean(
+            learned.gradient_norms, own_norms, learned.num_batches, 0, norm_decay
+        )
+        # A gradient far below its running mean counts as zero: it is rounding error.
+        inverse = safe_divide(jnp.ones_like(nu), jnp.maximum(own_norms, 1e-8 * nu))
+        cosines = gramian[others][:, others] * inverse[:, None] * inverse[None, :]
+        alignments = safe_divide(gramian[others, place] * inverse, norm)
+        cosines = _running_mean(
+            learned.cosines, cosines, learned.num_batches, warmup, gramian_decay
+        )
+        alignments = jnp.where(
+            aligned,
+            _running_mean(
+                learned.alignments,
+                alignments,
+                learned.num_aligned,
+                warmup,
+                gramian_decay,
+            ),
+            learned.alignments,
+        )
+
+        learned = learned._replace(
+            gradient_norms=nu,
+            cosines=cosines,
+            alignments=alignments,
+            num_batches=learned.num_batches + 1,
+        )
+        w, learned = step(learned, aligned)
+        learned = learned._replace(num_aligned=learned.num_aligned + aligned)
+
+        size = learned.encoder_gain * scale
+        weights = safe_divide(size * w, nu)
+        own = safe_divide(size * downstream_weight, norm)
+        weights = jnp.concatenate([weights[:place], own[None], weights[place:]])
+        return weights, learned
+
+    def step(learned: GrapState, aligned: jax.Array) -> tuple[jax.Array, GrapState]:
+        if not may_solve:
+            return follow(learned, aligned)
+        if algorithm == "closed-form":
+            return solve(learned, aligned)
+        early = learned.num_aligned < warmup
+        return jax.tree.map(
+            functools.partial(jnp.where, early),
+            solve(learned, aligned & early),
+            follow(learned, aligned),
+        )
+
+    def follow(learned: GrapState, aligned: jax.Array) -> tuple[jax.Array, GrapState]:
+        """The weights of now; raw weights a step down the negative cosine."""
+        factors = learned.gradient_norms / learned.encoder_gain
+        factors = jnp.ones_like(factors) if scaled else factors
+
+        def objective(raw: jax.Array) -> tuple[jax.Array, jax.Array]:
+            # The derivative at 0 is 1, not 0: a raw weight can leave it.
+            positive = raw * jnp.where(raw < 0, -1, 1)
+            u = factors * (raw if transform == "linear" else positive)
+            w = _normalized(u, learned.cosines, normalization)
+            pull = jnp.square(optax.safe_norm(u, jnp.finfo(u.dtype).tiny) - 1)
+            return regularization * pull - dot(learned.alignments, w), w
+
+        slope, w = jax.grad(objective, has_aux=True)(learned.raw_weights)
+        stepped = descend(tx, slope, learned.optimizer, learned.raw_weights)
+        raw, optimizer = jax.tree.map(
+            functools.partial(jnp.where, aligned),
+            stepped,
+            (learned.raw_weights, learned.optimizer),
+        )
+        return w, learned._replace(raw_weights=raw, optimizer=optimizer)
+
+    def solve(learned: GrapState, aligned: jax.Array) -> tuple[jax.Array, GrapState]:
+        """The best weights for the running means; raw weights become these."""
+        free = transform == "linear"
+        solution = lax.cond(
+            aligned,
+            lambda: maximise_alignment(
+                learned.cosines, learned.alignments, nonnegative=not free
+            ),
+            lambda: jnp.zeros_like(learned.raw_weights),
+        )
+        solved = jnp.linalg.norm(solution) >= 1e-8
+        mean = jnp.where(
+            jnp.any(learned.solution != 0),
+            solution_decay * learned.solution + (1 - solution_decay) * solution,
+            solution,
+        )
+        raw = jnp.where(solved, mean, learned.raw_weights)
+
+        # Without a downstream gradient the last solution goes on, rescaled.
+        held = _normalized(raw, learned.cosines, "gradient")
+        zero_steps = learned.num_zero_steps
+        patient = True if max_skipped is None else zero_steps < max_skipped
+        gave_up = jnp.where(patient, jnp.zeros_like(raw), jnp.ones_like(raw))
+        w = jnp.where(solved, raw, jnp.where(aligned, gave_up, held))
+        return w, learned._replace(
+            raw_weights=raw,
+            solution=jnp.where(solved, mean, learned.solution),
+            num_zero_steps=jnp.where(solved, 0, zero_steps + aligned.astype(jnp.int32)),
+        )
+
+    def observe(
+        learned: GrapState,
+        layout: Layout,
+        *,
+        cotangent_norm: jax.Array,
+        gradient_norm: jax.Array,
+    ) -> GrapState:
+        ratio = cotangent_norm / jnp.maximum(gradient_norm, 1e-16)
+        gain = _running_mean(
+            learned.encoder_gain, ratio, learned.num_observed, 0, norm_decay
+        )
+        # A step without weights, or without any path to the encoder, tells nothing.
+        telling = (cotangent_norm > 0) & (gradient_norm > 0)
+        return learned._replace(
+            encoder_gain=jnp.where(telling, gain, learned.encoder_gain),
+            num_observed=learned.num_observed + telling,
+        )
+
+    def first_weights(layout: Layout) -> jax.Array:
+        place, _ = places(layout)
+        raw = layout.vector("initial", initial)
+        raw = jnp.abs(raw) if transform == "abs" else raw
+        return raw.at[place].set(downstream_weight)
+
+    return make_weighting(
+        init,
+        update,
+        needs=("gramian",),
+        downstream=downstream,
+        first_weights=first_weights,
+        observe=observe,
+    )
+
+
+def maximise_alignment(
+    cosines: jax.Array, alignments: jax.Array, *, nonnegative: bool
+) -> jax.Array:
+    r"""The w that maximises p^T w on the ellipsoid w^T C w = 1, or zeros.
+
+    Zeros come out if no w has a positive p^T w, or none beyond rounding error. The
+    non-negative solution is that of :math:`\min_{w \ge 0} w^T C w / 2 - p^T w`, brought
+    to the ellipsoid.
+
+    Args:
+      cosines: (K, K), C, positive semi-definite.
+      alignments: (K,), p.
+      nonnegative: Whether no entry may be negative.
+
+    Returns:
+      (K,), with exact zeros where the bound holds.
+    """
+    size = jnp.max(jnp.abs(cosines))
+    some = (size >= 1e-12) & (jnp.max(jnp.abs(alignments)) >= 1e-12)
+    matrix = safe_divide(cosines, size)
+    if nonnegative:
+        # Among solutions that are equally good it takes the shortest.
+        ridge = 1e-10 + 8 * jnp.finfo(matrix.dtype).eps
+        ridged = matrix + ridge * jnp.eye(len(alignments), dtype=matrix.dtype)
+        x = solve_bounded_qp(ridged, alignments, jnp.zeros_like(alignments))
+    else:
+        x = _least_squares(matrix, alignments)
+    # Here p^T x is x^T C x, and p^T w its root, the best cosine.
+    some &= dot(alignments, x) > 1e-12 * size
+    w = safe_divide(_normalized(x, matrix, "gradient"), jnp.sqrt(size))
+    return jnp.where(some, w, 0)
+
+
+def _least_squares(matrix: jax.Array, linear: jax.Array) -> jax.Array:
+    """The shortest solution; directions that are zero but for rounding are left out."""
+    values, vectors = jnp.linalg.eigh(matrix)
+    smallest = jnp.maximum(1e-8, matrix.shape[0] * jnp.finfo(matrix.dtype).eps)
+    kept = values > smallest * jnp.max(jnp.abs(values))
+    inverse = safe_divide(jnp.ones_like(values), jnp.where(kept, values, 0))
+    return dot(vectors, inverse * dot(linear, vectors))
+
+
+def _normalized(
+    u: jax.Array, cosines: jax.Array, normalization: Normalization
+) -> jax.Array:
+    """Weights of the given direction; of zeros if there is none."""
+    size = jnp.sum(u * jnp.where(u < 0, -1, 1))
+    some = size > 0
+    unit = safe_divide(u, size)  # Its squares neither under- nor overflow.
+    rounding = jnp.finfo(u.dtype).eps
+    if normalization == "none":
+        return u
+    if normalization == "sum":
+        total = jnp.sum(unit)
+        floor = jnp.where(total < 0, -rounding, rounding)
+        length = jnp.where(jnp.abs(total) < rounding, floor, total)
+    else:
+        length = jnp.sqrt(jnp.maximum(dot(unit, dot(cosines, unit)), rounding))
+    return jnp.where(some, unit / jnp.where(some, length, 1), u)
+
+
+def _running_mean(
+    mean: jax.Array, x: jax.Array, count: jax.Array, warmup: Any, decay: Any
+) -> jax.Array:
+    """The first as it is; the plain mean of all during the warmup; then with decay."""
+    number = count.astype(x.dtype)
+    early = (count == 0) | (count < warmup)
+    return jnp.where(
+        early, (mean * number + x) / (number + 1), decay * mean + (1 - decay) * x
+    )
+
+
+def _check(
+    algorithm: str,
+    transform: str,
+    normalization: str,
+    decays: dict[str, Any],
+    sizes: dict[str, Any],
+) -> None:
+    options = (
+        ("algorithm", algorithm, Algorithm),
+        ("transform", transform, Transform),
+        ("normalization", normalization, Normalization),
+    )
+    for name, value, known in options:
+        if value not in get_args(known):
+            raise ValueError(f"{name} must be one of {get_args(known)}, got {value!r}.")
+    if algorithm not in ("sgd", "scaled-sgd") and normalization != "gradient":
+        raise ValueError(
+            f"algorithm={algorithm!r} has normalization='gradient' alone, got "
+            f"{normalization!r}."
+        )
+    for name, value in decays.items():
+        if isinstance(value, int | float) and not 0 <= value < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {value}.")
+    for name, value in sizes.items():
+        if isinstance(value, int | float) and not value >= 0:
+            raise ValueError(f"{name} must be at least 0, got {value}.")
