@@ -11,31 +11,37 @@ import pytest
 import yoto_jax as yoto
 
 ROOT = pathlib.Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "docs" / "weightings.md"]
 
 
 def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
-def test_every_snippet_of_the_readme_runs():
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_snippet_of_the_pages_runs(page):
+    text = page.read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 5
     namespace: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
+        exec(compile(block, page.name, "exec"), namespace)
 
 
 def test_links_of_the_pages_lead_somewhere():
-    for page in (ROOT / "README.md", ROOT / "benchmarks" / "README.md"):
+    for page in (*PAGES, ROOT / "benchmarks" / "README.md"):
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if "://" not in link:
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
-@pytest.mark.parametrize("name", yoto.__all__)
-def test_public_names_are_documented(name):
-    thing = getattr(yoto, name)
+PUBLIC = [(yoto, name) for name in yoto.__all__ if name != "weightings"]
+PUBLIC += [(yoto.weightings, name) for name in yoto.weightings.__all__]
+
+
+@pytest.mark.parametrize(("module", "name"), PUBLIC)
+def test_public_names_are_documented(module, name):
+    thing = getattr(module, name)
     documentation = inspect.getdoc(thing) or ""
     assert documentation.splitlines()[0].endswith((".", "`."))
     if inspect.isfunction(thing):
@@ -43,13 +49,22 @@ def test_public_names_are_documented(name):
             assert section in documentation, f"{name} has no {section}"
 
 
-def test_all_is_what_the_package_shows():
+@pytest.mark.parametrize("module", [yoto, yoto.weightings])
+def test_all_is_what_a_package_shows(module):
     shown = {
         name
-        for name, thing in vars(yoto).items()
+        for name, thing in vars(module).items()
         if not name.startswith("_") and not inspect.ismodule(thing)
     }
-    assert shown == set(yoto.__all__)
+    assert shown | {"weightings"} == {*module.__all__, "weightings"}
+
+
+@pytest.mark.parametrize("name", sorted({*yoto.weightings.__all__} - {"ntk_diagonal"}))
+def test_every_weighting_is_in_the_contract_and_in_the_table(name):
+    page = (ROOT / "docs" / "weightings.md").read_text()
+    assert f"`{name}`" in page or f"`{name}(" in page
+    contract = (ROOT / "tests" / "test_contract_weightings.py").read_text()
+    assert re.search(rf"weightings\.{name}\b", contract)
 
 
 def test_the_core_imports_jax_and_optax_alone():

@@ -1,6 +1,10 @@
 """Train once: loss weights learned with the model, for JAX and Optax."""
 
+from yoto_jax import weightings as weightings
+from yoto_jax._aggregate import aggregate as aggregate
 from yoto_jax._composite_loss import composite_loss as composite_loss
+from yoto_jax._gradients import value_and_grad as value_and_grad
+from yoto_jax._gradients import value_and_jacobian as value_and_jacobian
 from yoto_jax._hyperparameter_decay import (
     HyperparameterDecayState as HyperparameterDecayState,
 )
@@ -14,18 +18,26 @@ from yoto_jax._loss_logits import loss_weights as loss_weights
 from yoto_jax._optimizers import adamw as adamw
 from yoto_jax._optimizers import label_loss_logits as label_loss_logits
 from yoto_jax._optimizers import sgdw as sgdw
+from yoto_jax.weightings._protocol import LossWeighting as LossWeighting
+from yoto_jax.weightings._protocol import WeightingState as WeightingState
 
 __version__ = "0.1.0"
 
 __all__ = [
     "HyperparameterDecayState",
     "LossLogits",
+    "LossWeighting",
+    "WeightingState",
     "adamw",
     "add_hyperparameter_decay",
+    "aggregate",
     "composite_loss",
     "init_loss_logits",
     "label_loss_logits",
     "loss_weights",
     "regularizer",
     "sgdw",
+    "value_and_grad",
+    "value_and_jacobian",
+    "weightings",
 ]

@@ -1,0 +1,352 @@
+"""What every loss weighting of this package promises; a new one is a new row."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import yoto_jax as yoto
+from yoto_jax import weightings
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A weighting for losses of which the first is called ``first``."""
+
+    make: Callable[[Any], yoto.LossWeighting]
+    at_least: int = 1  # losses that it takes
+
+
+def trace_of_ntk(params, x):
+    """A stand-in for the NTK's diagonal: any positive number for each loss."""
+    return jnp.arange(1.0, 4.0)[: len(loss_fn(params, x))] + jnp.mean(jnp.abs(x))
+
+
+def simple(factory, **kwargs):
+    return lambda first: factory(**kwargs)
+
+
+ROWS = {
+    "static": Row(simple(weightings.static, weights=0.5)),
+    "equal": Row(simple(weightings.equal)),
+    "random": Row(simple(weightings.random)),
+    "scale_invariant": Row(simple(weightings.scale_invariant)),
+    "geometric": Row(simple(weightings.geometric)),
+    "uncertainty": Row(simple(weightings.uncertainty)),
+    "imtl_l": Row(simple(weightings.imtl_l)),
+    "dwa": Row(simple(weightings.dwa)),
+    "softadapt": Row(simple(weightings.softadapt)),
+    "relobralo": Row(simple(weightings.relobralo)),
+    "famo": Row(simple(weightings.famo)),
+    "famo, exact": Row(simple(weightings.famo, exact=True)),
+    "stch": Row(simple(weightings.stch)),
+    "stch, log": Row(simple(weightings.stch, form="log", warmup=2)),
+    "causal": Row(simple(weightings.causal)),
+    "yoto": Row(lambda first: weightings.yoto(first)),
+    "gradnorm": Row(simple(weightings.gradnorm)),
+    "grad_norm_balance": Row(simple(weightings.grad_norm_balance)),
+    "lr_annealing": Row(lambda first: weightings.lr_annealing(first)),
+    "ntk": Row(simple(weightings.ntk)),
+    "ntk_surrogate": Row(simple(weightings.ntk_surrogate)),
+    "mgda": Row(simple(weightings.mgda)),
+    "mgda, l2": Row(simple(weightings.mgda, normalization="l2")),
+    "pcgrad": Row(simple(weightings.pcgrad)),
+    "gradvac": Row(simple(weightings.gradvac)),
+    "cagrad": Row(simple(weightings.cagrad)),
+    "imtl_g": Row(simple(weightings.imtl_g)),
+    "nash_mtl": Row(simple(weightings.nash_mtl)),
+    "fair_grad": Row(simple(weightings.fair_grad)),
+    "aligned_mtl": Row(simple(weightings.aligned_mtl)),
+    "upgrad": Row(simple(weightings.upgrad)),
+    "dual_proj": Row(simple(weightings.dual_proj)),
+    "config": Row(simple(weightings.config)),
+    "grap": Row(lambda first: weightings.grap(first), at_least=2),
+    "grap, closed form": Row(
+        lambda first: weightings.grap(first, algorithm="closed-form"), at_least=2
+    ),
+    "auto_lambda": Row(lambda first: weightings.auto_lambda(first), at_least=2),
+    "every": Row(lambda first: weightings.every(weightings.upgrad(), 2)),
+    "smooth": Row(lambda first: weightings.smooth(weightings.upgrad(), 0.5)),
+    "normalize": Row(lambda first: weightings.normalize(weightings.famo())),
+    "all wrapped": Row(
+        lambda first: weightings.normalize(
+            weightings.smooth(weightings.every(weightings.mgda(), 2), 0.5)
+        )
+    ),
+}
+rows = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+
+PARAMS = {
+    "w": jax.random.normal(jax.random.key(0), (4, 3)) / 2,
+    "b": jnp.linspace(-1, 1, 3),
+    "none": None,
+}
+BATCHES = jax.random.normal(jax.random.key(1), (6, 16, 4))
+
+
+def encoder(params, x):
+    return jnp.tanh(x @ params["w"])
+
+
+def head(count, params, z, x):
+    y = z @ params["b"]
+    losses = [
+        jnp.mean((jnp.sin(y + k) - 0.5) ** 2) + 0.05 * jnp.mean(z[:, k % 3] ** 2) + 0.05
+        for k in range(count)
+    ]
+    return dict(zip("abc", losses, strict=False)) if count <= 3 else losses
+
+
+def loss_fn(params, x, count=3):
+    return head(count, params, encoder(params, x), x)
+
+
+@functools.cache
+def parts(row, count=3):
+    """The weighting of a row, its first state and the engine's function, compiled."""
+    weighting = row.make("a" if count <= 3 else 0)
+    f = functools.partial(loss_fn, count=count)
+    state = weighting.init(jax.eval_shape(f, PARAMS, BATCHES[0]))
+    step = yoto.value_and_grad(f, weighting, statistics=extra(weighting))
+    return weighting, state, jax.jit(step)
+
+
+def extra(weighting, statistic=trace_of_ntk):
+    return {"ntk_diagonal": statistic} if "ntk_diagonal" in weighting.needs else None
+
+
+def train(value_and_grad, tx):
+    """A step over (params, state, opt_state), and what it sees of the weights."""
+
+    def step(carry, x):
+        params, state, opt_state = carry
+        losses, grads, state = value_and_grad(params, state, x)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        weights = optax.tree.get(state, "loss_weights")
+        carry = optax.apply_updates(params, updates), state, opt_state
+        return carry, (losses, weights)
+
+    return step
+
+
+def types(tree):
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [
+        (x.shape, x.dtype, getattr(x, "weak_type", None)) for x in leaves
+    ]
+
+
+def unkeyed(tree):
+    """Typed keys as numbers, which chex can compare."""
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
+
+
+def assert_close(tree, reference, rtol=1e-5):
+    chex.assert_trees_all_close(unkeyed(tree), unkeyed(reference), rtol=rtol, atol=1e-6)
+
+
+TX = optax.sgd(0.05)
+
+
+@rows
+def test_one_trace_types_unchanged_and_scan_equals_a_loop(row):
+    chex.clear_trace_counter()
+    _, state, value_and_grad = parts(row)
+    step = train(value_and_grad, TX)
+    traced = jax.jit(chex.assert_max_traces(step, 1), donate_argnums=0)
+    start = PARAMS, state, TX.init(PARAMS)
+    carry = jax.tree.map(jnp.copy, start)
+    for x in BATCHES:
+        carry, (_, weights) = traced(carry, x)
+        assert types(carry) == types(start)
+        assert jax.tree.structure(weights) == jax.tree.structure(
+            dict.fromkeys("abc", 0.0)
+        )
+        chex.assert_tree_all_finite(unkeyed(carry))
+    updates = optax.tree.get(carry[1], "num_updates")
+    assert int(updates) == (3 if optax.tree.get(state, "step") is not None else 6)
+    assert int(optax.tree.get(carry[1], "num_skipped")) == 0
+    scanned, _ = jax.lax.scan(step, start, BATCHES)
+    assert_close(scanned, carry)
+
+
+@pytest.mark.parametrize("name", ["equal", "famo", "lr_annealing", "upgrad", "grap"])
+def test_eager_equals_jit(name):
+    weighting, state, step = parts(ROWS[name])
+    eager = yoto.value_and_grad(loss_fn, weighting)
+    expected = step(PARAMS, state, BATCHES[0])
+    assert_close(eager(PARAMS, state, BATCHES[0]), expected)
+
+
+@rows
+def test_the_gradient_is_the_weighted_sum(row):
+    _, state, step = parts(row)
+    for x in BATCHES[:2]:
+        losses, grads, state = step(PARAMS, state, x)
+    weights = optax.tree.get(state, "loss_weights")
+    composite = lambda p: sum(
+        weights[name] * loss for name, loss in loss_fn(p, BATCHES[1]).items()
+    )
+    assert_close(grads, jax.grad(composite)(PARAMS))
+    assert_close(losses, loss_fn(PARAMS, BATCHES[1]))
+
+
+@rows
+def test_vmap_over_runs_equals_single_runs(row):
+    _, state, value_and_grad = parts(row)
+    step = train(value_and_grad, TX)
+    scales = jnp.array([0.5, 1.0, 1.5])
+
+    def run(scale):
+        params = jax.tree.map(lambda p: p * scale, PARAMS)
+        carry = params, state, TX.init(params)
+        return jax.lax.scan(step, carry, BATCHES[:4])[0][:2]
+
+    together = jax.jit(jax.vmap(run))(scales)
+    single = jax.jit(run)(scales[2])
+    assert_close(jax.tree.map(lambda x: x[2], together), single, rtol=1e-4)
+
+
+@rows
+@pytest.mark.parametrize("count", [1, 40])
+def test_one_loss_and_forty(row, count):
+    count = max(count, row.at_least)
+    if count == 40 and row.make(0).needs == ("ntk_diagonal",):
+        count = 3
+    _, state, value_and_grad = parts(row, count)
+    step = jax.jit(train(value_and_grad, TX))
+    carry = PARAMS, state, TX.init(PARAMS)
+    for x in BATCHES[:2]:
+        carry, (_, weights) = step(carry, x)
+    chex.assert_tree_all_finite(unkeyed(carry))
+    assert int(optax.tree.get(carry[1], "num_skipped")) == 0
+    assert len(jax.tree.leaves(weights)) == count
+
+
+@rows
+def test_low_precision_and_double(row):
+    for dtype, wide in (("bfloat16", "float32"), ("float64", "float64")):
+        with jax.enable_x64(dtype == "float64"):
+            cast = lambda x: jnp.asarray(np.asarray(x), dtype)
+            params = jax.tree.map(cast, PARAMS)
+            weighting = row.make("a")
+            state = weighting.init(jax.eval_shape(loss_fn, params, cast(BATCHES[0])))
+            step = yoto.value_and_grad(loss_fn, weighting, statistics=extra(weighting))
+            step = jax.jit(step)
+            for x in BATCHES[:2]:
+                losses, grads, new = step(params, state, cast(x))
+                assert types(new) == types(state)
+                state = new
+            chex.assert_trees_all_equal_dtypes(grads, params)
+            assert losses["a"].dtype == dtype
+            assert optax.tree.get(state, "loss_weights")["a"].dtype == wide
+            chex.assert_tree_all_finite(unkeyed((grads, state)))
+
+
+@rows
+def test_zero_gradients_give_finite_weights(row):
+    weighting, state, _ = parts(row)
+    constant = lambda p, x: {
+        name: 0.0 * jnp.sum(p["w"]) + k + 1.0 for k, name in enumerate("abc")
+    }
+    none = extra(weighting, lambda p, x: jnp.zeros(3))
+    step = jax.jit(yoto.value_and_grad(constant, weighting, statistics=none))
+    for x in BATCHES[:3]:
+        _, grads, state = step(PARAMS, state, x)
+    chex.assert_tree_all_finite(unkeyed((grads, state)))
+    assert int(optax.tree.get(state, "num_skipped")) == 0
+
+
+@rows
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_batch_changes_nothing_but_a_counter(row, bad):
+    _, state, step = parts(row)
+    for x in BATCHES[:2]:
+        _, _, state = step(PARAMS, state, x)
+    spoilt = BATCHES[2].at[3, 1].set(bad)
+    spoilt = spoilt.at[4, 1].set(-bad)  # tanh turns infinities into numbers
+    poison = jax.tree.map(lambda p: p * bad, PARAMS)
+    _, _, after = step(poison, state, spoilt)
+    skipped = int(optax.tree.get(after, "num_skipped"))
+    due = optax.tree.get(state, "step") is None or int(state_step(state)) % 2 == 0
+    assert skipped == (1 if due else 0)
+    expected = unkeyed(optax.tree.set(state, num_skipped=jnp.int32(skipped)))
+    got = unkeyed(after)
+    if optax.tree.get(state, "step") is not None:
+        expected, got = (optax.tree.set(s, step=jnp.int32(0)) for s in (expected, got))
+    chex.assert_trees_all_equal(got, expected)
+    _, grads, state = step(PARAMS, after, BATCHES[3])
+    chex.assert_tree_all_finite(unkeyed((grads, state)))
+
+
+def state_step(state):
+    return optax.tree.get(state, "step")
+
+
+@rows
+def test_a_checkpoint_continues_bit_for_bit(row, tmp_path):
+    weighting, state, step = parts(row)
+    for x in BATCHES[:3]:
+        _, _, state = step(PARAMS, state, x)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        like = jax.eval_shape(weighting.init, jax.eval_shape(loss_fn, PARAMS, x))
+        restored = checkpointer.restore(tmp_path / "state", like)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for x in BATCHES[3:5]:
+        _, grads, state = step(PARAMS, state, x)
+        _, again, restored = step(PARAMS, restored, x)
+    chex.assert_trees_all_equal(again, grads)
+    chex.assert_trees_all_equal(unkeyed(restored), unkeyed(state))
+
+
+def sources(row):
+    """From where the engine may take the gradients that a weighting needs."""
+    everything = {"all parameters": (loss_fn, {})}
+    if set(row.make("a").needs) <= {"losses", "ntk_diagonal"}:
+        return everything
+    return everything | {"encoder": (functools.partial(head, 3), {"encoder": encoder})}
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")
+@rows
+def test_eight_devices_equal_one(row):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+    for f, options in sources(row).values():
+        weighting, state, _ = parts(row)
+        options["statistics"] = extra(weighting)
+        one = jax.jit(yoto.value_and_grad(f, weighting, **options))
+        many = yoto.value_and_grad(f, weighting, axis_name="d", **options)
+        shard = functools.partial(
+            jax.shard_map,
+            mesh=mesh,
+            in_specs=(spec(), spec(), spec("d")),
+            out_specs=spec(),
+        )
+        replicated = jax.pmap(many, axis_name="d", in_axes=(None, None, 0))
+        ways = {
+            "pmap": lambda p, s, x: jax.tree.map(
+                lambda y: y[5], replicated(p, s, x.reshape(8, 2, 4))
+            ),
+            "shard_map": jax.jit(shard(many)),
+            "shard_map, unchecked": jax.jit(shard(many, check_vma=False)),
+        }
+        expected = state
+        got = dict.fromkeys(ways, state)
+        for x in BATCHES[:2]:
+            losses, grads, expected = one(PARAMS, expected, x)
+            for name, way in ways.items():
+                out = way(PARAMS, got[name], x)
+                got[name] = out[2]
+                assert_close(out, (losses, grads, expected), rtol=1e-4)
