@@ -12,10 +12,18 @@ BENCHMARKS = {
     "digits": "learned against searched loss weights on digits under shift",
     "rho": "what the strength of the regulariser does to the weights",
     "overhead": "what learning the weights costs per step",
+    "toy": "where every weighting ends up on two objectives in the plane",
+    "pinn": "weightings for a physics-informed network",
+    "pretraining": "loss weights of self-supervised pretraining, steered downstream",
+    "properties": "which weighting has which property, by test",
 }
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs" / "weightings.md",
+    ROOT / "benchmarks" / "README.md",
+)
 
 
 def load(benchmark: str) -> Any:
@@ -26,12 +34,16 @@ def load(benchmark: str) -> Any:
 def update_tables(pages: tuple[Path, ...], results: Path) -> None:
     """Rewrite the marked tables of the pages from the stored results.
 
-    The table goes to the mark ``name`` of its benchmark, a summary to ``name-summary``.
+    The table goes to the mark ``name`` of its benchmark, a summary to ``name-summary``,
+    further tables to marks that the benchmark chooses.
     """
     blocks = {}
     for name, module, path in _stored(results):
         result = _common.read_json(path)
         blocks[name] = _common.markdown(module.table(result))
+        if hasattr(module, "tables"):
+            for mark, table in module.tables(result).items():
+                blocks[mark] = _common.markdown(table)
         if hasattr(module, "summary"):
             blocks[f"{name}-summary"] = _common.markdown(module.summary(result))
     for page in pages:

@@ -12,14 +12,13 @@ left.
 """
 
 import functools
-import itertools
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,97 +26,15 @@ import numpy as np
 import optax
 
 import yoto_jax as yoto
-from benchmarks import _common
+from benchmarks import _common, _models, peers
+from benchmarks import _weighting_costs as costs
+from benchmarks._models import convolutional, mlp, transformer
 
 Array = jax.Array
+Model = _models.Model
 Losses = dict[str, Array]
 WEIGHTS = {"fit": 0.5, "size": 0.3, "smooth": 0.2}
 ARMS = ("fixed", "fixed again", "yoto")
-
-
-class Model(NamedTuple):
-    """A model small enough to build here, and its batch."""
-
-    init: Callable[[Array], Any]
-    apply: Callable[[Any, Array], Array]
-    inputs: tuple[int, ...]
-
-
-def dense(key: Array, sizes: tuple[int, int]) -> dict[str, Array]:
-    scale = 1 / np.sqrt(sizes[0])
-    return {
-        "w": jax.random.normal(key, sizes, jnp.float32) * scale,
-        "b": jnp.zeros(sizes[1:], jnp.float32),
-    }
-
-
-def linear(layer: dict[str, Array], x: Array) -> Array:
-    return x @ layer["w"] + layer["b"]
-
-
-def mlp(*widths: int, batch: int) -> Model:
-    def init(key: Array) -> Any:
-        keys = jax.random.split(key, len(widths) - 1)
-        pairs = itertools.pairwise(widths)
-        return [dense(k, pair) for k, pair in zip(keys, pairs, strict=True)]
-
-    def apply(params: Any, x: Array) -> Array:
-        for layer in params[:-1]:
-            x = jnp.tanh(linear(layer, x))
-        return linear(params[-1], x)
-
-    return Model(init, apply, (batch, widths[0]))
-
-
-def convolutional(channels: int, depth: int, batch: int, side: int) -> Model:
-    def init(key: Array) -> Any:
-        keys = jax.random.split(key, depth + 1)
-        widths = [3] + [channels] * depth
-        kernels = [
-            jax.random.normal(k, (3, 3, a, b), jnp.float32) / np.sqrt(9 * a)
-            for k, a, b in zip(keys, widths[:-1], widths[1:], strict=False)
-        ]
-        return {"kernels": kernels, "head": dense(keys[-1], (channels, 10))}
-
-    def apply(params: Any, x: Array) -> Array:
-        for kernel in params["kernels"]:
-            y = jax.lax.conv_general_dilated(
-                x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
-            y = jax.nn.relu(y)
-            x = y if x.shape != y.shape else x + y
-        return linear(params["head"], x.mean((1, 2)))
-
-    return Model(init, apply, (batch, side, side, 3))
-
-
-def transformer(width: int, depth: int, heads: int, batch: int, length: int) -> Model:
-    def block(key: Array) -> Any:
-        keys = jax.random.split(key, 4)
-        return {
-            "qkv": dense(keys[0], (width, 3 * width)),
-            "out": dense(keys[1], (width, width)),
-            "up": dense(keys[2], (width, 4 * width)),
-            "down": dense(keys[3], (4 * width, width)),
-        }
-
-    def init(key: Array) -> Any:
-        return [block(k) for k in jax.random.split(key, depth)]
-
-    def norm(x: Array) -> Array:
-        return (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(
-            x.var(-1, keepdims=True) + 1e-5
-        )
-
-    def apply(params: Any, x: Array) -> Array:
-        for layer in params:
-            split = linear(layer["qkv"], norm(x)).reshape(batch, length, 3, heads, -1)
-            mixed = jax.nn.dot_product_attention(*jnp.moveaxis(split, 2, 0))
-            x = x + linear(layer["out"], mixed.reshape(x.shape))
-            x = x + linear(layer["down"], jax.nn.gelu(linear(layer["up"], norm(x))))
-        return x
-
-    return Model(init, apply, (batch, length, width))
 
 
 MODELS = {
@@ -251,19 +168,59 @@ def import_time(rounds: int) -> list[_common.Record]:
     return [_common.record("yoto", "import ms", statistics.median(times))]
 
 
+SECTIONS = ("yoto", "weightings", "solvers", "peers")
+SHARED = {
+    "transformer, 6 layers": _models.with_heads(
+        transformer(128, 6, heads=4, batch=8, length=64), 128
+    ),
+    "residual net": _models.residual(32, 4, batch=16, side=32),
+}
+
+
 def main(options: _common.Options) -> None:
     options.refuse_data()
-    options.choose(("yoto",))
+    sections = options.choose(SECTIONS)
     quick = options.preset == "quick"
-    models = QUICK if quick else MODELS
     rounds = options.steps or (3 if quick else 31)  # There is no training to step.
-    records = [r for name, m in models.items() for r in compare(name, m, rounds)]
-    records += import_time(2 if quick else 7)
+    pairs = options.steps or (2 if quick else 11)
+    versions: dict[str, str] = {}
+    records = []
+    if "yoto" in sections:
+        for name, model in (QUICK if quick else MODELS).items():
+            records += compare(name, model, rounds)
+        records += import_time(2 if quick else 7)
+    if "weightings" in sections:
+        for name, model in SHARED.items():
+            if not quick:
+                records += costs.compare(name, model, pairs, quick)
+        if quick:
+            small = _models.with_heads(mlp(16, 32, 8, batch=16), 8)
+            records += costs.compare("small net", small, pairs, quick)
+    if "solvers" in sections:
+        records += costs.solver_times(rounds, (2, 3) if quick else costs.SIZES)
+    if "peers" in sections and peers.available():
+        measured, versions = costs.peer_records(pairs, quick)
+        records += measured
     path = Path(options.out) / "overhead.json"
-    meta = _common.meta(options, rounds=rounds)
+    meta = _common.meta(options, rounds=rounds, pairs=pairs, **versions)
     result = _common.write_json(path, meta, records)
-    _common.show(table(result))
+    for shown in {"overhead": table(result), **tables(result)}.values():
+        if shown.rows:
+            _common.show(shown)
     _common.say(f"Results: {path}")
+
+
+def tables(result: _common.Result) -> dict[str, _common.Table]:
+    """All tables but that of the loss logits, by their marks."""
+    metrics = {r["metric"] for r in result["records"]}
+    found = {}
+    if "extra MiB" in metrics:
+        found["overhead-weightings"] = costs.step_table(result)
+    if "solver microseconds" in metrics:
+        found["overhead-solvers"] = costs.solver_table(result)
+    if "TorchJD milliseconds" in metrics:
+        found["overhead-peers"] = costs.peer_table(result)
+    return found
 
 
 def table(result: _common.Result) -> _common.Table:
@@ -285,7 +242,7 @@ def table(result: _common.Result) -> _common.Table:
     for way in WAYS:
         columns += [f"{way}: step (us)", "same again", "learned weights"]
     rows = []
-    for model in dict.fromkeys(r["config"] for r in records if r["config"]):
+    for model in dict.fromkeys(r["config"] for r in records if "loop" in r["metric"]):
         row = [model]
         for way in WAYS:
             metric = f"{way}: microseconds"
@@ -295,12 +252,15 @@ def table(result: _common.Result) -> _common.Table:
             row.append(f"{cell(model, 'fixed', metric):,.0f}")
             row += [ratio(model, way, arm) for arm in ARMS[1:]]
         rows.append(row)
-    (milliseconds,) = _common.values(records, metric="import ms")
+    imported = _common.values(records, metric="import ms")
     meta = result["meta"]
     return _common.Table(
         columns,
         rows,
         f"Ratio to the step with fixed weights, median (quartiles) of {meta['rounds']} "
         f"interleaved rounds, {meta['device']} ({meta['cpu_count']} cores). "
-        f"`import yoto_jax` takes {milliseconds:.0f} ms after `import optax`.",
+        + "".join(
+            f"`import yoto_jax` takes {milliseconds:.0f} ms after `import optax`."
+            for milliseconds in imported
+        ),
     )

@@ -82,8 +82,9 @@ def value_and_grad(
       heads: Part of the parameters that descends the plain sum of the losses, as the
         heads do with ``encoder``. All others follow the weights, and the weighting gets
         to see the gradients of those alone.
-      weigh_heads: With ``encoder``: whether the heads follow the weights too. Costs a
-        second backward pass through them.
+      weigh_heads: With ``encoder``: whether the heads follow the weights too, as they
+        should where losses share one. Costs a second backward pass through them. A
+        downstream loss has the weight 1 there.
       chunk_size: How many per-loss gradients are computed at a time (``None``: all).
       keep_gradients: Whether per-loss gradients are kept until the weights are known.
       align: Which batch shows a weighting with a downstream loss where to go.
@@ -394,7 +395,9 @@ def _encoded(
         through_encoder = encoder_pull(cotangent)
         own = head_grads
         if weigh_heads:
-            own = pullback(_cotangents(weights, losses))[0]
+            # A loss that only steers still has a head of its own to train.
+            of_heads = _replace_downstream(weights, weighting)
+            own = pullback(_cotangents(of_heads, losses))[0]
         add = lambda a, b: jax.tree.map(jnp.add, a, b)
         if weighting.observe is None:
             return mean_over(add(through_encoder, own), axes), state
@@ -657,6 +660,16 @@ def _silent(weighting: LossWeighting) -> LossWeighting:
 def place_of(downstream: Any, losses: PyTree) -> int:
     structure = jax.tree.structure(losses)
     return find_loss("downstream", downstream, losses, loss_names(structure))
+
+
+def _replace_downstream(weights: PyTree, weighting: LossWeighting) -> PyTree:
+    """The weights, with 1 for the downstream loss if there is one."""
+    if weighting.downstream is None:
+        return weights
+    place = place_of(weighting.downstream, weights)
+    leaves, structure = jax.tree.flatten(weights)
+    leaves[place] = jnp.ones_like(leaves[place])
+    return structure.unflatten(leaves)
 
 
 def _check_options(
