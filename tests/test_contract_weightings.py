@@ -25,9 +25,9 @@ class Row:
     at_least: int = 1  # losses that it takes
 
 
-def trace_of_ntk(params, x):
+def trace_of_ntk(params, x, count=3):
     """A stand-in for the NTK's diagonal: any positive number for each loss."""
-    return jnp.arange(1.0, 4.0)[: len(loss_fn(params, x))] + jnp.mean(jnp.abs(x))
+    return jnp.arange(1.0, count + 1) + jnp.mean(jnp.abs(x))
 
 
 def simple(factory, **kwargs):
@@ -115,7 +115,8 @@ def parts(row, count=3):
     weighting = row.make("a" if count <= 3 else 0)
     f = functools.partial(loss_fn, count=count)
     state = weighting.init(jax.eval_shape(f, PARAMS, BATCHES[0]))
-    step = yoto.value_and_grad(f, weighting, statistics=extra(weighting))
+    statistics = extra(weighting, functools.partial(trace_of_ntk, count=count))
+    step = yoto.value_and_grad(f, weighting, statistics=statistics)
     return weighting, state, jax.jit(step)
 
 
@@ -228,8 +229,6 @@ def test_the_gradient_is_the_weighted_sum(row):
 @pytest.mark.parametrize("count", [1, 40])
 def test_one_loss_and_forty(row, count):
     count = max(count, row.at_least)
-    if count == 40 and row.make(0).needs == ("ntk_diagonal",):
-        count = 3
     _, state, step = parts(row, count)
     for x in BATCHES[:2]:
         _, grads, state = step(PARAMS, state, x)
@@ -316,38 +315,20 @@ def test_a_checkpoint_continues_bit_for_bit(row, tmp_path):
     chex.assert_trees_all_equal(unkeyed(restored), unkeyed(state))
 
 
-def sources(row):
-    """From where the engine may take the gradients that a weighting needs."""
-    everything = {"all parameters": (loss_fn, {})}
-    if set(row.make("a").needs) <= {"losses", "ntk_diagonal"}:
-        return everything
-    return everything | {"encoder": (functools.partial(head, 3), {"encoder": encoder})}
-
-
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")
 @rows
 def test_eight_devices_equal_one(row):
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = jax.sharding.PartitionSpec
-    for f, options in sources(row).values():
-        weighting, state, _ = parts(row)
-        options["statistics"] = extra(weighting)
+    weighting, state, _ = parts(row)
+    options = {"statistics": extra(weighting)}
+    sources = {"all": (loss_fn, options)}
+    if not set(weighting.needs) <= {"losses", "ntk_diagonal"}:
+        sources["encoder"] = (functools.partial(head, 3), {"encoder": encoder})
+    for source, (f, options) in sources.items():
         one = jax.jit(yoto.value_and_grad(f, weighting, **options))
         many = yoto.value_and_grad(f, weighting, axis_name="d", **options)
-        shard = functools.partial(
-            jax.shard_map,
-            mesh=mesh,
-            in_specs=(spec(), spec(), spec("d")),
-            out_specs=spec(),
-        )
-        replicated = jax.pmap(many, axis_name="d", in_axes=(None, None, 0))
-        ways = {"shard_map": jax.jit(shard(many))}
-        if "encoder" in options:
-            ways["unchecked"] = jax.jit(shard(many, check_vma=False))
-        else:
-            ways["pmap"] = lambda p, s, x: jax.tree.map(
-                lambda y: y[5], replicated(p, s, x.reshape(8, 2, 4))
-            )
+        ways = {"pmap": on_replicas(many), "shard_map": on_shards(many)}
+        if len(sources) == 2:  # each of them once
+            ways.pop("shard_map" if source == "all" else "pmap")
         expected = state
         got = dict.fromkeys(ways, state)
         for x in BATCHES[:2]:
@@ -356,3 +337,17 @@ def test_eight_devices_equal_one(row):
                 out = way(PARAMS, got[name], x)
                 got[name] = out[2]
                 assert_close(out, (losses, grads, expected), rtol=1e-4)
+
+
+def on_replicas(step):
+    replicated = jax.pmap(step, axis_name="d", in_axes=(None, None, 0))
+    return lambda params, state, x: jax.tree.map(
+        lambda y: y[5], replicated(params, state, x.reshape(8, 2, 4))
+    )
+
+
+def on_shards(step):
+    spec = jax.sharding.PartitionSpec
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    in_specs = spec(), spec(), spec("d")
+    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=spec()))

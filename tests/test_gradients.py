@@ -351,6 +351,56 @@ def test_value_and_jacobian_with_auxiliary_output_and_chunks():
         assert set(losses) == set("abc")
 
 
+# Devices.
+
+SOURCES = {
+    "losses alone": (loss_fn, "losses", {}),
+    "all": (loss_fn, "gramian", {}),
+    "chunks": (loss_fn, "gramian", {"chunk_size": 2}),
+    "none kept": (loss_fn, "norms", {"keep_gradients": False}),
+    "selected": (loss_fn, "gramian", {"select": lambda p: p["first"]}),
+    "heads apart": (loss_fn, "max_abs", {"heads": lambda p: p["last"]}),
+    "encoder": (heads, "gramian", {"encoder": encoder}),
+    "encoder, heads": (heads, "mean_abs", {"encoder": encoder, "weigh_heads": True}),
+    "encoder, maximum": (heads, "max_abs", {"encoder": encoder}),
+    "downstream": (loss_fn, "alignment", {}),
+    "downstream, encoder": (heads, "alignment", {"encoder": encoder}),
+    "every": (loss_fn, "every", {}),
+}
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")
+@pytest.mark.parametrize("source", SOURCES)
+def test_eight_devices_equal_one(source):
+    f, needs, options = SOURCES[source]
+    g = lambda *args: f(*args) | {"c": jnp.mean(encoder(args[0], args[-1])[:, 0])}
+    if f is heads:
+        g = lambda p, z, x: f(p, z, x) | {"c": jnp.mean(z[:, 0])}
+    weighting = {
+        "losses": lambda: weightings.static({"a": 1.0, "b": 0.3, "c": 2.0}),
+        "every": lambda: weightings.every(reading("norms"), 2),
+    }.get(needs, lambda: reading(needs))()
+    state = weighting.init(dict.fromkeys("abc", 0.0))
+    x = jax.random.normal(jax.random.key(2), (64, 4))
+    expected = jax.jit(yoto.value_and_grad(g, weighting, **options))(PARAMS, state, x)
+    many = yoto.value_and_grad(g, weighting, axis_name="d", **options)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+    for check in (True, False):
+        sharded = jax.shard_map(
+            many,
+            mesh=mesh,
+            in_specs=(spec(), spec(), spec("d")),
+            out_specs=spec(),
+            check_vma=check,
+        )
+        got = jax.jit(sharded)(PARAMS, state, x)
+        chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-6)
+    replicated = jax.pmap(many, axis_name="d", in_axes=(None, None, 0))
+    got = jax.tree.map(lambda y: y[3], replicated(PARAMS, state, x.reshape(8, 8, 4)))
+    chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
 # Errors.
 
 

@@ -161,7 +161,8 @@ def make_weighting(
 
     def init_fn(losses: PyTree) -> WeightingState:
         layout = _layout(losses)
-        learned = jax.tree.map(jnp.asarray, init(layout))
+        # Copies: what the caller gave must outlive a state that is donated.
+        learned = jax.tree.map(jnp.copy, init(layout))
         first = first_weights(layout) if callable(first_weights) else first_weights
         weights = layout.vector("loss_weights", first)
         counts = [jnp.zeros((), jnp.int32) for _ in range(2)]  # apart, for donation
