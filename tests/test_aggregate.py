@@ -218,16 +218,29 @@ def test_errors_name_what_is_wrong():
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")
-def test_averages_over_an_axis():
-    tx = yoto.aggregate(inverse_norms(), 2, axis_name="d")
-    x = jax.random.normal(jax.random.key(1), (8, 4, 3))
+def test_on_eight_devices_averages_come_first():
+    tx = yoto.aggregate(inverse_norms(), 2)
+    x = jax.random.normal(jax.random.key(1), (32, 3))
+    state = tx.init(PARAMS)
+    losses, jacobian = yoto.value_and_jacobian(loss_fn)(PARAMS, x)
+    expected = losses, *tx.update(jacobian, state)
 
     def one(x, state):
-        _, jacobian = yoto.value_and_jacobian(loss_fn)(PARAMS, x)
-        return tx.update(jacobian, state)
+        step = yoto.value_and_jacobian(loss_fn, axis_name="d")
+        losses, jacobian = step(PARAMS, x)
+        return losses, *tx.update(jacobian, state)
 
-    state = tx.init(PARAMS)
-    got = jax.pmap(one, axis_name="d", in_axes=(0, None))(x, state)
-    _, jacobian = yoto.value_and_jacobian(loss_fn)(PARAMS, x.reshape(32, 3))
-    expected = yoto.aggregate(inverse_norms(), 2).update(jacobian, state)
-    chex.assert_trees_all_close(jax.tree.map(lambda y: y[3], got), expected, rtol=1e-4)
+    got = jax.pmap(one, axis_name="d", in_axes=(0, None))(x.reshape(8, 4, 3), state)
+    got = jax.tree.map(lambda y: y[3], got)
+    chex.assert_trees_all_close(got, expected, rtol=1e-4)
+    spec = jax.sharding.PartitionSpec
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    for check in (True, False):
+        shard = jax.shard_map(
+            one,
+            mesh=mesh,
+            in_specs=(spec("d"), spec()),
+            out_specs=spec(),
+            check_vma=check,
+        )
+        chex.assert_trees_all_close(jax.jit(shard)(x, state), expected, rtol=1e-4)

@@ -113,7 +113,7 @@ def test_selected_parameters(statistic):
         "norms": np.linalg.norm(rows, axis=1),
         "max_abs": np.abs(rows).max(1),
         "mean_abs": np.abs(rows).mean(1),
-        "alignment": J @ J[2],  # a direction in all parameters
+        "alignment": rows @ rows[2],
     }[statistic]
     _, grads, state = call(loss_fn, reading(statistic), X, select=last)
     np.testing.assert_allclose(state.learned, expected, rtol=2e-5, atol=1e-7)
@@ -273,10 +273,88 @@ def test_training_gradients_against_a_validation_gradient(encoded, given):
     derivatives = jacobian(lambda p: through(p, X), PARAMS) @ flat
     options[given] = (X_VALIDATION,) if given == "validation" else v
     _, _, state = call(f, reading("gramian"), X, align="train-validation", **options)
+    if encoded:  # The direction of z that the direction of the parameters makes.
+        _, tangent = jax.jvp(lambda p: encoder(p, X), (PARAMS,), (v,))
+        flat = np.asarray(tangent, float).ravel()
+        np.testing.assert_allclose(derivatives, S @ flat, rtol=1e-4, atol=1e-6)
     expected = rows @ rows.T
     expected[2, :] = expected[:, 2] = derivatives
     expected[2, 2] = flat @ flat
     np.testing.assert_allclose(state.learned, expected, rtol=5e-5, atol=1e-7)
+
+
+PLACES = {
+    "plain": (loss_fn, {}),
+    "heads": (loss_fn, {"heads": lambda p: p["last"]}),
+    "select": (loss_fn, {"select": lambda p: p["first"]}),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_validation_batch_that_is_the_training_batch_changes_nothing(place):
+    f, options = PLACES[place]
+    _, _, expected = call(f, reading("gramian"), X, **options)
+    mixed = {"align": "train-validation", "validation": (X,)}
+    _, _, got = call(f, reading("gramian"), X, **mixed, **options)
+    np.testing.assert_allclose(got.learned, expected.learned, rtol=2e-5, atol=1e-7)
+    _, _, got = call(f, reading("alignment"), X, **options)
+    np.testing.assert_allclose(got.learned, expected.learned[2], rtol=2e-5)
+
+
+def test_cosines_with_a_validation_gradient_are_cosines():
+    options = {"align": "train-validation", "validation": (X_VALIDATION,)}
+    _, _, state = call(heads, reading("gramian"), X, encoder=encoder, **options)
+    assert np.linalg.eigvalsh(np.asarray(state.learned, float)).min() > -1e-7
+
+
+def test_alignment_on_a_validation_batch_alone():
+    options = {"align": "validation", "validation": (X_VALIDATION,)}
+    _, _, state = call(loss_fn, reading("alignment"), X, **options)
+    rows = jacobian(lambda p: loss_fn(p, X_VALIDATION), PARAMS)
+    np.testing.assert_allclose(state.learned, rows @ rows[2], rtol=2e-5)
+
+
+def test_integers_among_the_parameters_and_nothing_in_the_representation():
+    params = PARAMS | {"places": jnp.arange(3)}
+    nothing = lambda p, x: {"z": encoder(p, x), "nothing": None}
+    with_z = lambda p, z, x: heads(p, z["z"], x)
+    for needs in ("gramian", "alignment", "norms"):
+        state = reading(needs).init(dict.fromkeys("abc", 0.0))
+        for f, options in (
+            (loss_fn, {}),
+            (with_z, {"encoder": nothing}),
+            (loss_fn, {"lookahead": 0.1} if needs == "alignment" else {}),
+        ):
+            step = yoto.value_and_grad(f, reading(needs), **options)
+            _, grads, new = jax.jit(lambda s, step=step: step(params, s, X))(state)
+            chex.assert_tree_all_finite(new)
+            assert grads["places"].dtype == jax.dtypes.float0
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_sharded_parameters(kind):
+    axis_types = (getattr(jax.sharding.AxisType, kind),)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=axis_types)
+    place = lambda *spec: jax.sharding.NamedSharding(mesh, jax.P(*spec))
+    params = {"w": jnp.linspace(-1, 1, 64).reshape(4, 16)}
+    f = lambda p, x: {
+        "a": jnp.mean((x @ p["w"] - 1) ** 2),
+        "b": jnp.mean(jnp.abs(x @ p["w"])),
+        "c": jnp.sum(p["w"] ** 2),
+    }
+    for needs in EXPECTED:
+        state = reading(needs).init(dict.fromkeys("abc", 0.0))
+        step = jax.jit(yoto.value_and_grad(f, reading(needs)))
+        expected = step(params, state, X)
+        with jax.set_mesh(mesh):
+            sharded = jax.device_put(params, place(None, "d"))
+            got = step(
+                sharded, jax.device_put(state, place()), jax.device_put(X, place())
+            )
+        chex.assert_trees_all_close(
+            jax.device_get(got), jax.device_get(expected), rtol=1e-4, atol=1e-6
+        )
 
 
 def test_directional_derivatives_agree_with_finite_differences():
@@ -474,7 +552,7 @@ def test_what_each_mode_keeps_in_memory():
     plain = mebibytes(weightings.equal())
     assert mebibytes(needs("gramian")) > 40  # all gradients
     assert (
-        mebibytes(needs("gramian"), keep_gradients=False) < 24
+        mebibytes(needs("gramian"), keep_gradients=False) < 26
     )  # a few arrays of each
     assert mebibytes(needs("norms"), keep_gradients=False) < plain + 3
     identity = {

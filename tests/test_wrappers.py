@@ -51,7 +51,7 @@ def test_every_of_every_is_due_when_both_are():
         due.append(bool(weighting.due(state)))
         _, state = weighting.update(STEPS[k % 3], state)
     # The inner one counts the calls that reach it, which are those of the outer one.
-    assert [k for k, now in enumerate(due) if now] == [0]
+    assert [k for k, now in enumerate(due) if now] == [0, 6]
 
 
 def test_smooth_is_an_average_that_starts_at_the_first_weights():
@@ -141,11 +141,12 @@ def test_observers_reach_the_weighting_inside():
 
 def test_wrappers_pass_on_what_is_needed():
     inner = inverse(needs=("gramian", "losses"), downstream="a")
-    for wrap in (weightings.smooth, weightings.normalize):
+    for wrap in (weightings.smooth, lambda w: weightings.every(w, 3)):
         assert wrap(inner).needs == inner.needs
         assert wrap(inner).downstream == "a"
         assert wrap(inner).observe is None
-    assert weightings.every(inner, 3).needs == inner.needs
+    needs = weightings.normalize(inverse(needs=("gramian",))).needs
+    assert needs == ("losses", "gramian")
 
 
 def test_errors_name_what_is_wrong():
@@ -175,3 +176,95 @@ def test_wrappers_under_scan_and_vmap():
     np.testing.assert_allclose(np.stack([got["a"], got["b"]], 1), expected, rtol=1e-6)
     batched = jax.vmap(run_all)(jax.tree.map(lambda x: jnp.stack([x, 2 * x]), losses))
     chex.assert_trees_all_close(jax.tree.map(lambda x: x[0], batched), got, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda w: weightings.normalize(weightings.smooth(w, 0.5)),
+        lambda w: weightings.smooth(weightings.normalize(w), 0.5),
+        lambda w: weightings.normalize(weightings.every(weightings.smooth(w), 2)),
+    ],
+)
+def test_nested_wrappers_keep_their_units_apart(wrap):
+    losses = {"a": 1e-3, "b": 2e-3}
+    history, _ = run(wrap(weightings.equal("sum")), [losses] * 6)
+    np.testing.assert_allclose(history, [[1000, 500]] * 6, rtol=1e-5)
+
+
+def test_smooth_twice_is_the_average_of_an_average():
+    history, _ = run(weightings.smooth(weightings.smooth(inverse(), 0.5), 0.5))
+    once, _ = run(weightings.smooth(inverse(), 0.5))
+    twice = once.copy()
+    for k in range(1, len(once)):
+        twice[k] = 0.5 * twice[k - 1] + 0.5 * once[k]
+    np.testing.assert_allclose(history, twice, rtol=1e-6)
+
+
+def test_every_tries_again_after_a_bad_batch():
+    weighting = weightings.every(inverse(), 100)
+    bad = {"a": jnp.nan, "b": 1.0}
+    history, state = run(weighting, [bad, {"a": 0.25, "b": 0.5}, STEPS[0]])
+    np.testing.assert_allclose(history[1:], [[4, 2], [4, 2]])
+    assert int(state.inner.num_skipped) == 1
+
+
+def test_a_loss_of_zero_keeps_its_scale():
+    weighting = weightings.normalize(weightings.upgrad(), 0.9)
+    state = weighting.init({"a": 0.0, "hinge": 0.0})
+    gramian = jnp.diag(jnp.array([1.0, 0.0]))
+    update = jax.jit(lambda s, x: weighting.update(x, s, gramian=gramian)[1])
+    state = update(state, {"a": 1.0, "hinge": 4.0})
+    for _ in range(2000):
+        state = update(state, {"a": 1.0, "hinge": 0.0})
+    assert int(optax.tree.get(state, "num_skipped")) == 0
+    assert float(state.loss_scales["hinge"]) == 4.0
+    fresh = update(weighting.init({"a": 0.0, "hinge": 0.0}), {"a": 1e-20, "hinge": 0.0})
+    assert float(fresh.loss_scales["hinge"]) == 0.0
+
+
+def test_normalized_statistics_have_no_unit():
+    for name, power in {"alignment": 2, "ntk_diagonal": 1, "norms": 1}.items():
+        inner = make_weighting(
+            lambda layout: (),
+            lambda losses, learned, layout, **seen: (*seen.values(), learned),
+            needs=(name,),
+            downstream="b",
+        )
+        weighting = weightings.normalize(inner)
+        shown = []
+        for unit in (1.0, 100.0):
+            losses = {"a": 2.0, "b": 3.0 * unit}
+            value = jnp.array([5.0, 7.0 * unit**power])
+            if name == "alignment":
+                value = jnp.array([5.0 * unit, 7.0 * unit**2])
+            seen = {name: value}
+            _, state = weighting.update(losses, weighting.init(losses), **seen)
+            shown.append([float(state.normalized[n]) for n in "ab"])
+        np.testing.assert_allclose(*shown, rtol=1e-5)
+    with pytest.raises(ValueError, match="cannot tell the unit of curvature"):
+        weightings.normalize(inverse(needs=("curvature",)))
+
+
+def test_no_gradient_flows_through_normalised_weights():
+    weighting = weightings.normalize(weightings.equal("sum"))
+    state = weighting.init({"a": 1.0})
+
+    def composite(x):
+        weights, _ = weighting.update({"a": x}, state)
+        return weights["a"] * x
+
+    np.testing.assert_allclose(jax.grad(composite)(4.0), 0.25)
+
+
+def test_a_weighting_that_counts_nothing_can_be_wrapped():
+    def update(losses, state, **_):
+        weights = jax.tree.map(lambda x: jnp.float32(1.0) / x, losses)
+        return weights, {"loss_weights": weights}
+
+    one = lambda losses: {"loss_weights": jax.tree.map(jnp.ones_like, losses)}
+    own = inverse()._replace(init=one, update=update)
+    history, _ = run(weightings.smooth(own, 0.75))
+    expected, _ = run(weightings.smooth(inverse(), 0.75))
+    np.testing.assert_allclose(history, expected, rtol=1e-6)
+    run(weightings.normalize(weightings.every(own, 2)))

@@ -1,6 +1,5 @@
 """The weightings as a link of an Optax chain, over stacked per-loss gradients."""
 
-from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -9,8 +8,6 @@ from jax import lax
 
 from yoto_jax._gradients import (
     combine_rows,
-    mean_over,
-    named_axes,
     place_of,
     stacked,
     statistics_of,
@@ -20,10 +17,7 @@ from yoto_jax.weightings._protocol import GRADIENT_STATISTICS, LossWeighting
 
 
 def aggregate(
-    weighting: LossWeighting,
-    losses: PyTree | int,
-    *,
-    axis_name: Hashable | tuple[Hashable, ...] | None = None,
+    weighting: LossWeighting, losses: PyTree | int
 ) -> optax.GradientTransformationExtraArgs:
     r"""Combine per-loss gradients, stacked on a leading axis, into one gradient.
 
@@ -31,14 +25,13 @@ def aggregate(
       u \leftarrow \sum_k w_k u_k, \qquad w = \mathrm{weighting}(L, J J^T).
 
     The first link of a chain: what comes after it sees gradients of the usual shape. In
-    front of gradient accumulation, each batch is aggregated on its own.
+    front of gradient accumulation, each batch is aggregated on its own. On many devices
+    average losses and gradients first (``axis_name`` of ``value_and_jacobian``).
 
     Args:
       weighting: Any :class:`yoto_jax.LossWeighting`.
       losses: A tree of losses, or of anything with their shape and dtype; or just their
         number K.
-      axis_name: Axis, or axes, of ``pmap`` or ``shard_map`` over which the per-loss
-        gradients are averaged first. Leave it out if they already are.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose state is that of the weighting.
@@ -65,7 +58,6 @@ def aggregate(
     """
     if isinstance(losses, int):
         losses = (0.0,) * losses
-    axes = named_axes(axis_name)
     count = jax.tree.structure(losses).num_leaves
     names = loss_names(jax.tree.structure(losses))
     asked = [name for name in weighting.needs if name in GRADIENT_STATISTICS]
@@ -98,20 +90,17 @@ def aggregate(
                     "params, losses=losses)."
                 )
             losses = optax.tree.ones_like(optax.tree.get(state, "loss_weights"))
-        elif axes:
-            losses = mean_over(losses, axes)
-        rows = mean_over(updates, axes)
         seen = dict(extra_args)
         if (asked or aligned) and weighting.due is not None:
             seen |= lax.cond(
                 weighting.due(state),
-                lambda: statistics(rows),
-                lambda: optax.tree.zeros_like(jax.eval_shape(statistics, rows)),
+                lambda: statistics(updates),
+                lambda: optax.tree.zeros_like(jax.eval_shape(statistics, updates)),
             )
         else:
-            seen |= statistics(rows)
+            seen |= statistics(updates)
         weights, state = weighting.update(losses, state, **seen)
-        return combine_rows(rows, stacked(weights)), state
+        return combine_rows(updates, stacked(weights)), state
 
     def statistics(rows: PyTree) -> dict[str, jax.Array]:
         if not aligned:

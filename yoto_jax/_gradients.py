@@ -1,5 +1,6 @@
 """The engine: losses, their gradients as far as a weighting asks, one update."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -25,7 +26,7 @@ class _Pass(NamedTuple):
     aux: Any
     statistics: Callable[[Sequence[str]], dict[str, jax.Array]]
     direction: Callable[[int], PyTree]  # gradient of one loss, where weights act
-    along: Callable[[PyTree], jax.Array]  # (K,) derivatives along a direction
+    along: Callable[[PyTree], tuple[jax.Array, jax.Array]]  # (K,) derivatives, |v|^2
     combine: Callable[[PyTree, Any, LossWeighting], tuple[PyTree, Any]]
 
 
@@ -137,11 +138,18 @@ def value_and_grad(
       K copies of z cost nothing under ``jit``, which computes their common forward pass
       once; outside it, the heads run K times.
 
-      A batch on which a loss or gradient is not finite leaves the state as it was, but
-      for its counter ``num_skipped``; the gradient still carries the batch's NaN. Use
-      ``optax.apply_if_finite`` to keep it from the parameters.
+      A batch on which a loss, or a statistic that the weighting looks at, is not finite
+      leaves the state as it was, but for its counter ``num_skipped``; the gradient
+      still carries the batch's NaN. Use ``optax.apply_if_finite`` to keep it from the
+      parameters. Weights take the dtype of their loss on the way back: a loss in
+      float16 has little room for them, one in bfloat16 or float32 enough.
+
+      A downstream loss has the weight 0. Without ``encoder`` or ``heads``, nothing
+      trains a head that it alone uses.
     """
-    _check_options(weighting, encoder, select, heads, weigh_heads, align, statistics)
+    _check_options(
+        weighting, encoder, select, heads, weigh_heads, chunk_size, align, statistics
+    )
     axes = named_axes(axis_name)
     asked = [name for name in weighting.needs if name in GRADIENT_STATISTICS]
     aligned = "alignment" in weighting.needs
@@ -180,31 +188,35 @@ def value_and_grad(
             found: dict[str, Any] = steering.statistics(asked) if asked else {}
             for name, statistic in (statistics or {}).items():
                 found[name] = mean_over(statistic(params, *args, **kwargs), axes)
+            if aligned or align == "train-validation":
+                place = place_of(weighting.downstream, training.losses)
+                v = direction
+                if v is None:
+                    batch = args if validation is None else validation
+                    v = run(ahead(), batch, kwargs).direction(place)
+                derivatives, squared = steering.along(v)
+                if aligned:
+                    found["alignment"] = derivatives
+                else:
+                    found["gramian"] = _replace_row(
+                        found["gramian"], place, derivatives, squared
+                    )
             return found
 
-        seen = look() if weighting.due is None else _if_due(weighting, state, look)
-        if aligned or align == "train-validation":
-            place = place_of(weighting.downstream, training.losses)
-            if direction is None:
-                where = params
-                if aligned:
-                    weights = optax.tree.get(state, "loss_weights")
-                    descent, _ = training.combine(weights, state, _silent(weighting))
-                    where = jax.tree.map(
-                        lambda p, g: (p - lookahead * g).astype(p.dtype),
-                        params,
-                        descent,
-                    )
-                batch = args if validation is None else validation
-                direction = run(where, batch, kwargs).direction(place)
-            derivatives = training.along(direction)
-            if aligned:
-                seen["alignment"] = derivatives
-            else:
-                seen["gramian"] = _replace_row(
-                    seen["gramian"], place, derivatives, _squared_norm(direction)
-                )
+        def ahead() -> PyTree:
+            if not aligned:
+                return params
+            weights = optax.tree.get(state, "loss_weights")
+            descent, _ = training.combine(weights, state, _silent(weighting))
 
+            def move(p: Any, g: Any) -> Any:
+                if g.dtype == jax.dtypes.float0:
+                    return p
+                return (p - lookahead * g).astype(p.dtype)
+
+            return jax.tree.map(move, params, descent)
+
+        seen = look() if weighting.due is None else _if_due(weighting, state, look)
         weights, state = weighting.update(steering.losses, state, **seen)
         grads, state = training.combine(weights, state, weighting)
         out = (training.losses, training.aux) if has_aux else training.losses
@@ -217,6 +229,7 @@ def value_and_jacobian(
     loss_fn: Callable[..., Any],
     *,
     has_aux: bool = False,
+    axis_name: Hashable | tuple[Hashable, ...] | None = None,
     chunk_size: int | None = None,
 ) -> Callable[..., Any]:
     """Losses, and their gradients stacked on a leading axis, for ``aggregate``.
@@ -224,6 +237,8 @@ def value_and_jacobian(
     Args:
       loss_fn: ``loss_fn(params, *args) -> losses``, any tree of scalars.
       has_aux: Whether ``loss_fn`` returns ``(losses, aux)``.
+      axis_name: Axis, or axes, of ``pmap`` or ``shard_map`` that the batch is spread
+        over: losses and gradients come out averaged over it.
       chunk_size: How many gradients are computed at a time (``None``: all).
 
     Returns:
@@ -243,11 +258,14 @@ def value_and_jacobian(
       [[-2.  2.]
        [ 0.  4.]]
     """
+    axes = named_axes(axis_name)
 
     def fn(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
         f = lambda p: _split(loss_fn(p, *args, **kwargs), has_aux)
-        losses, pullback, aux = jax.vjp(f, params, has_aux=True)
-        jacobian = _rows(lambda ct: pullback(ct)[0], losses, chunk_size)
+        losses, pullback, aux = jax.vjp(f, _vary(params, axes), has_aux=True)
+        pull = lambda cotangents: mean_over(pullback(cotangents)[0], axes)
+        jacobian = _rows(pull, losses, chunk_size)
+        losses = mean_over(losses, axes)
         return ((losses, aux) if has_aux else losses), jacobian
 
     return fn
@@ -298,10 +316,17 @@ def _direct(
     def direction(place: int) -> PyTree:
         return pull(_one_hot(losses, place))
 
-    def along(v: PyTree) -> jax.Array:
-        v = jax.tree.map(lambda x, p: x.astype(p.dtype), v, params)
+    def along(v: PyTree) -> tuple[jax.Array, jax.Array]:
+        leaves, structure = jax.tree.flatten(_tangent(v, params))
+        seen = range(len(leaves)) if select is None else _leaf_places(params, select)
+        seen = [place for place in seen if select is not None or place not in apart]
+        kept = [
+            x if place in seen or x.dtype == jax.dtypes.float0 else jnp.zeros_like(x)
+            for place, x in enumerate(leaves)
+        ]
+        v = structure.unflatten(kept)
         _, tangents = jax.jvp(lambda p: f(p)[0], (params,), (_vary(v, axes),))
-        return stacked(mean_over(tangents, axes))
+        return stacked(mean_over(tangents, axes)), _squared_norm(v)
 
     def combine(weights: PyTree, state: Any, _: Any) -> tuple[PyTree, Any]:
         if kept:
@@ -377,11 +402,14 @@ def _encoded(
     def direction(place: int) -> PyTree:
         return mean_over(encoder_pull(rows[place]), axes)
 
-    def along(v: PyTree) -> jax.Array:
-        v = jax.tree.map(lambda x, p: x.astype(p.dtype), v, params)
-        _, tangent = jax.jvp(encode, (params,), (_vary(v, axes),))
+    def along(v: PyTree) -> tuple[jax.Array, jax.Array]:
+        # As a direction of z, so that its products with the gradients of z are those
+        # with one vector: cosines between them stay cosines.
+        v = _vary(_tangent(v, params), axes)
+        _, tangent = jax.jvp(encode, (params,), (v,))
         products = jnp.stack([_dot(row, tangent) for row in rows])
-        return mean_over(products, axes)
+        squared = _squared_norm(tangent)
+        return mean_over(products, axes), lax.psum(squared, axes) if axes else squared
 
     def combine(
         weights: PyTree, state: Any, weighting: LossWeighting
@@ -390,7 +418,6 @@ def _encoded(
         cotangent = jax.tree.map(
             lambda *xs: _weighted_sum(vector, xs),
             *rows,
-            is_leaf=lambda x: x is None,
         )
         through_encoder = encoder_pull(cotangent)
         own = head_grads
@@ -398,7 +425,7 @@ def _encoded(
             # A loss that only steers still has a head of its own to train.
             of_heads = _replace_downstream(weights, weighting)
             own = pullback(_cotangents(of_heads, losses))[0]
-        add = lambda a, b: jax.tree.map(jnp.add, a, b)
+        add = functools.partial(jax.tree.map, _add)
         if weighting.observe is None:
             return mean_over(add(through_encoder, own), axes), state
         squared = _squared_norm(cotangent)
@@ -430,19 +457,20 @@ def _if_due(
 
 def statistics_of(rows: PyTree, names: Sequence[str]) -> dict[str, jax.Array]:
     """Statistics of gradients stacked on the first axis, summed up leaf by leaf."""
-    flat = [x.reshape(x.shape[0], -1) for x in _floating(rows)]
+    leaves = [upcast(x) if names != ["gramian"] else x for x in _floating(rows)]
+    rest = lambda x: tuple(range(1, x.ndim))
     found: dict[str, Any] = {}
     if "gramian" in names:
-        found["gramian"] = _total(_products(x) for x in flat)
+        found["gramian"] = _total(_products(x) for x in leaves)
     if "norms" in names:
-        squares = (jnp.sum(jnp.square(upcast(x)), axis=1) for x in flat)
+        squares = (jnp.sum(jnp.square(x), axis=rest(x)) for x in leaves)
         found["norms"] = jnp.sqrt(_total(squares))
     if "max_abs" in names:
-        largest = [jnp.max(jnp.abs(upcast(x)), axis=1, initial=0.0) for x in flat]
+        largest = [jnp.max(jnp.abs(x), axis=rest(x), initial=0.0) for x in leaves]
         found["max_abs"] = functools.reduce(jnp.maximum, largest)
     if "mean_abs" in names:
-        entries = max(1, sum(x.shape[1] for x in flat))
-        sums = (jnp.sum(jnp.abs(upcast(x)), axis=1) for x in flat)
+        entries = max(1, sum(x.size // x.shape[0] for x in leaves))
+        sums = (jnp.sum(jnp.abs(x), axis=rest(x)) for x in leaves)
         found["mean_abs"] = _total(sums) / entries
     return found
 
@@ -472,13 +500,21 @@ def _statistics_of_list(
 
 def _products(x: jax.Array) -> jax.Array:
     """Inner products of the rows, in float32 at least, whatever the accelerator."""
+    axes = tuple(range(1, x.ndim))
+    sharding: Any = jax.typeof(x).sharding
+    explicit = any(sharding.spec)  # The mesh is explicit, and the array spread over it.
     return lax.dot_general(
         x,
         x,
-        (((1,), (1,)), ((), ())),
+        ((axes, axes), ((), ())),
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+        out_sharding=sharding.update(spec=(None, None)) if explicit else None,
     )
+
+
+def _add(x: Any, y: Any) -> Any:
+    return x if x.dtype == jax.dtypes.float0 else x + y
 
 
 def _dot(a: PyTree, b: PyTree) -> jax.Array:
@@ -496,6 +532,15 @@ def _floating(tree: PyTree) -> list[jax.Array]:
 
 def _total(terms: Any) -> jax.Array:
     return functools.reduce(jnp.add, terms)
+
+
+def _tangent(v: PyTree, params: PyTree) -> PyTree:
+    """A tangent for parameters, in their dtypes."""
+
+    def cast(x: Any, p: Any) -> Any:
+        return x if x.dtype == jax.dtypes.float0 else x.astype(p.dtype)
+
+    return jax.tree.map(cast, v, params)
 
 
 def _replace_row(
@@ -574,13 +619,25 @@ def _add_axis(tree: PyTree) -> PyTree:
 def _leaf_places(params: PyTree, where: Where) -> list[int]:
     """Which leaves a function picks out of a tree."""
     structure = jax.tree.structure(params)
-    places = jax.tree.leaves(where(structure.unflatten(range(structure.num_leaves))))
-    if not places or not all(isinstance(place, int) for place in places):
+    marks = [_Mark(place) for place in range(structure.num_leaves)]
+    try:
+        found = jax.tree.leaves(where(structure.unflatten(marks)))
+    except TypeError:  # such as for an index into an array
+        found = []
+    places = [mark.place for mark in found if isinstance(mark, _Mark)]
+    if not places or len(places) != len(found):
         raise ValueError(
             "select and heads must return a part of the parameters as it is, such as "
             "lambda params: params['encoder'], with at least one array in it."
         )
     return places
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mark:
+    """Stands for one leaf."""
+
+    place: int
 
 
 def _pull_part(
@@ -618,6 +675,8 @@ def _vary(tree: PyTree, axes: Sequence[Hashable]) -> PyTree:
     """
 
     def vary(x: Any) -> Any:
+        if getattr(x, "dtype", None) == jax.dtypes.float0:
+            return x
         missing = tuple(axis for axis in axes if axis not in _varying(x))
         return _to_varying(x, missing) if missing else x
 
@@ -633,7 +692,7 @@ def _varying(x: Any) -> frozenset[Hashable]:
 def _to_varying(x: jax.Array, axes: Axes) -> jax.Array:
     if hasattr(lax, "pcast"):
         return lax.pcast(x, axes, to="varying")
-    return lax.pvary(x, axes)  # jax < 0.9
+    return getattr(lax, "pvary")(x, axes)  # noqa: B009 (jax < 0.9)
 
 
 def mean_over(tree: PyTree, axes: Axes) -> PyTree:
@@ -678,6 +737,7 @@ def _check_options(
     select: Any,
     heads: Any,
     weigh_heads: bool,
+    chunk_size: int | None,
     align: str,
     statistics: dict[str, Any] | None,
 ) -> None:
@@ -691,6 +751,8 @@ def _check_options(
             "encoder= says where gradients are taken and which parameters are heads: "
             "give neither select= nor heads= with it."
         )
+    if encoder is not None and chunk_size is not None:
+        raise ValueError("chunk_size= is for gradients of parameters, not of encoder=.")
     if weigh_heads and encoder is None:
         raise ValueError("weigh_heads= is about the heads of encoder=: give both.")
     if align not in ("train", "validation", "train-validation"):

@@ -64,13 +64,15 @@ def mgda(
             f"got {normalization!r}."
         )
 
+    by_loss = normalization in ("loss", "loss+")
+
     def update(
         losses: jax.Array, learned: tuple[()], layout: Layout, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
         factor = layout.full(1.0)
         if normalization in ("l2", "loss+"):
             factor *= jnp.sqrt(jnp.diagonal(gramian))
-        if normalization in ("loss", "loss+"):
+        if by_loss:
             factor *= jnp.abs(losses)
         # Relative to the largest: no overflow, and the sum is 1 in the end anyway.
         factor = safe_divide(factor, jnp.max(factor))
@@ -82,6 +84,6 @@ def mgda(
     return make_weighting(
         lambda layout: (),
         update,
-        needs=("losses", "gramian"),
+        needs=("losses", "gramian") if by_loss else ("gramian",),
         first_weights=lambda layout: layout.full(1.0 / layout.size),
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -326,15 +327,13 @@ def _is_key(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def as_key(key: jax.Array | int) -> jax.Array:
+def as_key(key: Any) -> jax.Array:
     """A typed key from a typed key or a seed."""
-    if isinstance(key, int):
-        return jax.random.key(key)
-    if not (hasattr(key, "dtype") and _is_key(key)):
-        raise TypeError(
-            f"key must be jax.random.key(...) or an integer seed, got {key!r}."
-        )
-    return key
+    if hasattr(key, "dtype") and _is_key(key):
+        return key
+    if hasattr(key, "__index__") and not isinstance(key, bool):
+        return jax.random.key(operator.index(key))
+    raise TypeError(f"key must be jax.random.key(...) or an integer seed, got {key!r}.")
 
 
 def descend(

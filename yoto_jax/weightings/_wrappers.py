@@ -7,14 +7,20 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from yoto_jax._loss_logits import PyTree, check_structure, scalar_losses
+from yoto_jax._loss_logits import (
+    PyTree,
+    check_structure,
+    find_loss,
+    loss_names,
+    scalar_losses,
+)
 from yoto_jax.weightings._protocol import GRADIENT_STATISTICS, LossWeighting
 
 
 class EveryState(NamedTuple):
     """State of :func:`every`."""
 
-    step: jax.Array  # int32 scalar, calls of update
+    step: jax.Array  # int32 scalar, calls of update that were not skipped
     inner: Any
 
 
@@ -49,7 +55,9 @@ def every(weighting: LossWeighting, steps: jax.typing.ArrayLike) -> LossWeightin
       0.5
 
     .. note::
-      Under ``vmap`` both cases are computed at every step, as ``jax.lax.cond`` has it.
+      A batch that is skipped because it is not finite does not count: the next one is
+      looked at instead. Under ``vmap`` both cases are computed at every step, as
+      ``jax.lax.cond`` has it.
     """
     if isinstance(steps, int) and steps < 1:
         raise ValueError(f"steps must be positive, got {steps}.")
@@ -64,17 +72,20 @@ def every(weighting: LossWeighting, steps: jax.typing.ArrayLike) -> LossWeightin
     def update_fn(
         losses: PyTree, state: EveryState, **statistics: Any
     ) -> tuple[PyTree, EveryState]:
-        def hold() -> tuple[PyTree, Any]:
-            return optax.tree.get(state.inner, "loss_weights"), state.inner
-
-        weights, inner = lax.cond(
-            due(state),
-            lambda: weighting.update(losses, state.inner, **statistics),
-            hold,
-        )
-        return weights, EveryState(state.step + 1, inner)
+        update = lambda: weighting.update(losses, state.inner, **statistics)
+        hold = lambda: (_weights(state.inner), state.inner)
+        weights, inner = lax.cond(state.step % steps == 0, update, hold)
+        return weights, EveryState(state.step + 1 - _skipped(state.inner, inner), inner)
 
     return _observing_inner(weighting)._replace(init=init, update=update_fn, due=due)
+
+
+class SmoothState(NamedTuple):
+    """State of :func:`smooth`."""
+
+    inner: Any  # with the average in its ``loss_weights``
+    unsmoothed: PyTree  # what the weighting inside has there
+    started: jax.Array  # bool scalar
 
 
 def smooth(
@@ -109,28 +120,38 @@ def smooth(
     if isinstance(decay, int | float) and not 0 <= decay < 1:
         raise ValueError(f"decay must be in [0, 1), got {decay}.")
 
-    def update(losses: PyTree, state: Any, **statistics: Any) -> tuple[PyTree, Any]:
-        before = optax.tree.get(state, "loss_weights")
-        updates = optax.tree.get(state, "num_updates")
-        new, state = weighting.update(losses, state, **statistics)
-        taken = optax.tree.get(state, "num_updates") > updates
+    def init(losses: PyTree) -> SmoothState:
+        inner = weighting.init(losses)
+        own = jax.tree.map(jnp.copy, _weights(inner))
+        return SmoothState(inner, own, jnp.zeros((), jnp.bool_))
+
+    def update(
+        losses: PyTree, state: SmoothState, **statistics: Any
+    ) -> tuple[PyTree, SmoothState]:
+        before = _weights(state.inner)
+        inner = _with_weights(state.inner, state.unsmoothed)
+        new, after = weighting.update(losses, inner, **statistics)
+        taken = _taken(inner, after)
 
         def average(old: jax.Array, new: jax.Array) -> jax.Array:
             mixed = decay * old + (1 - decay) * new
-            chosen = jnp.where(updates == 0, new, mixed)
+            chosen = jnp.where(state.started, mixed, new)
             return jnp.where(taken, chosen, old).astype(old.dtype)
 
         weights = jax.tree.map(average, before, new)
-        return weights, optax.tree.set(state, loss_weights=weights)
+        return weights, SmoothState(
+            _with_weights(after, weights), _weights(after), state.started | taken
+        )
 
-    return weighting._replace(update=update)
+    return _observing_inner(weighting)._replace(init=init, update=update)
 
 
 class NormalizeState(NamedTuple):
     """State of :func:`normalize`."""
 
-    loss_scales: PyTree  # scalars, a tree like the losses
-    inner: Any
+    loss_scales: PyTree  # scalars, a tree like the losses, 0 if not known yet
+    inner: Any  # with weights for the losses as they come in its ``loss_weights``
+    normalized: PyTree  # what the weighting inside has there
 
 
 def normalize(
@@ -154,7 +175,8 @@ def normalize(
       they come.
 
     Raises:
-      ValueError: ``decay`` is not in [0, 1].
+      ValueError: ``decay`` is not in [0, 1], or the weighting needs a statistic whose
+        unit is not known.
 
     Examples:
       >>> import yoto_jax as yoto
@@ -165,77 +187,121 @@ def normalize(
       {'camera': 0.25, 'depth': 2.0}
 
     .. note::
-      A loss of exactly 0 has no scale; while its running mean is 0 it is taken as 1.
+      A loss of exactly 0 tells nothing of its scale and leaves it as it was, at 1 if no
+      other has come yet.
     """
     if isinstance(decay, int | float) and not 0 <= decay <= 1:
         raise ValueError(f"decay must be in [0, 1], got {decay}.")
+    known = {*GRADIENT_STATISTICS, "losses", "alignment", "ntk_diagonal"}
+    if strange := sorted({*weighting.needs} - known):
+        raise ValueError(f"normalize cannot tell the unit of {', '.join(strange)}.")
 
     def init(losses: PyTree) -> NormalizeState:
         inner = weighting.init(losses)
-        scales = optax.tree.ones_like(optax.tree.get(inner, "loss_weights"))
-        return NormalizeState(scales, inner)
+        own = jax.tree.map(jnp.copy, _weights(inner))
+        return NormalizeState(optax.tree.zeros_like(own), inner, own)
 
     def update(
         losses: PyTree, state: NormalizeState, **statistics: Any
     ) -> tuple[PyTree, NormalizeState]:
-        before = optax.tree.get(state.inner, "loss_weights")
-        updates = optax.tree.get(state.inner, "num_updates")
-        _, leaves, structure = scalar_losses(losses)
-        check_structure(structure, jax.tree.structure(before), "the loss weights")
+        before = _weights(state.inner)
+        structure = jax.tree.structure(before)
+        _, leaves, given = scalar_losses(losses)
+        check_structure(given, structure, "the loss weights")
         old = jnp.stack(jax.tree.leaves(state.loss_scales))
-        size = jnp.abs(jnp.stack([jnp.asarray(x, old.dtype) for x in leaves]))
-        running = jnp.where(updates == 0, size, decay * old + (1 - decay) * size)
-        scales = jnp.where(running > 0, running, 1.0)
-        scaled = structure.unflatten(
-            [jnp.asarray(x, old.dtype) / scales[k] for k, x in enumerate(leaves)]
-        )
+        values = jnp.stack([jnp.asarray(x, old.dtype) for x in leaves])
+        values = lax.stop_gradient(values)
+        size = jnp.abs(values)
+        running = jnp.where(old > 0, decay * old + (1 - decay) * size, size)
+        running = jnp.where(size == 0, old, running)
+        scales = jnp.where(running > 0, running, 1)
+        as_tree = lambda x: structure.unflatten([x[k] for k in range(len(leaves))])
+
+        place = None
+        if weighting.downstream is not None:
+            names = loss_names(structure)
+            place = find_loss("downstream", weighting.downstream, before, names)
         seen = {
-            name: _unscaled(name, value, scales) for name, value in statistics.items()
+            name: _unscaled(name, value, scales, place)
+            for name, value in statistics.items()
+            if name in known
         }
-        new, inner = weighting.update(scaled, state.inner, **seen)
+        inner = _with_weights(state.inner, state.normalized)
+        new, after = weighting.update(as_tree(values / scales), inner, **seen)
         # What is held is for the losses as they come already.
-        taken = optax.tree.get(inner, "num_updates") > updates
-        weights = structure.unflatten(
-            [
-                jnp.where(taken, jnp.asarray(w, old.dtype) / scales[k], held)
-                for k, (w, held) in enumerate(
-                    zip(jax.tree.leaves(new), jax.tree.leaves(before), strict=True)
-                )
-            ]
+        taken = _taken(inner, after)
+        weights = jax.tree.map(
+            lambda w, scale, held: jnp.where(
+                taken, (w / scale).astype(held.dtype), held
+            ),
+            new,
+            as_tree(scales),
+            before,
         )
-        kept = jnp.where(taken, scales, old)
         return weights, NormalizeState(
-            structure.unflatten([kept[k] for k in range(len(leaves))]),
-            optax.tree.set(inner, loss_weights=weights),
+            as_tree(jnp.where(taken, running, old)),
+            _with_weights(after, weights),
+            _weights(after),
         )
 
-    due, observe_step = weighting.due, weighting.observe_step
-
-    def observe_scaled(losses: PyTree, state: NormalizeState) -> NormalizeState:
-        assert observe_step is not None
-        scaled = jax.tree.map(jnp.divide, losses, state.loss_scales)
-        return state._replace(inner=observe_step(scaled, state.inner))
+    def observe_step(losses: PyTree, state: NormalizeState) -> NormalizeState:
+        assert weighting.observe_step is not None
+        scaled = jax.tree.map(
+            lambda x, scale: lax.stop_gradient(x) / jnp.where(scale > 0, scale, 1),
+            losses,
+            state.loss_scales,
+        )
+        return state._replace(inner=weighting.observe_step(scaled, state.inner))
 
     return _observing_inner(weighting)._replace(
         init=init,
         update=update,
-        due=None if due is None else lambda state: due(state.inner),
-        observe_step=observe_step and observe_scaled,
+        needs=tuple(dict.fromkeys(("losses", *weighting.needs))),
+        observe_step=weighting.observe_step and observe_step,
     )
 
 
-def _unscaled(name: str, value: Any, scales: jax.Array) -> Any:
+def _unscaled(name: str, value: Any, scales: jax.Array, downstream: int | None) -> Any:
     """A statistic of the gradients of losses divided by their scales."""
-    if name == "gramian":
-        return value / (scales[:, None] * scales[None, :])
-    if name in (*GRADIENT_STATISTICS, "alignment"):
-        return value / scales
-    return value
+    if jax.tree.structure(value) != jax.tree.structure(0):
+        value = jnp.stack([jnp.asarray(x) for x in jax.tree.leaves(value)])
+    if name == "gramian":  # One at a time: the product of two scales may underflow.
+        return value / scales[:, None] / scales[None, :]
+    value = value / scales
+    if name == "alignment":
+        assert downstream is not None
+        return value / scales[downstream]
+    return value  # That of the tangent kernel is of a residual, the root of a loss.
+
+
+def _weights(state: Any) -> PyTree:
+    return optax.tree.get(state, "loss_weights")
+
+
+def _with_weights(state: Any, weights: PyTree) -> Any:
+    return optax.tree.set(state, loss_weights=weights)
+
+
+def _taken(before: Any, after: Any) -> jax.Array:
+    """Whether an update has changed the weights, as far as the state tells."""
+    count = optax.tree.get(after, "num_updates")
+    if count is None:
+        return jnp.asarray(True)
+    return count > optax.tree.get(before, "num_updates")
+
+
+def _skipped(before: Any, after: Any) -> jax.Array:
+    """How many batches have been skipped between two states, as far as they tell."""
+    count = optax.tree.get(after, "num_skipped")
+    if count is None:
+        return jnp.zeros((), jnp.int32)
+    return count - optax.tree.get(before, "num_skipped")
 
 
 def _observing_inner(weighting: LossWeighting) -> LossWeighting:
-    """Observers that reach through a state with a field ``inner``."""
+    """With what looks at the state reaching through to its field ``inner``."""
     observe, observe_step = weighting.observe, weighting.observe_step
+    due = weighting.due
 
     def observe_inner(state: Any, **seen: Any) -> Any:
         assert observe is not None
@@ -246,6 +312,7 @@ def _observing_inner(weighting: LossWeighting) -> LossWeighting:
         return state._replace(inner=observe_step(losses, state.inner))
 
     return weighting._replace(
+        due=None if due is None else lambda state: due(state.inner),
         observe=observe and observe_inner,
         observe_step=observe_step and observe_step_inner,
     )
