@@ -182,7 +182,7 @@ def main(options: _common.Options) -> None:
     sections = options.choose(SECTIONS)
     quick = options.preset == "quick"
     rounds = options.steps or (3 if quick else 31)  # There is no training to step.
-    pairs = options.steps or (2 if quick else 11)
+    pairs = options.steps or (2 if quick else 7)
     versions: dict[str, str] = {}
     records = []
     if "yoto" in sections:
@@ -203,11 +203,29 @@ def main(options: _common.Options) -> None:
         records += measured
     path = Path(options.out) / "overhead.json"
     meta = _common.meta(options, rounds=rounds, pairs=pairs, **versions)
+    if options.methods is not None and path.is_file():
+        # What was not asked for stays as it was measured before.
+        before = _common.read_json(path)
+        stay = [r for r in before["records"] if section(r) not in sections]
+        meta["before"] = {
+            k: before["meta"].get(k) for k in ("command", "commit", "date")
+        }
+        records = stay + records
     result = _common.write_json(path, meta, records)
     for shown in {"overhead": table(result), **tables(result)}.values():
         if shown.rows:
             _common.show(shown)
     _common.say(f"Results: {path}")
+
+
+def section(record: _common.Record) -> str:
+    """The section that a record belongs to."""
+    metric = record["metric"]
+    if metric.startswith("TorchJD"):
+        return "peers"
+    if metric == "solver microseconds":
+        return "solvers"
+    return "yoto" if metric.startswith(("loop", "scan", "import")) else "weightings"
 
 
 def tables(result: _common.Result) -> dict[str, _common.Table]:
