@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command_line
-from benchmarks import _common, digits, rho
+from benchmarks import _common, digits, overhead, properties, rho
 from benchmarks import _digits_task as task
 
 SEEDS, STEPS = 2, 10  # throughout, to share compiled programs
@@ -266,3 +266,39 @@ def test_tables_are_filled_in_once(folder, tmp_path):
     assert once.count("| grid, best by validation |") == 2
     command_line.update_tables((page,), folder)
     assert page.read_text() == once
+
+
+# What weightings cost, and what they promise.
+
+
+@pytest.fixture(scope="module")
+def overhead_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("overhead")
+    quick = f"--preset quick --steps 1 --out {folder}"
+    with jax.numpy_rank_promotion("allow"):
+        command_line.main(f"overhead {quick} --methods weightings".split())
+        command_line.main(f"overhead {quick} --methods solvers".split())
+    return folder
+
+
+def test_sections_of_the_overhead_are_measured_apart(overhead_folder):
+    result = _common.read_json(overhead_folder / "overhead.json")
+    found = {overhead.section(r) for r in result["records"]}
+    assert found == {"weightings", "solvers"}
+    tables = overhead.tables(result)
+    assert set(tables) == {"overhead-weightings", "overhead-solvers"}
+    rows = {row[0]: row for row in tables["overhead-weightings"].rows}
+    assert float(rows["upgrad"][1].split()[0]) > 0
+    assert rows["fixed"][1].endswith("ms")
+    assert result["meta"]["before"]["command"].endswith(str(overhead_folder.name))
+
+
+def test_properties_have_a_row_for_each_method(tmp_path):
+    command_line.main(f"properties --methods equal,mgda --out {tmp_path}".split())
+    result = _common.read_json(tmp_path / "properties.json")
+    columns, rows, _ = properties.table(result)
+    assert [row[0] for row in rows] == ["`equal`", "`mgda`"]
+    assert set(rows[0][1:]) == {"yes", "-"}
+    held = dict(zip(columns, rows[1], strict=True))
+    assert held["permutation equivariant"] == "yes"
+    assert held["linear under scaling"] == "-"
