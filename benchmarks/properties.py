@@ -4,6 +4,7 @@ import yoto_jax as yoto
 from benchmarks import _common
 from tests import _properties
 
+EXACT = ("upgrad", "dual_proj")  # also with a regularisation next to none
 METHODS = (
     "equal",
     "mgda",
@@ -25,9 +26,14 @@ def main(options: _common.Options) -> None:
     methods = options.choose(METHODS)
     records = []
     for method in _common.track(methods, "properties"):
-        weighting = getattr(yoto.weightings, method)()
-        for name, holds in _properties.PROPERTIES.items():
-            records.append(_common.record(method, name, holds(weighting)))
+        make = getattr(yoto.weightings, method)
+        variants = {"": make()}
+        if method in EXACT:
+            variants["regularization=1e-8"] = make(regularization=1e-8)
+        for config, weighting in variants.items():
+            for name, holds in _properties.PROPERTIES.items():
+                held = holds(weighting)
+                records.append(_common.record(method, name, held, config=config))
     path = options.out / "properties.json"
     result = _common.write_json(path, _common.meta(options), records)
     _common.show(table(result))
@@ -39,7 +45,9 @@ def table(result: _common.Result) -> _common.Table:
     records = result["records"]
     properties = tuple(dict.fromkeys(r["metric"] for r in records))
     rows = []
-    for method in dict.fromkeys(r["method"] for r in records):
-        held = [_common.values(records, method=method, metric=p) for p in properties]
-        rows.append([f"`{method}`", *("yes" if h.all() else "-" for h in held)])
+    for method, config in dict.fromkeys((r["method"], r["config"]) for r in records):
+        chosen = _common.select(records, method=method, config=config)
+        held = [_common.values(chosen, metric=name) for name in properties]
+        name = f"`{method}({config})`" if config else f"`{method}`"
+        rows.append([name, *("yes" if h.all() else "-" for h in held)])
     return _common.Table(("weighting", *properties), rows)
