@@ -312,7 +312,7 @@ def test_a_checkpoint_continues_bit_for_bit(row, tmp_path):
 def test_eight_devices_equal_one(row):
     weighting, state, _ = parts(row)
     options = {"statistics": extra(weighting)}
-    sources = {"all": (loss_fn, options)}
+    sources: dict[str, Any] = {"all": (loss_fn, options)}
     if not set(weighting.needs) <= {"losses", "ntk_diagonal"}:
         sources["encoder"] = (functools.partial(head, 3), {"encoder": encoder})
     for source, (f, options) in sources.items():
