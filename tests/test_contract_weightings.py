@@ -57,7 +57,6 @@ ROWS = {
     "ntk": Row(simple(weightings.ntk)),
     "ntk_surrogate": Row(simple(weightings.ntk_surrogate)),
     "mgda": Row(simple(weightings.mgda)),
-    "mgda, l2": Row(simple(weightings.mgda, normalization="l2")),
     "pcgrad": Row(simple(weightings.pcgrad)),
     "gradvac": Row(simple(weightings.gradvac)),
     "cagrad": Row(simple(weightings.cagrad)),
@@ -73,12 +72,12 @@ ROWS = {
         lambda first: weightings.grap(first, algorithm="closed-form"), at_least=2
     ),
     "auto_lambda": Row(lambda first: weightings.auto_lambda(first), at_least=2),
-    "every": Row(lambda first: weightings.every(weightings.upgrad(), 2)),
-    "smooth": Row(lambda first: weightings.smooth(weightings.upgrad(), 0.5)),
+    "every": Row(lambda first: weightings.every(weightings.imtl_g(), 2)),
+    "smooth": Row(lambda first: weightings.smooth(weightings.imtl_g(), 0.5)),
     "normalize": Row(lambda first: weightings.normalize(weightings.famo())),
     "all wrapped": Row(
         lambda first: weightings.normalize(
-            weightings.smooth(weightings.every(weightings.mgda(), 2), 0.5)
+            weightings.smooth(weightings.every(weightings.imtl_g(), 2), 0.5)
         )
     ),
 }

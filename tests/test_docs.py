@@ -45,7 +45,8 @@ def test_public_names_are_documented(module, name):
     documentation = inspect.getdoc(thing) or ""
     assert documentation.splitlines()[0].endswith((".", "`."))
     if inspect.isfunction(thing):
-        for section in ("Args:", "Returns:", "Examples:", ">>>"):
+        takes = ("Args:",) if inspect.signature(thing).parameters else ()
+        for section in (*takes, "Returns:", "Examples:", ">>>"):
             assert section in documentation, f"{name} has no {section}"
 
 
@@ -70,7 +71,8 @@ def test_every_weighting_is_in_the_contract_and_in_the_table(name):
 def test_the_core_imports_jax_and_optax_alone():
     code = (
         "import sys, jax, optax; before = set(sys.modules); import yoto_jax; "
-        "print({m.split('.')[0] for m in set(sys.modules) - before})"
+        "new = {m.split('.')[0] for m in set(sys.modules) - before}; "
+        "print(new - {'jax', 'optax'})"
     )
     assert run(code).stdout.strip() == "{'yoto_jax'}"
 
