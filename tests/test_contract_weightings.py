@@ -46,9 +46,7 @@ ROWS = {
     "softadapt": Row(simple(weightings.softadapt)),
     "relobralo": Row(simple(weightings.relobralo)),
     "famo": Row(simple(weightings.famo)),
-    "famo, exact": Row(simple(weightings.famo, exact=True)),
     "stch": Row(simple(weightings.stch)),
-    "stch, log": Row(simple(weightings.stch, form="log", warmup=2)),
     "causal": Row(simple(weightings.causal)),
     "yoto": Row(lambda first: weightings.yoto(first)),
     "gradnorm": Row(simple(weightings.gradnorm)),
@@ -68,9 +66,6 @@ ROWS = {
     "dual_proj": Row(simple(weightings.dual_proj)),
     "config": Row(simple(weightings.config)),
     "grap": Row(lambda first: weightings.grap(first), at_least=2),
-    "grap, closed form": Row(
-        lambda first: weightings.grap(first, algorithm="closed-form"), at_least=2
-    ),
     "auto_lambda": Row(lambda first: weightings.auto_lambda(first), at_least=2),
     "every": Row(lambda first: weightings.every(weightings.imtl_g(), 2)),
     "smooth": Row(lambda first: weightings.smooth(weightings.imtl_g(), 0.5)),
