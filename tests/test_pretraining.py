@@ -276,9 +276,8 @@ def test_constant_weights_are_those_of_the_losses_with_their_names(digits):
 
 def test_the_downstream_loss_trains_its_classifier_and_nothing_else(digits):
     def constant(_):
-        return yoto.weightings.static(
-            dict.fromkeys(task.LOSSES, 1.0) | {task.DOWNSTREAM: 0.0}
-        )
+        weights = dict.fromkeys(task.LOSSES, 1.0) | {task.DOWNSTREAM: 0.0}
+        return yoto.weightings.static(weights)._replace(downstream=task.DOWNSTREAM)
 
     aligned = task.Method(constant, shared=True, downstream=True)
     before, after, gradients = step(aligned, digits)

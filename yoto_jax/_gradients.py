@@ -124,7 +124,7 @@ def value_and_grad(
       >>> step = jax.jit(yoto.value_and_grad(loss_fn, weighting))
       >>> losses, grads, state = step(w, state, x)
       >>> print(grads, state.loss_weights["size"])
-      [ 0.33 -2.3 ] 0.57
+      [ 0.25 -2.  ] 0.5
 
     References:
       Sener and Koltun, `Multi-Task Learning as Multi-Objective Optimization
