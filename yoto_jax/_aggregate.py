@@ -4,10 +4,10 @@ from typing import Any
 
 import jax
 import optax
-from jax import lax
 
 from yoto_jax._gradients import (
     combine_rows,
+    if_due,
     place_of,
     stacked,
     statistics_of,
@@ -90,15 +90,7 @@ def aggregate(
                     "params, losses=losses)."
                 )
             losses = optax.tree.ones_like(optax.tree.get(state, "loss_weights"))
-        seen = dict(extra_args)
-        if (asked or aligned) and weighting.due is not None:
-            seen |= lax.cond(
-                weighting.due(state),
-                lambda: statistics(updates),
-                lambda: optax.tree.zeros_like(jax.eval_shape(statistics, updates)),
-            )
-        else:
-            seen |= statistics(updates)
+        seen = extra_args | if_due(weighting, state, lambda: statistics(updates))
         weights, state = weighting.update(losses, state, **seen)
         return combine_rows(updates, stacked(weights)), state
 

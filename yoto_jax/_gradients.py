@@ -153,6 +153,10 @@ def value_and_grad(
     axes = named_axes(axis_name)
     asked = [name for name in weighting.needs if name in GRADIENT_STATISTICS]
     aligned = "alignment" in weighting.needs
+    # A step of length 0 need not be computed; a traced or scheduled one may be longer.
+    looks_ahead = aligned and not (
+        isinstance(lookahead, int | float) and lookahead == 0
+    )
     if chunk_size is not None and not keep_gradients and "gramian" in asked:
         raise ValueError(
             "a Gramian in chunks needs keep_gradients=True: every gradient meets every "
@@ -190,10 +194,7 @@ def value_and_grad(
                 found[name] = mean_over(statistic(params, *args, **kwargs), axes)
             if aligned or align == "train-validation":
                 place = place_of(weighting.downstream, training.losses)
-                v = direction
-                if v is None:
-                    batch = args if validation is None else validation
-                    v = run(ahead(), batch, kwargs).direction(place)
+                v = downstream_gradient(place) if direction is None else direction
                 derivatives, squared = steering.along(v)
                 if aligned:
                     found["alignment"] = derivatives
@@ -203,11 +204,18 @@ def value_and_grad(
                     )
             return found
 
+        def downstream_gradient(place: int) -> PyTree:
+            if validation is None and not looks_ahead:
+                return training.direction(place)
+            batch = args if validation is None else validation
+            return run(ahead() if looks_ahead else params, batch, kwargs).direction(
+                place
+            )
+
         def ahead() -> PyTree:
-            if not aligned:
-                return params
             weights = optax.tree.get(state, "loss_weights")
-            descent, _ = training.combine(weights, state, _silent(weighting))
+            silent = weighting._replace(observe=None)
+            descent, _ = training.combine(weights, state, silent)
 
             def move(p: Any, g: Any) -> Any:
                 if g.dtype == jax.dtypes.float0:
@@ -216,7 +224,7 @@ def value_and_grad(
 
             return jax.tree.map(move, params, descent)
 
-        seen = look() if weighting.due is None else _if_due(weighting, state, look)
+        seen = if_due(weighting, state, look)
         weights, state = weighting.update(steering.losses, state, **seen)
         grads, state = training.combine(weights, state, weighting)
         out = (training.losses, training.aux) if has_aux else training.losses
@@ -289,42 +297,37 @@ def _direct(
     scalar_losses(losses)
     keep = keep and select is None and weighting.due is None
     pull = lambda ct: mean_over(pullback(ct)[0], axes)
-    pull_selected = pull if select is None else _pull_part(f, params, select, axes)
+    count = len(jax.tree.leaves(params))
     apart = [] if heads is None else _leaf_places(params, heads)
-    if len(apart) == len(jax.tree.leaves(params)):
+    if len(apart) == count:
         raise ValueError("heads= names all parameters: none are left to be weighed.")
-
-    def without_heads(rows: PyTree) -> PyTree:
-        if select is not None:
-            return rows
-        leaves = jax.tree.leaves(rows)
-        return [leaf for place, leaf in enumerate(leaves) if place not in apart]
-
+    if select is None:  # The weighting sees all that it weighs.
+        seen = [place for place in range(count) if place not in apart]
+        pull_seen = lambda ct: _at(seen, pull(ct))
+    else:
+        seen = _leaf_places(params, select)
+        pull_seen = _pull_part(f, params, seen, axes)
     kept: list[PyTree] = []
 
     def statistics(names: Sequence[str]) -> dict[str, jax.Array]:
         if not keep and "gramian" not in names:
-            row = lambda ct: without_heads(pull_selected(ct))
-            one = lambda ct: statistics_of(_add_axis(row(ct)), names)
+            one = lambda ct: statistics_of(_add_axis(pull_seen(ct)), names)
             found = lax.map(one, _basis(losses), batch_size=chunk_size or 1)
             return {name: x[:, 0] for name, x in found.items()}
-        rows = _rows(pull_selected, losses, chunk_size)
-        if keep:
-            kept.append(rows)
-        return statistics_of(without_heads(rows), names)
+        if not keep:
+            return statistics_of(_rows(pull_seen, losses, chunk_size), names)
+        kept.append(_rows(pull, losses, chunk_size))
+        return statistics_of(_at(seen, kept[0]), names)
 
     def direction(place: int) -> PyTree:
         return pull(_one_hot(losses, place))
 
     def along(v: PyTree) -> tuple[jax.Array, jax.Array]:
         leaves, structure = jax.tree.flatten(_tangent(v, params))
-        seen = range(len(leaves)) if select is None else _leaf_places(params, select)
-        seen = [place for place in seen if select is not None or place not in apart]
-        kept = [
+        v = structure.unflatten(
             x if place in seen or x.dtype == jax.dtypes.float0 else jnp.zeros_like(x)
             for place, x in enumerate(leaves)
-        ]
-        v = structure.unflatten(kept)
+        )
         _, tangents = jax.jvp(lambda p: f(p)[0], (params,), (_vary(v, axes),))
         return stacked(mean_over(tangents, axes)), _squared_norm(v)
 
@@ -333,14 +336,12 @@ def _direct(
             grads = combine_rows(kept[0], stacked(weights))
         else:
             grads = pull(_cotangents(weights, losses))
-        if heads is not None:
+        if apart:
+            ones = jax.tree.map(jnp.ones_like, weights)
             if kept:
-                ones = jnp.ones_like(stacked(weights))
-                plain = jax.tree.leaves(combine_rows(kept[0], ones))
-                part = {place: plain[place] for place in apart}
+                part = _at(apart, combine_rows(kept[0], stacked(ones)))
             else:
-                ones = jax.tree.map(jnp.ones_like, weights)
-                part = _pull_part(f, params, heads, axes)(_cotangents(ones, losses))
+                part = _pull_part(f, params, apart, axes)(_cotangents(ones, losses))
             leaves, structure = jax.tree.flatten(grads)
             leaves = [part.get(place, leaf) for place, leaf in enumerate(leaves)]
             grads = structure.unflatten(leaves)
@@ -373,7 +374,7 @@ def _encoded(
     losses, pullback, aux = jax.vjp(
         each_from_its_copy, params, [z] * count, has_aux=True
     )
-    plain = _cotangents(jax.tree.map(lambda x: jnp.ones(()), losses), losses)
+    plain = _cotangents(jax.tree.map(jnp.ones_like, losses), losses)
     head_grads, rows = pullback(plain)
     devices = lax.psum(1, axes) if axes else 1
     averaged = mean_over(losses, axes)
@@ -415,10 +416,7 @@ def _encoded(
         weights: PyTree, state: Any, weighting: LossWeighting
     ) -> tuple[PyTree, Any]:
         vector = stacked(weights)
-        cotangent = jax.tree.map(
-            lambda *xs: _weighted_sum(vector, xs),
-            *rows,
-        )
+        cotangent = jax.tree.map(lambda *xs: _weighted_sum(vector, xs), *rows)
         through_encoder = encoder_pull(cotangent)
         own = head_grads
         if weigh_heads:
@@ -442,11 +440,12 @@ def _encoded(
     return _Pass(averaged, aux, statistics, direction, along, combine)
 
 
-def _if_due(
+def if_due(
     weighting: LossWeighting, state: Any, look: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
     """Statistics if the weighting is about to look at them, or else zeros."""
-    assert weighting.due is not None
+    if weighting.due is None:
+        return look()
     shapes = jax.eval_shape(look)
     idle = lambda: optax.tree.zeros_like(shapes)
     return lax.cond(weighting.due(state), look, idle) if shapes else {}
@@ -640,21 +639,26 @@ class _Mark:
     place: int
 
 
+def _at(places: Sequence[int], tree: PyTree) -> dict[int, jax.Array]:
+    """The leaves at these places."""
+    leaves = jax.tree.leaves(tree)
+    return {place: leaves[place] for place in places}
+
+
 def _pull_part(
     f: Callable[[PyTree], tuple[PyTree, Any]],
     params: PyTree,
-    where: Where,
+    places: Sequence[int],
     axes: Axes,
 ) -> Callable[[PyTree], dict[int, jax.Array]]:
     """A pullback to some leaves alone: what lies before them is never computed."""
     leaves, structure = jax.tree.flatten(params)
-    places = _leaf_places(params, where)
 
     def of_part(part: dict[int, jax.Array]) -> PyTree:
         merged = [part.get(place, leaf) for place, leaf in enumerate(leaves)]
         return f(structure.unflatten(merged))[0]
 
-    _, pullback = jax.vjp(of_part, {place: leaves[place] for place in places})
+    _, pullback = jax.vjp(of_part, _at(places, params))
     return lambda ct: mean_over(pullback(ct)[0], axes)
 
 
@@ -710,10 +714,6 @@ def mean_over(tree: PyTree, axes: Axes) -> PyTree:
 
 def _split(out: Any, has_aux: bool) -> tuple[PyTree, Any]:
     return out if has_aux else (out, None)
-
-
-def _silent(weighting: LossWeighting) -> LossWeighting:
-    return weighting._replace(observe=None)
 
 
 def place_of(downstream: Any, losses: PyTree) -> int:

@@ -346,3 +346,18 @@ def surgery(alter: Callable[..., Any], rows: Any, key: jax.Array) -> Any:
         return jax.vmap(alter)(rows, places, others), None
 
     return lax.scan(visit, rows, orders.T)[0]
+
+
+def weights_of_rows(rows: jax.Array, norms: jax.Array) -> jax.Array:
+    """Weights of the gradients in the sum of what :func:`surgery` made of them.
+
+    Args:
+      rows: (K, K) row i is what became of the gradient of loss i, relative to its norm,
+        in gradients of unit length.
+      norms: (K,) of the gradients.
+
+    Returns:
+      (K,) weights; 1 for a gradient that is zero.
+    """
+    sums = jnp.einsum("i,ij->j", norms, rows, precision=HIGHEST)
+    return jnp.where(norms > 0, safe_divide(sums, norms), 1)

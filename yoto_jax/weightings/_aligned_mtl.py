@@ -62,8 +62,7 @@ def aligned_mtl(
         raise ValueError(f"scale must be 'min', 'median' or 'mean', got {scale!r}.")
 
     def preferred(layout: Layout) -> jax.Array:
-        chosen = 1.0 / layout.size if preference is None else preference
-        return layout.vector("preference", chosen)
+        return layout.preference(preference)
 
     def update(
         losses: jax.Array, learned: tuple[()], layout: Layout, *, gramian: jax.Array

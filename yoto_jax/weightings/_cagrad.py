@@ -6,7 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._solvers import dot, minimise_on_simplex, unit_trace
-from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+from yoto_jax.weightings._protocol import (
+    Layout,
+    LossWeighting,
+    check_not_negative,
+    make_weighting,
+)
 
 
 def cagrad(c: float = 0.5, *, rescale: Literal[0, 1, 2] = 0) -> LossWeighting:
@@ -52,8 +57,7 @@ def cagrad(c: float = 0.5, *, rescale: Literal[0, 1, 2] = 0) -> LossWeighting:
       For c below 1 the direction may still increase a loss. At Pareto stationary
       points, where :math:`\|g_w\|` vanishes, the direction is the mean gradient.
     """
-    if isinstance(c, int | float) and not c >= 0:
-        raise ValueError(f"c must not be negative, got {c}.")
+    check_not_negative(c=c)
     if rescale not in (0, 1, 2):
         raise ValueError(f"rescale must be 0, 1 or 2, got {rescale!r}.")
 
@@ -63,7 +67,7 @@ def cagrad(c: float = 0.5, *, rescale: Literal[0, 1, 2] = 0) -> LossWeighting:
         del losses
         eps = jnp.finfo(layout.dtype).eps
         g = unit_trace(gramian)
-        mean = layout.full(1.0 / layout.size)
+        mean = layout.equal()
         to_mean = dot(g, mean)
         radius = c * jnp.sqrt(jnp.maximum(jnp.vdot(mean, to_mean), 0))
 
@@ -87,5 +91,5 @@ def cagrad(c: float = 0.5, *, rescale: Literal[0, 1, 2] = 0) -> LossWeighting:
         lambda layout: (),
         update,
         needs=("gramian",),
-        first_weights=lambda layout: layout.full(1.0 / layout.size),
+        first_weights=Layout.equal,
     )

@@ -3,7 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+from yoto_jax.weightings._protocol import (
+    Layout,
+    LossWeighting,
+    check_not_negative,
+    make_weighting,
+)
 
 
 def causal(tolerance: float = 1.0) -> LossWeighting:
@@ -45,8 +50,7 @@ def causal(tolerance: float = 1.0) -> LossWeighting:
       sorted as text, and ``"t10"`` comes before ``"t2"``. Watch the smallest weight; it
       comes near 1/M once the whole time span is solved.
     """
-    if isinstance(tolerance, int | float) and tolerance < 0:
-        raise ValueError(f"tolerance must not be negative, got {tolerance}.")
+    check_not_negative(tolerance=tolerance)
 
     def update(
         losses: jax.Array, learned: tuple[()], layout: Layout
@@ -57,5 +61,5 @@ def causal(tolerance: float = 1.0) -> LossWeighting:
     return make_weighting(
         lambda layout: (),
         update,
-        first_weights=lambda layout: layout.full(1.0 / layout.size),
+        first_weights=Layout.equal,
     )

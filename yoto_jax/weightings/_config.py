@@ -57,5 +57,5 @@ def config() -> LossWeighting:
         lambda layout: (),
         update,
         needs=("gramian",),
-        first_weights=lambda layout: layout.full(1.0 / layout.size),
+        first_weights=Layout.equal,
     )

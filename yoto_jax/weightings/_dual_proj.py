@@ -5,7 +5,12 @@ import jax.numpy as jnp
 
 from yoto_jax._loss_logits import PyTree
 from yoto_jax._solvers import solve_bounded_qp, unit_trace
-from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+from yoto_jax.weightings._protocol import (
+    Layout,
+    LossWeighting,
+    check_not_negative,
+    make_weighting,
+)
 
 
 def dual_proj(
@@ -47,12 +52,10 @@ def dual_proj(
       <https://arxiv.org/abs/1706.08840>`_, 2017, Eq. 11, for the mean gradient in
       place of the gradient of one task.
     """
-    if isinstance(regularization, int | float) and not regularization >= 0:
-        raise ValueError(f"regularization must not be negative, got {regularization}.")
+    check_not_negative(regularization=regularization)
 
     def preferred(layout: Layout) -> jax.Array:
-        chosen = 1.0 / layout.size if preference is None else preference
-        return layout.vector("preference", chosen)
+        return layout.preference(preference)
 
     def update(
         losses: jax.Array, learned: tuple[()], layout: Layout, *, gramian: jax.Array

@@ -5,7 +5,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+from yoto_jax.weightings._protocol import (
+    Layout,
+    LossWeighting,
+    check_positive,
+    make_weighting,
+)
 
 LARGEST_RATIO = 1e30
 """Ratios of losses stay below this: a softmax of an infinite one would be NaN."""
@@ -59,8 +64,7 @@ def dwa(temperature: float = 2.0, *, window: int = 1) -> LossWeighting:
       Liu, Johns and Davison, `End-to-End Multi-Task Learning with Attention
       <https://arxiv.org/abs/1803.10704>`_, 2019, Eq. 7.
     """
-    if isinstance(temperature, int | float) and not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}.")
+    check_positive(temperature=temperature)
     if isinstance(window, int | float) and not window >= 1:
         raise ValueError(f"window must be at least 1, got {window}.")
 

@@ -4,7 +4,13 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._solvers import cosines, safe_divide, solve_power_equation
-from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+from yoto_jax.weightings._protocol import (
+    Layout,
+    LossWeighting,
+    check_not_negative,
+    check_positive,
+    make_weighting,
+)
 
 
 def fair_grad(alpha: float = 2.0, *, regularization: float = 1e-4) -> LossWeighting:
@@ -50,10 +56,8 @@ def fair_grad(alpha: float = 2.0, *, regularization: float = 1e-4) -> LossWeight
       The authors' code looks for the least squares of the equation with SciPy; here
       Newton's method minimises the convex function whose gradient it is.
     """
-    if isinstance(alpha, int | float) and not alpha > 0:
-        raise ValueError(f"alpha must be positive, got {alpha}.")
-    if isinstance(regularization, int | float) and not regularization >= 0:
-        raise ValueError(f"regularization must not be negative, got {regularization}.")
+    check_positive(alpha=alpha)
+    check_not_negative(regularization=regularization)
 
     def update(
         losses: jax.Array, learned: tuple[()], layout: Layout, *, gramian: jax.Array

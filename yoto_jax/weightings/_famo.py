@@ -11,6 +11,7 @@ from yoto_jax._loss_logits import PyTree
 from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
+    check_not_negative,
     descend,
     make_weighting,
 )
@@ -95,8 +96,7 @@ def famo(
       The authors also clip the norm of the shared gradient to 1. That is the model
       optimizer's business here: put ``optax.clip_by_global_norm(1.0)`` in front of it.
     """
-    if isinstance(gamma, int | float) and gamma < 0:
-        raise ValueError(f"gamma must not be negative, got {gamma}.")
+    check_not_negative(gamma=gamma)
     tx = optax.chain(
         optax.add_decayed_weights(gamma),
         optax.adam(learning_rate) if optimizer is None else optimizer,
@@ -152,6 +152,6 @@ def famo(
     return make_weighting(
         init,
         update,
-        first_weights=lambda layout: layout.full(1.0 / layout.size),
+        first_weights=Layout.equal,
         observe_step=observe_step if exact else None,
     )

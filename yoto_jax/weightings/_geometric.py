@@ -52,5 +52,5 @@ def geometric() -> LossWeighting:
         lambda layout: (),
         update,
         positive=True,
-        first_weights=lambda layout: layout.full(1.0 / layout.size),
+        first_weights=Layout.equal,
     )

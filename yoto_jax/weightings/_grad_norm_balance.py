@@ -6,7 +6,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+from yoto_jax.weightings._protocol import (
+    Layout,
+    LossWeighting,
+    check_decay,
+    check_positive,
+    make_weighting,
+)
 
 
 class AverageState(NamedTuple):
@@ -27,8 +33,7 @@ def averaged(
 
     What ``check(layout)`` raises, it raises in ``init``.
     """
-    if isinstance(decay, int | float) and not 0 <= decay < 1:
-        raise ValueError(f"decay must be in [0, 1), got {decay}.")
+    check_decay(decay=decay)
 
     def init(layout: Layout) -> AverageState:
         check(layout)
@@ -45,12 +50,6 @@ def averaged(
         return average, AverageState(average)
 
     return make_weighting(init, update, needs=needs, positive=positive)
-
-
-def check_eps(eps: float) -> None:
-    """Raise unless ``eps`` is positive, as far as that is known."""
-    if isinstance(eps, int | float) and not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}.")
 
 
 def bounded_ratio(over: jax.Array, under: jax.Array, eps: float) -> jax.Array:
@@ -105,7 +104,7 @@ def grad_norm_balance(*, decay: float = 0.9, eps: float = 1e-5) -> LossWeighting
       gradients first and then take norms: an average of the devices' weights is another
       rule.
     """
-    check_eps(eps)
+    check_positive(eps=eps)
 
     def target(losses: jax.Array, layout: Layout, *, norms: jax.Array) -> jax.Array:
         mean = jnp.mean(norms)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from yoto_jax._solvers import HIGHEST, cosines, dot, safe_divide, surgery
+from yoto_jax._solvers import cosines, dot, safe_divide, surgery, weights_of_rows
 from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
@@ -106,10 +106,7 @@ def gradvac(decay: float = 0.99, *, key: jax.Array | int = 0) -> LossWeighting:
 
         eye = jnp.eye(layout.size, dtype=layout.dtype)
         rows, targets = surgery(turn, (eye, learned.cosine_targets), order_key)
-        weights = safe_divide(
-            jnp.einsum("i,ij->j", norms, rows, precision=HIGHEST), norms
-        )
-        weights = jnp.where(norms > 0, weights, 1)
+        weights = weights_of_rows(rows, norms)
         return weights, GradVacState(jnp.asarray(targets, layout.dtype), following)
 
     return make_weighting(init, update, needs=("gramian",))

@@ -14,6 +14,7 @@ from yoto_jax._solvers import dot, safe_divide, solve_bounded_qp
 from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
+    check_decay,
     descend,
     make_weighting,
 )
@@ -447,9 +448,7 @@ def _check(
             f"algorithm={algorithm!r} has normalization='gradient' alone, got "
             f"{normalization!r}."
         )
-    for name, value in decays.items():
-        if isinstance(value, int | float) and not 0 <= value < 1:
-            raise ValueError(f"{name} must be in [0, 1), got {value}.")
+    check_decay(**decays)
     for name, value in sizes.items():
         if isinstance(value, int | float) and not value >= 0:
             raise ValueError(f"{name} must be at least 0, got {value}.")

@@ -59,5 +59,5 @@ def imtl_g() -> LossWeighting:
         lambda layout: (),
         update,
         needs=("gramian",),
-        first_weights=lambda layout: layout.full(1.0 / layout.size),
+        first_weights=Layout.equal,
     )

@@ -4,8 +4,8 @@ from typing import Literal
 
 import jax
 
-from yoto_jax.weightings._grad_norm_balance import averaged, bounded_ratio, check_eps
-from yoto_jax.weightings._protocol import Layout, LossWeighting
+from yoto_jax.weightings._grad_norm_balance import averaged, bounded_ratio
+from yoto_jax.weightings._protocol import Layout, LossWeighting, check_positive
 
 
 def lr_annealing(
@@ -68,7 +68,7 @@ def lr_annealing(
       the absolute values, over all entries at once; an absolute value of a mean, or a
       mean of means over layers, is another rule.
     """
-    check_eps(eps)
+    check_positive(eps=eps)
     if statistic not in ("max", "mean"):
         raise ValueError(f"statistic must be 'max' or 'mean', got {statistic!r}.")
     needs = ("max_abs", "mean_abs") if statistic == "max" else ("mean_abs",)

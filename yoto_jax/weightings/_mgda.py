@@ -85,5 +85,5 @@ def mgda(
         lambda layout: (),
         update,
         needs=("losses", "gramian") if by_loss else ("gramian",),
-        first_weights=lambda layout: layout.full(1.0 / layout.size),
+        first_weights=Layout.equal,
     )

@@ -4,7 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._solvers import cosines, dot, safe_divide, solve_power_equation
-from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+from yoto_jax.weightings._protocol import (
+    Layout,
+    LossWeighting,
+    check_not_negative,
+    make_weighting,
+)
 
 
 def nash_mtl(
@@ -58,8 +63,7 @@ def nash_mtl(
     """
     if isinstance(max_norm, int | float) and not max_norm > 0:
         raise ValueError(f"max_norm must be positive or None, got {max_norm}.")
-    if isinstance(regularization, int | float) and not regularization >= 0:
-        raise ValueError(f"regularization must not be negative, got {regularization}.")
+    check_not_negative(regularization=regularization)
 
     def update(
         losses: jax.Array, learned: tuple[()], layout: Layout, *, gramian: jax.Array

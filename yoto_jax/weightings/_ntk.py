@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from yoto_jax._loss_logits import PyTree, upcast
-from yoto_jax.weightings._grad_norm_balance import averaged, bounded_ratio, check_eps
-from yoto_jax.weightings._protocol import Layout, LossWeighting
+from yoto_jax.weightings._grad_norm_balance import averaged, bounded_ratio
+from yoto_jax.weightings._protocol import Layout, LossWeighting, check_positive
 
 
 def ntk(
@@ -68,7 +68,7 @@ def ntk(
       Other rules go by this name. NVIDIA's is :func:`ntk_surrogate`; another gives
       weights *proportional* to gradient norms, the opposite direction.
     """
-    check_eps(eps)
+    check_positive(eps=eps)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
     reduce = jnp.mean if reduction == "mean" else jnp.sum
@@ -125,7 +125,7 @@ def ntk_surrogate(*, decay: float = 0.9, eps: float = 1e-6) -> LossWeighting:
       of squares over many points has one gradient, the kernel one for every point; and
       the kernel squares its norms.
     """
-    check_eps(eps)
+    check_positive(eps=eps)
 
     def target(losses: jax.Array, layout: Layout, *, norms: jax.Array) -> jax.Array:
         slopes = norms / (2.0 * jnp.sqrt(losses))

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from yoto_jax._solvers import HIGHEST, cosines, safe_divide, surgery
+from yoto_jax._solvers import HIGHEST, cosines, surgery, weights_of_rows
 from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
@@ -83,10 +83,7 @@ def pcgrad(
             return row.at[j].add(jnp.where(i == j, 0, -along))
 
         rows = surgery(project, jnp.eye(layout.size, dtype=layout.dtype), order_key)
-        weights = safe_divide(
-            jnp.einsum("i,ij->j", norms, rows, precision=HIGHEST), norms
-        )
-        weights = jnp.where(norms > 0, weights, 1)
+        weights = weights_of_rows(rows, norms)
         if reduction == "mean":
             weights = weights / layout.size
         return weights, PCGradState(following)

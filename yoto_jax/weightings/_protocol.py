@@ -106,6 +106,10 @@ class Layout:
         """A vector with one entry per loss."""
         return jnp.full((self.size,), value, self.dtype)
 
+    def equal(self) -> jax.Array:
+        """The same share 1/K for every loss."""
+        return self.full(1.0 / self.size)
+
     def vector(self, what: str, values: Any) -> jax.Array:
         """One number, a sequence, or a tree like the losses, as a (K,) vector."""
         if jax.tree.structure(values) == self.structure:
@@ -124,6 +128,12 @@ class Layout:
                 f"({listed(self.names)}), got shape {values.shape}."
             )
         return jnp.broadcast_to(values, (self.size,))
+
+    def preference(self, preference: PyTree) -> jax.Array:
+        """What the user prefers, as a vector: equal shares unless told."""
+        if preference is None:
+            return self.equal()
+        return self.vector("preference", preference)
 
 
 def make_weighting(
@@ -174,7 +184,7 @@ def make_weighting(
     ) -> tuple[PyTree, WeightingState]:
         layout, values = _values(losses, state)
         if positive:
-            _check_positive(values, layout)
+            _check_positive_losses(values, layout)
         given = {
             name: _statistic(name, statistics.get(name), layout)
             for name in statistics_needed
@@ -264,7 +274,7 @@ def _statistic(name: str, value: Any, layout: Layout) -> jax.Array:
     return value
 
 
-def _check_positive(values: jax.Array, layout: Layout) -> None:
+def _check_positive_losses(values: jax.Array, layout: Layout) -> None:
     """Outside ``jit`` an error, inside one for ``checkify`` alone."""
     bad = jnp.isfinite(values) & (values <= 0)
     if isinstance(bad, jax.core.Tracer):
@@ -325,6 +335,27 @@ def _constant(x: Any, dtype: Any) -> jax.Array:
 
 def _is_key(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def check_positive(**values: Any) -> None:
+    """Raise unless these hyperparameters are positive, as far as that is known."""
+    for name, value in values.items():
+        if isinstance(value, int | float) and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}.")
+
+
+def check_not_negative(**values: Any) -> None:
+    """Raise if one of these hyperparameters is negative, as far as that is known."""
+    for name, value in values.items():
+        if isinstance(value, int | float) and not value >= 0:
+            raise ValueError(f"{name} must not be negative, got {value}.")
+
+
+def check_decay(**values: Any) -> None:
+    """Raise unless these decays are in [0, 1), as far as that is known."""
+    for name, value in values.items():
+        if isinstance(value, int | float) and not 0 <= value < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {value}.")
 
 
 def as_key(key: Any) -> jax.Array:

@@ -63,6 +63,4 @@ def random(key: jax.Array | int = 0) -> LossWeighting:
         normals = jax.random.normal(draw, losses.shape, layout.dtype)
         return jax.nn.softmax(normals), RandomState(key)
 
-    return make_weighting(
-        init, update, first_weights=lambda layout: layout.full(1.0 / layout.size)
-    )
+    return make_weighting(init, update, first_weights=Layout.equal)

@@ -10,6 +10,8 @@ from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
     as_key,
+    check_not_negative,
+    check_positive,
     make_weighting,
 )
 
@@ -84,10 +86,8 @@ def relobralo(
     for name, value in (("alpha", alpha), ("beta", beta)):
         if isinstance(value, int | float) and not 0 <= value <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {value}.")
-    if isinstance(temperature, int | float) and not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}.")
-    if isinstance(eps, int | float) and eps < 0:
-        raise ValueError(f"eps must not be negative, got {eps}.")
+    check_positive(temperature=temperature)
+    check_not_negative(eps=eps)
 
     def init(layout: Layout) -> RelobraloState:
         return RelobraloState(

@@ -6,7 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax.weightings._dwa import LARGEST_RATIO
-from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+from yoto_jax.weightings._protocol import (
+    Layout,
+    LossWeighting,
+    check_not_negative,
+    make_weighting,
+)
 
 
 class SoftAdaptState(NamedTuple):
@@ -73,8 +78,7 @@ def softadapt(
     """
     if form not in ("ratio", "difference"):
         raise ValueError(f"form must be 'ratio' or 'difference', got {form!r}.")
-    if isinstance(eps, int | float) and eps < 0:
-        raise ValueError(f"eps must not be negative, got {eps}.")
+    check_not_negative(eps=eps)
 
     def init(layout: Layout) -> SoftAdaptState:
         return SoftAdaptState(layout.full(1.0), jnp.zeros((), jnp.bool_))

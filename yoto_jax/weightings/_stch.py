@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._loss_logits import PyTree
-from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+from yoto_jax.weightings._protocol import (
+    Layout,
+    LossWeighting,
+    check_not_negative,
+    check_positive,
+    make_weighting,
+)
 
 
 class StchState(NamedTuple):
@@ -78,10 +84,8 @@ def stch(
       Weight moves to the largest losses here, and to the smallest ones in
       :func:`yoto_jax.weightings.yoto`.
     """
-    if isinstance(smoothing, int | float) and not smoothing > 0:
-        raise ValueError(f"smoothing must be positive, got {smoothing}.")
-    if isinstance(warmup, int | float) and warmup < 0:
-        raise ValueError(f"warmup must not be negative, got {warmup}.")
+    check_positive(smoothing=smoothing)
+    check_not_negative(warmup=warmup)
     if form == "linear":
         if isinstance(warmup, int | float) and warmup != 0:
             raise ValueError(f"warmup is for form='log' alone, got {warmup}.")
@@ -97,9 +101,7 @@ def stch(
 
 def _linear(smoothing: float, preference: PyTree, ideal: PyTree) -> LossWeighting:
     def preferences(layout: Layout) -> jax.Array:
-        if preference is None:
-            return layout.full(1.0 / layout.size)
-        return layout.vector("preference", preference)
+        return layout.preference(preference)
 
     def ideals(layout: Layout) -> jax.Array:
         return layout.vector("ideal", ideal)

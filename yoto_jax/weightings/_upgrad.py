@@ -5,7 +5,12 @@ import jax.numpy as jnp
 
 from yoto_jax._loss_logits import PyTree
 from yoto_jax._solvers import solve_bounded_qp, unit_trace
-from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+from yoto_jax.weightings._protocol import (
+    Layout,
+    LossWeighting,
+    check_not_negative,
+    make_weighting,
+)
 
 
 def upgrad(preference: PyTree = None, *, regularization: float = 1e-4) -> LossWeighting:
@@ -48,12 +53,10 @@ def upgrad(preference: PyTree = None, *, regularization: float = 1e-4) -> LossWe
       Quinton and Rey, `Jacobian Descent for Multi-Objective Optimization
       <https://arxiv.org/abs/2406.16232>`_, 2024, Eq. 5 and Proposition 1.
     """
-    if isinstance(regularization, int | float) and not regularization >= 0:
-        raise ValueError(f"regularization must not be negative, got {regularization}.")
+    check_not_negative(regularization=regularization)
 
     def preferred(layout: Layout) -> jax.Array:
-        chosen = 1.0 / layout.size if preference is None else preference
-        return layout.vector("preference", chosen)
+        return layout.preference(preference)
 
     def update(
         losses: jax.Array, learned: tuple[()], layout: Layout, *, gramian: jax.Array

@@ -14,7 +14,11 @@ from yoto_jax._loss_logits import (
     loss_names,
     scalar_losses,
 )
-from yoto_jax.weightings._protocol import GRADIENT_STATISTICS, LossWeighting
+from yoto_jax.weightings._protocol import (
+    GRADIENT_STATISTICS,
+    LossWeighting,
+    check_decay,
+)
 
 
 class EveryState(NamedTuple):
@@ -117,8 +121,7 @@ def smooth(
       1.25
       1.4375
     """
-    if isinstance(decay, int | float) and not 0 <= decay < 1:
-        raise ValueError(f"decay must be in [0, 1), got {decay}.")
+    check_decay(decay=decay)
 
     def init(losses: PyTree) -> SmoothState:
         inner = weighting.init(losses)
