@@ -16,6 +16,8 @@ import pytest
 
 import yoto_jax as yoto
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -82,6 +84,8 @@ FORMS: dict[str, Callable[[Any], Any]] = {
     "frozen": frozen,
 }
 
+BRANCHING = [FORMS[name] for name in ("multi_steps", "apply_if_finite", "conditional")]
+
 MU = yoto.init_loss_logits({"a": 0.0, "b": 0.0, "c": 0.0}, "b")
 TREES: dict[str, Any] = {
     "plain": {"w": jnp.linspace(-1, 1, 3), "mu": MU},
@@ -113,9 +117,11 @@ def types(tree):
 @trees
 def test_every_form_works_on_every_tree(row, form, params):
     tx = form(row.make())
+    # Without jit a branch is compiled anew in every step.
+    update = jax.jit(tx.update) if form in BRANCHING else tx.update
     state = tx.init(params)
     for _ in range(3):
-        updates, new_state = tx.update(gradients(params), state, params)
+        updates, new_state = update(gradients(params), state, params)
         assert jax.tree.structure(updates) == jax.tree.structure(params)
         assert types(new_state) == types(state)
         chex.assert_tree_all_finite(updates)

@@ -155,8 +155,13 @@ def test_nnx_optimizer_with_other_transformations(tx):
     model = NNXModel(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     (first, _), before = model(X), model.composite.loss_logits.get_value().learned
-    for _ in range(30):
+
+    @nnx.jit
+    def step(model, optimizer):
         optimizer.update(model, nnx.grad(lambda m: m(X)[0])(model))
+
+    for _ in range(30):
+        step(model, optimizer)
     assert model(X)[0] < first
     assert model.composite.loss_logits.get_value().learned[0] != before[0]
 

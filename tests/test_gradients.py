@@ -14,6 +14,8 @@ import yoto_jax as yoto
 from yoto_jax import weightings
 from yoto_jax.weightings._protocol import make_weighting
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def reading(statistic):
     """A weighting that lets a statistic through as its weights (rows of a Gramian)."""

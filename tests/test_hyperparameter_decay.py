@@ -11,6 +11,11 @@ from hypothesis import strategies as st
 import yoto_jax as yoto
 from tests import helpers
 
+# Each length is compiled for itself: short ones, long ones, where the form changes.
+vectors = st.sampled_from([1, 2, 3, 8, 9, 14]).flatmap(
+    lambda size: st.lists(st.floats(-8, 8, width=32), min_size=size, max_size=size)
+)
+
 
 def as_logits(learned, with_primary=True):
     count = len(learned) + with_primary
@@ -21,7 +26,7 @@ def as_logits(learned, with_primary=True):
 
 
 @given(
-    st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=14),
+    vectors,
     st.booleans(),
     st.sampled_from(["all", "auxiliary"]),
 )
@@ -47,7 +52,7 @@ def test_value_and_gradient_equal_equations_7_and_8(learned, with_primary, entro
         np.testing.assert_allclose(forward, gradient.learned, atol=1e-12)
 
 
-@given(st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=14))
+@given(vectors)
 @settings(deadline=None, max_examples=30)
 def test_float32_is_accurate(learned):
     mu, full, is_learned = as_logits(np.float32(learned))
@@ -59,7 +64,8 @@ def test_float32_is_accurate(learned):
     np.testing.assert_allclose(
         gradient.learned,
         helpers.regularizer_gradient(full, is_learned)[is_learned],
-        atol=2e-6,
+        # Differences of logits: a few units in the last place of the largest.
+        atol=4 * np.finfo(np.float32).eps * (1 + np.max(np.abs(learned))),
     )
 
 
