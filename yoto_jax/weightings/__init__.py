@@ -32,6 +32,9 @@ from yoto_jax.weightings._random import random as random
 from yoto_jax.weightings._relobralo import relobralo as relobralo
 from yoto_jax.weightings._scale_invariant import scale_invariant as scale_invariant
 from yoto_jax.weightings._softadapt import softadapt as softadapt
+from yoto_jax.weightings._softmax_alignment import (
+    softmax_alignment as softmax_alignment,
+)
 from yoto_jax.weightings._static import equal as equal
 from yoto_jax.weightings._static import static as static
 from yoto_jax.weightings._stch import stch as stch
@@ -74,6 +77,7 @@ __all__ = [
     "scale_invariant",
     "smooth",
     "softadapt",
+    "softmax_alignment",
     "static",
     "stch",
     "uncertainty",

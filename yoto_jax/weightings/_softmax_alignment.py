@@ -1,0 +1,175 @@
+"""Softmax weights, as in YOTO, that follow a downstream gradient, as in GraP."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from yoto_jax._loss_logits import (
+    LossLogits,
+    PyTree,
+    init_loss_logits,
+    listed,
+    loss_weights,
+)
+from yoto_jax._optimizers import adamw
+from yoto_jax._solvers import dot, safe_divide
+from yoto_jax.weightings._protocol import (
+    Layout,
+    LossWeighting,
+    check_decay,
+    descend,
+    make_weighting,
+)
+
+
+class SoftmaxAlignmentState(NamedTuple):
+    """What :func:`softmax_alignment` has learned; K leaves out the downstream loss."""
+
+    mu: LossLogits  # of the K losses
+    cosines: jax.Array  # (K + 1, K + 1), running mean of those between all gradients
+    gradient_norms: jax.Array  # (K + 1,), running means
+    optimizer: optax.OptState
+    num_batches: jax.Array  # int32 scalar
+
+
+def softmax_alignment(
+    downstream: str | int,
+    epsilon: PyTree = 1.0,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    decay: float = 0.9,
+) -> LossWeighting:
+    r"""Softmax weights whose composite gradient turns to that of a downstream loss.
+
+    The weights are those of YOTO and what they descend is the objective of GraP: not
+    the composite loss, which sends weight to whatever loss is small, but the negative
+    cosine between the composite gradient and the downstream gradient d,
+
+    .. math::
+      \lambda = \mathrm{Softmax}(\mu), \qquad
+      H(\mu) = -\frac{\langle \sum_k \lambda_k g_k, d \rangle}
+      {\|\sum_k \lambda_k g_k\| \, \|d\|},
+
+    with an optimizer that may decay the logits towards YOTO's prior. H depends on the
+    losses through the angles and the lengths of their gradients, of which it sees
+    running means: the weights do not follow the values of the losses, whatever their
+    units.
+
+    Args:
+      downstream: The loss that steers: its path or its index among the losses. Its own
+        weight is 0.
+      epsilon: Initial weights of the losses relative to the first of them, in the order
+        of ``jax.tree.leaves``: one number, or one for each of the K losses.
+      optimizer: Steps on the K logits, all of which are learned. ``yoto_jax.adamw(0.02,
+        hyperparameter_decay=0.1)`` if none is given.
+      decay: Decay of the running means, in [0, 1).
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting` that needs the Gramian of all losses, the
+      downstream one among them. Its weights are positive and sum to 1.
+
+    Raises:
+      TypeError: ``downstream`` is neither a path nor an index.
+      ValueError: ``decay`` is out of its range. In ``init``: no loss, or more than one,
+        is called ``downstream``, or there is no other loss.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, yoto_jax as yoto
+      >>> losses = {"contrastive": 1.0, "label": 0.7, "next": 2.0}
+      >>> weighting = yoto.weightings.softmax_alignment("label")
+      >>> state, update = weighting.init(losses), jax.jit(weighting.update)
+      >>> gradients = jnp.array([[3.0, 0.0], [0.0, 1.0], [0.0, 4.0]])
+      >>> for _ in range(100):  # The gradient of "next" points along that of "label".
+      ...     weights, state = update(losses, state, gramian=gradients @ gradients.T)
+      >>> print({name: round(float(weight), 1) for name, weight in weights.items()})
+      {'contrastive': 0.1, 'label': 0.0, 'next': 0.9}
+
+    References:
+      The combination is this library's. Weights: Sakaridis, `You Only Train Once
+      <https://arxiv.org/abs/2506.04349>`_, 2025. Objective: Karpukhin and Savchenko,
+      `When Losses Align <https://arxiv.org/abs/2605.07756>`_, 2026.
+
+    .. warning::
+      A batch without downstream gradient leaves the logits as they are.
+    """
+    check_decay(decay=decay)
+    tx = adamw(0.02, hyperparameter_decay=0.1) if optimizer is None else optimizer
+
+    def places(layout: Layout) -> tuple[int, np.ndarray]:
+        place = layout.position("downstream", downstream)
+        return place, np.delete(np.arange(layout.size), place)
+
+    def logits(layout: Layout) -> LossLogits:
+        if layout.size < 2:
+            raise ValueError(
+                "softmax_alignment needs a loss to weigh besides the downstream one, "
+                f"got {listed(layout.names)} alone."
+            )
+        _, others = places(layout)
+        relative = list(jnp.broadcast_to(jnp.asarray(epsilon), (len(others),)))
+        zeros = [jnp.zeros((), layout.dtype)] * len(others)
+        mu = init_loss_logits(zeros, None, relative)
+        return jax.tree.map(lambda x: x.astype(layout.dtype), mu)
+
+    def weights(mu: LossLogits, layout: Layout) -> jax.Array:
+        _, others = places(layout)
+        return layout.full(0.0).at[others].set(jnp.stack(loss_weights(mu)))
+
+    def init(layout: Layout) -> SoftmaxAlignmentState:
+        mu: Any = logits(layout)
+        n = layout.size
+        return SoftmaxAlignmentState(
+            mu,
+            jnp.zeros((n, n), layout.dtype),
+            layout.full(0.0),
+            tx.init(mu),
+            jnp.zeros((), jnp.int32),
+        )
+
+    def update(
+        losses: jax.Array,
+        learned: SoftmaxAlignmentState,
+        layout: Layout,
+        *,
+        gramian: jax.Array,
+    ) -> tuple[jax.Array, SoftmaxAlignmentState]:
+        del losses
+        place, others = places(layout)
+        norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
+        inverse = safe_divide(jnp.ones_like(norms), norms)
+        seen = gramian * inverse[:, None] * inverse[None, :]
+        # Mean of all so far, until that is as long as the running mean.
+        keep = jnp.minimum(decay, 1 - 1 / (learned.num_batches + 1.0))
+        keep = keep.astype(layout.dtype)
+        cosines = keep * learned.cosines + (1 - keep) * seen
+        nu = keep * learned.gradient_norms + (1 - keep) * norms
+
+        def objective(mu: LossLogits) -> jax.Array:
+            share = jnp.stack(loss_weights(mu)) * nu[others]
+            share = safe_divide(share, jnp.sum(share))
+            squared = dot(share, dot(cosines[others][:, others], share))
+            rounding = jnp.finfo(layout.dtype).eps
+            length = jnp.sqrt(jnp.maximum(squared, rounding))
+            return -dot(share, cosines[others, place]) / length
+
+        slope = jax.grad(objective)(learned.mu)
+        stepped = descend(tx, slope, learned.optimizer, learned.mu)
+        mu, optimizer = jax.tree.map(
+            lambda new, old: jnp.where(norms[place] > 0, new, old),
+            stepped,
+            (learned.mu, learned.optimizer),
+        )
+        return weights(learned.mu, layout), SoftmaxAlignmentState(
+            mu, cosines, nu, optimizer, learned.num_batches + 1
+        )
+
+    return make_weighting(
+        init,
+        update,
+        needs=("gramian",),
+        downstream=downstream,
+        first_weights=lambda layout: weights(logits(layout), layout),
+    )
