@@ -16,6 +16,9 @@ BENCHMARKS = {
     "pinn": "weightings for a physics-informed network",
     "pretraining": "loss weights of self-supervised pretraining, steered downstream",
     "properties": "which weighting has which property, by test",
+    "depth": "the paper's depth task: one run against searches",
+    "segmentation": "the paper's segmentation task: one run against searches",
+    "ablations": "what in YOTO does what, on the depth task",
 }
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -124,6 +127,11 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where the results go (default: %(default)s)",
     )
+    command.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with a run that was interrupted, for benchmarks of many runs",
+    )
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -154,7 +162,10 @@ def main(arguments: list[str] | None = None) -> None:
         elif name == "figures":
             draw_figures(RESULTS)
         else:
-            load(name).main(_common.Options(name, **given))
+            benchmark = load(name)
+            if given["resume"] and not getattr(benchmark, "RESUMABLE", False):
+                raise _common.UsageError(f"{name} cannot be resumed: drop --resume")
+            benchmark.main(_common.Options(name, **given))
     except _common.UsageError as error:
         command_line.error(str(error))
 

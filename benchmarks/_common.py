@@ -50,6 +50,7 @@ class Options:
       preset: One of ``PRESETS``.
       data: Folder of data, for benchmarks that read one.
       out: Folder that the results go to.
+      resume: Whether to go on with what a run that was killed had done.
     """
 
     benchmark: str
@@ -59,6 +60,7 @@ class Options:
     preset: str = "cpu"
     data: Path | None = None
     out: Path = Path("out")
+    resume: bool = False
 
     def choose(self, methods: Sequence[str]) -> tuple[str, ...]:
         """Those of ``methods`` that were asked for, in the order of ``methods``."""

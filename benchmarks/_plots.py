@@ -1,7 +1,9 @@
 """What the figures share."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -18,6 +20,15 @@ def plain_log_axis(panel: Axes) -> None:
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
     panel.yaxis.set_major_formatter("{x:g}")
     panel.yaxis.set_minor_locator(NullLocator())
+
+
+def band(
+    panel: Axes, x: Sequence[float], curves: np.ndarray, color: str, label: str
+) -> None:
+    """Mean of the curves of the seeds, and their range as a band."""
+    panel.plot(x, curves.mean(axis=0), color=color, label=label)
+    low, high = curves.min(axis=0), curves.max(axis=0)
+    panel.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
 
 
 def save(drawing: Figure, path: Path) -> None:

@@ -6,7 +6,6 @@ strengths never trained on, choose nothing.
 """
 
 import inspect
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
 import yoto_jax as yoto
-from benchmarks import _common
+from benchmarks import _common, _searches
 from benchmarks import _digits_task as task
 from benchmarks import _plots as plots
 from benchmarks._common import Options, Record, Result, Table
+from benchmarks._searches import MEDIAN, ORACLE, VALIDATED, WORST, verdict
 
 METHODS = ("yoto", "paper", "equal", "grid", "random")
 LEARNED = ("yoto", "paper")
@@ -33,11 +33,6 @@ LEARNING_RATE = 1e-3
 RANDOM_DRAWS = len(task.GRID)
 PAPER_RHO = 20.0
 HISTORY_POINTS = 100
-
-VALIDATED = "best by validation"
-ORACLE = "best on test"
-MEDIAN = "median"
-WORST = "worst"
 
 ROWS = {  # (method, config or None for the only one): name in the table
     ("yoto", None): "YOTO, rho={rho} (default)",
@@ -147,20 +142,9 @@ def measure(outcome: task.Outcome, data: task.Data) -> task.Measured:
 
 
 def selections(measured: task.Measured, seed: int) -> dict[str, int]:
-    """Which run of a search each way of choosing takes.
-
-    Only ``VALIDATED`` is a choice that somebody could make. The others look at the test
-    and describe the search: its best, its middle and its worst.
-    """
-    validation = measured["accuracy", "validation stylised"][seed]
+    """Which run of a search each way of choosing takes."""
     test = np.mean([measured["accuracy", d][seed] for d in task.UNSEEN], axis=0)
-    ranked = np.argsort(test)
-    return {
-        VALIDATED: int(np.argmax(validation)),
-        ORACLE: int(ranked[-1]),
-        MEDIAN: int(ranked[(len(ranked) - 1) // 2]),
-        WORST: int(ranked[0]),
-    }
+    return _searches.selections(measured["accuracy", "validation stylised"][seed], test)
 
 
 def _describe(method: str, runs: task.Configurations, seed: int, i: int) -> str:
@@ -273,23 +257,16 @@ def conclusions(result: Result) -> list[str]:
 def _comparison(result: Result, method: str, config: str | None) -> str:
     ours, theirs = _of(result, "yoto"), _of(result, method, config)
     difference = _unseen(ours) - _unseen(theirs)
-    verdict = {
+    outcome = {
         0: "not told apart by these seeds (within two standard errors)",
         1: "YOTO is ahead",
         -1: "YOTO is behind",
-    }[_sign(difference)]
+    }[verdict(difference)]
     return (
         f"YOTO against {_name(result, method, config)}: "
         f"{_common.mean_sd(difference, scale=100)} points on unseen shifts, for "
-        f"{_compute(ours):g} against {_compute(theirs):g} training runs; {verdict}."
+        f"{_compute(ours):g} against {_compute(theirs):g} training runs; {outcome}."
     )
-
-
-def _sign(difference: np.ndarray) -> int:
-    """Of the mean over seeds, 0 within two standard errors or with a single seed."""
-    n = len(difference)
-    error = difference.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
-    return int(np.sign(difference.mean())) if abs(difference.mean()) > 2 * error else 0
 
 
 def _listed(numbers: dict[str, float]) -> str:
@@ -307,7 +284,7 @@ def _cause(result: Result) -> str:
         f"Weights at the end of YOTO: {_listed(learned)}; the grid's choice: "
         f"{_listed(searched)}."
     )
-    if _sign(_unseen(ours) - _unseen(grid)) < 0:
+    if verdict(_unseen(ours) - _unseen(grid)) < 0:
         text += (
             f" The grid's choice weighs {wanted} "
             f"{searched[wanted] / learned[wanted]:.2g} times as much."
@@ -374,10 +351,7 @@ def _draw_history(panel: Axes, history: list[dict[str, Any]], what: str) -> None
     for name, color in plots.LOSS_COLORS.items():
         curves = np.array([h[what][name] for h in history])
         step = history[0]["step"]
-        panel.plot(step, curves.mean(axis=0), color=color, label=name)
-        panel.fill_between(
-            step, curves.min(axis=0), curves.max(axis=0), color=color, alpha=0.2, lw=0
-        )
+        plots.band(panel, step, curves, color, name)
     panel.set(xlabel="training step")
     plots.plain_log_axis(panel)
 
@@ -430,25 +404,11 @@ def _draw_accuracy(panel: Axes, result: Result) -> None:
 
 
 def best_of_n(result: Result, method: str) -> np.ndarray:
-    """Expected test accuracy of the validated best among n runs, for every n.
-
-    The expectation is over all choices of n from the runs of the search: the run that
-    is r-th best of N by validation wins ``C(N - r, n - 1)`` of the ``C(N, n)`` choices.
-    """
+    """Expected test accuracy of the validated best among n runs, for every n."""
     searched = [r for r in _of(result, method) if "=" in r["config"]]
-    seeds = range(result["meta"]["seeds"])
     curves = []
-    for seed in seeds:
+    for seed in range(result["meta"]["seeds"]):
         of_seed = _common.select(searched, seed=seed)
         validation = _common.values(of_seed, domain="validation stylised")
-        test = _unseen(of_seed)[np.argsort(-validation, kind="stable")]
-        total = len(test)
-        wins = [
-            [
-                math.comb(total - r, n - 1) / math.comb(total, n)
-                for r in range(1, total + 1)
-            ]
-            for n in range(1, total + 1)
-        ]
-        curves.append(np.array(wins) @ test)
+        curves.append(_searches.best_of_n(validation, _unseen(of_seed)))
     return np.mean(curves, axis=0)

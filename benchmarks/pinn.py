@@ -25,6 +25,7 @@ from benchmarks import _burgers as task
 from benchmarks import _common
 from benchmarks import _plots as plots
 from benchmarks._common import Options, Record, Result, Table
+from benchmarks._searches import VALIDATED, WORST, verdict
 from yoto_jax import weightings
 
 PyTree = Any
@@ -34,9 +35,6 @@ LEARNING_RATE = 5e-3  # at the start of a cosine decay to 0
 STRETCHES = 25
 RATIOS = (1.0, 10.0, 100.0)
 CONDITIONS = ("initial", "boundary")
-
-VALIDATED = "best by validation"
-WORST = "worst"
 
 
 @dataclass(frozen=True)
@@ -514,7 +512,7 @@ def conclusions(result: Result) -> list[str]:
         for row in rows:
             if row != rival:
                 difference = np.log(errors[rival]) - np.log(errors[row])
-                groups[_sign(difference)].append(_name(*row))
+                groups[verdict(difference)].append(_name(*row))
         better, same, worse = (", ".join(groups[k]) or "none" for k in (1, 0, -1))
         sentences.append(
             f"Against {_name(*rival)} (paired by seed, two standard errors of the log "
@@ -525,13 +523,6 @@ def conclusions(result: Result) -> list[str]:
 
 def _geometric_mean(errors: np.ndarray) -> float:
     return float(np.exp(np.mean(np.log(errors))))
-
-
-def _sign(difference: np.ndarray) -> int:
-    """Of the mean over seeds, 0 within two standard errors or with a single seed."""
-    n = len(difference)
-    error = difference.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
-    return int(np.sign(difference.mean())) if abs(difference.mean()) > 2 * error else 0
 
 
 # The figure.

@@ -8,7 +8,6 @@ choose nothing.
 
 import functools
 import itertools
-import math
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import yoto_jax as yoto
-from benchmarks import _common
+from benchmarks import _common, _searches
 from benchmarks import _plots as plots
 from benchmarks import _vicreg as task
 from benchmarks._common import Options, Record, Result, Table
+from benchmarks._searches import MEDIAN, ORACLE, VALIDATED, WORST, verdict
 
 STEPS = {"quick": 10, "cpu": 1000, "gpu": 10_000}
 DRAWS = {"quick": 3, "cpu": 20, "gpu": 20}
@@ -72,11 +72,6 @@ LEARNED = {
 }
 ALIGNED = (GRAP, PLAIN, CLOSED)
 METHODS = (*ALIGNED, *FIXED, *SEARCHES, *(m for m in LEARNED if m not in ALIGNED))
-
-VALIDATED = "best by validation"
-ORACLE = "best on test"
-MEDIAN = "median"
-WORST = "worst"
 
 PROBE = "probe"  # the metric that the figure and the sentences are about
 METRICS = {
@@ -236,18 +231,8 @@ def _run_records(
 
 
 def selections(measured: Measured, seed: int) -> dict[str, int]:
-    """Which run of a search each way of choosing takes.
-
-    Only ``VALIDATED`` is a choice that somebody could make. The others look at the test
-    and describe the search: its best, its middle and its worst.
-    """
-    ranked = np.argsort(measured[PROBE][seed])
-    return {
-        VALIDATED: int(np.argmax(measured["validation"][seed])),
-        ORACLE: int(ranked[-1]),
-        MEDIAN: int(ranked[(len(ranked) - 1) // 2]),
-        WORST: int(ranked[0]),
-    }
+    """Which run of a search each way of choosing takes."""
+    return _searches.selections(measured["validation"][seed], measured[PROBE][seed])
 
 
 def costs(
@@ -374,19 +359,16 @@ def _probe(result: Result, method: str, config: str | None = None) -> np.ndarray
 
 def _comparison(result: Result, ours: str, theirs: tuple[str, str | None]) -> str:
     difference = _probe(result, ours) - _probe(result, *theirs)
-    n = len(difference)
-    error = difference.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
-    ahead = "ahead" if difference.mean() > 0 else "behind"
-    verdict = (
-        f"{ahead} by more than two standard errors"
-        if abs(difference.mean()) > 2 * error
-        else "not told apart by these seeds (within two standard errors)"
-    )
+    outcome = {
+        1: "ahead by more than two standard errors",
+        0: "not told apart by these seeds (within two standard errors)",
+        -1: "behind by more than two standard errors",
+    }[verdict(difference)]
     return (
         f"{ROWS[ours, None]} against {ROWS[theirs]}: "
         f"{_common.mean_sd(difference, scale=100)} points of the linear probe, for "
         f"{_compute(result, ours, None):.3g} against {_compute(result, *theirs):.3g} "
-        f"runs; {verdict}."
+        f"runs; {outcome}."
     )
 
 
@@ -419,10 +401,7 @@ def _draw_weights(panel: Axes, result: Result, method: str) -> None:
     step = history[0]["step"]
     for name, color in COLORS.items():
         curves = np.array([h["weights"][name] for h in history])
-        panel.plot(step, curves.mean(axis=0), color=color, label=name)
-        panel.fill_between(
-            step, curves.min(axis=0), curves.max(axis=0), color=color, alpha=0.2, lw=0
-        )
+        plots.band(panel, step, curves, color, name)
         share = FIXED["published"][task.LOSSES.index(name)] / sum(FIXED["published"])
         panel.axhline(share, color=color, linestyle=(0, (1, 3)), zorder=0)
     panel.plot([], [], color=plots.GREY, linestyle=":", label="published")
@@ -481,23 +460,12 @@ def _draw_accuracy(panel: Axes, result: Result) -> None:
 
 
 def best_of_n(result: Result, method: str) -> np.ndarray:
-    """Expected test accuracy of the validated best among n runs, for every n.
-
-    The expectation is over all choices of n from the runs of the search: the run that
-    is r-th best of N by validation wins ``C(N - r, n - 1)`` of the ``C(N, n)`` choices.
-    """
+    """Expected test accuracy of the validated best among n runs, for every n."""
     searched = [r for r in _of(result, method) if "=" in r["config"]]
     curves = []
     for seed in range(result["meta"]["seeds"]):
         of_seed = _common.select(searched, seed=seed)
         validation = _common.values(of_seed, metric="validation")
         test = _common.values(of_seed, metric=PROBE)
-        test = test[np.argsort(-validation, kind="stable")]
-        total = len(test)
-        choices = range(1, total + 1)
-        wins = [
-            [math.comb(total - r, n - 1) / math.comb(total, n) for r in choices]
-            for n in choices
-        ]
-        curves.append(np.array(wins) @ test)
+        curves.append(_searches.best_of_n(validation, test))
     return np.mean(curves, axis=0)

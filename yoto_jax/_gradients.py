@@ -163,7 +163,12 @@ def value_and_grad(
             "other."
         )
 
-    def run(params: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Pass:
+    def run(
+        params: PyTree,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        trains: bool = False,
+    ) -> _Pass:
         local = _vary(params, axes)
         if encoder is None:
             f = lambda p: _split(loss_fn(p, *args, **kwargs), has_aux)
@@ -172,7 +177,7 @@ def value_and_grad(
             )
         encode = lambda p: encoder(p, *args, **kwargs)
         decode = lambda p, z: _split(loss_fn(p, z, *args, **kwargs), has_aux)
-        return _encoded(encode, decode, local, axes, weigh_heads)
+        return _encoded(encode, decode, local, axes, weigh_heads, trains)
 
     def fn(
         params: PyTree,
@@ -183,7 +188,7 @@ def value_and_grad(
         **kwargs: Any,
     ) -> tuple[Any, PyTree, Any]:
         _check_validation(align, aligned, validation, direction)
-        training = run(params, args, kwargs)
+        training = run(params, args, kwargs, trains=True)
         steering = training
         if align == "validation":
             steering = run(params, validation or (), kwargs)
@@ -357,6 +362,7 @@ def _encoded(
     params: PyTree,
     axes: Axes,
     weigh_heads: bool,
+    trains: bool,
 ) -> _Pass:
     """Gradients of the representation: one backward pass through the encoder."""
     z, encoder_pullback = jax.vjp(encode, params)
@@ -375,7 +381,11 @@ def _encoded(
         each_from_its_copy, params, [z] * count, has_aux=True
     )
     plain = _cotangents(jax.tree.map(jnp.ones_like, losses), losses)
-    head_grads, rows = pullback(plain)
+    # Of a batch that only steers, gradients are for the steps that look at them.
+    gradients = lambda: pullback(plain)
+    if trains:
+        found = gradients()
+        gradients = lambda: found
     devices = lax.psum(1, axes) if axes else 1
     averaged = mean_over(losses, axes)
 
@@ -385,7 +395,7 @@ def _encoded(
     def statistics(names: Sequence[str]) -> dict[str, jax.Array]:
         # Seen from all devices, z is the devices' parts side by side, and the gradient
         # of a mean over n devices is 1/n of the local one.
-        local = _statistics_of_list(rows, names)
+        local = _statistics_of_list(gradients()[1], names)
         total: dict[str, jax.Array] = {}
         for name, x in local.items():
             if not axes:
@@ -401,14 +411,14 @@ def _encoded(
         return total
 
     def direction(place: int) -> PyTree:
-        return mean_over(encoder_pull(rows[place]), axes)
+        return mean_over(encoder_pull(gradients()[1][place]), axes)
 
     def along(v: PyTree) -> tuple[jax.Array, jax.Array]:
         # As a direction of z, so that its products with the gradients of z are those
         # with one vector: cosines between them stay cosines.
         v = _vary(_tangent(v, params), axes)
         _, tangent = jax.jvp(encode, (params,), (v,))
-        products = jnp.stack([_dot(row, tangent) for row in rows])
+        products = jnp.stack([_dot(row, tangent) for row in gradients()[1]])
         squared = _squared_norm(tangent)
         return mean_over(products, axes), lax.psum(squared, axes) if axes else squared
 
@@ -416,9 +426,9 @@ def _encoded(
         weights: PyTree, state: Any, weighting: LossWeighting
     ) -> tuple[PyTree, Any]:
         vector = stacked(weights)
+        own, rows = gradients()
         cotangent = jax.tree.map(lambda *xs: _weighted_sum(vector, xs), *rows)
         through_encoder = encoder_pull(cotangent)
-        own = head_grads
         if weigh_heads:
             # A loss that only steers still has a head of its own to train.
             of_heads = _replace_downstream(weights, weighting)
