@@ -38,17 +38,25 @@ def update_tables(pages: tuple[Path, ...], results: Path) -> None:
     """Rewrite the marked tables of the pages from the stored results.
 
     The table goes to the mark ``name`` of its benchmark, a summary to ``name-summary``,
-    further tables to marks that the benchmark chooses.
+    further tables to marks that the benchmark chooses, and what all benchmarks with a
+    ``view`` have in common to ``searches``.
     """
-    blocks = {}
+    blocks, views = {}, {}
     for name, module, path in _stored(results):
         result = _common.read_json(path)
-        blocks[name] = _common.markdown(module.table(result))
+        blocks[path.stem] = _common.markdown(module.table(result))
+        if hasattr(module, "summary"):
+            blocks[f"{path.stem}-summary"] = _common.markdown(module.summary(result))
+        if path.stem != name:
+            continue  # A result on other data: what follows is about the usual one.
         if hasattr(module, "tables"):
             for mark, table in module.tables(result).items():
                 blocks[mark] = _common.markdown(table)
-        if hasattr(module, "summary"):
-            blocks[f"{name}-summary"] = _common.markdown(module.summary(result))
+        if hasattr(module, "view"):
+            views[name] = module.view(result)
+    if views:
+        digest = importlib.import_module("benchmarks._contest").digest(views)
+        blocks["searches"] = _common.markdown(digest)
     for page in pages:
         page.write_text(_common.fill_blocks(page.read_text(), blocks))
 
@@ -61,10 +69,12 @@ def draw_figures(results: Path) -> None:
 
 
 def _stored(results: Path) -> Iterator[tuple[str, Any, Path]]:
+    """The results, each with its benchmark; ``name_data`` is on other data."""
     for name in BENCHMARKS:
-        path = results / f"{name}.json"
-        if path.is_file():
-            yield name, load(name), path
+        usual = results / f"{name}.json"
+        for path in (usual, *sorted(results.glob(f"{name}_*.json"))):
+            if path.is_file():
+                yield name, load(name), path
 
 
 def parser() -> argparse.ArgumentParser:

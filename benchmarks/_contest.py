@@ -179,6 +179,8 @@ def methods(
 
 
 SEARCHES = ("grid", "random", "tpe", "gp")
+DRAWN = ("yoto", "paper", "grap", "aligned")
+"""Methods whose weights over time are drawn; those and other values of rho are kept."""
 QUICK = ("equal", "yoto", "paper", "aligned", "grid", "random", "tpe")
 """What the quick preset runs: every kind of method, in two compiled programs."""
 
@@ -230,7 +232,7 @@ def contend(
         wanted = [Run(method.rule, seed, config) for seed in range(options.seeds)]
         for seed, done in enumerate(runs.finish(wanted, name)):
             records += run_records(contest, name, "", seed, done)
-            if "learn" not in (method.config or {}):
+            if name in DRAWN or name.startswith("rho-"):
                 history.append({"method": name, "seed": seed, **done.history})
     if rounds:
         records += costs(contest, chosen, rounds)
@@ -454,12 +456,58 @@ def table(seen: View, names: Sequence[str], caption: str) -> Table:
 
 
 def short(full: Table, seen: View) -> Table:
-    """The table without the unseen domains one by one."""
+    """The methods that a user would choose from, without the domains one by one."""
     kept = [i for i, c in enumerate(full.columns) if c not in (*seen.unseen, "weights")]
+    chosen = [
+        row
+        for (method, config), row in zip(seen.rows(), full.rows, strict=True)
+        if config in ("", VALIDATED, ORACLE, WORST)
+        and method in (*SEARCHES, *_MARKS)
+        and method not in ("normalized", "dwa", "geometric")
+    ]
     return Table(
         [full.columns[i] for i in kept],
-        [[row[i] for i in kept] for row in full.rows],
+        [[row[i] for i in kept] for row in chosen],
         full.caption.split(" Weights:")[0],
+    )
+
+
+DIGEST = {
+    ("primary", ""): "the primary loss alone",
+    ("equal", ""): "equal weights",
+    ("published", ""): "published weights",
+    ("yoto", ""): "YOTO, defaults of the library",
+    ("paper", ""): "YOTO, settings of the paper",
+    ("grap", ""): "GraP, held-out objective",
+    ("aligned", ""): "softmax alignment, held-out objective",
+    ("random", f"{VALIDATED}, 5 runs"): "5 random draws, best by validation",
+    ("random", VALIDATED): "15 random draws, best by validation",
+    ("gp", VALIDATED): "15 runs of Bayesian search (GP), best by validation",
+    ("grid", VALIDATED): "the paper's grid, best by validation",
+    ("grid", ORACLE): "the paper's grid, best on the test (nobody has that)",
+    ("grid", WORST): "the paper's grid, worst on the test",
+}
+
+
+def digest(views: dict[str, View]) -> Table:
+    """Both tasks side by side: the metric on unseen domains, and the cost in runs."""
+    rows = []
+    for (method, config), label in DIGEST.items():
+        cells = []
+        for seen in views.values():
+            there = bool(seen.of(method, config))
+            found = seen.unseen_values(method, config) if there else []
+            cells.append(_common.mean_sd(found) if there else "")
+            cells.append(f"{seen.runs(method, config):.3g}" if there else "")
+        rows.append([label, *cells])
+    columns = ["weights"]
+    for name, seen in views.items():
+        columns += [f"{name}: {seen.metric} on unseen", "runs"]
+    return Table(
+        columns,
+        rows,
+        "Means over the unseen domains in %, mean ± standard deviation over seeds; "
+        "runs: total cost in units of one run with constant weights.",
     )
 
 
@@ -648,9 +696,9 @@ def best_train_once(seen: View) -> str | None:
 
 
 def figure(seen: View, names: Sequence[str], path: Path, ylabel: str) -> None:
-    """Weights and losses of YOTO over time, and the metric against total cost."""
+    """Weights over time, and the metric against total cost."""
     history = seen.result["history"]
-    shown = [m for m in ("yoto", "paper", "grap", "aligned") if seen.of(m)]
+    shown = [m for m in DRAWN if seen.of(m)]
     drawing = Figure(figsize=(13, 7.6), dpi=100, layout="constrained")
     parts: Any = drawing.subfigures(2, 1, height_ratios=(1, 1.45))
     upper, lower = parts

@@ -35,21 +35,24 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "no entropy": ("without the entropy", {"entropy": 0.0}),
     "no softplus": ("without the softplus", {"softplus": 0.0}),
     "no decay": ("without both (rho 0)", {"rho": 0.0}),
-    "auxiliary": ("entropy of the auxiliary losses alone", {"auxiliary": 1.0}),
+    "auxiliary": ("entropy of auxiliary losses alone", {"auxiliary": 1.0}),
     "sgd": ("logits by SGD with momentum", {"sgd": 1.0, "rho": 1.0}),
     **{
         f"rate {rate:g}": (f"logits {rate:g} times as fast", {"rate": rate})
         for rate in RATES
     },
     "weak": ("rho 0.1", {"rho": 0.1}),
-    "camera x1000": ("camera loss times 1000", {"factors": (1.0, 1000.0, 1.0)}),
-    "all x1000": ("all losses times 1000", {"factors": (1000.0, 1000.0, 1000.0)}),
+    "camera x1000": ("camera loss x1000", {"factors": (1.0, 1000.0, 1.0)}),
+    "all x1000": ("all losses x1000", {"factors": (1000.0, 1000.0, 1000.0)}),
     "camera x1000, normalized": (
-        "camera loss times 1000, divided by running means",
+        "camera loss x1000, divided by means",
         {"factors": (1.0, 1000.0, 1.0), "normalize": 1.0},
     ),
 }
-REPLAYED = {"yoto": "the final weights of YOTO from the start", "weak": "of rho 0.1"}
+REPLAYED = {
+    "yoto": "constant, YOTO's final weights",
+    "weak": "constant, final weights of rho 0.1",
+}
 
 
 def main(options: Options) -> None:
@@ -333,7 +336,8 @@ def _draw_epsilon(panel: Axes, result: Result) -> None:
         ylabel="mu of invariance",
         title=f"From {len(start)} initial weights, rho {EPSILON_RHO:g}",
     )
-    panel.legend(fontsize=8)
+    panel.margins(y=0.16)
+    panel.legend(fontsize=8, loc="upper left", ncols=2)
 
 
 def _draw_epsilon_metric(panel: Axes, drawing: Figure, result: Result) -> None:
@@ -369,14 +373,13 @@ def _draw_variants(upper: Axes, lower: Axes, result: Result) -> None:
         xlabel="training step",
         ylabel="weight of silog (sum of all: 1)",
         title="Parts of YOTO switched off",
+        ylim=(0, 1.45),
     )
-    upper.legend(fontsize=7)
+    upper.legend(fontsize=7, loc="upper right")
     methods = ["equal", *VARIANTS, *(f"{m} replayed" for m in REPLAYED)]
-    labels = {m: label for m, (label, _) in VARIANTS.items()} | {
-        "equal": "equal weights",
-        "yoto replayed": "constant, YOTO's final weights",
-        "weak replayed": "constant, those of rho 0.1",
-    }
+    labels = {m: label for m, (label, _) in VARIANTS.items()}
+    labels |= {f"{m} replayed": label for m, label in REPLAYED.items()}
+    labels |= {"equal": "equal weights"}
     for place, method in enumerate(methods):
         found = unseen(result, method)
         lower.errorbar(

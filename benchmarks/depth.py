@@ -69,14 +69,14 @@ def main(options: Options) -> None:
     figure(result, path.with_suffix(".png"))
     examples(made, tests, net, options.out / "depth_examples.png")
     _common.show(table(result), summary(result))
-    _common.show(_contest.claims(_view(result)))
+    _common.show(_contest.claims(view(result)))
     _common.say(f"Written: {path} and figures beside it")
 
 
 # What follows reads the stored result and nothing else.
 
 
-def _view(result: Result) -> _contest.View:
+def view(result: Result) -> _contest.View:
     return _contest.view(contest(None), result)
 
 
@@ -91,7 +91,7 @@ def table(result: Result) -> Table:
         ]
     )
     return _contest.table(
-        _view(result),
+        view(result),
         (task.PRIMARY, *task.AUXILIARY),
         f"delta1 in % (share of pixels whose depth is right within 25 %), mean ± "
         f"standard deviation over {meta['seeds']} seeds; {meta['steps']} steps, "
@@ -103,20 +103,20 @@ def table(result: Result) -> Table:
 
 
 def summary(result: Result) -> Table:
-    return _contest.short(table(result), _view(result))
+    return _contest.short(table(result), view(result))
 
 
 def tables(result: Result) -> dict[str, Table]:
     return {
-        "depth-claims": _contest.claims(_view(result)),
+        "depth-claims": _contest.claims(view(result)),
         "depth-metrics": all_metrics(result),
-        "depth-costs": _contest.cost_table(_view(result)),
+        "depth-costs": _contest.cost_table(view(result)),
     }
 
 
 def all_metrics(result: Result) -> Table:
     """The seven metrics of the paper, averaged over the unseen domains."""
-    seen = _view(result)
+    seen = view(result)
     rows = []
     for (method, config), label in seen.rows().items():
         found = [
@@ -140,7 +140,7 @@ def all_metrics(result: Result) -> Table:
 
 def figure(result: Result, path: Path) -> None:
     _contest.figure(
-        _view(result),
+        view(result),
         (task.PRIMARY, *task.AUXILIARY),
         path,
         "delta1 on unseen domains (%)",

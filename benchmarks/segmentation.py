@@ -78,7 +78,7 @@ def main(options: Options) -> None:
     figure(result, path.with_suffix(".png"))
     examples(made, source, net, path.with_name(f"{path.stem}_examples.png"))
     _common.show(table(result), summary(result))
-    _common.show(_contest.claims(_view(result)))
+    _common.show(_contest.claims(view(result)))
     _common.say(f"Written: {path} and figures beside it")
 
 
@@ -103,7 +103,7 @@ COLORS = {
 # What follows reads the stored result and nothing else.
 
 
-def _view(result: Result) -> _contest.View:
+def view(result: Result) -> _contest.View:
     return _contest.view(contest(None), result)
 
 
@@ -118,7 +118,7 @@ def table(result: Result) -> Table:
         ]
     )
     return _contest.table(
-        _view(result),
+        view(result),
         (task.PRIMARY, *task.AUXILIARY),
         f"mIoU in %, mean ± standard deviation over {meta['seeds']} seeds; "
         f"{meta['data']}: {meta['train_images']} training, "
@@ -131,19 +131,19 @@ def table(result: Result) -> Table:
 
 
 def summary(result: Result) -> Table:
-    return _contest.short(table(result), _view(result))
+    return _contest.short(table(result), view(result))
 
 
 def tables(result: Result) -> dict[str, Table]:
     return {
-        "segmentation-claims": _contest.claims(_view(result)),
-        "segmentation-costs": _contest.cost_table(_view(result)),
+        "segmentation-claims": _contest.claims(view(result)),
+        "segmentation-costs": _contest.cost_table(view(result)),
     }
 
 
 def figure(result: Result, path: Path) -> None:
     _contest.figure(
-        _view(result), (task.PRIMARY, *task.AUXILIARY), path, "mIoU on unseen (%)"
+        view(result), (task.PRIMARY, *task.AUXILIARY), path, "mIoU on unseen (%)"
     )
 
 

@@ -330,7 +330,7 @@ def test_claims_follow_from_the_records(values, verdict, results):
 def test_the_best_train_once_method_learns_its_weights(results):
     result = raised(results["depth"], "equal", (99.0, 99.0))
     result = raised(result, "aligned", (98.0, 98.0))
-    view = depth._view(result)
+    view = depth.view(result)
     assert _contest.best_train_once(view) == "aligned"
     assert any("softmax alignment" in row[0] for row in _contest.claims(view).rows)
 
