@@ -47,13 +47,11 @@ def update_tables(pages: tuple[Path, ...], results: Path) -> None:
         blocks[path.stem] = _common.markdown(module.table(result))
         if hasattr(module, "summary"):
             blocks[f"{path.stem}-summary"] = _common.markdown(module.summary(result))
-        if path.stem != name:
-            continue  # A result on other data: what follows is about the usual one.
-        if hasattr(module, "tables"):
+        if hasattr(module, "view"):
+            views[path.stem.replace("_", ", ")] = module.view(result)
+        if hasattr(module, "tables") and path.stem == name:  # not on other data
             for mark, table in module.tables(result).items():
                 blocks[mark] = _common.markdown(table)
-        if hasattr(module, "view"):
-            views[name] = module.view(result)
     if views:
         digest = importlib.import_module("benchmarks._contest").digest(views)
         blocks["searches"] = _common.markdown(digest)

@@ -484,13 +484,13 @@ DIGEST = {
     ("random", VALIDATED): "15 random draws, best by validation",
     ("gp", VALIDATED): "15 runs of Bayesian search (GP), best by validation",
     ("grid", VALIDATED): "the paper's grid, best by validation",
-    ("grid", ORACLE): "the paper's grid, best on the test (nobody has that)",
-    ("grid", WORST): "the paper's grid, worst on the test",
+    ("grid", ORACLE): "the paper's grid, its best point by the test (nobody has that)",
+    ("grid", WORST): "the paper's grid, its worst point by the test",
 }
 
 
 def digest(views: dict[str, View]) -> Table:
-    """Both tasks side by side: the metric on unseen domains, and the cost in runs."""
+    """Tasks side by side: the metric on unseen domains, and the cost in runs."""
     rows = []
     for (method, config), label in DIGEST.items():
         cells = []
@@ -502,12 +502,13 @@ def digest(views: dict[str, View]) -> Table:
         rows.append([label, *cells])
     columns = ["weights"]
     for name, seen in views.items():
-        columns += [f"{name}: {seen.metric} on unseen", "runs"]
+        columns += [f"{name} ({seen.metric})", "runs"]
     return Table(
         columns,
         rows,
         "Means over the unseen domains in %, mean ± standard deviation over seeds; "
-        "runs: total cost in units of one run with constant weights.",
+        "runs: total cost in units of one run with constant weights. Validation chooses "
+        "for each seed, the test one point for all.",
     )
 
 
