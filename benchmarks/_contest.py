@@ -507,8 +507,8 @@ def digest(views: dict[str, View]) -> Table:
         columns,
         rows,
         "Means over the unseen domains in %, mean ± standard deviation over seeds; "
-        "runs: total cost in units of one run with constant weights. Validation chooses "
-        "for each seed, the test one point for all.",
+        "runs: total cost in units of one run with constant weights. Validation "
+        "chooses for each seed, the test one point for all.",
     )
 
 
