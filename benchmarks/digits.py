@@ -258,7 +258,7 @@ def _comparison(result: Result, method: str, config: str | None) -> str:
     ours, theirs = _of(result, "yoto"), _of(result, method, config)
     difference = _unseen(ours) - _unseen(theirs)
     outcome = {
-        0: "not told apart by these seeds (within two standard errors)",
+        0: "not told apart by these seeds (within 95 %)",
         1: "YOTO is ahead",
         -1: "YOTO is behind",
     }[verdict(difference)]

@@ -515,7 +515,7 @@ def conclusions(result: Result) -> list[str]:
                 groups[verdict(difference)].append(_name(*row))
         better, same, worse = (", ".join(groups[k]) or "none" for k in (1, 0, -1))
         sentences.append(
-            f"Against {_name(*rival)} (paired by seed, two standard errors of the log "
+            f"Against {_name(*rival)} (paired by seed, 95 % interval of the log "
             f"error): better {better}; not told apart {same}; worse {worse}."
         )
     return sentences

@@ -360,9 +360,9 @@ def _probe(result: Result, method: str, config: str | None = None) -> np.ndarray
 def _comparison(result: Result, ours: str, theirs: tuple[str, str | None]) -> str:
     difference = _probe(result, ours) - _probe(result, *theirs)
     outcome = {
-        1: "ahead by more than two standard errors",
-        0: "not told apart by these seeds (within two standard errors)",
-        -1: "behind by more than two standard errors",
+        1: "ahead (95 %)",
+        0: "not told apart by these seeds (within 95 %)",
+        -1: "behind (95 %)",
     }[verdict(difference)]
     return (
         f"{ROWS[ours, None]} against {ROWS[theirs]}: "

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import scipy.stats
 from PIL import Image
 
 from benchmarks import __main__ as command_line
@@ -697,3 +698,18 @@ def test_ablations_take_no_methods(capsys):
     with pytest.raises(SystemExit):
         command_line.main(["ablations", "--preset", "quick", "--methods", "yoto"])
     assert "drop --methods" in capsys.readouterr().err
+
+
+def test_the_range_test_of_two_points_is_the_paired_t_test():
+    found = np.random.default_rng(0).normal(size=(2, 6)) + np.array([[0.0], [0.8]])
+    expected = scipy.stats.ttest_rel(*found).pvalue
+    np.testing.assert_allclose(_contest.range_test(found), expected, rtol=1e-6)
+
+
+def test_the_range_test_does_not_see_what_seeds_have_in_common():
+    rng = np.random.default_rng(0)
+    found = rng.normal(size=(5, 3))
+    shifted = found + 100 * rng.normal(size=3)
+    np.testing.assert_allclose(
+        _contest.range_test(shifted), _contest.range_test(found), rtol=1e-6
+    )

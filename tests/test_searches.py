@@ -230,11 +230,11 @@ def test_a_run_whose_validation_is_nan_is_the_last_choice():
         ([1.0, math.nan], 0),
     ],
 )
-def test_a_difference_counts_beyond_two_standard_errors(difference, sign):
+def test_a_difference_counts_if_its_interval_leaves_0_out(difference, sign):
     assert searches.verdict(np.array(difference)) == sign
 
 
-def test_two_standard_errors_are_those_of_the_mean():
+def test_the_interval_is_students():
     spread = np.array([-1.0, 0.0, 1.0])  # standard error: 1 / sqrt(3)
-    assert searches.verdict(spread + 1.99 / math.sqrt(3)) == 0
-    assert searches.verdict(spread + 2.01 / math.sqrt(3)) == 1
+    assert searches.verdict(spread + 4.30 / math.sqrt(3)) == 0
+    assert searches.verdict(spread + 4.31 / math.sqrt(3)) == 1

@@ -100,14 +100,14 @@ def test_the_unit_of_the_downstream_loss_does_not_matter():
 def test_a_batch_without_downstream_gradient_leaves_the_logits():
     gramian = gramians(1)[0]
     gramian[3] = gramian[:, 3] = 0
-    weighting = yoto.weightings.softmax_alignment("label", epsilon=(0.5, 1.0, 2.0))
+    weighting = yoto.weightings.softmax_alignment("label", epsilon=(0.5, 1.0, 2.0, 1.0))
     before = weighting.init(LOSSES)
     _, after = follow(weighting, [gramian] * 5)
     np.testing.assert_array_equal(after.learned.mu.learned, before.learned.mu.learned)
 
 
 def test_epsilon_sets_the_first_weights():
-    weighting = yoto.weightings.softmax_alignment("label", epsilon=(1.0, 2.0, 5.0))
+    weighting = yoto.weightings.softmax_alignment("label", epsilon=(1.0, 2.0, 5.0, 9.0))
     first = weighting.init(LOSSES).loss_weights
     found = [float(first[name]) for name in ("a", "b", "c", "label")]
     np.testing.assert_allclose(found, [0.125, 0.25, 0.625, 0], rtol=1e-6)
@@ -120,3 +120,16 @@ def test_bad_arguments_are_named():
         yoto.weightings.softmax_alignment("label").init({"label": 0.0})
     with pytest.raises(ValueError, match="nothing"):
         yoto.weightings.softmax_alignment("nothing").init(LOSSES)
+
+
+def test_batches_without_a_gradient_do_not_dilute_the_cosines():
+    full = gramians(1)[0]
+    silent = full.copy()
+    silent[[1, 3]] = 0
+    silent[:, [1, 3]] = 0
+    weighting = yoto.weightings.softmax_alignment("label")
+    _, state = follow(weighting, [full, silent, full, silent, silent])
+    norms = np.sqrt(np.diag(full))
+    np.testing.assert_allclose(
+        state.learned.cosines, full / np.outer(norms, norms), rtol=1e-5
+    )

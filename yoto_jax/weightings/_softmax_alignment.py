@@ -32,6 +32,7 @@ class SoftmaxAlignmentState(NamedTuple):
     cosines: jax.Array  # (K + 1, K + 1), running mean of those between all gradients
     gradient_norms: jax.Array  # (K + 1,), running means
     optimizer: optax.OptState
+    num_seen: jax.Array  # int32 (K + 1, K + 1), batches with both gradients
     num_batches: jax.Array  # int32 scalar
 
 
@@ -53,16 +54,16 @@ def softmax_alignment(
       H(\mu) = -\frac{\langle \sum_k \lambda_k g_k, d \rangle}
       {\|\sum_k \lambda_k g_k\| \, \|d\|},
 
-    with an optimizer that may decay the logits towards YOTO's prior. H depends on the
+    with an optimizer that may decay the logits towards equal weights. H depends on the
     losses through the angles and the lengths of their gradients, of which it sees
-    running means: the weights do not follow the values of the losses, whatever their
-    units.
+    running means, and not through their values: a loss gains no weight by being small.
 
     Args:
       downstream: The loss that steers: its path or its index among the losses. Its own
         weight is 0.
-      epsilon: Initial weights of the losses relative to the first of them, in the order
-        of ``jax.tree.leaves``: one number, or one for each of the K losses.
+      epsilon: Initial weights relative to each other: one number, one for each loss in
+        the order of ``jax.tree.leaves``, or a tree like the losses. That of the
+        downstream loss is not used.
       optimizer: Steps on the K logits, all of which are learned. ``yoto_jax.adamw(0.02,
         hyperparameter_decay=0.1)`` if none is given.
       decay: Decay of the running means, in [0, 1).
@@ -93,7 +94,9 @@ def softmax_alignment(
       `When Losses Align <https://arxiv.org/abs/2605.07756>`_, 2026.
 
     .. warning::
-      A batch without downstream gradient leaves the logits as they are.
+      A batch without downstream gradient leaves the logits as they are; a gradient of
+      zero enters no mean of cosines. The start, and the prior, are equal weights of the
+      losses as they come: bring losses of very different units to one scale first.
     """
     check_decay(decay=decay)
     tx = adamw(0.02, hyperparameter_decay=0.1) if optimizer is None else optimizer
@@ -109,7 +112,7 @@ def softmax_alignment(
                 f"got {listed(layout.names)} alone."
             )
         _, others = places(layout)
-        relative = list(jnp.broadcast_to(jnp.asarray(epsilon), (len(others),)))
+        relative = list(layout.vector("epsilon", epsilon)[others])
         zeros = [jnp.zeros((), layout.dtype)] * len(others)
         mu = init_loss_logits(zeros, None, relative)
         return jax.tree.map(lambda x: x.astype(layout.dtype), mu)
@@ -126,6 +129,7 @@ def softmax_alignment(
             jnp.zeros((n, n), layout.dtype),
             layout.full(0.0),
             tx.init(mu),
+            jnp.zeros((n, n), jnp.int32),
             jnp.zeros((), jnp.int32),
         )
 
@@ -141,10 +145,10 @@ def softmax_alignment(
         norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
         inverse = safe_divide(jnp.ones_like(norms), norms)
         seen = gramian * inverse[:, None] * inverse[None, :]
-        # Mean of all so far, until that is as long as the running mean.
-        keep = jnp.minimum(decay, 1 - 1 / (learned.num_batches + 1.0))
-        keep = keep.astype(layout.dtype)
+        some = (norms > 0)[:, None] & (norms > 0)[None, :]
+        keep = jnp.where(some, kept(learned.num_seen, layout), 1)
         cosines = keep * learned.cosines + (1 - keep) * seen
+        keep = kept(learned.num_batches, layout)
         nu = keep * learned.gradient_norms + (1 - keep) * norms
 
         def objective(mu: LossLogits) -> jax.Array:
@@ -163,8 +167,18 @@ def softmax_alignment(
             (learned.mu, learned.optimizer),
         )
         return weights(learned.mu, layout), SoftmaxAlignmentState(
-            mu, cosines, nu, optimizer, learned.num_batches + 1
+            mu,
+            cosines,
+            nu,
+            optimizer,
+            learned.num_seen + some,
+            learned.num_batches + 1,
         )
+
+    def kept(count: jax.Array, layout: Layout) -> jax.Array:
+        """Share of the old mean: of all so far, until that is as long as running."""
+        share = jnp.minimum(decay, 1 - 1 / (count + 1.0))
+        return share.astype(layout.dtype)
 
     return make_weighting(
         init,
