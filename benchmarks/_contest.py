@@ -150,7 +150,7 @@ def methods(
             "- entropy of the auxiliary losses alone", config=paper | {"auxiliary": 1.0}
         ),
         "coupled": Method(
-            "- decay through momentum, times alpha",
+            "- decay through momentum, times alpha (logits by SGD)",
             config=paper | {"coupled": 1.0, "sgd": 1.0},
         ),
         "normalized": Method(
