@@ -350,7 +350,7 @@ def test_tables_and_sentences_follow_from_the_records(result):
     for record in better["records"]:
         if record["method"] == "grap" and record["metric"] == pretraining.PROBE:
             record["value"] = 1.0 + 0.001 * record["seed"]
-    assert "ahead by more than" in pretraining.conclusions(better)[1]
+    assert "ahead (95 %)" in pretraining.conclusions(better)[1]
 
 
 def test_best_of_n_of_all_is_the_validated_best(result):
