@@ -168,6 +168,26 @@ def rounded(value: Any) -> float:
     return float(f"{float(value):.5g}")
 
 
+def thinned_curves(
+    curves: dict[str, dict[str, np.ndarray]], points: int
+) -> dict[str, Any]:
+    """Curves [steps] by kind and name, averaged over stretches of steps.
+
+    Returns:
+      ``"step"``, the middle of each stretch, and the curves by kind and name.
+    """
+    some = next(iter(next(iter(curves.values())).values()))
+    stretches = np.array_split(np.arange(len(some)), min(len(some), points))
+    thin = lambda curve: [rounded(curve[s].mean()) for s in stretches]
+    return {
+        "step": [float(s.mean()) for s in stretches],
+        **{
+            kind: {name: thin(curve) for name, curve in named.items()}
+            for kind, named in curves.items()
+        },
+    }
+
+
 def describe(**settings: Any) -> str:
     """A configuration as text: ``"rho=0.1 epsilon=1"``."""
     return " ".join(

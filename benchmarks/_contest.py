@@ -233,7 +233,7 @@ def contend(
         config = experiment.settings(**(method.config or {}))
         wanted = [Run(method.rule, seed, config) for seed in range(options.seeds)]
         for seed, done in enumerate(runs.finish(wanted, name)):
-            records += run_records(contest, name, "", seed, done)
+            records += run_records(contest.unseen, name, "", seed, done)
             if name in DRAWN or name.startswith("rho-"):
                 history.append({"method": name, "seed": seed, **done.history})
     if rounds:
@@ -278,7 +278,7 @@ def search(contest: Contest, name: str, runs: Runs, seeds: int) -> list[Record]:
             config = describe(contest.task, ratios)
             records += [
                 r
-                for r in run_records(contest, name, config, seed, done)
+                for r in run_records(contest.unseen, name, config, seed, done)
                 if r["metric"] in (contest.metric, "validation")
             ]
         validation = [done.values["validation", None] for done in found[seed]]
@@ -293,7 +293,9 @@ def search(contest: Contest, name: str, runs: Runs, seeds: int) -> list[Record]:
                 chosen[f"{VALIDATED}, {n} runs", n] = first[VALIDATED]
         for (config, n), i in chosen.items():
             cost = 1 if config in (MEDIAN, WORST) else n
-            records += run_records(contest, name, config, seed, found[seed][i], cost)
+            records += run_records(
+                contest.unseen, name, config, seed, found[seed][i], cost
+            )
     return records
 
 
@@ -307,8 +309,14 @@ def describe(task: Task, ratios: Ratios) -> str:
 
 
 def run_records(
-    contest: Contest, name: str, config: str, seed: int, done: Finished, cost: float = 1
+    unseen: Sequence[str],
+    name: str,
+    config: str,
+    seed: int,
+    done: Finished,
+    cost: float = 1,
 ) -> list[Record]:
+    """All that was measured of one run."""
     return [
         _common.record(
             name,
@@ -317,10 +325,30 @@ def run_records(
             config=config,
             seed=seed,
             domain=domain,
-            unseen=domain in contest.unseen,
+            unseen=domain in unseen,
             compute=cost,
         )
         for (metric, domain), value in done.values.items()
+    ]
+
+
+CONSTANT_PREDICTION = "constant"
+
+
+def constant_records(
+    unseen: Sequence[str], found: dict[tuple[str, str], float]
+) -> list[Record]:
+    """What predicting without looking is worth, by metric and domain."""
+    return [
+        _common.record(
+            CONSTANT_PREDICTION,
+            metric,
+            value,
+            domain=domain,
+            unseen=domain in unseen,
+            compute=0,
+        )
+        for (metric, domain), value in found.items()
     ]
 
 
@@ -340,7 +368,7 @@ def costs(contest: Contest, chosen: Sequence[str], rounds: int) -> list[Record]:
     rules |= {f"{PLAIN} again": (RULES[PLAIN], {})}
     ratios = experiment.step_ratios(contest.task, rules, PLAIN, rounds)
     measured = {(name, "step_ratio"): seen for name, seen in ratios.items()}
-    speed = experiment.sweep_speed(contest.task, config, SWEEP, rounds)
+    speed = experiment.sweep_speed(contest.task, RULES[SOFTMAX], config, SWEEP, rounds)
     measured[f"{SWEEP} side by side", "speed"] = speed
     return [
         _common.record(name, f"{metric}:{what}", np.percentile(seen, at))
@@ -402,6 +430,13 @@ class View(NamedTuple):
             self.values(method, config, self.metric, domain) for domain in self.unseen
         ]
         return np.mean(of_domains, axis=0)
+
+    def constant(self) -> float | None:
+        """The metric of predicting without looking, averaged over unseen domains."""
+        records = _common.select(self.result["records"], method=CONSTANT_PREDICTION)
+        records = _common.select(records, metric=self.metric)
+        found = [_common.values(records, domain=domain) for domain in self.unseen]
+        return float(np.mean(found)) if np.size(found) else None
 
     def runs(self, method: str, config: str = "") -> float:
         """Total cost in units of one run with constant weights."""
@@ -492,7 +527,11 @@ DIGEST = {
 
 def digest(views: dict[str, View]) -> Table:
     """Tasks side by side: the metric on unseen domains, and the cost in runs."""
-    rows = [["the usual value of each pixel, no image", *_constant_cells(views)]]
+    without = []
+    for seen in views.values():
+        constant = seen.constant()
+        without += ["" if constant is None else f"{constant:.1f}", "0"]
+    rows = [["the usual value of each pixel, no image", *without]]
     for (method, config), label in DIGEST.items():
         cells = []
         for seen in views.values():
@@ -511,17 +550,6 @@ def digest(views: dict[str, View]) -> Table:
         "runs: total cost in units of one run with constant weights. Validation "
         "chooses for each seed, the test one point for all.",
     )
-
-
-def _constant_cells(views: dict[str, View]) -> list[str]:
-    cells = []
-    for seen in views.values():
-        records = _common.select(seen.result["records"], method="constant")
-        found = [
-            _common.values(records, metric=seen.metric, domain=d) for d in seen.unseen
-        ]
-        cells += [f"{np.mean(found):.1f}" if np.size(found) else "", "0"]
-    return cells
 
 
 def cost_table(seen: View) -> Table:

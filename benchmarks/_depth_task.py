@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks import _depth_metrics as metrics
 from benchmarks import _scenes as scenes
-from benchmarks._experiment import Measured, Task
+from benchmarks._experiment import Measured, Size, Task
 from benchmarks._vision import PATCH, Decoder, Encoder, from_patches
 
 PyTree = Any
@@ -31,20 +31,6 @@ UNSEEN = ("lens", "room", "both")
 
 _DATA_KEY = 2025  # the same scenes for every run
 _TYPICAL_DEPTH = 8.0  # metres; the head starts near it
-
-
-class Size(NamedTuple):
-    """How large the benchmark is."""
-
-    steps: int
-    height: int
-    width: int
-    train_images: int
-    test_images: int
-    batch: int
-    features: int
-    blocks: int
-    lanes: int
 
 
 SIZES = {
@@ -97,6 +83,11 @@ class DepthNet(nn.Module):
         across = directions[:, 0, -1, 0] - directions[:, 0, 0, 0]
         return x[..., 0] + jnp.log(_TYPICAL_DEPTH / across)[:, None, None]
 
+    def decode(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Log depth [n, h, w] and directions [n, h, w, 3]."""
+        directions = self.directions(z)
+        return self.log_depth(z, directions), directions
+
     def pixels(self, z: jax.Array) -> jax.Array:
         """The image, as far as the features of a patch tell."""
         return from_patches(self.reconstruction(z))
@@ -112,9 +103,7 @@ class DepthNet(nn.Module):
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Log depth [n, h, w] and directions [n, h, w, 3]."""
-        z = self.encode(images)
-        directions = self.directions(z)
-        return self.log_depth(z, directions), directions
+        return self.decode(self.encode(images))
 
 
 class Batch(NamedTuple):
@@ -215,10 +204,12 @@ def make(size: Size, extra: int = 0) -> tuple[Task, dict[str, scenes.Scenes], De
     def encode(model: PyTree, batch: Batch) -> jax.Array:
         return apply(model, DepthNet.encode, batch.images)
 
+    def predict(model: PyTree, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return apply(model, DepthNet.decode, z)
+
     def losses(model: PyTree, z: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-        directions = apply(model, DepthNet.directions, z)
+        log_depth, directions = predict(model, z)
         first, second = jnp.split(z, 2)
-        log_depth = apply(model, DepthNet.log_depth, z, directions)
         further = {
             "gradient": lambda: gradients(log_depth, batch.depth),
             "reconstruction": lambda: jnp.mean(
@@ -242,10 +233,7 @@ def make(size: Size, extra: int = 0) -> tuple[Task, dict[str, scenes.Scenes], De
         } | {name: further[name]() for name in added}
 
     def downstream(model: PyTree, z: jax.Array, batch: Batch) -> jax.Array:
-        directions = apply(model, DepthNet.directions, z)
-        return metrics.silog(
-            apply(model, DepthNet.log_depth, z, directions), batch.depth
-        )
+        return metrics.silog(predict(model, z)[0], batch.depth)
 
     @jax.jit
     def evaluate(models: PyTree, data: scenes.Scenes) -> dict[str, jax.Array]:

@@ -25,7 +25,7 @@ import optax
 import rich.progress
 
 import yoto_jax as yoto
-from benchmarks._common import UsageError, console, rounded, say
+from benchmarks._common import UsageError, console, rounded, say, thinned_curves
 
 PyTree = Any
 Losses = dict[str, jax.Array]
@@ -35,6 +35,20 @@ Measured = dict[tuple[str, str | None], np.ndarray]
 DOWNSTREAM = "held out"
 SAVE_SECONDS = 20.0
 HISTORY_POINTS = 60
+
+
+class Size(NamedTuple):
+    """How large a benchmark is."""
+
+    steps: int
+    height: int
+    width: int
+    train_images: int  # of procedural scenes; a folder has as many as it has
+    test_images: int
+    batch: int
+    features: int
+    blocks: int
+    lanes: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -645,19 +659,9 @@ def thinned(
     names: Sequence[str], losses: np.ndarray, weights: np.ndarray
 ) -> dict[str, Any]:
     """Losses and weights [steps, K + 1] over time, averaged over stretches of steps."""
-    stretches = np.array_split(np.arange(len(losses)), min(len(losses), HISTORY_POINTS))
-
-    def thin(curves: np.ndarray) -> dict[str, list[float]]:
-        return {
-            name: [rounded(curves[s, i].mean()) for s in stretches]
-            for i, name in enumerate(names)
-        }
-
-    return {
-        "step": [float(s.mean()) for s in stretches],
-        "losses": thin(losses),
-        "weights": thin(weights),
-    }
+    by_name = lambda curves: dict(zip(names, curves.T, strict=True))
+    curves = {"losses": by_name(losses), "weights": by_name(weights)}
+    return thinned_curves(curves, HISTORY_POINTS)
 
 
 # Cost.
@@ -674,47 +678,40 @@ def step_ratios(
     Returns:
       The ratio in each round.
     """
-    length = max(1, min(20, task.steps))
-    programs = {}
-    for name, (rule, config) in rules.items():
-        arrays = rule.configure([config])
-        program = prepare(task, rule, arrays, 1, length)
-        seeds = jnp.arange(1)
-        programs[name] = (program.advance, program.init(seeds, arrays), seeds, arrays)
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for number in range(rounds + 1):
-        for name, (advance, carry, seeds, arrays) in programs.items():
-            started = time.perf_counter()
-            carry, _ = jax.block_until_ready(advance(carry, task.data, seeds, arrays))
-            programs[name] = (advance, carry, seeds, arrays)
-            if number:  # The first round warms up.
-                seconds[name].append(time.perf_counter() - started)
-    unit = np.array(seconds[baseline])
-    return {name: np.array(taken) / unit for name, taken in seconds.items()}
+    lanes = {name: (rule, [config]) for name, (rule, config) in rules.items()}
+    seconds = _seconds(task, lanes, rounds)
+    return {name: taken / seconds[baseline] for name, taken in seconds.items()}
 
 
 def sweep_speed(
-    task: Task, config: dict[str, Any], lanes: int, rounds: int
+    task: Task, rule: Rule, config: dict[str, Any], lanes: int, rounds: int
 ) -> np.ndarray:
     """How many times faster so many runs are in one program than one by one.
 
     Returns:
       The ratio in each round. Compilation, once instead of for each run, is apart.
     """
-    rule = Softmax()
-    length = max(1, min(20, task.steps))
-    state = {}
-    for n in (1, lanes):
-        arrays = rule.configure([config] * n)
-        program = prepare(task, rule, arrays, n, length)
-        seeds = jnp.arange(n)
-        state[n] = (program.advance, program.init(seeds, arrays), seeds, arrays)
-    seconds: dict[int, list[float]] = {1: [], lanes: []}
-    for number in range(rounds + 1):
-        for n, (advance, carry, seeds, arrays) in state.items():
+    groups = {"one": (rule, [config]), "all": (rule, [config] * lanes)}
+    seconds = _seconds(task, groups, rounds)
+    return lanes * seconds["one"] / seconds["all"]
+
+
+def _seconds(
+    task: Task, groups: dict[str, tuple[Rule, list[dict[str, Any]]]], rounds: int
+) -> dict[str, np.ndarray]:
+    """Time of some steps of each group of lanes, in turns; [rounds] each."""
+    length = min(20, task.steps)
+    programs, carries = {}, {}
+    for name, (rule, configs) in groups.items():
+        config, seeds = rule.configure(configs), jnp.arange(len(configs))
+        program = prepare(task, rule, config, len(configs), length)
+        carries[name] = program.init(seeds, config)
+        programs[name] = (program.advance, (task.data, seeds, config))
+    seconds: dict[str, list[float]] = {name: [] for name in groups}
+    for _ in range(rounds + 1):
+        for name, (advance, arguments) in programs.items():
             started = time.perf_counter()
-            carry, _ = jax.block_until_ready(advance(carry, task.data, seeds, arrays))
-            state[n] = (advance, carry, seeds, arrays)
-            if number:
-                seconds[n].append(time.perf_counter() - started)
-    return lanes * np.array(seconds[1]) / np.array(seconds[lanes])
+            carries[name], _ = jax.block_until_ready(advance(carries[name], *arguments))
+            seconds[name].append(time.perf_counter() - started)
+    # The first round warms up.
+    return {name: np.array(taken[1:]) for name, taken in seconds.items()}

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks._depth_metrics import angles_of
+
 Key = jax.Array
 Range = tuple[float, float]
 
@@ -114,8 +116,7 @@ def ray_angles(focal: jax.Array, height: int, width: int) -> jax.Array:
     Returns:
       [..., height, width, 2] for focal lengths [...].
     """
-    x, y, z = jnp.moveaxis(ray_directions(focal, height, width), -1, 0)
-    return jnp.stack([jnp.arctan2(x, z), jnp.arctan2(y, jnp.hypot(x, z))], axis=-1)
+    return angles_of(ray_directions(focal, height, width))
 
 
 def unproject(depth: jax.Array, focal: jax.Array) -> jax.Array:

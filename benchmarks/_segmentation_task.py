@@ -20,7 +20,7 @@ from benchmarks import _camvid as camvid
 from benchmarks import _scenes as scenes
 from benchmarks import _styles as styles
 from benchmarks._common import UsageError
-from benchmarks._experiment import Measured, Task
+from benchmarks._experiment import Measured, Size, Task
 from benchmarks._vision import Decoder, Encoder
 
 PyTree = Any
@@ -34,20 +34,6 @@ BAND = (0.01, 0.1)  # of the amplitudes that are swapped, relative to the smalle
 
 _DATA_KEY = 2026
 _HELD_OUT = 0.2  # of the training images of a folder, for validation
-
-
-class Size(NamedTuple):
-    """How large the benchmark is."""
-
-    steps: int
-    height: int
-    width: int
-    train_images: int  # of procedural scenes; a folder has as many as it has
-    test_images: int
-    batch: int
-    features: int
-    blocks: int
-    lanes: int
 
 
 SIZES = {

@@ -113,11 +113,11 @@ def ablate(
         return finished
 
     def learned(seed: int, **config: Any) -> Run:
-        return Run("softmax", seed, experiment.settings(**(DEFAULT | config)))
+        return Run(_contest.SOFTMAX, seed, experiment.settings(**(DEFAULT | config)))
 
     def constant(seed: int, ratios: tuple[float, ...]) -> Run:
         config = experiment.settings(ratios=ratios, learn=0.0)
-        return Run("softmax", seed, config)
+        return Run(_contest.SOFTMAX, seed, config)
 
     for name, (_, config) in VARIANTS.items():
         finished = add(name, "", [learned(seed, **config) for seed in seeds])
@@ -164,17 +164,9 @@ def final_ratios(done: Finished) -> tuple[float, ...]:
 
 def _records(method: str, config: str, seed: int, done: Finished) -> list[Record]:
     return [
-        _common.record(
-            method,
-            metric,
-            value,
-            config=config,
-            seed=seed,
-            domain=domain,
-            unseen=domain in task.UNSEEN,
-        )
-        for (metric, domain), value in done.values.items()
-        if metric in (METRIC, "validation") or domain is None
+        r
+        for r in _contest.run_records(task.UNSEEN, method, config, seed, done)
+        if r["metric"] in (METRIC, "validation") or r["domain"] is None
     ]
 
 

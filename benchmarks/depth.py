@@ -49,18 +49,12 @@ def main(options: Options) -> None:
     made, tests, net = task.make(size)
     ours = contest(made, BUDGET.get(options.preset))
     records, history = _contest.contend(ours, options, chosen, ROUNDS[options.preset])
-    for domain, data in tests.items():
-        records += [
-            _common.record(
-                "constant",
-                metric,
-                value,
-                domain=domain,
-                unseen=domain in task.UNSEEN,
-                compute=0,
-            )
-            for metric, value in task.constant(made.data[0], data).items()
-        ]
+    constant = {
+        (metric, domain): value
+        for domain, data in tests.items()
+        for metric, value in task.constant(made.data[0], data).items()
+    }
+    records += _contest.constant_records(task.UNSEEN, constant)
     settings = {"seeds": options.seeds, **size._asdict()}
     path = options.out / "depth.json"
     result = _common.write_json(
@@ -82,23 +76,17 @@ def view(result: Result) -> _contest.View:
 
 def table(result: Result) -> Table:
     meta = result["meta"]
-    constant = np.mean(
-        [
-            _common.values(
-                result["records"], method="constant", metric=METRIC, domain=d
-            )
-            for d in task.UNSEEN
-        ]
-    )
+    seen = view(result)
     return _contest.table(
-        view(result),
+        seen,
         (task.PRIMARY, *task.AUXILIARY),
         f"delta1 in % (share of pixels whose depth is right within 25 %), mean ± "
         f"standard deviation over {meta['seeds']} seeds; {meta['steps']} steps, "
-        f"{meta['device']} ({meta['cpu_count']} cores). The usual depth of each pixel, "
-        f"whatever the image shows, has {constant:.1f} on the unseen domains. Runs: "
-        "total cost in units of one run with constant weights. Weights: of silog, "
-        "camera and invariance, at the end.",
+        f"{meta['device']} ({meta['cpu_count']} cores). The usual depth of each "
+        "pixel, whatever the image shows, has "
+        f"{seen.constant():.1f} on the unseen domains. Runs: total cost in units of "
+        "one run with constant weights. Weights: of silog, camera and invariance, at "
+        "the end.",
     )
 
 

@@ -155,25 +155,17 @@ def _describe(method: str, runs: task.Configurations, seed: int, i: int) -> str:
 
 def thinned(method: str, outcome: task.Outcome) -> list[dict[str, Any]]:
     """Weights and losses over time, averaged over stretches of steps."""
-    seeds, _, steps = outcome.weights[task.PRIMARY].shape
-    stretches = np.array_split(np.arange(steps), min(steps, HISTORY_POINTS))
+    kinds = {"weights": outcome.weights, "losses": outcome.losses}
 
-    def thin(curves: dict[str, np.ndarray], seed: int) -> dict[str, list[float]]:
-        return {
-            name: [_common.rounded(curve[seed, 0, s].mean()) for s in stretches]
-            for name, curve in curves.items()
+    def of_seed(seed: int) -> dict[str, Any]:
+        curves = {
+            kind: {name: curve[seed, 0] for name, curve in named.items()}
+            for kind, named in kinds.items()
         }
+        return _common.thinned_curves(curves, HISTORY_POINTS)
 
-    return [
-        {
-            "method": method,
-            "seed": seed,
-            "step": [float(s.mean()) for s in stretches],
-            "weights": thin(outcome.weights, seed),
-            "losses": thin(outcome.losses, seed),
-        }
-        for seed in range(seeds)
-    ]
+    seeds = range(len(outcome.weights[task.PRIMARY]))
+    return [{"method": method, "seed": seed, **of_seed(seed)} for seed in seeds]
 
 
 # What follows reads the stored result and nothing else.

@@ -50,17 +50,8 @@ def main(options: Options) -> None:
     made, net = task.make(size, source)
     ours = contest(made, BUDGET.get(options.preset))
     records, history = _contest.contend(ours, options, chosen, ROUNDS[options.preset])
-    records += [
-        _common.record(
-            "constant",
-            METRIC,
-            value,
-            domain=domain,
-            unseen=domain in task.UNSEEN,
-            compute=0,
-        )
-        for domain, value in task.constant(source).items()
-    ]
+    constant = {(METRIC, d): value for d, value in task.constant(source).items()}
+    records += _contest.constant_records(task.UNSEEN, constant)
     settings = {
         "seeds": options.seeds,
         "data": source.name,
@@ -109,24 +100,17 @@ def view(result: Result) -> _contest.View:
 
 def table(result: Result) -> Table:
     meta = result["meta"]
-    constant = np.mean(
-        [
-            _common.values(
-                result["records"], method="constant", metric=METRIC, domain=d
-            )
-            for d in task.UNSEEN
-        ]
-    )
+    seen = view(result)
     return _contest.table(
-        view(result),
+        seen,
         (task.PRIMARY, *task.AUXILIARY),
         f"mIoU in %, mean ± standard deviation over {meta['seeds']} seeds; "
         f"{meta['data']}: {meta['train_images']} training, "
         f"{meta['validation_images']} held-out and {meta['test_images']} test images, "
         f"{meta['classes']} classes; {meta['steps']} steps, {meta['device']} "
         f"({meta['cpu_count']} cores). The usual class of each pixel, whatever the "
-        f"image shows, has {constant:.1f}. Runs: total cost in units of one run with "
-        "constant weights. Weights: of ce and invariance, at the end.",
+        f"image shows, has {seen.constant():.1f}. Runs: total cost in units of one run "
+        "with constant weights. Weights: of ce and invariance, at the end.",
     )
 
 

@@ -11,3 +11,10 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def any_rank():
+    """For models, which commonly add biases to batches."""
+    with jax.numpy_rank_promotion("allow"):
+        yield

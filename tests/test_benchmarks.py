@@ -13,12 +13,7 @@ from benchmarks import _digits_task as task
 
 SEEDS, STEPS = 2, 10  # throughout, to share compiled programs
 
-
-@pytest.fixture(autouse=True)
-def any_rank():
-    """Benchmarks add biases to batches as models commonly do."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("any_rank")
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from benchmarks._contest import Contest, Method
 from benchmarks._experiment import Finished
 from benchmarks._searches import MEDIAN, ORACLE, VALIDATED, WORST
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("any_rank", "quick_compilation")
 
 SEEDS = 2
 METHODS = {
@@ -47,13 +47,6 @@ METRICS = {
     "segmentation_camvid": ("mIoU",),
 }
 FILES = tuple(METHODS)
-
-
-@pytest.fixture(autouse=True)
-def any_rank():
-    """Benchmarks add biases to batches as models commonly do."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +339,7 @@ def test_costs_are_read_from_the_records(results, monkeypatch):
         assert (baseline, rounds) == (_contest.PLAIN, 3)
         return {name: np.array(ratios.get(name, [1.1] * 3)) for name in rules}
 
-    speed = lambda task, config, lanes, rounds: np.array([5.0, 3.0, 4.0])
+    speed = lambda task, rule, config, lanes, rounds: np.array([5.0, 3.0, 4.0])
     monkeypatch.setattr(experiment, "step_ratios", step_ratios)
     monkeypatch.setattr(experiment, "sweep_speed", speed)
     contest = depth.contest(SimpleNamespace(auxiliary=depth.task.AUXILIARY))

@@ -826,6 +826,6 @@ def test_costs_are_ratios_for_every_round():
     assert ratios.keys() == rules.keys()
     assert all(ratio.shape == (4,) and (ratio > 0).all() for ratio in ratios.values())
     np.testing.assert_array_equal(ratios["plain"], 1)
-    speed = experiment.sweep_speed(TASK, {"ratios": RATIOS}, 2, 4)
+    speed = experiment.sweep_speed(TASK, SOFTMAX, {"ratios": RATIOS}, 2, 4)
     assert speed.shape == (4,)
     assert (speed > 0).all()

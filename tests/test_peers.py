@@ -11,6 +11,7 @@ from benchmarks import _models, peers
 from yoto_jax import weightings
 
 pytestmark = [
+    pytest.mark.usefixtures("any_rank"),
     pytest.mark.skipif(not peers.available(), reason="TorchJD is not installed"),
     pytest.mark.filterwarnings("ignore::UserWarning"),  # of cvxpy
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -33,13 +34,6 @@ TOLERANCES = {  # relative to the largest weight; beyond rounding, those of its 
     "nash_mtl": 1e-7,  # ECOS
     "fair_grad": 1e-8,  # SciPy's least squares
 }
-
-
-@pytest.fixture(autouse=True)
-def any_rank():
-    """The model adds biases to batches as models commonly do."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def gramian_of(count, seed):

@@ -14,12 +14,7 @@ SEEDS, STEPS = 2, 4
 RUN = ("static", "tuned", "ntk", "yoto")
 RATIOS = pinn.SIZES["quick"].ratios
 
-
-@pytest.fixture(autouse=True)
-def any_rank():
-    """Biases are added to batches as models commonly do."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("any_rank")
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,7 @@ from benchmarks import _vicreg as task
 SEEDS, STEPS = 2, 4
 METHODS = ("grap", "equal", "random")
 
-
-@pytest.fixture(autouse=True)
-def any_rank():
-    """Benchmarks add biases to batches as models commonly do."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("any_rank")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from yoto_jax._loss_logits import PyTree, listed
+from yoto_jax._loss_logits import PyTree
 from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
@@ -99,11 +99,8 @@ def auto_lambda(
 
     def init(layout: Layout) -> AutoLambdaState:
         layout.position("downstream", downstream)
-        if layout.size < 2 and downstream_weight is not None:
-            raise ValueError(
-                "auto_lambda needs a loss to weigh besides the downstream one, got "
-                f"{listed(layout.names)} alone."
-            )
+        if downstream_weight is not None:
+            layout.check_others("auto_lambda")
         meta_weights = layout.vector("initial", initial)
         return AutoLambdaState(meta_weights, tx.init(meta_weights))
 

@@ -5,11 +5,10 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
-from yoto_jax._loss_logits import PyTree, listed
+from yoto_jax._loss_logits import PyTree
 from yoto_jax._solvers import dot, safe_divide, solve_bounded_qp
 from yoto_jax.weightings._protocol import (
     Layout,
@@ -17,6 +16,7 @@ from yoto_jax.weightings._protocol import (
     check_decay,
     descend,
     make_weighting,
+    running_mean,
 )
 
 Algorithm = Literal[
@@ -181,20 +181,12 @@ def grap(
     scaled = algorithm == "warmup-scaled-sgd" or algorithm == "scaled-sgd"
     may_solve = algorithm not in ("sgd", "scaled-sgd")
 
-    def places(layout: Layout) -> tuple[int, np.ndarray]:
-        place = layout.position("downstream", downstream)
-        return place, np.delete(np.arange(layout.size), place)
-
     def first_raw_weights(layout: Layout) -> jax.Array:
-        _, others = places(layout)
+        _, others = layout.apart(downstream)
         return layout.vector("initial", initial)[others]
 
     def init(layout: Layout) -> GrapState:
-        if layout.size < 2:
-            raise ValueError(
-                "grap needs a loss to weigh besides the downstream one, got "
-                f"{listed(layout.names)} alone."
-            )
+        layout.check_others("grap")
         raw = first_raw_weights(layout)
         zeros = lambda *shape: jnp.zeros(shape, layout.dtype)
         count = lambda: jnp.zeros((), jnp.int32)
@@ -216,24 +208,24 @@ def grap(
         losses: jax.Array, learned: GrapState, layout: Layout, *, gramian: jax.Array
     ) -> tuple[jax.Array, GrapState]:
         del losses
-        place, others = places(layout)
+        place, others = layout.apart(downstream)
         norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
         norm, own_norms = norms[place], norms[others]
         aligned = norm > 0
 
-        nu = _running_mean(
+        nu = running_mean(
             learned.gradient_norms, own_norms, learned.num_batches, 0, norm_decay
         )
         # A gradient far below its running mean counts as zero: it is rounding error.
         inverse = safe_divide(jnp.ones_like(nu), jnp.maximum(own_norms, 1e-8 * nu))
         cosines = gramian[others][:, others] * inverse[:, None] * inverse[None, :]
         alignments = safe_divide(gramian[others, place] * inverse, norm)
-        cosines = _running_mean(
+        cosines = running_mean(
             learned.cosines, cosines, learned.num_batches, warmup, gramian_decay
         )
         alignments = jnp.where(
             aligned,
-            _running_mean(
+            running_mean(
                 learned.alignments,
                 alignments,
                 learned.num_aligned,
@@ -330,7 +322,7 @@ def grap(
         gradient_norm: jax.Array,
     ) -> GrapState:
         ratio = cotangent_norm / jnp.maximum(gradient_norm, 1e-16)
-        gain = _running_mean(
+        gain = running_mean(
             learned.encoder_gain, ratio, learned.num_observed, 0, norm_decay
         )
         # A step without weights, or without any path to the encoder, tells nothing.
@@ -341,7 +333,7 @@ def grap(
         )
 
     def first_weights(layout: Layout) -> jax.Array:
-        place, _ = places(layout)
+        place, _ = layout.apart(downstream)
         raw = layout.vector("initial", initial)
         raw = jnp.abs(raw) if transform == "abs" else raw
         return raw.at[place].set(downstream_weight)
@@ -415,17 +407,6 @@ def _normalized(
     else:
         length = jnp.sqrt(jnp.maximum(dot(unit, dot(cosines, unit)), rounding))
     return jnp.where(some, unit / jnp.where(some, length, 1), u)
-
-
-def _running_mean(
-    mean: jax.Array, x: jax.Array, count: jax.Array, warmup: Any, decay: Any
-) -> jax.Array:
-    """The first as it is; the plain mean of all during the warmup; then with decay."""
-    number = count.astype(x.dtype)
-    early = (count == 0) | (count < warmup)
-    return jnp.where(
-        early, (mean * number + x) / (number + 1), decay * mean + (1 - decay) * x
-    )
 
 
 def _check(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.experimental import checkify
@@ -101,6 +102,19 @@ class Layout:
         """Place of the loss that ``chosen`` names among the leaves."""
         tree = self.structure.unflatten(range(self.size))
         return find_loss(role, chosen, tree, self.names)
+
+    def apart(self, downstream: Any) -> tuple[int, np.ndarray]:
+        """Place of the loss that steers, and those of the others."""
+        place = self.position("downstream", downstream)
+        return place, np.delete(np.arange(self.size), place)
+
+    def check_others(self, method: str) -> None:
+        """Raise unless there is a loss besides the downstream one."""
+        if self.size < 2:
+            raise ValueError(
+                f"{method} needs a loss to weigh besides the downstream one, got "
+                f"{listed(self.names)} alone."
+            )
 
     def full(self, value: Any) -> jax.Array:
         """A vector with one entry per loss."""
@@ -365,6 +379,17 @@ def as_key(key: Any) -> jax.Array:
     if hasattr(key, "__index__") and not isinstance(key, bool):
         return jax.random.key(operator.index(key))
     raise TypeError(f"key must be jax.random.key(...) or an integer seed, got {key!r}.")
+
+
+def running_mean(
+    mean: jax.Array, x: jax.Array, count: jax.Array, warmup: Any, decay: Any
+) -> jax.Array:
+    """The first as it is; the plain mean of all during the warmup; then with decay."""
+    number = count.astype(x.dtype)
+    early = (count == 0) | (count < warmup)
+    return jnp.where(
+        early, (mean * number + x) / (number + 1), decay * mean + (1 - decay) * x
+    )
 
 
 def descend(

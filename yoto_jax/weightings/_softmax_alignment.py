@@ -4,24 +4,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from yoto_jax._loss_logits import (
     LossLogits,
     PyTree,
     init_loss_logits,
-    listed,
     loss_weights,
 )
 from yoto_jax._optimizers import adamw
-from yoto_jax._solvers import dot, safe_divide
+from yoto_jax._solvers import cosines, dot, safe_divide
 from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
     check_decay,
     descend,
     make_weighting,
+    running_mean,
 )
 
 
@@ -101,24 +100,20 @@ def softmax_alignment(
     check_decay(decay=decay)
     tx = adamw(0.02, hyperparameter_decay=0.1) if optimizer is None else optimizer
 
-    def places(layout: Layout) -> tuple[int, np.ndarray]:
-        place = layout.position("downstream", downstream)
-        return place, np.delete(np.arange(layout.size), place)
+    def mean(old: jax.Array, x: jax.Array, count: jax.Array) -> jax.Array:
+        """Of all so far, until that is as long as the mean with decay."""
+        return running_mean(old, x, count, decay / (1 - decay), decay)
 
     def logits(layout: Layout) -> LossLogits:
-        if layout.size < 2:
-            raise ValueError(
-                "softmax_alignment needs a loss to weigh besides the downstream one, "
-                f"got {listed(layout.names)} alone."
-            )
-        _, others = places(layout)
+        layout.check_others("softmax_alignment")
+        _, others = layout.apart(downstream)
         relative = list(layout.vector("epsilon", epsilon)[others])
         zeros = [jnp.zeros((), layout.dtype)] * len(others)
         mu = init_loss_logits(zeros, None, relative)
         return jax.tree.map(lambda x: x.astype(layout.dtype), mu)
 
     def weights(mu: LossLogits, layout: Layout) -> jax.Array:
-        _, others = places(layout)
+        _, others = layout.apart(downstream)
         return layout.full(0.0).at[others].set(jnp.stack(loss_weights(mu)))
 
     def init(layout: Layout) -> SoftmaxAlignmentState:
@@ -141,23 +136,20 @@ def softmax_alignment(
         gramian: jax.Array,
     ) -> tuple[jax.Array, SoftmaxAlignmentState]:
         del losses
-        place, others = places(layout)
-        norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
-        inverse = safe_divide(jnp.ones_like(norms), norms)
-        seen = gramian * inverse[:, None] * inverse[None, :]
+        place, others = layout.apart(downstream)
+        seen, norms = cosines(gramian)
         some = (norms > 0)[:, None] & (norms > 0)[None, :]
-        keep = jnp.where(some, kept(learned.num_seen, layout), 1)
-        cosines = keep * learned.cosines + (1 - keep) * seen
-        keep = kept(learned.num_batches, layout)
-        nu = keep * learned.gradient_norms + (1 - keep) * norms
+        angles = mean(learned.cosines, seen, learned.num_seen)
+        angles = jnp.where(some, angles, learned.cosines)
+        nu = mean(learned.gradient_norms, norms, learned.num_batches)
 
         def objective(mu: LossLogits) -> jax.Array:
             share = jnp.stack(loss_weights(mu)) * nu[others]
             share = safe_divide(share, jnp.sum(share))
-            squared = dot(share, dot(cosines[others][:, others], share))
+            squared = dot(share, dot(angles[others][:, others], share))
             rounding = jnp.finfo(layout.dtype).eps
             length = jnp.sqrt(jnp.maximum(squared, rounding))
-            return -dot(share, cosines[others, place]) / length
+            return -dot(share, angles[others, place]) / length
 
         slope = jax.grad(objective)(learned.mu)
         stepped = descend(tx, slope, learned.optimizer, learned.mu)
@@ -168,17 +160,12 @@ def softmax_alignment(
         )
         return weights(learned.mu, layout), SoftmaxAlignmentState(
             mu,
-            cosines,
+            angles,
             nu,
             optimizer,
             learned.num_seen + some,
             learned.num_batches + 1,
         )
-
-    def kept(count: jax.Array, layout: Layout) -> jax.Array:
-        """Share of the old mean: of all so far, until that is as long as running."""
-        share = jnp.minimum(decay, 1 - 1 / (count + 1.0))
-        return share.astype(layout.dtype)
 
     return make_weighting(
         init,
