@@ -11,7 +11,7 @@ import pytest
 import yoto_jax as yoto
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs" / "weightings.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def run(code):
@@ -35,8 +35,9 @@ def test_links_of_the_pages_lead_somewhere():
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
-PUBLIC = [(yoto, name) for name in yoto.__all__ if name != "weightings"]
-PUBLIC += [(yoto.weightings, name) for name in yoto.weightings.__all__]
+PACKAGES = (yoto.weightings, yoto.conditional)
+PUBLIC = [(yoto, n) for n in yoto.__all__ if n not in ("weightings", "conditional")]
+PUBLIC += [(package, name) for package in PACKAGES for name in package.__all__]
 
 
 @pytest.mark.parametrize(("module", "name"), PUBLIC)
@@ -50,14 +51,15 @@ def test_public_names_are_documented(module, name):
             assert section in documentation, f"{name} has no {section}"
 
 
-@pytest.mark.parametrize("module", [yoto, yoto.weightings])
+@pytest.mark.parametrize("module", [yoto, *PACKAGES])
 def test_all_is_what_a_package_shows(module):
     shown = {
         name
         for name, thing in vars(module).items()
         if not name.startswith("_") and not inspect.ismodule(thing)
     }
-    assert shown | {"weightings"} == {*module.__all__, "weightings"}
+    packages = {"weightings", "conditional"}
+    assert shown | packages == {*module.__all__} | packages
 
 
 @pytest.mark.parametrize("name", sorted({*yoto.weightings.__all__} - {"ntk_diagonal"}))

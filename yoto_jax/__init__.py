@@ -1,5 +1,6 @@
 """Train once: loss weights learned with the model, for JAX and Optax."""
 
+from yoto_jax import conditional as conditional
 from yoto_jax import weightings as weightings
 from yoto_jax._aggregate import aggregate as aggregate
 from yoto_jax._composite_loss import composite_loss as composite_loss
@@ -32,6 +33,7 @@ __all__ = [
     "add_hyperparameter_decay",
     "aggregate",
     "composite_loss",
+    "conditional",
     "init_loss_logits",
     "label_loss_logits",
     "loss_weights",

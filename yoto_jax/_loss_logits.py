@@ -284,9 +284,12 @@ def losses_in_order(losses: PyTree, mu: LossLogits) -> list[Any]:
 
 
 def check_structure(
-    structure: jax.tree_util.PyTreeDef, expected: jax.tree_util.PyTreeDef, owner: str
+    structure: jax.tree_util.PyTreeDef,
+    expected: jax.tree_util.PyTreeDef,
+    owner: str,
+    what: str = "losses",
 ) -> None:
-    """Raise unless losses have the structure that ``owner`` was initialised with."""
+    """Raise unless ``what`` has the structure that ``owner`` was made with."""
     if structure == expected:
         return
     got, wanted = loss_names(structure), loss_names(expected)
@@ -297,7 +300,7 @@ def check_structure(
         if which
     )
     raise ValueError(
-        f"losses do not match those that {owner} were initialised with; "
+        f"{what} do not match those of {owner}; "
         + (difference or f"containers: expected {expected}, got {structure}")
         + "."
     )

@@ -1,8 +1,11 @@
-"""The composite loss as a Flax Linen layer. Needs ``pip install yoto_jax[flax]``."""
+"""Layers for Flax Linen. Needs ``pip install yoto_jax[flax]``."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 try:
     from flax import linen as nn
@@ -20,6 +23,15 @@ from yoto_jax._loss_logits import (
     init_loss_logits,
     loss_weights,
 )
+from yoto_jax.conditional import Dirichlet, Distribution, Fixed, LogUniform, Uniform
+from yoto_jax.conditional._film import (
+    SLOPE,
+    Initialization,
+    beside,
+    check_initialization,
+    is_empty,
+    modulate,
+)
 
 
 def _from_state_dict(mu: LossLogits, state: dict[str, jax.Array]) -> LossLogits:
@@ -31,6 +43,19 @@ def _from_state_dict(mu: LossLogits, state: dict[str, jax.Array]) -> LossLogits:
 serialization.register_serialization_state(
     LossLogits, lambda mu: {"learned": mu.learned}, _from_state_dict
 )
+
+
+def _arrays(distribution: Distribution) -> dict[str, jax.Array]:
+    return {path[0].name: x for path, x in jax.tree.leaves_with_path(distribution)}
+
+
+def _with_arrays(distribution: Distribution, state: dict[str, Any]) -> Distribution:
+    structure = jax.tree.structure(distribution)
+    return structure.unflatten([state[name] for name in _arrays(distribution)])
+
+
+for _kind in (Dirichlet, Fixed, LogUniform, Uniform):
+    serialization.register_serialization_state(_kind, _arrays, _with_arrays)
 
 
 class CompositeLoss(nn.Module):
@@ -81,3 +106,113 @@ class CompositeLoss(nn.Module):
             )
         self.sow("intermediates", "loss_weights", loss_weights(mu))
         return composite_loss(losses, mu)
+
+
+class FiLM(nn.Module):
+    r"""Scale and shift every feature by what the loss weights say.
+
+    .. math::
+      y = (1 + s(c))\, x + t(c)
+
+    Put it behind ``nn.Dense`` or ``nn.Conv`` and before the nonlinearity, or behind the
+    normalisation of an attention block. See :func:`yoto_jax.conditional.film`.
+
+    Attributes:
+      hidden: Widths of the hidden layers between encoding and modulation. ``()`` is a
+        linear map: the choice behind a trunk of your own that several layers share.
+      initialization: ``"identity"``: the layer changes nothing at the start, exactly.
+        ``"reference"``: a network each for scale and shift, near the identity.
+      gain: Of the last layers of the reference initialisation.
+      dtype: Of the computation of scale and shift; default: that of its inputs.
+      param_dtype: Of the parameters.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from yoto_jax.linen import FiLM
+      >>> images, encoding = jnp.ones((2, 4, 4, 8)), jnp.array([[-1.0], [1.0]])
+      >>> layer = FiLM(hidden=(16,))
+      >>> variables = layer.init(jax.random.key(0), images, encoding)
+      >>> print((layer.apply(variables, images, encoding) == images).all())
+      True
+
+    References:
+      Perez et al., `FiLM <https://arxiv.org/abs/1709.07871>`_, 2018. Dosovitskiy and
+      Djolonga, `You Only Train Once
+      <https://openreview.net/forum?id=HyxY6JHKwr>`_, 2020.
+    """
+
+    hidden: Sequence[int] = (256,)
+    initialization: Initialization = "identity"
+    gain: float = 0.1
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, encoding: jax.Array) -> jax.Array:
+        """Modulated features ``(n, ..., C)``, for an encoding ``(n, E)``."""
+        check_initialization(self.initialization)
+        if is_empty(encoding):
+            return x
+        features = x.shape[-1]
+        if self.initialization == "identity":
+            both = self._network(encoding, "film", 2 * features, nn.initializers.zeros)
+            return modulate(x, *jnp.split(both, 2, axis=-1))
+        last = nn.initializers.variance_scaling(2 * self.gain**2, "fan_in", "normal")
+        scale = self._network(encoding, "scale", features, last)
+        shift = self._network(encoding, "shift", features, last)
+        return modulate(x, scale, shift)
+
+    def _network(self, c: jax.Array, name: str, features: int, last: Any) -> jax.Array:
+        first = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+        for i, width in enumerate((*self.hidden, features)):
+            c = nn.leaky_relu(c, SLOPE) if i else c
+            c = nn.Dense(
+                width,
+                kernel_init=last if i == len(self.hidden) else first,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name=f"{name}_{i}",
+            )(c)
+        return c
+
+
+class Gate(nn.Module):
+    r"""Multiply every feature by a gate that the loss weights open and close.
+
+    .. math::
+      y = 2\, \sigma(W c + b)\, x
+
+    Exactly the identity at the start. See :func:`yoto_jax.conditional.gate`.
+
+    Attributes:
+      dtype: Of the computation of the gate; default: that of its inputs.
+      param_dtype: Of the parameters.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from yoto_jax.linen import Gate
+      >>> x, encoding = jnp.arange(6.0).reshape(2, 3), jnp.array([[-1.0], [1.0]])
+      >>> variables = Gate().init(jax.random.key(0), x, encoding)
+      >>> print((Gate().apply(variables, x, encoding) == x).all())
+      True
+
+    References:
+      Bae et al., `Multi-Rate VAE <https://arxiv.org/abs/2212.03905>`_, 2023.
+    """
+
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, encoding: jax.Array) -> jax.Array:
+        """Gated features ``(n, ..., C)``, for an encoding ``(n, E)``."""
+        if is_empty(encoding):
+            return x
+        logits = nn.Dense(
+            x.shape[-1],
+            kernel_init=nn.initializers.zeros,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name="gate",
+        )(encoding)
+        return (beside(x, 2 * nn.sigmoid(logits), "the gate") * x).astype(x.dtype)
