@@ -243,13 +243,15 @@ def make(size: Size, extra: int = 0) -> tuple[Task, dict[str, scenes.Scenes], De
 
         return jax.lax.map(of_one, models)
 
-    def measure(models: PyTree) -> Measured:
+    def test(models: PyTree) -> Measured:
         measured: Measured = {}
         for domain, data in tests.items():
             of_domain = evaluate(models, data)
             measured |= {(m, domain): np.asarray(x) for m, x in of_domain.items()}
-        score = evaluate(models, validation)["delta1"]
-        return measured | {("validation", None): np.asarray(score)}
+        return measured
+
+    def validate(models: PyTree) -> np.ndarray:
+        return np.asarray(evaluate(models, validation)["delta1"])
 
     task = Task(
         name="depth",
@@ -267,7 +269,8 @@ def make(size: Size, extra: int = 0) -> tuple[Task, dict[str, scenes.Scenes], De
         encode=encode,
         losses=losses,
         downstream=downstream,
-        measure=measure,
+        validate=validate,
+        test=test,
         steps=size.steps,
         learning_rate=LEARNING_RATE,
         weight_decay=WEIGHT_DECAY,

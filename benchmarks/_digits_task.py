@@ -19,6 +19,8 @@ from sklearn.model_selection import train_test_split
 
 import yoto_jax as yoto
 from benchmarks._common import Record, describe, record, say, track, values
+from benchmarks._experiment import Measured as OfLanes
+from benchmarks._experiment import Task
 
 PyTree = Any
 Key = jax.Array
@@ -368,6 +370,71 @@ def _accuracy(models: PyTree, split: Split) -> jax.Array:
 def accuracy(models: PyTree, domains: dict[str, Split]) -> dict[str, np.ndarray]:
     """Accuracy of every run in every domain, [seeds, runs] each."""
     return {name: np.asarray(_accuracy(models, d)) for name, d in domains.items()}
+
+
+# The same as a task that one conditional model can be trained on.
+
+
+class ConstantRate(Task):
+    """A task without a schedule of the learning rate."""
+
+    def schedule(self, step: Any) -> jax.Array:
+        del step
+        return jnp.asarray(self.learning_rate)
+
+
+def as_task(data: Data, steps: int, seeds: int, learning_rate: float) -> Task:
+    """Digits for rules of training: one lane for each seed."""
+    validation = validation_domains(data.validation)
+    tests = test_domains(data.test)
+
+    def draw(split: Split, key: Key) -> tuple[jax.Array, ...]:
+        key_batch, key_view = jax.random.split(key)
+        chosen = jax.random.randint(key_batch, (BATCH,), 0, len(split.labels))
+        images = split.images[chosen]
+        return images, split.labels[chosen], stylise(key_view, images)
+
+    def held_out(model: PyTree, z: None, batch: tuple[jax.Array, ...]) -> jax.Array:
+        """The cross-entropy of stylised views."""
+        _, labels, view = batch
+        logits = classify(model, view)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def of_lanes(models: PyTree, domains: dict[str, Split]) -> dict[str, np.ndarray]:
+        one_run = jax.tree.map(lambda x: x[:, None], models)
+        return {name: x[:, 0] for name, x in accuracy(one_run, domains).items()}
+
+    def test(models: PyTree) -> OfLanes:
+        measured: OfLanes = {
+            ("accuracy", d): x for d, x in of_lanes(models, tests).items()
+        }
+        for domain, x in of_lanes(models, validation).items():
+            measured["accuracy", f"validation {domain}"] = x
+        return measured
+
+    def validate(models: PyTree) -> np.ndarray:
+        domain = {"stylised": validation["stylised"]}
+        return of_lanes(models, domain)["stylised"]
+
+    return ConstantRate(
+        name="digits",
+        settings={"steps": steps, "learning_rate": learning_rate, "batch": BATCH},
+        primary=PRIMARY,
+        auxiliary=AUXILIARY,
+        data=(data.train, data.validation),
+        init=init_model,
+        draw=lambda splits, key: draw(splits[0], key),
+        draw_held_out=lambda splits, key: draw(splits[1], key),
+        encode=lambda model, batch: None,
+        losses=lambda model, z, batch: losses(model, *batch),
+        downstream=held_out,
+        validate=validate,
+        test=test,
+        steps=steps,
+        learning_rate=learning_rate,
+        weight_decay=1e-4,  # the default of AdamW, as in the other runs
+        lanes=seeds,
+    )
 
 
 # Records.

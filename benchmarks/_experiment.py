@@ -16,7 +16,7 @@ import time
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,8 @@ Measured = dict[tuple[str, str | None], np.ndarray]
 DOWNSTREAM = "held out"
 SAVE_SECONDS = 20.0
 HISTORY_POINTS = 60
+CHOOSING = "choosing"
+"""Metric: what a rule spends on choosing weights, relative to training."""
 
 
 class Size(NamedTuple):
@@ -67,8 +69,9 @@ class Task:
       encode: ``encode(model, batch) -> z``.
       losses: ``losses(model, z, batch) -> losses`` by name.
       downstream: ``downstream(model, z, batch) -> loss`` on held-out data.
-      measure: ``measure(models) -> values [lanes]`` by metric and domain. The metric
-        ``"validation"`` is what searches go by; more is better.
+      validate: ``validate(models) -> values [lanes]``, what searches go by; more is
+        better.
+      test: ``test(models) -> values [lanes]`` by metric and domain.
       steps: Training steps of a run.
       learning_rate: Peak of the schedule.
       weight_decay: Of AdamW.
@@ -86,7 +89,8 @@ class Task:
     encode: Callable[[PyTree, PyTree], PyTree]
     losses: Callable[[PyTree, PyTree, PyTree], Losses]
     downstream: Callable[[PyTree, PyTree, PyTree], jax.Array]
-    measure: Callable[[PyTree], Measured]
+    validate: Callable[[PyTree], np.ndarray]
+    test: Callable[[PyTree], Measured]
     steps: int
     learning_rate: float
     weight_decay: float
@@ -96,6 +100,10 @@ class Task:
     def names(self) -> tuple[str, ...]:
         """The losses, the primary one first."""
         return (self.primary, *self.auxiliary)
+
+    def measure(self, models: PyTree) -> Measured:
+        """All that is measured of trained models, by metric and domain."""
+        return self.test(models) | {("validation", None): self.validate(models)}
 
     def schedule(self, step: Any) -> jax.Array:
         """Linear warm-up, then a cosine down to a hundredth."""
@@ -121,22 +129,49 @@ class Step(NamedTuple):
     state: Any
 
 
-class Rule(Protocol):
+class Rule:
     """How losses become a gradient."""
 
-    side_by_side: bool
+    side_by_side: bool = True
     """Whether lanes are one ``vmap``; else one after the other, so that work that is
     not due is not done."""
 
+    @property
+    def training(self) -> "Rule":
+        """The rule that trains, if this one differs only in what comes after."""
+        return self
+
     def configure(self, configs: Sequence[dict[str, Any]]) -> PyTree:
         """The configurations as arrays with an axis of lanes."""
-        ...
+        if any(configs):
+            raise ValueError("this rule has no configuration")
+        return jnp.zeros(len(configs))
 
-    def init(self, task: Task, config: PyTree) -> Any: ...
+    def init_model(self, task: Task, key: jax.Array) -> PyTree:
+        """What is trained: the model, and what the rule adds to it."""
+        return task.init(key)
+
+    def init(self, task: Task, config: PyTree) -> Any:
+        """The rule's own state."""
+        raise NotImplementedError
 
     def step(
         self, task: Task, data: PyTree, carry: "Carry", config: PyTree, key: jax.Array
-    ) -> Step: ...
+    ) -> Step:
+        """Losses, weights, gradient and new state for one step of one lane."""
+        raise NotImplementedError
+
+    def after(self, task: Task, carry: "Carry", part: int, parts: int) -> "Carry":
+        """What happens on the host after each part of the training, to all lanes."""
+        del task, part, parts
+        return carry
+
+    def finish(
+        self, task: Task, carry: "Carry", seeds: jax.Array
+    ) -> tuple[PyTree, dict[str, np.ndarray] | None]:
+        """The trained models, and the weights [lanes] that they are for, if chosen."""
+        del task, seeds
+        return carry.model, None
 
 
 class Carry(NamedTuple):
@@ -176,13 +211,11 @@ class SoftmaxState(NamedTuple):
     means: jax.Array  # [K + 1]
 
 
-class Softmax:
+class Softmax(Rule):
     """Softmax weights, learned as in YOTO with variations, or constant.
 
     All of them are one program: lanes differ in numbers alone.
     """
-
-    side_by_side = True
 
     def configure(self, configs: Sequence[dict[str, Any]]) -> Switches:
         rows = [Switches(**config) for config in configs]
@@ -282,7 +315,7 @@ class Softmax:
         return jax.grad(regularizer)(mu)
 
 
-class Weighted:
+class Weighted(Rule):
     """Any weighting of the library."""
 
     def __init__(
@@ -303,11 +336,6 @@ class Weighted:
         self.weighting = weighting
         self.steered = steered
         self.side_by_side = side_by_side
-
-    def configure(self, configs: Sequence[dict[str, Any]]) -> PyTree:
-        if any(configs):
-            raise ValueError("this rule has no configuration")
-        return jnp.zeros(len(configs))
 
     def init(self, task: Task, config: PyTree) -> Any:
         del config
@@ -384,7 +412,7 @@ def prepare(
     length = length or task.steps // chunks
     shapes = jax.eval_shape(lambda x: x, (task.data, jnp.arange(lanes), config))
     leaves, structure = jax.tree.flatten(shapes)
-    init, advance = _compile(task, rule, length, structure, tuple(leaves))
+    init, advance = _compile(task, rule.training, length, structure, tuple(leaves))
     return Program(init, advance, chunks)
 
 
@@ -396,7 +424,7 @@ def _compile(
     optimizer = task.optimizer()
 
     def init_one(seed: jax.Array, config: PyTree) -> Carry:
-        model = task.init(jax.random.key(seed))
+        model = rule.init_model(task, jax.random.key(seed))
         return Carry(
             jnp.zeros((), jnp.int32),
             model,
@@ -443,9 +471,11 @@ def train(task: Task, rule: Rule, run: Run) -> PyTree:
     seeds = jnp.full(task.lanes, run.seed)
     program = prepare(task, rule, config, task.lanes)
     carry = program.init(seeds, config)
-    for _ in range(program.chunks):
+    for part in range(program.chunks):
         carry, _ = program.advance(carry, task.data, seeds, config)
-    return jax.tree.map(lambda x: x[0], carry.model)
+        carry = rule.after(task, carry, part + 1, program.chunks)
+    models, _ = rule.finish(task, carry, seeds)
+    return jax.tree.map(lambda x: x[0], models)
 
 
 class Finished(NamedTuple):
@@ -536,7 +566,7 @@ class Runs:
         carry = program.init(seeds, config)
         group = json.dumps([run.key for run in filled])
         carry, parts, seconds = self._saved(group, carry)
-        saved = time.monotonic()
+        saved, choosing = time.monotonic(), 0.0
         for _ in range(len(parts), program.chunks):
             started = time.monotonic()
             carry, seen = jax.block_until_ready(
@@ -544,6 +574,9 @@ class Runs:
             )
             parts.append(jax.device_get(seen))
             seconds += time.monotonic() - started
+            started = time.monotonic()
+            carry = rule.after(task, carry, len(parts), program.chunks)
+            choosing += time.monotonic() - started
             share = len(runs) * len(parts) / program.chunks
             self._bar.update(
                 self._row,
@@ -554,11 +587,18 @@ class Runs:
                 self._save(group, carry, parts, seconds)
                 saved = time.monotonic()
         losses, weights = (np.concatenate(x) for x in zip(*parts, strict=True))
-        measured = {k: np.asarray(v) for k, v in task.measure(carry.model).items()}
+        started = time.monotonic()
+        models, chosen = rule.finish(task, carry, seeds)
+        choosing += time.monotonic() - started
+        measured = {k: np.asarray(v) for k, v in task.measure(models).items()}
         last = max(1, len(losses) // 20)
         for i, name in enumerate(task.names):
             measured[f"loss:{name}", None] = losses[-last:, :, i].mean(0)
-            measured[f"weight:{name}", None] = weights[-1, :, i]
+            final = weights[-1, :, i] if chosen is None else chosen[name]
+            measured[f"weight:{name}", None] = final
+        if chosen is not None:
+            share = np.full(task.lanes, choosing / seconds)
+            measured[CHOOSING, None] = share
         with self.path.open("a") as file:
             for lane, run in enumerate(runs):
                 done = Finished(

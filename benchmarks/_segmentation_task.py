@@ -255,14 +255,16 @@ def make(size: Size, source: Source) -> tuple[Task, Any]:
         stylise(key, validation.images, source.targets[drawn]), validation.labels
     )
 
-    def measure(models: PyTree) -> Measured:
-        measured: Measured = {
+    def test(models: PyTree) -> Measured:
+        return {
             ("mIoU", domain): np.asarray(evaluate(models, images))
             for domain, images in source.tests.items()
         }
+
+    def validate(models: PyTree) -> np.ndarray:
+        """All that a selection may look at: no labelled image of a target condition."""
         clean, shifted = evaluate(models, validation), evaluate(models, styled)
-        # All that a selection may look at: no image of a target condition has a label.
-        return measured | {("validation", None): np.asarray((clean + shifted) / 2)}
+        return np.asarray((clean + shifted) / 2)
 
     task = Task(
         name=name_of(source),
@@ -283,7 +285,8 @@ def make(size: Size, source: Source) -> tuple[Task, Any]:
         encode=encode,
         losses=losses,
         downstream=downstream,
-        measure=measure,
+        validate=validate,
+        test=test,
         steps=size.steps,
         learning_rate=LEARNING_RATE,
         weight_decay=WEIGHT_DECAY,

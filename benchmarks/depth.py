@@ -38,7 +38,10 @@ def contest(made: experiment.Task | None, budget: int | None = None) -> Contest:
     methods = _contest.methods(
         len(task.AUXILIARY), GRID, BOUNDS, PUBLISHED, PAPER, RHOS, budget
     )
-    return Contest(made, METRIC, 1, "delta1 (%)", task.SEEN, task.UNSEEN, methods)
+    rules = _contest.rules(BOUNDS)
+    return Contest(
+        made, METRIC, 1, "delta1 (%)", task.SEEN, task.UNSEEN, methods, rules
+    )
 
 
 def main(options: Options) -> None:

@@ -39,7 +39,8 @@ def contest(made: experiment.Task | None, budget: int | None = None) -> Contest:
     methods = _contest.methods(
         len(task.AUXILIARY), GRID, BOUNDS, PUBLISHED, PAPER, RHOS, budget
     )
-    return Contest(made, METRIC, 1, "mIoU (%)", task.CLEAN, task.UNSEEN, methods)
+    rules = _contest.rules(BOUNDS, groups=4)
+    return Contest(made, METRIC, 1, "mIoU (%)", task.CLEAN, task.UNSEEN, methods, rules)
 
 
 def main(options: Options) -> None:

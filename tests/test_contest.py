@@ -409,7 +409,7 @@ def contest_of(searches, better=1):
     task = SimpleNamespace(name="stub", primary="p", auxiliary=NAMES)
     methods = {"grid": Method("grid", search=lambda seed: searches[seed])}
     unseen = ("far", "farther")
-    return Contest(task, "score", better, "points", "near", unseen, methods)
+    return Contest(task, "score", better, "points", "near", unseen, methods, {})
 
 
 def points(n):
@@ -575,10 +575,10 @@ def test_gp_without_torch_is_left_out_otherwise(monkeypatch, capsys):
 def test_every_method_has_a_rule_and_settings_of_it(module):
     contest = module.contest(None)
     for method in contest.methods.values():
-        assert method.rule in _contest.RULES
+        assert method.rule in contest.rules
         if method.search:
             continue
-        rule = _contest.RULES[method.rule]
+        rule = contest.rules[method.rule]
         config = method.config or {}
         if method.rule == _contest.SOFTMAX:
             assert len(config["ratios"]) == len(module.task.AUXILIARY)

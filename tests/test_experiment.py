@@ -84,13 +84,13 @@ def error(models):
     return jax.vmap(of_one)(models)
 
 
-def measure(models):
+def evaluate(models):
     seen, shifted = np.asarray(error(models)).T
-    return {
-        ("error", "seen"): seen,
-        ("error", "shifted"): shifted,
-        ("validation", None): -shifted,
-    }
+    return {("error", "seen"): seen, ("error", "shifted"): shifted}
+
+
+def validate(models):
+    return -evaluate(models)["error", "shifted"]
 
 
 TASK = experiment.Task(
@@ -105,7 +105,8 @@ TASK = experiment.Task(
     encode=encode,
     losses=losses,
     downstream=downstream,
-    measure=measure,
+    validate=validate,
+    test=evaluate,
     steps=STEPS,
     learning_rate=0.1,
     weight_decay=0.01,
