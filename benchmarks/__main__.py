@@ -19,12 +19,17 @@ BENCHMARKS = {
     "depth": "the paper's depth task: one run against searches",
     "segmentation": "the paper's segmentation task: one run against searches",
     "ablations": "what in YOTO does what, on the depth task",
+    "beta_vae": "one conditional VAE against one for each beta",
+    "style": "one conditional style transfer against fixed weights",
+    "compression": "one conditional image codec against fixed ones and JPEG",
+    "pareto": "a Pareto front from one model, against a grid of models",
 }
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "weightings.md",
+    ROOT / "docs" / "conditional.md",
     ROOT / "benchmarks" / "README.md",
 )
 
@@ -76,7 +81,7 @@ def _stored(results: Path) -> Iterator[tuple[str, Any, Path]]:
 
 
 def parser() -> argparse.ArgumentParser:
-    listing = "\n".join(f"  {name:<10} {what}" for name, what in BENCHMARKS.items())
+    listing = "\n".join(f"  {name:<12} {what}" for name, what in BENCHMARKS.items())
     top = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=f"benchmarks:\n{listing}\n\nupkeep:\n"
