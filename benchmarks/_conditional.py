@@ -130,8 +130,7 @@ class Chosen(Rule):
             return carry
         best = self.best(task, carry)
         support = self.conditional.support(task)
-        narrow = lambda now, best: conditional.narrow(now, best, FACTOR, support)
-        return carry._replace(rule=jax.jit(jax.vmap(narrow))(carry.rule, best))
+        return carry._replace(rule=_narrowed(carry.rule, best, support))
 
     def finish(
         self, task: Task, carry: Carry, seeds: jax.Array
@@ -139,10 +138,8 @@ class Chosen(Rule):
         if self.pick == "validation":
             chosen = self.best(task, carry)
         else:
-            picker = {"yoto": _yoto, "grap": _grap, "gradient": _gradient}[self.pick]
-            pick = functools.partial(picker, self.conditional, task, task.data)
-            lanes = lambda lanes: jax.lax.map(lambda lane: pick(*lane), lanes)
-            chosen = jax.jit(lanes)((carry.model, seeds))
+            lanes = (carry.model, seeds)
+            chosen = _picked(self.pick, self.conditional, task, task.data, lanes)
         models = _all_models(self.conditional, task, carry.model, chosen)
         share = jax.device_get(normalized(chosen))
         return models, {name: np.asarray(share[name]) for name in task.names}
@@ -169,6 +166,24 @@ def _all_models(
 ) -> PyTree:
     """The plain models [lanes] for weights [lanes]."""
     return jax.vmap(functools.partial(rule.model, task))(trained, weights)
+
+
+@jax.jit
+def _narrowed(
+    now: conditional.LogUniform, best: PyTree, support: conditional.LogUniform
+) -> conditional.LogUniform:
+    """Narrower ranges [lanes] around the best weights [lanes]."""
+    narrow = lambda now, best: conditional.narrow(now, best, FACTOR, support)
+    return jax.vmap(narrow)(now, best)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _picked(
+    pick: Pick, rule: Conditional, task: Task, data: PyTree, lanes: Any
+) -> PyTree:
+    """Weights [lanes] that somebody picks for trained models [lanes] and seeds."""
+    picker = {"yoto": _yoto, "grap": _grap, "gradient": _gradient}[pick]
+    return jax.lax.map(lambda lane: picker(rule, task, data, *lane), lanes)
 
 
 def normalized(weights: PyTree) -> PyTree:

@@ -587,9 +587,11 @@ class Runs:
                 self._save(group, carry, parts, seconds)
                 saved = time.monotonic()
         losses, weights = (np.concatenate(x) for x in zip(*parts, strict=True))
-        started = time.monotonic()
         models, chosen = rule.finish(task, carry, seeds)
-        choosing += time.monotonic() - started
+        if chosen is not None:  # Once more, without the compilation, for the time.
+            started = time.monotonic()
+            rule.finish(task, carry, seeds)
+            choosing += time.monotonic() - started
         measured = {k: np.asarray(v) for k, v in task.measure(models).items()}
         last = max(1, len(losses) // 20)
         for i, name in enumerate(task.names):
