@@ -36,7 +36,8 @@ LEARNING_RATE = 1e-3
 RANDOM_DRAWS = len(task.GRID)
 BOUNDS = (0.01, 100.0)  # of random search
 CONDITIONED = ((0.1, 10.0),) * len(task.AUXILIARY)  # those of the grid
-ROUNDS = 9  # of timing
+ROUNDS = {"quick": 1, "cpu": 9, "gpu": 9}  # of timing
+QUICK = tuple(m for m in METHODS if m not in CONDITIONAL[1:])
 PAPER_RHO = 20.0
 HISTORY_POINTS = 100
 
@@ -56,6 +57,8 @@ ROWS = {  # (method, config or None for the only one): name in the table
 def main(options: Options) -> None:
     options.refuse_data()
     methods = options.choose(METHODS)
+    if options.methods is None and options.preset == "quick":
+        methods = QUICK
     steps = options.steps or STEPS[options.preset]
     data = task.load()
     records = task.regulariser_records("all")
@@ -155,7 +158,8 @@ def run_conditional(
         for method in methods
     }
     timed = {name: (rules[name], {}) for name in (_contest.PLAIN, "conditional")}
-    ratios = experiment.step_ratios(made, timed, _contest.PLAIN, ROUNDS)
+    rounds = ROUNDS[options.preset]
+    ratios = experiment.step_ratios(made, timed, _contest.PLAIN, rounds)
     ratio = float(np.median(ratios["conditional"]))
     records = []
     for method, found in finished.items():

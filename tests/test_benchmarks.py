@@ -170,7 +170,9 @@ def test_meta_names_no_folder_of_this_machine(result, folder):
     assert result["meta"]["command"].startswith("python -m benchmarks digits")
 
 
-@pytest.mark.parametrize(("method", "config"), digits.ROWS)
+@pytest.mark.parametrize(
+    ("method", "config"), [row for row in digits.ROWS if row[0] in digits.QUICK]
+)
 def test_every_method_has_every_seed_and_domain(method, config, result):
     for domain in ("clean", *task.UNSEEN):
         records = _common.select(
@@ -215,7 +217,7 @@ def test_best_of_n_of_all_is_the_validated_best(result):
 
 
 def test_sentences_follow_from_the_records(result):
-    assert len(digits.conclusions(result)) == 6
+    assert len(digits.conclusions(result)) == 9
     better = json.loads(json.dumps(result))
     for record in better["records"]:
         if record["method"] == "yoto" and record["unseen"]:
