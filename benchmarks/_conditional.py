@@ -146,7 +146,7 @@ class Chosen(Rule):
 
     def best(self, task: Task, carry: Carry) -> PyTree:
         """The weights [lanes] that validate best, of a grid over the present range."""
-        n = round(CANDIDATES ** (1 / len(self.conditional.bounds)))
+        n = max(2, round(CANDIDATES ** (1 / len(self.conditional.bounds))))
         candidates = jax.vmap(lambda now: now.grid(n))(carry.rule)  # [lanes, points]
         points = len(jax.tree.leaves(candidates)[0][0])
         scores = []

@@ -565,8 +565,8 @@ class Runs:
         program = prepare(task, rule, config, task.lanes)
         carry = program.init(seeds, config)
         group = json.dumps([run.key for run in filled])
-        carry, parts, seconds = self._saved(group, carry)
-        saved, choosing = time.monotonic(), 0.0
+        carry, parts, (seconds, choosing) = self._saved(group, carry)
+        saved = time.monotonic()
         for _ in range(len(parts), program.chunks):
             started = time.monotonic()
             carry, seen = jax.block_until_ready(
@@ -584,7 +584,7 @@ class Runs:
                 description=description,
             )
             if time.monotonic() - saved > SAVE_SECONDS and len(parts) < program.chunks:
-                self._save(group, carry, parts, seconds)
+                self._save(group, carry, parts, (seconds, choosing))
                 saved = time.monotonic()
         losses, weights = (np.concatenate(x) for x in zip(*parts, strict=True))
         models, chosen = rule.finish(task, carry, seeds)
@@ -627,7 +627,9 @@ class Runs:
             f"{left / 60:.0f} min left ({description}: {seconds:.1f} s)"
         )
 
-    def _save(self, group: str, carry: Carry, parts: list[Any], seconds: float) -> None:
+    def _save(
+        self, group: str, carry: Carry, parts: list[Any], seconds: tuple[float, float]
+    ) -> None:
         leaves = [np.asarray(_bare(leaf)) for leaf in jax.tree.leaves(carry)]
         arrays = {f"leaf {i}": leaf for i, leaf in enumerate(leaves)}
         for i, (losses, weights) in enumerate(parts):
@@ -646,31 +648,33 @@ class Runs:
             os.fsync(file.fileno())
         temporary.replace(self.partial)
 
-    def _saved(self, group: str, fresh: Carry) -> tuple[Carry, list[Any], float]:
+    def _saved(
+        self, group: str, fresh: Carry
+    ) -> tuple[Carry, list[Any], tuple[float, float]]:
         """What was saved of this group of runs, or a fresh start."""
         if not self.partial.is_file():
-            return fresh, [], 0.0
+            return fresh, [], (0.0, 0.0)
         leaves, structure = jax.tree.flatten(fresh)
         try:
             with self.partial.open("rb") as stream, np.load(stream) as file:
                 saved = {name: file[name] for name in file.files}
             if (str(saved["header"]), str(saved["group"])) != (self.header, group):
-                return fresh, [], 0.0
+                return fresh, [], (0.0, 0.0)
             stored = [saved[f"leaf {i}"] for i in range(len(leaves))]
             parts = [
                 (saved[f"losses {i}"], saved[f"weights {i}"])
                 for i in range(int(saved["parts"]))
             ]
-            seconds = float(saved["seconds"])
+            training, choosing = map(float, saved["seconds"])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             say(f"{self.partial} cannot be used: {error}. Its runs start again.")
-            return fresh, [], 0.0
+            return fresh, [], (0.0, 0.0)
         kinds = [(x.shape, x.dtype) for x in map(_bare, leaves)]
         if [(x.shape, x.dtype) for x in stored] != kinds:
             say(f"{self.partial} is of another version. Its runs start again.")
-            return fresh, [], 0.0
+            return fresh, [], (0.0, 0.0)
         stored = [_like(x, leaf) for x, leaf in zip(stored, leaves, strict=True)]
-        return structure.unflatten(stored), parts, seconds
+        return structure.unflatten(stored), parts, (training, choosing)
 
 
 def _bare(leaf: jax.Array) -> jax.Array:

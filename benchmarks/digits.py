@@ -292,6 +292,7 @@ def conclusions(result: Result) -> list[str]:
         if _of(result, "grid"):
             sentences.append(_cause(result))
     if _of(result, "conditional"):
+        rivals += [("yoto", None), ("paper", None)]
         present = [rival for rival in rivals if _of(result, rival[0])]
         sentences += [_comparison(result, *r, ours="conditional") for r in present]
     sentences += [_hold(result, method) for method in LEARNED if _of(result, method)]

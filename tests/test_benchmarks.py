@@ -217,7 +217,7 @@ def test_best_of_n_of_all_is_the_validated_best(result):
 
 
 def test_sentences_follow_from_the_records(result):
-    assert len(digits.conclusions(result)) == 9
+    assert len(digits.conclusions(result)) == 11
     better = json.loads(json.dumps(result))
     for record in better["records"]:
         if record["method"] == "yoto" and record["unseen"]:

@@ -972,3 +972,35 @@ def test_the_focal_loss_of_extreme_logits(classes):
         np.testing.assert_allclose(value, [0, 2e4], rtol=1e-6)
         for leaf in jax.tree.leaves(gradients):
             assert np.isfinite(leaf).all()
+
+
+def test_a_grid_of_too_many_models_says_so():
+    low = {str(k): 0.1 for k in range(40)}
+    support = conditional.LogUniform(low, 10.0)
+    with pytest.raises(ValueError, match="use sample instead"):
+        support.grid(2)
+
+
+def test_narrowing_leaves_a_pinned_weight_where_it_is():
+    pinned = conditional.LogUniform({"a": 1.0, "b": 0.1}, {"a": 1.0, "b": 10.0})
+    wider = conditional.LogUniform({"a": 0.1, "b": 0.01}, {"a": 10.0, "b": 100.0})
+    narrowed = conditional.narrow(pinned, {"a": 5.0, "b": 1.0}, 0.5, wider)
+    np.testing.assert_array_equal(narrowed.low[0], 1.0)
+    np.testing.assert_array_equal(narrowed.high[0], 1.0)
+    np.testing.assert_allclose(narrowed.high[1] / narrowed.low[1], 10.0, rtol=1e-4)
+
+
+def test_weights_of_low_precision_may_be_rounded_over_the_edge():
+    support = conditional.LogUniform({"a": 0.01}, {"a": 0.3})
+    end = jnp.bfloat16(0.3)
+    assert float(end) > 0.3 * (1 + 1e-4)
+    np.testing.assert_array_equal(conditional.encode({"a": end}, support), [1.0])
+    with pytest.raises(ValueError, match="outside its range"):
+        conditional.encode({"a": float(end)}, support)
+
+
+def test_an_example_that_cannot_be_wrong_has_no_focal_loss():
+    logits = jnp.array([[0.0, -jnp.inf]])
+    for gamma in (0.0, 2.0):
+        loss = conditional.focal_loss(logits, jnp.array([0]), gamma)
+        np.testing.assert_array_equal(loss, [0.0])

@@ -154,3 +154,10 @@ def test_errors_name_what_is_wrong(params):
         conditional.modulated(wider, made, ENCODING)
     with pytest.raises(ValueError, match="no parameter is modulated"):
         conditional.init_modulation(jax.random.key(0), 2, {"n": jnp.arange(3)})
+
+
+def test_an_encoding_of_another_size_is_refused(params):
+    for hidden in ((), (4,)):
+        made = conditional.init_modulation(jax.random.key(0), 2, params, hidden)
+        with pytest.raises(ValueError, match="for encodings of size 2, got 3"):
+            conditional.modulated(params, made, jnp.ones(3))

@@ -320,7 +320,7 @@ def test_eight_devices_equal_one(row):
         f, options = functools.partial(head, 3), {"encoder": encoder}
         one = jax.jit(yoto.value_and_grad(f, weighting, **options))
     many = yoto.value_and_grad(f, weighting, axis_name="d", **options)
-    ways = {"shard_map": on_shards(many)}
+    ways: dict[str, Any] = {"shard_map": on_shards(many)}
     if row in PMAPPED:
         ways["pmap"] = on_replicas(many)
     # Placed as they come out: otherwise the second step is another program.

@@ -15,6 +15,7 @@ from yoto_jax.conditional import _points
 Method = Literal["random", "stratified", "sobol"]
 AnyBox = TypeVar("AnyBox", bound="Box")
 
+_LARGEST_GRID = 10**7
 _SLACK = 1e-4  # relative, for what rounding does to a weight at the edge of its range
 _TINY = float(np.finfo(np.float32).tiny)  # smaller numbers count as 0
 
@@ -111,7 +112,7 @@ class Distribution:
         """Where weights ``(..., K)``, or the nearest inside, are: from 0 to 1."""
         raise NotImplementedError
 
-    def outside(self, vectors: np.ndarray) -> str:
+    def outside(self, vectors: np.ndarray, slack: float = _SLACK) -> str:
         """What is wrong with weights that lie outside, or nothing."""
         raise NotImplementedError
 
@@ -204,10 +205,10 @@ class Box(Distribution):
         above = self._scale(self.nearest(vectors)) - start
         return jnp.where(wide, above / jnp.where(wide, end - start, 1), 0.0)
 
-    def outside(self, vectors: np.ndarray) -> str:
+    def outside(self, vectors: np.ndarray, slack: float = _SLACK) -> str:
         low, high = (np.asarray(x, np.float64) for x in self.bounds())
         found = vectors.reshape(-1, len(low))
-        inside = (found >= low * (1 - _SLACK)) & (found <= high * (1 + _SLACK))
+        inside = (found >= low * (1 - slack)) & (found <= high * (1 + slack))
         if inside.all():
             return ""
         row, k = np.argwhere(~inside)[0]
@@ -218,6 +219,11 @@ class Box(Distribution):
 
     def _lattice(self, n: int) -> jax.Array:
         varying = sum(self.free)
+        if n**varying > _LARGEST_GRID:
+            raise ValueError(
+                f"{n} values of each of {varying} weights make {n**varying} models; "
+                "use sample instead, by method 'sobol' or 'stratified'."
+            )
         digits = n ** np.arange(varying)[::-1]
         steps = np.arange(n**varying)[:, None] // digits[None] % n
         return self.at(self._spread(jnp.asarray(steps / (n - 1), jnp.float32)))
@@ -417,14 +423,14 @@ class Dirichlet(Distribution):
     def positions(self, vectors: jax.Array) -> jax.Array:
         return clip(vectors, jnp.zeros_like(vectors), jnp.ones_like(vectors))
 
-    def outside(self, vectors: np.ndarray) -> str:
+    def outside(self, vectors: np.ndarray, slack: float = _SLACK) -> str:
         rows = vectors.reshape(-1, len(self.free))
-        inside = (rows >= -_SLACK) & (rows <= 1 + _SLACK)
+        inside = (rows >= -slack) & (rows <= 1 + slack)
         if not inside.all():
             row, k = np.argwhere(~inside)[0]
             return _outside(rows[row, k], self.names[k], 0, 1)
         sums = rows.sum(axis=-1)
-        if not (abs(sums - 1) <= _SLACK).all():
+        if not (abs(sums - 1) <= slack * len(self.free)).all():
             worst = sums[np.argmax(abs(sums - 1))]
             return f"the weights of an example must sum to 1, not to {worst:g}"
         return ""
@@ -500,9 +506,10 @@ def narrow(
     width = support.positions(distribution.high) - support.positions(distribution.low)
     width = jnp.asarray(factor, jnp.float32) * width
     start = jnp.clip(middle - width / 2, 0, 1 - width)
-    leaves, static = jax.tree.flatten(distribution)
-    del leaves
-    return static.unflatten([support.at(start), support.at(start + width)])
+    (low, high), static = jax.tree.flatten(distribution)
+    free = np.array(distribution.free)  # What is pinned stays, whatever the support.
+    low = jnp.where(free, support.at(start), low)
+    return static.unflatten([low, jnp.where(free, support.at(start + width), high)])
 
 
 # Checks.

@@ -43,8 +43,9 @@ def encode(
 
     Raises:
       ValueError: The weights do not match the support, have different shapes, or lie
-        outside: a model knows nothing of weights it was not trained for. Under ``jit``,
-        where values are not known, weights outside count as the nearest ones inside.
+        outside: a model knows nothing of weights it was not trained for. Under ``jit``
+        and ``vmap``, where values are not known, each weight outside counts as the
+        nearest one inside its own range.
         Or unknown options; or ``"log"`` for weights that can be 0.
 
     Examples:
@@ -72,7 +73,7 @@ def encode(
     """
     _check_options(support, fourier, transform)
     vectors = support.vectors(weights)
-    _check_known(vectors, support)
+    _check_known(weights, vectors, support)
     if isinstance(support, Box) and transform == "log":
         features = jnp.log(support.nearest(vectors))
     else:
@@ -112,12 +113,16 @@ def encoding_size(
     return base * (1 + 2 * fourier)
 
 
-def _check_known(vectors: jax.Array, support: Distribution) -> None:
+def _check_known(weights: PyTree, vectors: jax.Array, support: Distribution) -> None:
     """Raise if weights whose values are known lie outside the support."""
     arrays = (vectors, *jax.tree.leaves(support))
     if any(isinstance(x, jax.core.Tracer) for x in arrays):
         return
-    if trouble := support.outside(np.asarray(vectors, np.float64)):
+    # What their own type does to weights at the edge of a range is no mistake.
+    kinds = [jnp.result_type(x) for x in jax.tree.leaves(weights)]
+    narrow = [k for k in kinds if jnp.issubdtype(k, jnp.floating)]
+    slack = max([1e-4, *(float(jnp.finfo(k).eps) for k in narrow)])
+    if trouble := support.outside(np.asarray(vectors, np.float64), slack):
         raise ValueError(f"{trouble}.")
 
 

@@ -69,8 +69,9 @@ def modulated(
     .. math::
       W' = W \operatorname{diag}(1 + s(c)), \quad b' = b + t(c)
 
-    FiLM of every layer, folded into the parameters: kernels are scaled by output
-    feature, vectors are shifted. Whatever takes ``params`` takes the result: train
+    FiLM of every layer, folded into the parameters: those of one axis are shifted, all
+    others (the biases of Flax's attention, or of stacked layers, among them) are scaled
+    along their last axis. Whatever takes ``params`` takes the result: train
     through it, and keep the result as an ordinary model, with no cost at inference.
 
     Args:
@@ -109,6 +110,11 @@ def modulated(
     if encoding.shape[0] == 0:
         return params
     heads = modulation["heads"]
+    first = (*modulation["trunk"], *heads.values())[0]["kernel"].shape[0]
+    if encoding.shape != (first,):
+        raise ValueError(
+            f"the modulation is for encodings of size {first}, got {encoding.shape[0]}."
+        )
     hidden = encoding
     if modulation["trunk"]:
         hidden = jax.nn.leaky_relu(mlp(modulation["trunk"], encoding), 0.2)

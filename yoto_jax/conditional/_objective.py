@@ -32,8 +32,9 @@ def conditional_loss(
       losses: Tree of losses, each with one value per example: arrays ``(n,)``.
       weights: Tree of arrays ``(n,)`` with the same structure, from ``sample``.
       normalize: The divisor c: ``None`` for 1, ``"sum"`` of an example's weights, their
-        ``"geometric"`` mean (the reference's option), their ``"max"``, or a function of
-        the tree of weights. The network is told the weights as they were.
+        ``"geometric"`` mean (the reference's option; for positive weights alone), their
+        ``"max"``, or a function of the tree of weights. The network is told the
+        weights as they were.
       scalarization: What makes one number of the losses of an example: a function of
         two trees, such as :func:`weighted_sum` (the default), :func:`cosmos`,
         :func:`smooth_chebyshev`, :func:`pbi`, or ``functools.partial`` of one of them.
@@ -374,6 +375,8 @@ def focal_loss(
     # log(1 - p) from the other classes: 1 - p itself loses all digits as p nears 1.
     log_wrong = jax.nn.logsumexp(jnp.where(right, -jnp.inf, log_p), axis=-1)
     focus = _per_example("gamma", gamma, log_right)
+    # An example that cannot be wrong has log(1 - p) = -inf, and 0 times that is NaN.
+    log_wrong = jnp.where(focus > 0, log_wrong, 0)
     return -jnp.exp(focus * log_wrong) * log_right
 
 

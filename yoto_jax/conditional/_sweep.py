@@ -289,7 +289,7 @@ def select(
         )
     table = _known(metrics)
     bounds = [
-        (name, sign, bound)
+        (name, sign, float(bound))
         for sign, given in ((1, at_least), (-1, at_most))
         for name, bound in (given or {}).items()
     ]
