@@ -9,6 +9,7 @@ from yoto_jax._gradients import (
     combine_rows,
     if_due,
     place_of,
+    spread_of,
     stacked,
     statistics_of,
 )
@@ -17,7 +18,10 @@ from yoto_jax.weightings._protocol import GRADIENT_STATISTICS, LossWeighting
 
 
 def aggregate(
-    weighting: LossWeighting, losses: PyTree | int
+    weighting: LossWeighting,
+    losses: PyTree | int,
+    *,
+    param_specs: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Combine per-loss gradients, stacked on a leading axis, into one gradient.
 
@@ -32,6 +36,8 @@ def aggregate(
       weighting: Any :class:`yoto_jax.LossWeighting`.
       losses: A tree of losses, or of anything with their shape and dtype; or just their
         number K.
+      param_specs: ``PartitionSpec`` of the parameters where ``shard_map`` spreads them
+        over devices, see :func:`yoto_jax.value_and_grad`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose state is that of the weighting.
@@ -95,9 +101,10 @@ def aggregate(
         return combine_rows(updates, stacked(weights)), state
 
     def statistics(rows: PyTree) -> dict[str, jax.Array]:
+        spread = spread_of(rows, param_specs)
         if not aligned:
-            return statistics_of(rows, asked)
-        found = statistics_of(rows, [*asked, "gramian"])
+            return statistics_of(rows, asked, spread)
+        found = statistics_of(rows, [*asked, "gramian"], spread)
         place = place_of(weighting.downstream, optax.tree.ones_like(losses))
         return found | {"alignment": found["gramian"][place]}
 

@@ -37,6 +37,7 @@ def value_and_grad(
     encoder: Callable[..., PyTree] | None = None,
     has_aux: bool = False,
     axis_name: Hashable | tuple[Hashable, ...] | None = None,
+    param_specs: PyTree | None = None,
     select: Where | None = None,
     heads: Where | None = None,
     weigh_heads: bool = False,
@@ -79,6 +80,10 @@ def value_and_grad(
       axis_name: Axis, or axes, of ``pmap`` or ``shard_map`` that the batch is spread
         over. Losses and gradients are averaged over it *before* a weight is formed, and
         come out averaged. Under ``jit`` with sharded arrays nothing is needed.
+      param_specs: Where ``shard_map`` spreads the parameters themselves over devices
+        (``loss_fn`` then gathers them, or sums what the parts give): their
+        ``PartitionSpec``, as in its ``in_specs``. Inner products and norms are then
+        sums over all parts, and gradients come out in parts.
       select: Part of the parameters whose gradients the weighting gets to see.
       heads: Part of the parameters that descends the plain sum of the losses, as the
         heads do with ``encoder``. All others follow the weights, and the weighting gets
@@ -169,15 +174,16 @@ def value_and_grad(
         kwargs: dict[str, Any],
         trains: bool = False,
     ) -> _Pass:
+        place = Placement(axes, spread_of(params, param_specs))
         local = _vary(params, axes)
         if encoder is None:
             f = lambda p: _split(loss_fn(p, *args, **kwargs), has_aux)
             return _direct(
-                f, local, axes, weighting, select, heads, chunk_size, keep_gradients
+                f, local, place, weighting, select, heads, chunk_size, keep_gradients
             )
         encode = lambda p: encoder(p, *args, **kwargs)
         decode = lambda p, z: _split(loss_fn(p, z, *args, **kwargs), has_aux)
-        return _encoded(encode, decode, local, axes, weigh_heads, trains)
+        return _encoded(encode, decode, local, place, weigh_heads, trains)
 
     def fn(
         params: PyTree,
@@ -243,6 +249,7 @@ def value_and_jacobian(
     *,
     has_aux: bool = False,
     axis_name: Hashable | tuple[Hashable, ...] | None = None,
+    param_specs: PyTree | None = None,
     chunk_size: int | None = None,
 ) -> Callable[..., Any]:
     """Losses, and their gradients stacked on a leading axis, for ``aggregate``.
@@ -252,6 +259,7 @@ def value_and_jacobian(
       has_aux: Whether ``loss_fn`` returns ``(losses, aux)``.
       axis_name: Axis, or axes, of ``pmap`` or ``shard_map`` that the batch is spread
         over: losses and gradients come out averaged over it.
+      param_specs: See :func:`value_and_grad`.
       chunk_size: How many gradients are computed at a time (``None``: all).
 
     Returns:
@@ -275,10 +283,11 @@ def value_and_jacobian(
 
     def fn(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
         f = lambda p: _split(loss_fn(p, *args, **kwargs), has_aux)
+        spread = spread_of(params, param_specs)
         losses, pullback, aux = jax.vjp(f, _vary(params, axes), has_aux=True)
-        pull = lambda cotangents: mean_over(pullback(cotangents)[0], axes)
+        pull = lambda cotangents: mean_over(pullback(cotangents)[0], axes, spread)
         jacobian = _rows(pull, losses, chunk_size)
-        losses = mean_over(losses, axes)
+        losses = mean_losses(losses, axes)
         return ((losses, aux) if has_aux else losses), jacobian
 
     return fn
@@ -290,7 +299,7 @@ def value_and_jacobian(
 def _direct(
     f: Callable[[PyTree], tuple[PyTree, Any]],
     params: PyTree,
-    axes: Axes,
+    place: "Placement",
     weighting: LossWeighting,
     select: Where | None,
     heads: Where | None,
@@ -298,10 +307,11 @@ def _direct(
     keep: bool,
 ) -> _Pass:
     """Gradients of the parameters."""
+    axes, spread = place
     losses, pullback, aux = jax.vjp(f, params, has_aux=True)
     scalar_losses(losses)
     keep = keep and select is None and weighting.due is None
-    pull = lambda ct: mean_over(pullback(ct)[0], axes)
+    pull = lambda ct: mean_over(pullback(ct)[0], axes, spread)
     count = len(jax.tree.leaves(params))
     apart = [] if heads is None else _leaf_places(params, heads)
     if len(apart) == count:
@@ -311,18 +321,20 @@ def _direct(
         pull_seen = lambda ct: _at(seen, pull(ct))
     else:
         seen = _leaf_places(params, select)
-        pull_seen = _pull_part(f, params, seen, axes)
+        pull_seen = _pull_part(f, params, seen, place)
+    spread_seen = [spread[leaf] for leaf in sorted(seen)]
     kept: list[PyTree] = []
 
     def statistics(names: Sequence[str]) -> dict[str, jax.Array]:
         if not keep and "gramian" not in names:
-            one = lambda ct: statistics_of(_add_axis(pull_seen(ct)), names)
+            one = lambda ct: statistics_of(_add_axis(pull_seen(ct)), names, spread_seen)
             found = lax.map(one, _basis(losses), batch_size=chunk_size or 1)
             return {name: x[:, 0] for name, x in found.items()}
         if not keep:
-            return statistics_of(_rows(pull_seen, losses, chunk_size), names)
+            rows = _rows(pull_seen, losses, chunk_size)
+            return statistics_of(rows, names, spread_seen)
         kept.append(_rows(pull, losses, chunk_size))
-        return statistics_of(_at(seen, kept[0]), names)
+        return statistics_of(_at(seen, kept[0]), names, spread_seen)
 
     def direction(place: int) -> PyTree:
         return pull(_one_hot(losses, place))
@@ -334,7 +346,7 @@ def _direct(
             for place, x in enumerate(leaves)
         )
         _, tangents = jax.jvp(lambda p: f(p)[0], (params,), (_vary(v, axes),))
-        return stacked(mean_over(tangents, axes)), _squared_norm(v)
+        return stacked(mean_losses(tangents, axes)), _squared_norm(v, spread)
 
     def combine(weights: PyTree, state: Any, _: Any) -> tuple[PyTree, Any]:
         if kept:
@@ -346,13 +358,13 @@ def _direct(
             if kept:
                 part = _at(apart, combine_rows(kept[0], stacked(ones)))
             else:
-                part = _pull_part(f, params, apart, axes)(_cotangents(ones, losses))
+                part = _pull_part(f, params, apart, place)(_cotangents(ones, losses))
             leaves, structure = jax.tree.flatten(grads)
             leaves = [part.get(place, leaf) for place, leaf in enumerate(leaves)]
             grads = structure.unflatten(leaves)
         return grads, state
 
-    averaged = mean_over(losses, axes)
+    averaged = mean_losses(losses, axes)
     return _Pass(averaged, aux, statistics, direction, along, combine)
 
 
@@ -360,11 +372,12 @@ def _encoded(
     encode: Callable[[PyTree], PyTree],
     decode: Callable[[PyTree, PyTree], tuple[PyTree, Any]],
     params: PyTree,
-    axes: Axes,
+    place: "Placement",
     weigh_heads: bool,
     trains: bool,
 ) -> _Pass:
     """Gradients of the representation: one backward pass through the encoder."""
+    axes, spread = place
     z, encoder_pullback = jax.vjp(encode, params)
     shapes = jax.eval_shape(lambda p, z: decode(p, z)[0], params, z)
     scalar_losses(shapes)
@@ -386,41 +399,37 @@ def _encoded(
     if trains:
         found = gradients()
         gradients = lambda: found
-    devices = lax.psum(1, axes) if axes else 1
-    averaged = mean_over(losses, axes)
+    # Seen from all devices, z is the devices' parts side by side, and the gradient of a
+    # mean over n devices is 1/n of the local one.
+    devices = _axis_size(axes)
+    spread_z = [axes] * len(jax.tree.leaves(z))
+    if any(spread):
+        spread_z = [
+            (*axes, *sorted(_varying(x) - set(axes), key=str))
+            for x in jax.tree.leaves(z)
+        ]
+    averaged = mean_losses(losses, axes)
 
     def encoder_pull(cotangent: PyTree) -> PyTree:
         return encoder_pullback(jax.tree.map(_match, cotangent, z))[0]
 
     def statistics(names: Sequence[str]) -> dict[str, jax.Array]:
-        # Seen from all devices, z is the devices' parts side by side, and the gradient
-        # of a mean over n devices is 1/n of the local one.
-        local = _statistics_of_list(gradients()[1], names)
-        total: dict[str, jax.Array] = {}
-        for name, x in local.items():
-            if not axes:
-                total[name] = x
-            elif name == "gramian":
-                total[name] = lax.psum(x, axes) / devices**2
-            elif name == "norms":
-                total[name] = jnp.sqrt(lax.psum(x**2, axes)) / devices
-            elif name == "max_abs":
-                total[name] = lax.pmax(x, axes) / devices
-            else:
-                total[name] = lax.pmean(x, axes) / devices
-        return total
+        local = _statistics_of_list(gradients()[1], names, spread_z)
+        return {
+            name: x / (devices**2 if name == "gramian" else devices)
+            for name, x in local.items()
+        }
 
     def direction(place: int) -> PyTree:
-        return mean_over(encoder_pull(gradients()[1][place]), axes)
+        return mean_over(encoder_pull(gradients()[1][place]), axes, spread)
 
     def along(v: PyTree) -> tuple[jax.Array, jax.Array]:
         # As a direction of z, so that its products with the gradients of z are those
         # with one vector: cosines between them stay cosines.
         v = _vary(_tangent(v, params), axes)
         _, tangent = jax.jvp(encode, (params,), (v,))
-        products = jnp.stack([_dot(row, tangent) for row in gradients()[1]])
-        squared = _squared_norm(tangent)
-        return mean_over(products, axes), lax.psum(squared, axes) if axes else squared
+        products = _inner(gradients()[1], tangent, spread_z)
+        return products / devices, _squared_norm(tangent, spread_z)
 
     def combine(
         weights: PyTree, state: Any, weighting: LossWeighting
@@ -435,15 +444,14 @@ def _encoded(
             own = pullback(_cotangents(of_heads, losses))[0]
         add = functools.partial(jax.tree.map, _add)
         if weighting.observe is None:
-            return mean_over(add(through_encoder, own), axes), state
-        squared = _squared_norm(cotangent)
-        if axes:
-            squared = lax.psum(squared, axes) / devices**2
-            through_encoder, own = mean_over((through_encoder, own), axes)
+            return mean_over(add(through_encoder, own), axes, spread), state
+        through_encoder = mean_over(through_encoder, axes, spread)
+        own = mean_over(own, axes, spread)
+        squared = _squared_norm(cotangent, spread_z) / devices**2
         state = weighting.observe(
             state,
             cotangent_norm=jnp.sqrt(squared),
-            gradient_norm=jnp.sqrt(_squared_norm(through_encoder)),
+            gradient_norm=jnp.sqrt(_squared_norm(through_encoder, spread)),
         )
         return add(through_encoder, own), state
 
@@ -464,47 +472,97 @@ def if_due(
 # What is told of them.
 
 
-def statistics_of(rows: PyTree, names: Sequence[str]) -> dict[str, jax.Array]:
-    """Statistics of gradients stacked on the first axis, summed up leaf by leaf."""
-    leaves = [upcast(x) if names != ["gramian"] else x for x in _floating(rows)]
+def statistics_of(
+    rows: PyTree, names: Sequence[str], spread: Sequence[Axes] | None = None
+) -> dict[str, jax.Array]:
+    """Statistics of gradients stacked on the first axis, summed up leaf by leaf.
+
+    ``spread`` names the axes of devices that each leaf is cut up over.
+    """
+    parts, entries = {}, {}
+    for axes, leaves in _by_axes(rows, spread).items():
+        parts[axes] = _sums(leaves, names)
+        entries[axes] = sum(x.size // x.shape[0] for x in leaves)
+    return _statistics_from(parts, entries)
+
+
+def _statistics_of_list(
+    rows: Sequence[PyTree], names: Sequence[str], spread: Sequence[Axes]
+) -> dict[str, jax.Array]:
+    """The same of a list of gradients, which need not be copied side by side."""
+    groups = [_by_axes(row, spread) for row in rows]
+    rest = [name for name in names if name != "gramian"]
+    parts, entries = {}, {}
+    for axes, first in groups[0].items():
+        of_axes = [group[axes] for group in groups]
+        each = [_sums(_add_axis(leaves), rest) for leaves in of_axes]
+        parts[axes] = {name: jnp.concatenate([x[name] for x in each]) for name in rest}
+        if "gramian" in names:
+            parts[axes]["gramian"] = _gramian_of_list(of_axes)
+        entries[axes] = sum(x.size for x in first)
+    return _statistics_from(parts, entries)
+
+
+def _gramian_of_list(rows: Sequence[PyTree]) -> jax.Array:
+    count = len(rows)
+    dots = {(i, j): _dot(rows[i], rows[j]) for i in range(count) for j in range(i + 1)}
+    return jnp.stack(
+        [
+            jnp.stack([dots[max(i, j), min(i, j)] for j in range(count)])
+            for i in range(count)
+        ]
+    )
+
+
+def _sums(leaves: Sequence[jax.Array], names: Sequence[str]) -> dict[str, jax.Array]:
+    """What statistics are made of, over some leaves [K, ...] on this device."""
+    if list(names) != ["gramian"]:
+        leaves = [upcast(x) for x in leaves]
     rest = lambda x: tuple(range(1, x.ndim))
-    found: dict[str, Any] = {}
+    found: dict[str, jax.Array] = {}
     if "gramian" in names:
         found["gramian"] = _total(_products(x) for x in leaves)
     if "norms" in names:
-        squares = (jnp.sum(jnp.square(x), axis=rest(x)) for x in leaves)
-        found["norms"] = jnp.sqrt(_total(squares))
+        found["norms"] = _total(jnp.sum(jnp.square(x), axis=rest(x)) for x in leaves)
     if "max_abs" in names:
         largest = [jnp.max(jnp.abs(x), axis=rest(x), initial=0.0) for x in leaves]
         found["max_abs"] = functools.reduce(jnp.maximum, largest)
     if "mean_abs" in names:
-        entries = max(1, sum(x.size // x.shape[0] for x in leaves))
-        sums = (jnp.sum(jnp.abs(x), axis=rest(x)) for x in leaves)
-        found["mean_abs"] = _total(sums) / entries
+        found["mean_abs"] = _total(jnp.sum(jnp.abs(x), axis=rest(x)) for x in leaves)
     return found
 
 
-def _statistics_of_list(
-    rows: Sequence[PyTree], names: Sequence[str]
+def _statistics_from(
+    parts: dict[Axes, dict[str, jax.Array]], entries: dict[Axes, int]
 ) -> dict[str, jax.Array]:
-    """The same of a list of gradients, which need not be copied side by side."""
-    if "gramian" in names:
-        count = len(rows)
-        dots = {
-            (i, j): _dot(rows[i], rows[j]) for i in range(count) for j in range(i + 1)
-        }
-        gramian = jnp.stack(
-            [
-                jnp.stack([dots[max(i, j), min(i, j)] for j in range(count)])
-                for i in range(count)
-            ]
-        )
-        rest = [name for name in names if name != "gramian"]
-        return {"gramian": gramian} | _statistics_of_list(rows, rest)
-    if not names:
-        return {}
-    each = [statistics_of(_add_axis(row), names) for row in rows]
-    return {name: jnp.concatenate([x[name] for x in each]) for name in names}
+    """Statistics of everything, from the sums over leaves that are spread alike."""
+    found: dict[str, jax.Array] = {}
+    for axes, sums in parts.items():
+        for name, x in sums.items():
+            if name == "max_abs":
+                x = lax.pmax(x, axes) if axes else x
+                found[name] = jnp.maximum(found[name], x) if name in found else x
+            else:
+                x = lax.psum(x, axes) if axes else x
+                found[name] = found[name] + x if name in found else x
+    if "norms" in found:
+        found["norms"] = jnp.sqrt(found["norms"])
+    if "mean_abs" in found:
+        total = sum(count * _axis_size(axes) for axes, count in entries.items())
+        found["mean_abs"] = found["mean_abs"] / max(1, total)
+    return found
+
+
+def _by_axes(
+    tree: PyTree, spread: Sequence[Axes] | None
+) -> dict[Axes, list[jax.Array]]:
+    """The floating-point leaves, by the axes of devices they are cut up over."""
+    leaves = jax.tree.leaves(tree)
+    groups: dict[Axes, list[jax.Array]] = {}
+    for x, axes in zip(leaves, spread or [()] * len(leaves), strict=True):
+        if x.dtype != jax.dtypes.float0:
+            groups.setdefault(axes, []).append(x)
+    return groups
 
 
 def _products(x: jax.Array) -> jax.Array:
@@ -526,17 +584,22 @@ def _add(x: Any, y: Any) -> Any:
     return x if x.dtype == jax.dtypes.float0 else x + y
 
 
-def _dot(a: PyTree, b: PyTree) -> jax.Array:
-    pairs = zip(_floating(a), _floating(b), strict=True)
-    return _total(jnp.sum(upcast(x) * upcast(y)) for x, y in pairs)
+def _dot(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> jax.Array:
+    return _total(jnp.sum(upcast(x) * upcast(y)) for x, y in zip(a, b, strict=True))
 
 
-def _squared_norm(tree: PyTree) -> jax.Array:
-    return _total(jnp.sum(jnp.square(upcast(x))) for x in _floating(tree))
+def _inner(rows: Sequence[PyTree], v: PyTree, spread: Sequence[Axes]) -> jax.Array:
+    """Inner products of some gradients with one more."""
+    groups = [_by_axes(row, spread) for row in rows]
+    terms = []
+    for axes, leaves in _by_axes(v, spread).items():
+        local = jnp.stack([_dot(group[axes], leaves) for group in groups])
+        terms.append(lax.psum(local, axes) if axes else local)
+    return _total(terms)
 
 
-def _floating(tree: PyTree) -> list[jax.Array]:
-    return [x for x in jax.tree.leaves(tree) if x.dtype != jax.dtypes.float0]
+def _squared_norm(tree: PyTree, spread: Sequence[Axes]) -> jax.Array:
+    return _inner([tree], tree, spread)[0]
 
 
 def _total(terms: Any) -> jax.Array:
@@ -659,7 +722,7 @@ def _pull_part(
     f: Callable[[PyTree], tuple[PyTree, Any]],
     params: PyTree,
     places: Sequence[int],
-    axes: Axes,
+    place: "Placement",
 ) -> Callable[[PyTree], dict[int, jax.Array]]:
     """A pullback to some leaves alone: what lies before them is never computed."""
     leaves, structure = jax.tree.flatten(params)
@@ -669,10 +732,42 @@ def _pull_part(
         return f(structure.unflatten(merged))[0]
 
     _, pullback = jax.vjp(of_part, _at(places, params))
-    return lambda ct: mean_over(pullback(ct)[0], axes)
+    spread = [place.spread[leaf] for leaf in sorted(places)]
+    return lambda ct: mean_over(pullback(ct)[0], place.axes, spread)
 
 
 # Axes of pmap and shard_map.
+
+
+class Placement(NamedTuple):
+    """How a step lies on the devices."""
+
+    axes: Axes  # that the batch is spread over
+    spread: Sequence[Axes]  # of each array of the parameters: what it is cut up over
+
+
+def spread_of(params: PyTree, specs: PyTree | None) -> list[Axes]:
+    """The axes that each array of the parameters is cut up over."""
+    if specs is None:
+        return [()] * len(jax.tree.leaves(params))
+    is_spec = lambda x: isinstance(x, jax.sharding.PartitionSpec)
+    try:
+        full = jax.tree.broadcast(specs, params, is_leaf=is_spec)
+    except ValueError as error:
+        raise ValueError(
+            "param_specs must be a tree of PartitionSpec like the parameters, or the "
+            f"upper part of one: {error}"
+        ) from None
+    found = []
+    for spec in jax.tree.leaves(full, is_leaf=is_spec):
+        if not is_spec(spec):
+            raise TypeError(
+                "param_specs must be a tree of jax.sharding.PartitionSpec, got a "
+                f"{type(spec).__name__} in it."
+            )
+        parts = [part if isinstance(part, tuple) else (part,) for part in spec]
+        found.append(tuple(axis for part in parts for axis in part if axis is not None))
+    return found
 
 
 def named_axes(axis_name: Any) -> Axes:
@@ -709,14 +804,41 @@ def _to_varying(x: jax.Array, axes: Axes) -> jax.Array:
     return getattr(lax, "pvary")(x, axes)  # noqa: B009 (jax < 0.9)
 
 
-def mean_over(tree: PyTree, axes: Axes) -> PyTree:
+def _axis_size(axes: Axes) -> int:
+    return lax.psum(1, axes) if axes else 1
+
+
+def mean_over(tree: PyTree, axes: Axes, spread: Sequence[Axes] | None = None) -> PyTree:
+    """The mean over the devices of what each has found on its part of the batch.
+
+    An array that is itself cut up over an axis (``spread``) has been summed over it on
+    the way back: gathering its parts has that as its transpose.
+    """
     if not axes:
         return tree
+    leaves, structure = jax.tree.flatten(tree)
 
-    def mean(x: Any) -> Any:
-        return x if x.dtype == jax.dtypes.float0 else lax.pmean(_vary(x, axes), axes)
+    def mean(x: Any, own: Axes) -> Any:
+        if x.dtype == jax.dtypes.float0:
+            return x
+        if summed := tuple(axis for axis in axes if axis in own):
+            x = x / _axis_size(summed)
+        others = tuple(axis for axis in axes if axis not in own)
+        return lax.pmean(_vary(x, others), others) if others else x
 
-    return jax.tree.map(mean, tree)
+    spread = spread or [()] * len(leaves)
+    return structure.unflatten(map(mean, leaves, spread))
+
+
+def mean_losses(losses: PyTree, axes: Axes) -> PyTree:
+    """The mean of every loss over the devices: one all-reduce of K numbers."""
+    if not axes or not jax.tree.leaves(losses):
+        return losses
+    leaves, structure = jax.tree.flatten(losses)
+    means = lax.pmean(stacked([_vary(x, axes) for x in leaves]), axes)
+    return structure.unflatten(
+        means[k].astype(x.dtype) for k, x in enumerate(map(jnp.asarray, leaves))
+    )
 
 
 # Checks.

@@ -1,0 +1,249 @@
+"""Parameters spread over devices: a norm or a Gramian is a sum over their parts."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+import yoto_jax as yoto
+from yoto_jax import weightings
+
+pytestmark = [
+    pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices"),
+    pytest.mark.usefixtures("quick_compilation"),
+]
+
+PARAMS = {
+    "w1": jax.random.normal(jax.random.key(0), (8, 16)) / 3,
+    "w2": jax.random.normal(jax.random.key(1), (16, 8)) / 3,
+    "b": jnp.linspace(-1.0, 1.0, 3),
+}
+BATCHES = jax.random.normal(jax.random.key(2), (2, 16, 8))
+WHOLE = lambda w: w
+NAMES = ("a", "b", "c")
+
+
+def encoder(params, x, gather=WHOLE):
+    return jnp.tanh(x @ gather(params["w1"]))
+
+
+def heads(params, z, x, gather=WHOLE, total=WHOLE):
+    del x
+    y = total(z @ gather(params["w2"]))
+    return {
+        "a": jnp.mean((y - 1.0) ** 2),
+        "b": jnp.mean(jnp.abs(y)) * params["b"][0] ** 2,
+        "c": jnp.mean(jnp.sin(y + params["b"][1])),
+    }
+
+
+def loss_fn(params, x, gather=WHOLE, total=WHOLE):
+    return heads(params, encoder(params, x, gather), x, gather, total)
+
+
+WEIGHTINGS = {
+    "famo": weightings.famo(),  # losses alone
+    "gradnorm": weightings.gradnorm(),  # norms
+    "lr_annealing": weightings.lr_annealing("a"),  # largest and mean entries
+    "upgrad": weightings.upgrad(),  # Gramian
+    "grap": weightings.grap("c"),
+}
+
+
+@functools.cache
+def reference(name, by_encoder):
+    step = make(WEIGHTINGS[name], by_encoder)
+    return run(jax.jit(step), PARAMS, WEIGHTINGS[name].init(dict.fromkeys(NAMES, 0.0)))
+
+
+def make(weighting, by_encoder, gather=WHOLE, total=WHOLE, **options):
+    if by_encoder:
+        return yoto.value_and_grad(
+            functools.partial(heads, gather=gather, total=total),
+            weighting,
+            encoder=functools.partial(encoder, gather=gather),
+            **options,
+        )
+    f = functools.partial(loss_fn, gather=gather, total=total)
+    return yoto.value_and_grad(f, weighting, **options)
+
+
+def run(step, params, state, put=WHOLE):
+    """Some steps of gradient descent; whole arrays, as NumPy has them."""
+    seen = []
+    for x in BATCHES:
+        losses, grads, state = step(params, state, put(x))
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+        weights = optax.tree.get(state, "loss_weights")
+        seen.append(jax.device_get((losses, grads, weights)))
+    return seen, jax.device_get(params)
+
+
+def mesh_of(shape, names, axis_type="Auto"):
+    kind = getattr(jax.sharding.AxisType, axis_type)
+    return jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
+
+
+def put_on(mesh, tree, specs):
+    place = lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec))
+    return jax.tree.map(place, tree, specs)
+
+
+def check(name, by_encoder, mesh, specs, batch_spec, checked, step):
+    replicated = jax.P()
+    mapped = jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=(specs, replicated, batch_spec),
+        out_specs=(replicated, specs, replicated),
+        check_vma=checked,
+    )
+    state = WEIGHTINGS[name].init(dict.fromkeys(NAMES, 0.0))
+    put = lambda x: jax.device_put(x, jax.NamedSharding(mesh, batch_spec))
+    params = put_on(mesh, PARAMS, specs)
+    found = run(jax.jit(mapped), params, state, put)
+    expected = reference(name, by_encoder)
+    chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=1e-6)
+
+
+def cases(*names):
+    chosen = [tuple(name.split(", ")) for name in names]
+    chosen = [(name, bool(rest)) for name, *rest in chosen]
+    return pytest.mark.parametrize(("name", "by_encoder"), chosen)
+
+
+@cases("famo", "lr_annealing", "upgrad", "upgrad, encoder", "grap, encoder")
+def test_every_device_holds_a_part_and_gathers_the_whole(name, by_encoder):
+    """As in fully sharded data parallelism, on the axis of the batch itself."""
+    mesh = mesh_of((8,), ("d",))
+    specs = {"w1": jax.P("d"), "w2": jax.P(None, "d"), "b": jax.P()}
+
+    def gather(w):  # Each has an eighth of an axis that had 8 or 16 entries.
+        return lax.all_gather(w, "d", axis=int(w.shape[0] == 16), tiled=True)
+
+    options = {"axis_name": "d", "param_specs": specs}
+    step = make(WEIGHTINGS[name], by_encoder, gather, **options)
+    check(name, by_encoder, mesh, specs, jax.P("d"), True, step)
+
+
+def test_gathering_without_the_check_of_varying_axes():
+    mesh = mesh_of((8,), ("d",))
+    specs = {"w1": jax.P("d"), "w2": jax.P(None, "d"), "b": jax.P()}
+
+    def gather(w):
+        return lax.all_gather(w, "d", axis=int(w.shape[0] == 16), tiled=True)
+
+    options = {"axis_name": "d", "param_specs": specs}
+    step = make(WEIGHTINGS["upgrad"], False, gather, **options)
+    check("upgrad", False, mesh, specs, jax.P("d"), False, step)
+
+
+@cases("gradnorm", "lr_annealing", "grap", "upgrad, encoder", "grap, encoder")
+def test_layers_cut_up_over_a_second_axis(name, by_encoder):
+    """Tensor parallelism: columns of one layer, rows of the next, and their sum."""
+    mesh = mesh_of((2, 4), ("d", "m"))
+    specs = {"w1": jax.P(None, "m"), "w2": jax.P("m", None), "b": jax.P()}
+    total = lambda y: lax.psum(y, "m")
+    options = {"axis_name": "d", "param_specs": specs}
+    step = make(WEIGHTINGS[name], by_encoder, total=total, **options)
+    check(name, by_encoder, mesh, specs, jax.P("d"), True, step)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gradnorm", {"keep_gradients": False, "chunk_size": 1}),
+        ("upgrad", {"keep_gradients": False}),
+    ],
+)
+def test_parts_of_gradients_that_are_not_kept(name, options):
+    mesh = mesh_of((2, 4), ("d", "m"))
+    specs = {"w1": jax.P(None, "m"), "w2": jax.P("m", None), "b": jax.P()}
+    total = lambda y: lax.psum(y, "m")
+    options = {"axis_name": "d", "param_specs": specs} | options
+    step = make(WEIGHTINGS[name], False, total=total, **options)
+    check(name, False, mesh, specs, jax.P("d"), True, step)
+
+
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+@cases("upgrad", "grap, encoder")
+def test_jit_with_sharded_parameters(name, by_encoder, axis_type):
+    mesh = mesh_of((2, 4), ("d", "m"), axis_type)
+    specs = {"w1": jax.P(None, "m"), "w2": jax.P("m", None), "b": jax.P()}
+    explicit = axis_type == "Explicit"
+
+    def total(y):  # With explicit sharding, a sum over parts has to be asked for.
+        return jax.sharding.reshard(y, jax.P("d")) if explicit else y
+
+    def contract(z, w):
+        return jnp.matmul(z, w, out_sharding=jax.P("d")) if explicit else z @ w
+
+    def heads_on_mesh(params, z, x):
+        y = contract(z, params["w2"])
+        return heads({"w2": jnp.eye(8), "b": params["b"]}, y, x)
+
+    if by_encoder:
+        step = yoto.value_and_grad(heads_on_mesh, WEIGHTINGS[name], encoder=encoder)
+    else:
+        whole = lambda params, x: heads_on_mesh(params, encoder(params, x), x)
+        step = yoto.value_and_grad(whole, WEIGHTINGS[name])
+    with jax.set_mesh(mesh):
+        params = put_on(mesh, PARAMS, specs)
+        put = lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P("d")))
+        state = WEIGHTINGS[name].init(dict.fromkeys(NAMES, 0.0))
+        found = run(jax.jit(step), params, state, put)
+    expected = reference(name, by_encoder)
+    chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=1e-6)
+
+
+def test_stacked_gradients_in_parts():
+    mesh = mesh_of((8,), ("d",))
+    specs = {"w1": jax.P("d"), "w2": jax.P(None, "d"), "b": jax.P()}
+    upgrad = weightings.upgrad()
+    losses, jacobian = yoto.value_and_jacobian(loss_fn)(PARAMS, BATCHES[0])
+    whole = yoto.aggregate(upgrad, losses)
+    expected, _ = whole.update(jacobian, whole.init(PARAMS), losses=losses)
+
+    def step(params, x):
+        gather = lambda w: lax.all_gather(
+            w, "d", axis=int(w.shape[0] == 16), tiled=True
+        )
+        f = functools.partial(loss_fn, gather=gather)
+        compute = yoto.value_and_jacobian(f, axis_name="d", param_specs=specs)
+        losses, jacobian = compute(params, x)
+        tx = yoto.aggregate(upgrad, losses, param_specs=specs)
+        return tx.update(jacobian, tx.init(params), losses=losses)[0]
+
+    mapped = jax.shard_map(
+        step, mesh=mesh, in_specs=(specs, jax.P("d")), out_specs=specs
+    )
+    found = jax.jit(mapped)(PARAMS, BATCHES[0])
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("specs", "error", "message"),
+    [
+        ({"w1": jax.P()}, ValueError, "param_specs must be a tree of PartitionSpec"),
+        ({"w1": "d", "w2": jax.P(), "b": jax.P()}, TypeError, "got a str in it"),
+    ],
+)
+def test_specs_that_do_not_fit(specs, error, message):
+    step = yoto.value_and_grad(loss_fn, weightings.upgrad(), param_specs=specs)
+    state = weightings.upgrad().init(dict.fromkeys(NAMES, 0.0))
+    with pytest.raises(error, match=message):
+        step(PARAMS, state, BATCHES[0])
+
+
+def test_one_spec_for_all():
+    step = yoto.value_and_grad(loss_fn, weightings.upgrad(), param_specs=jax.P())
+    state = weightings.upgrad().init(dict.fromkeys(NAMES, 0.0))
+    out = step(PARAMS, state, BATCHES[0])
+    plain = yoto.value_and_grad(loss_fn, weightings.upgrad())
+    chex.assert_trees_all_equal(out, plain(PARAMS, state, BATCHES[0]))
+    assert np.isfinite(out[0]["a"])
