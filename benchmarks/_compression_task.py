@@ -23,6 +23,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from benchmarks import _camvid
+from benchmarks._vision import from_patches, to_patches
 from yoto_jax import conditional
 
 Params = dict[str, Any]
@@ -117,17 +118,9 @@ def draw_crops(images: list[np.ndarray], n: int) -> np.ndarray:
     return np.stack(crops)
 
 
-def to_blocks(images: jax.Array) -> jax.Array:
-    """[n, h, w, 3] to [n, h / 8, w / 8, 192]."""
-    n, h, w, _ = images.shape
-    x = images.reshape(n, h // BLOCK, BLOCK, w // BLOCK, BLOCK, COLORS)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, h // BLOCK, w // BLOCK, -1)
-
-
-def from_blocks(x: jax.Array) -> jax.Array:
-    n, h, w, _ = x.shape
-    x = x.reshape(n, h, w, BLOCK, BLOCK, COLORS).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(n, h * BLOCK, w * BLOCK, COLORS)
+# [n, h, w, 3] to [n, h / 8, w / 8, 192], and back.
+to_blocks = functools.partial(to_patches, patch=BLOCK)
+from_blocks = functools.partial(from_patches, patch=BLOCK)
 
 
 class Statistics(NamedTuple):
@@ -481,8 +474,7 @@ def grid(n: int) -> np.ndarray:
 
 def count(stats: Statistics, size: Size, conditioned: bool) -> int:
     """The number of parameters."""
-    params = init(0, stats, size.width, conditioned)
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+    return optax.tree.size(init(0, stats, size.width, conditioned))
 
 
 # Measures.

@@ -228,23 +228,22 @@ def _yoto(
     return _relative(task, yoto.loss_weights(mu), support)
 
 
+def held_out_grap() -> yoto.LossWeighting:
+    """GraP steered by the downstream loss, with our settings."""
+    return yoto.weightings.grap(
+        DOWNSTREAM, gramian_decay=0.9, norm_decay=0.9, regularization=1.0
+    )
+
+
 def _grap(
     rule: Conditional, task: Task, data: PyTree, trained: PyTree, seed: jax.Array
 ) -> PyTree:
     """GraP, each step at the model for the weights of the moment."""
     support = rule.support(task)
-    weighting = yoto.weightings.grap(
-        DOWNSTREAM, gramian_decay=0.9, norm_decay=0.9, regularization=1.0
+    weighting = held_out_grap()
+    value_and_grad = yoto.value_and_grad(
+        task.steered_losses, weighting, align="validation"
     )
-
-    def losses_of(model: PyTree, batch: PyTree, held_out: bool) -> Losses:
-        z = task.encode(model, batch)
-        losses = {n: x for n, x in task.losses(model, z, batch).items()}
-        zero = jnp.zeros(())
-        losses[DOWNSTREAM] = task.downstream(model, z, batch) if held_out else zero
-        return losses
-
-    value_and_grad = yoto.value_and_grad(losses_of, weighting, align="validation")
 
     def step(state: Any, key: jax.Array) -> tuple[Any, None]:
         batch = task.draw(data, key)

@@ -40,11 +40,7 @@ def _steered(weighting: yoto.LossWeighting) -> yoto.LossWeighting:
 
 def _grap(task: Task) -> yoto.LossWeighting:
     del task
-    return _steered(
-        weightings.grap(
-            experiment.DOWNSTREAM, gramian_decay=0.9, norm_decay=0.9, regularization=1.0
-        )
-    )
+    return _steered(_conditional.held_out_grap())
 
 
 def _aligned(task: Task) -> yoto.LossWeighting:
@@ -241,8 +237,7 @@ def contend(
         config = experiment.settings(**(method.config or {}))
         wanted = [Run(method.rule, seed, config) for seed in range(options.seeds)]
         for seed, done in enumerate(runs.finish(wanted, name)):
-            cost = 1 + done.values.get((experiment.CHOOSING, None), 0.0)
-            records += run_records(contest.unseen, name, "", seed, done, cost)
+            records += run_records(contest.unseen, name, "", seed, done, done.cost)
             if name in DRAWN or name.startswith("rho-"):
                 history.append({"method": name, "seed": seed, **done.history})
     if rounds:

@@ -339,7 +339,8 @@ def _advance(
 
     def one_seed(carry: _Carry, seed: jax.Array, configurations: Configurations) -> Any:
         # One batch for all configurations, which are in step with each other.
-        batch = draw_batch(data, seed, carry.step[0])
+        key = jax.random.fold_in(jax.random.key(seed), carry.step[0])
+        batch = draw(data, key)
         return jax.vmap(one_run, in_axes=(0, 0, None))(carry, configurations, batch)
 
     def step(carry: _Carry, _: None) -> Any:
@@ -348,13 +349,12 @@ def _advance(
     return jax.lax.scan(step, carry, length=length)
 
 
-def draw_batch(data: Split, seed: jax.Array, step: jax.Array) -> tuple[jax.Array, ...]:
-    """Images, labels and a stylised view for one step of one seed."""
-    key = jax.random.fold_in(jax.random.key(seed), step)
+def draw(split: Split, key: Key) -> tuple[jax.Array, ...]:
+    """A batch: images, labels and stylised views of them."""
     key_batch, key_view = jax.random.split(key)
-    chosen = jax.random.randint(key_batch, (BATCH,), 0, len(data.labels))
-    images = data.images[chosen]
-    return images, data.labels[chosen], stylise(key_view, images)
+    chosen = jax.random.randint(key_batch, (BATCH,), 0, len(split.labels))
+    images = split.images[chosen]
+    return images, split.labels[chosen], stylise(key_view, images)
 
 
 @jax.jit
@@ -387,12 +387,6 @@ def as_task(data: Data, steps: int, seeds: int, learning_rate: float) -> Task:
     """Digits for rules of training: one lane for each seed."""
     validation = validation_domains(data.validation)
     tests = test_domains(data.test)
-
-    def draw(split: Split, key: Key) -> tuple[jax.Array, ...]:
-        key_batch, key_view = jax.random.split(key)
-        chosen = jax.random.randint(key_batch, (BATCH,), 0, len(split.labels))
-        images = split.images[chosen]
-        return images, split.labels[chosen], stylise(key_view, images)
 
     def held_out(model: PyTree, z: None, batch: tuple[jax.Array, ...]) -> jax.Array:
         """The cross-entropy of stylised views."""

@@ -101,6 +101,16 @@ class Task:
         """The losses, the primary one first."""
         return (self.primary, *self.auxiliary)
 
+    def steered_losses(self, model: PyTree, batch: PyTree, held_out: bool) -> Losses:
+        """The losses of a batch and the downstream one, for rules that are steered.
+
+        In training the downstream loss has no weight: 0 stands for it.
+        """
+        z = self.encode(model, batch)
+        losses = self.losses(model, z, batch)
+        downstream = self.downstream(model, z, batch) if held_out else jnp.zeros(())
+        return {**losses, DOWNSTREAM: downstream}
+
     def measure(self, models: PyTree) -> Measured:
         """All that is measured of trained models, by metric and domain."""
         return self.test(models) | {("validation", None): self.validate(models)}
@@ -347,27 +357,23 @@ class Weighted(Rule):
     ) -> Step:
         del config
         batch = task.draw(data, key)
-
-        def losses_of(model: PyTree, batch: PyTree, held_out: bool) -> Losses:
-            z = task.encode(model, batch)
-            losses = task.losses(model, z, batch)
-            if held_out:
-                losses[DOWNSTREAM] = task.downstream(model, z, batch)
-            elif self.steered:  # It has no weight: no need to compute it.
-                losses[DOWNSTREAM] = jnp.zeros(())
-            return losses
-
-        align: Any = "validation" if self.steered else "train"
-        value_and_grad = yoto.value_and_grad(
-            losses_of, self.weighting(task), align=align
-        )
-        extra = {}
+        weighting = self.weighting(task)
         if self.steered:
             held_out = task.draw_held_out(data, jax.random.fold_in(key, 1))
-            extra["validation"] = (held_out, True)
-        losses, grads, state = value_and_grad(
-            carry.model, carry.rule, batch, False, **extra
-        )
+            value_and_grad = yoto.value_and_grad(
+                task.steered_losses, weighting, align="validation"
+            )
+            losses, grads, state = value_and_grad(
+                carry.model, carry.rule, batch, False, validation=(held_out, True)
+            )
+        else:
+            value_and_grad = yoto.value_and_grad(
+                lambda model, batch: task.losses(
+                    model, task.encode(model, batch), batch
+                ),
+                weighting,
+            )
+            losses, grads, state = value_and_grad(carry.model, carry.rule, batch)
         used = optax.tree.get(state, "loss_weights")
         pick = lambda tree: {name: tree[name] for name in task.names}
         return Step(pick(losses), pick(used), grads, state)
@@ -484,6 +490,11 @@ class Finished(NamedTuple):
     values: dict[tuple[str, str | None], float]
     history: dict[str, Any]  # "step", and of each loss its "losses" and "weights"
     seconds: float
+
+    @property
+    def cost(self) -> float:
+        """Training and choosing weights, relative to training alone."""
+        return 1 + self.values.get((CHOOSING, None), 0.0)
 
 
 class Runs:

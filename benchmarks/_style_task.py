@@ -22,7 +22,7 @@ import numpy as np
 from sklearn.datasets import load_sample_image
 
 from benchmarks import _camvid
-from benchmarks._vision import PATCH, normalize, to_patches
+from benchmarks._vision import PATCH, normalize, shifted, to_patches
 from yoto_jax.linen import FiLM
 
 Array = jax.Array
@@ -237,13 +237,7 @@ class Shift(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        h, w, c = x.shape[-3] - 2, x.shape[-2] - 2, x.shape[-1]
-        ends = [c * k // 9 for k in range(10)]
-        shifted = [
-            x[:, k // 3 : k // 3 + h, k % 3 : k % 3 + w, ends[k] : ends[k + 1]]
-            for k in range(9)
-        ]
-        return nn.Dense(self.features)(jnp.concatenate(shifted, axis=-1))
+        return nn.Dense(self.features)(shifted(x))
 
 
 def widen(x: Array, margin: int) -> Array:

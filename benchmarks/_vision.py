@@ -20,14 +20,19 @@ class ShiftConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        h, w, c = x.shape[-3:]
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        ends = [c * k // 9 for k in range(10)]
-        shifted = [
-            padded[:, k // 3 : k // 3 + h, k % 3 : k % 3 + w, ends[k] : ends[k + 1]]
-            for k in range(9)
-        ]
-        return nn.Dense(self.features)(jnp.concatenate(shifted, axis=-1))
+        return nn.Dense(self.features)(shifted(padded))
+
+
+def shifted(x: jax.Array) -> jax.Array:
+    """The shifts alone: [n, h - 2, w - 2, c] of [n, h, w, c]."""
+    h, w, c = x.shape[-3] - 2, x.shape[-2] - 2, x.shape[-1]
+    ends = [c * k // 9 for k in range(10)]
+    ninths = [
+        x[:, k // 3 : k // 3 + h, k % 3 : k % 3 + w, ends[k] : ends[k + 1]]
+        for k in range(9)
+    ]
+    return jnp.concatenate(ninths, axis=-1)
 
 
 def normalize(x: jax.Array) -> jax.Array:
@@ -83,15 +88,15 @@ class Decoder(nn.Module):
         return from_patches(nn.Dense(PATCH**2 * self.channels)(normalize(x)))
 
 
-def to_patches(x: jax.Array) -> jax.Array:
-    """[n, h, w, c] to [n, h / 4, w / 4, 16 c]."""
+def to_patches(x: jax.Array, patch: int = PATCH) -> jax.Array:
+    """[n, h, w, c] to [n, h / patch, w / patch, patch^2 c]."""
     n, h, w, c = x.shape
-    x = x.reshape(n, h // PATCH, PATCH, w // PATCH, PATCH, c)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, h // PATCH, w // PATCH, -1)
+    x = x.reshape(n, h // patch, patch, w // patch, patch, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, h // patch, w // patch, -1)
 
 
-def from_patches(x: jax.Array) -> jax.Array:
+def from_patches(x: jax.Array, patch: int = PATCH) -> jax.Array:
     """The inverse of :func:`to_patches`."""
     n, h, w, _ = x.shape
-    x = x.reshape(n, h, w, PATCH, PATCH, -1).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(n, h * PATCH, w * PATCH, -1)
+    x = x.reshape(n, h, w, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(n, h * patch, w * patch, -1)

@@ -164,13 +164,9 @@ def run_conditional(
     records = []
     for method, found in finished.items():
         for seed, done in enumerate(found):
-            cost = ratio * (1 + done.values[experiment.CHOOSING, None])
-            records += _contest.run_records(
-                task.UNSEEN, method, "", seed, done, cost=_common.rounded(cost)
-            )
-        seconds = sum(
-            d.seconds * (1 + d.values[experiment.CHOOSING, None]) for d in found
-        )
+            cost = _common.rounded(ratio * done.cost)
+            records += _contest.run_records(task.UNSEEN, method, "", seed, done, cost)
+        seconds = sum(done.seconds * done.cost for done in found)
         records.append(_common.record(method, "run_seconds", seconds / seeds))
     return records
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from yoto_jax._loss_logits import (
     LossLogits,
     PyTree,
+    float_type,
     losses_in_order,
     softmax,
     stack,
@@ -64,8 +65,7 @@ def composite_loss(losses: PyTree, mu: LossLogits) -> jax.Array:
         )
     # Python floats take the dtype of the others, as everywhere in JAX.
     given = [mu.learned, *(leaf for leaf in leaves if type(leaf) is not float)]
-    wide = jnp.float64 in map(jax.dtypes.result_type, given)
-    dtype = jnp.float64 if wide else jnp.float32
+    dtype = float_type(given)
     values = [jnp.asarray(leaf, dtype) for leaf in leaves]
     return _weighted_sum(mu.primary is not None, values, mu.learned.astype(dtype))
 

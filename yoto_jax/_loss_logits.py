@@ -187,6 +187,12 @@ def upcast(x: jax.Array) -> jax.Array:
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
+def float_type(values: Iterable[Any]) -> Any:
+    """float64 if one of the values (numbers, arrays, dtypes) is, else float32."""
+    wide = jnp.float64 in map(jax.dtypes.result_type, values)
+    return jnp.float64 if wide else jnp.float32
+
+
 def primary_first(items: Sequence[Any], primary: int | None) -> list[Any]:
     """``items`` in the order of the leaves, but the primary one first."""
     items = list(items)
@@ -290,29 +296,32 @@ def check_structure(
     what: str = "losses",
 ) -> None:
     """Raise unless ``what`` has the structure that ``owner`` was made with."""
-    if structure == expected:
-        return
-    got, wanted = loss_names(structure), loss_names(expected)
-    missing, extra = set(wanted) - set(got), set(got) - set(wanted)
+    if structure != expected:
+        difference = structure_difference(structure, expected)
+        raise ValueError(f"{what} do not match those of {owner}; {difference}.")
+
+
+def structure_difference(
+    structure: jax.tree_util.PyTreeDef, expected: jax.tree_util.PyTreeDef
+) -> str:
+    """Which leaves are missing or unexpected; if none, how the containers differ."""
+    got, wanted = set(loss_names(structure)), set(loss_names(expected))
     difference = "; ".join(
         f"{word}: {listed(sorted(which))}"
-        for word, which in (("missing", missing), ("unexpected", extra))
+        for word, which in (("missing", wanted - got), ("unexpected", got - wanted))
         if which
     )
-    raise ValueError(
-        f"{what} do not match those of {owner}; "
-        + (difference or f"containers: expected {expected}, got {structure}")
-        + "."
-    )
+    return difference or f"containers: expected {expected}, got {structure}"
 
 
 def loss_names(structure: jax.tree_util.PyTreeDef) -> tuple[str, ...]:
     """Path of every leaf of a tree structure."""
     leaves = structure.unflatten(range(structure.num_leaves))
-    return tuple(_name(path) for path, _ in jax.tree.leaves_with_path(leaves))
+    return tuple(path_name(path) for path, _ in jax.tree.leaves_with_path(leaves))
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def path_name(path: tuple[Any, ...]) -> str:
+    """A path in a tree as text, such as ``"heads/depth"``."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -329,7 +338,7 @@ def scalar_losses(
     """Names and leaves of a tree of losses, each a floating-point scalar."""
     flat, structure = jax.tree.flatten_with_path(losses)
     for path, leaf in flat:
-        name = _name(path)
+        name = path_name(path)
         shape, dtype = _shape_and_dtype(f"loss {name!r}", leaf)
         if shape:
             raise ValueError(
@@ -340,7 +349,7 @@ def scalar_losses(
             raise TypeError(
                 f"loss {name!r} must be a floating-point number, got dtype {dtype}."
             )
-    return [_name(path) for path, _ in flat], [leaf for _, leaf in flat], structure
+    return [path_name(path) for path, _ in flat], [leaf for _, leaf in flat], structure
 
 
 def _shape_and_dtype(what: str, value: Any) -> tuple[tuple[int, ...], Any]:
@@ -394,7 +403,8 @@ def _epsilon_per_loss(epsilon: PyTree, names: list[str]) -> list[Any]:
     """One initial relative weight for each of the losses with these names."""
     if getattr(epsilon, "ndim", 0) == 1:
         epsilon = list(epsilon)
-    given = [(_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(epsilon)]
+    flat = jax.tree.leaves_with_path(epsilon)
+    given = [(path_name(path), leaf) for path, leaf in flat]
     values = [leaf for _, leaf in given]
     if jax.tree.structure(epsilon) == jax.tree.structure(0):
         values *= len(names)

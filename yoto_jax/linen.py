@@ -27,10 +27,10 @@ from yoto_jax.conditional import Dirichlet, Distribution, Fixed, LogUniform, Uni
 from yoto_jax.conditional._film import (
     SLOPE,
     Initialization,
-    beside,
     check_initialization,
     is_empty,
     modulate,
+    open_gate,
 )
 
 
@@ -215,4 +215,4 @@ class Gate(nn.Module):
             param_dtype=self.param_dtype,
             name="gate",
         )(encoding)
-        return (beside(x, 2 * nn.sigmoid(logits), "the gate") * x).astype(x.dtype)
+        return open_gate(x, logits)

@@ -20,10 +20,10 @@ from yoto_jax._optimizers import unwrap_loss_logits as unwrap_loss_logits
 from yoto_jax.conditional._film import (
     SLOPE,
     Initialization,
-    beside,
     check_initialization,
     is_empty,
     modulate,
+    open_gate,
 )
 
 
@@ -223,5 +223,4 @@ class Gate(nnx.Module):
         """Gated features ``(n, ..., C)``, for an encoding ``(n, E)``."""
         if is_empty(encoding, self.encoding_size):
             return x
-        opened = 2 * nnx.sigmoid(self.linear(encoding))
-        return (beside(x, opened, "the gate") * x).astype(x.dtype)
+        return open_gate(x, self.linear(encoding))

@@ -195,8 +195,13 @@ def gate(params: dict[str, Any], x: jax.Array, encoding: jax.Array) -> jax.Array
     """
     if is_empty(encoding):
         return x
-    open_by = 2 * jax.nn.sigmoid(_affine(params, encoding))
-    return (beside(x, open_by, "the gate") * x).astype(x.dtype)
+    return open_gate(x, affine(params, encoding))
+
+
+def open_gate(x: jax.Array, logits: jax.Array) -> jax.Array:
+    """Multiply features by gates, which are 1 where their logits are 0."""
+    opened = beside(x, 2 * jax.nn.sigmoid(logits), "the gate")
+    return (opened * x).astype(x.dtype)
 
 
 def concatenate(x: jax.Array, encoding: jax.Array) -> jax.Array:
@@ -278,11 +283,11 @@ def init_mlp(
 
 def mlp(layers: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
     for layer in layers[:-1]:
-        x = jax.nn.leaky_relu(_affine(layer, x), SLOPE)
-    return _affine(layers[-1], x)
+        x = jax.nn.leaky_relu(affine(layer, x), SLOPE)
+    return affine(layers[-1], x)
 
 
-def _affine(layer: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+def affine(layer: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     is_empty(x, layer["kernel"].shape[0])
     y = x @ layer["kernel"]
     return y + jnp.broadcast_to(layer["bias"], y.shape)

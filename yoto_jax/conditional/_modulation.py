@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from yoto_jax._loss_logits import PyTree
-from yoto_jax.conditional._film import init_mlp, mlp
+from yoto_jax._loss_logits import PyTree, path_name
+from yoto_jax.conditional._film import SLOPE, affine, init_mlp, mlp
 
 Where = Callable[[tuple[Any, ...], jax.Array], bool]
 
@@ -117,17 +117,17 @@ def modulated(
         )
     hidden = encoding
     if modulation["trunk"]:
-        hidden = jax.nn.leaky_relu(mlp(modulation["trunk"], encoding), 0.2)
+        hidden = jax.nn.leaky_relu(mlp(modulation["trunk"], encoding), SLOPE)
     flat, structure = jax.tree.flatten_with_path(params)
     left = set(heads)
     leaves = []
     for path, leaf in flat:
-        name = _name(path)
+        name = path_name(path)
         if name not in heads:
             leaves.append(leaf)
             continue
         left.discard(name)
-        by = hidden @ heads[name]["kernel"] + heads[name]["bias"]
+        by = affine(heads[name], hidden)
         if by.shape != leaf.shape[-1:]:
             raise ValueError(
                 f"the modulation of {name!r} has {by.shape[0]} features, but the "
@@ -150,9 +150,5 @@ def _chosen(params: PyTree, where: Where | None) -> dict[str, Any]:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             continue
         if where is None or where(path, leaf):
-            chosen[_name(path)] = leaf
+            chosen[path_name(path)] = leaf
     return chosen
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -7,7 +7,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from yoto_jax._loss_logits import PyTree, check_structure, loss_names, upcast
+from yoto_jax._loss_logits import (
+    PyTree,
+    check_structure,
+    float_type,
+    loss_names,
+    upcast,
+)
 
 Normalization = Literal["sum", "geometric", "max"] | Callable[[PyTree], jax.Array]
 
@@ -426,8 +432,7 @@ def _stack(tree: PyTree, what: str) -> jax.Array:
     if len(shapes) > 1:
         raise ValueError(f"all {what} must have one shape, got {shapes}.")
     arrays = [jnp.asarray(x) for x in leaves]
-    wide = any(x.dtype == jnp.float64 for x in arrays)
-    dtype = jnp.float64 if wide else jnp.float32
+    dtype = float_type(x.dtype for x in arrays)
     return jnp.stack([x.astype(dtype) for x in arrays], axis=-1)
 
 

@@ -2,14 +2,18 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from yoto_jax._loss_logits import PyTree, listed, loss_names
+from yoto_jax._loss_logits import (
+    PyTree,
+    float_type,
+    loss_names,
+    structure_difference,
+)
 
 
 def pareto_front(points: PyTree) -> jax.Array:
@@ -178,7 +182,7 @@ def _objectives(
             f"{points.shape}."
         )
     names = tuple(map(str, range(points.shape[1])))
-    columns = jnp.asarray(points, _float_type([points]))
+    columns = jnp.asarray(points, float_type([points]))
     return [columns[:, k] for k in range(len(names))], None, names
 
 
@@ -195,7 +199,7 @@ def arrays(what: str, tree: PyTree) -> list[jax.Array]:
             f"{what} must be a tree of arrays (n,), with one n for all, got "
             f"{_shown(shapes)}."
         )
-    dtype = _float_type(leaves)
+    dtype = float_type(leaves)
     return [jnp.asarray(leaf, dtype) for leaf in leaves]
 
 
@@ -211,25 +215,9 @@ def check_alike(
     expected: jax.tree_util.PyTreeDef,
 ) -> None:
     """Raise unless two trees have the same structure."""
-    if structure == expected:
-        return
-    got, wanted = loss_names(structure), loss_names(expected)
-    missing, extra = set(wanted) - set(got), set(got) - set(wanted)
-    difference = "; ".join(
-        f"{word}: {listed(sorted(which))}"
-        for word, which in (("missing", missing), ("unexpected", extra))
-        if which
-    )
-    raise ValueError(
-        f"{what} must be a tree like the {other}; "
-        + (difference or f"containers: expected {expected}, got {structure}")
-        + "."
-    )
-
-
-def _float_type(leaves: list[Any]) -> Any:
-    wide = jnp.float64 in map(jax.dtypes.result_type, leaves)
-    return jnp.float64 if wide else jnp.float32
+    if structure != expected:
+        difference = structure_difference(structure, expected)
+        raise ValueError(f"{what} must be a tree like the {other}; {difference}.")
 
 
 def _reference(
