@@ -8,7 +8,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 WORKERS ?= 2
 
-.PHONY: demo test lint types tests notebooks format clean
+.PHONY: demo test lint types tests notebooks audit format clean
 
 demo: $(VENV)/bench
 	$(RUN) benchmarks digits
@@ -27,6 +27,16 @@ tests: $(VENV)/dev
 
 notebooks: $(VENV)/dev
 	$(RUN) pytest --nbmake -n $(WORKERS) notebooks
+
+# Licences, and known vulnerabilities of what is installed: asks pypi.org. It fails if it
+# cannot find out about a package.
+audit: $(VENV)/dev
+	$(RUN) benchmarks._licenses
+	$(RUN) pip freeze --exclude-editable > $(VENV)/installed.txt
+	$(VENV)/bin/python -m venv $(VENV)/pip-audit
+	$(VENV)/pip-audit/bin/python -m pip install --quiet pip-audit
+	$(VENV)/pip-audit/bin/pip-audit --strict --disable-pip --no-deps \
+		-r $(VENV)/installed.txt
 
 format: $(VENV)/dev
 	$(RUN) ruff check --fix .
