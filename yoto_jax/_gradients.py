@@ -18,6 +18,8 @@ Align = Literal["train", "validation", "train-validation"]
 Where = Callable[[PyTree], PyTree]
 Axes = tuple[Hashable, ...]
 
+_FEW = 4  # losses for which inner products are taken pair by pair
+
 
 class _Pass(NamedTuple):
     """One batch, forward, and what can be had from it backward."""
@@ -567,6 +569,12 @@ def _by_axes(
 
 def _products(x: jax.Array) -> jax.Array:
     """Inner products of the rows, in float32 at least, whatever the accelerator."""
+    if x.shape[0] <= _FEW:
+        # One loop over the entries. A matrix product wants its operands in another
+        # layout, and on the CPU that is one more copy of K gradients.
+        x = upcast(x)
+        products = x[:, None] * x[None, :]
+        return jnp.sum(products, axis=tuple(range(2, products.ndim)))
     axes = tuple(range(1, x.ndim))
     sharding: Any = jax.typeof(x).sharding
     explicit = any(sharding.spec)  # The mesh is explicit, and the array spread over it.
