@@ -79,6 +79,8 @@ def use_virtual_devices() -> None:
     """As many CPU devices as the benchmark wants, if it is not too late for that."""
     try:
         jax.config.update("jax_num_cpu_devices", runs.VIRTUAL_DEVICES)
+        # With more devices than cores, steps that overlap may wait for ever.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     except RuntimeError:
         if jax.device_count() < 2:
             raise _common.UsageError(

@@ -1,6 +1,7 @@
 """Train once: loss weights learned with the model, for JAX and Optax."""
 
 from yoto_jax import conditional as conditional
+from yoto_jax import monitoring as monitoring
 from yoto_jax import weightings as weightings
 from yoto_jax._aggregate import aggregate as aggregate
 from yoto_jax._composite_loss import composite_loss as composite_loss
@@ -37,6 +38,7 @@ __all__ = [
     "init_loss_logits",
     "label_loss_logits",
     "loss_weights",
+    "monitoring",
     "regularizer",
     "sgdw",
     "value_and_grad",

@@ -1,0 +1,274 @@
+"""What looks wrong with recorded loss weights."""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from yoto_jax.monitoring._history import History, weighed
+
+_FEWEST_ROWS = 10  # Fewer say nothing of a run.
+_NEARLY_ALL = 0.9  # Of the rows: some methods have a weight of 0 now and then.
+_SAID: set[tuple[str, tuple[str, ...]]] = set()  # In this process, by warn.
+
+
+class Finding(NamedTuple):
+    """Something that looks wrong.
+
+    Attributes:
+      kind: ``"not finite"``, ``"collapsed"``, ``"prior"`` or ``"scale"``.
+      losses: Names of the losses it is about.
+      message: What it is, the numbers, and what to do.
+    """
+
+    kind: str
+    losses: tuple[str, ...]
+    message: str
+
+
+class LossWeightWarning(UserWarning):
+    """Loss weights, or the losses behind them, look wrong; see :func:`check`."""
+
+
+def check(
+    history: History,
+    *,
+    collapsed: float = 1e-4,
+    prior: float = 0.05,
+    scale: float = 1e3,
+    last: int = 100,
+) -> list[Finding]:
+    """Say what looks wrong with the loss weights, and what to do about it.
+
+    Everything is judged by the last rows together, never by a single one, and nothing
+    is said of fewer than ten. A downstream loss has no weight and is left out.
+
+    - ``"not finite"``: in more than one of ten rows a loss was NaN or infinite, or a
+      weight is now.
+    - ``"collapsed"``: in nine of ten rows, the share of a weight in all of them was
+      below ``collapsed``, and so was the share of the weighted loss, if losses are
+      known. A small weight on a large loss is as it should be.
+    - ``"prior"``: in nine of ten rows, all weights were within a fraction ``prior`` of
+      those that the regulariser alone would choose. The losses have no say.
+    - ``"scale"``: the losses differ by more than a factor ``scale``, in the median.
+      With learned logits that is about the losses themselves, which the weights follow;
+      with any other weighting about the weighted losses, which it should have evened
+      out.
+
+    Args:
+      history: From :func:`history`.
+      collapsed: Smallest share of a weight (of 1).
+      prior: Largest relative distance from the regulariser's own weights.
+      scale: Largest ratio of two losses. A loss of exactly 0 is left out.
+      last: How many rows to look at.
+
+    Returns:
+      Findings, each with a message that names losses and numbers. Empty if all is well.
+
+    Examples:
+      >>> import numpy as np
+      >>> from yoto_jax import monitoring
+      >>> steps = np.arange(20)
+      >>> weights = {"depth": 0.99 + 0 * steps, "camera": 1e-6 + 0 * steps}
+      >>> seen = monitoring.History(steps, weights, losses={})
+      >>> for kind, losses, message in monitoring.check(seen):
+      ...     print(kind, losses)
+      collapsed ('camera',)
+    """
+    if len(history.steps) < _FEWEST_ROWS:
+        return []
+    recent = _recent(history, last)
+    with np.errstate(all="ignore"):
+        return [
+            *_not_finite(recent),
+            *_collapsed(recent, collapsed),
+            *_prior_alone(recent, prior),
+            *_unlike_scales(recent, scale),
+        ]
+
+
+def warn(
+    history: History,
+    said: set[tuple[str, tuple[str, ...]]] | None = None,
+    **limits: Any,
+) -> list[Finding]:
+    """Issue a Python warning for each finding, once for each kind and its losses.
+
+    Args:
+      history: From :func:`history`.
+      said: What has been said already; it is added to. The default is one set for the
+        whole process: give each run its own if one process trains several.
+      **limits: As in :func:`check`.
+
+    Returns:
+      All findings, new or not.
+
+    Examples:
+      >>> import warnings
+      >>> import numpy as np
+      >>> from yoto_jax import monitoring
+      >>> weights = {"depth": np.ones(20), "camera": np.zeros(20)}
+      >>> seen = monitoring.History(np.arange(20), weights, losses={})
+      >>> said = set()
+      >>> with warnings.catch_warnings(record=True) as caught:
+      ...     warnings.simplefilter("always")
+      ...     for _ in range(3):
+      ...         findings = monitoring.warn(seen, said)
+      >>> print(len(caught), caught[0].category.__name__)
+      1 LossWeightWarning
+    """
+    said = _SAID if said is None else said
+    findings = check(history, **limits)
+    for finding in findings:
+        if (about := (finding.kind, finding.losses)) not in said:
+            said.add(about)
+            warnings.warn(finding.message, LossWeightWarning, stacklevel=2)
+    return findings
+
+
+def _recent(history: History, last: int) -> History:
+    cut: Any = lambda x: None if x is None else x[-last:]
+    each = lambda named: {name: cut(x) for name, x in named.items()}
+    return history._replace(
+        steps=cut(history.steps),
+        loss_weights=each(history.loss_weights),
+        losses=each(history.losses),
+        data_gradient=cut(history.data_gradient),
+        prior_gradient=cut(history.prior_gradient),
+    )
+
+
+def _not_finite(seen: History) -> Iterator[Finding]:
+    bad = {name: int(np.sum(~np.isfinite(x))) for name, x in seen.losses.items()}
+    bad = {name: n for name, n in bad.items() if n > len(seen.steps) / 10}
+    if bad:
+        counts = ", ".join(f"{name!r} in {n}" for name, n in bad.items())
+        yield Finding(
+            "not finite",
+            tuple(bad),
+            f"Losses were NaN or infinite in many of the {_rows(seen)}: {counts}. Find "
+            "the operation with jax.config.update('jax_debug_nans', True); lower the "
+            "learning rate, compute these losses in float32, or skip such batches "
+            "(yoto.skip_outliers).",
+        )
+    bad = tuple(n for n, x in seen.loss_weights.items() if not np.isfinite(x[-1]))
+    if bad:
+        finite = np.isfinite([seen.loss_weights[name] for name in bad]).all(axis=0)
+        since = seen.steps[np.max(np.flatnonzero(finite), initial=-1) + 1]
+        yield Finding(
+            "not finite",
+            bad,
+            f"The weights of {_some(map(repr, bad))} are NaN or infinite since step "
+            f"{since}: nothing trains any more. Go back to a checkpoint from before, "
+            "and skip batches that are not finite (yoto.skip_outliers).",
+        )
+
+
+def _collapsed(seen: History, limit: float) -> Iterator[Finding]:
+    names = weighed(seen)
+    shares_of = lambda sizes: sizes / np.sum(sizes, axis=0)
+    weights = np.abs([seen.loss_weights[name] for name in names])
+    shares = felt = shares_of(weights)
+    if seen.losses:
+        losses = np.abs([seen.losses[name] for name in names])
+        felt = np.fmax(shares, shares_of(weights * losses))
+    low = np.flatnonzero(_nearly_all(felt) < limit)
+    if not len(low):
+        return
+    cure = (
+        "Raise hyperparameter_decay (rho), start from a larger epsilon, or bring the "
+        "losses to one scale (divide each by a typical value); with many losses the "
+        "regulariser needs a larger rho to hold them all."
+        if seen.data_gradient is not None
+        else "If these losses are meant to train anything, bring all to one scale "
+        "(yoto.weightings.normalize around the weighting, or "
+        "yoto.weightings.scale_invariant), or choose a method that keeps every loss in "
+        "play, such as yoto.weightings.upgrad."
+    )
+    numbers = _some(f"{names[k]!r} {np.nanmedian(shares[k]):.1e}" for k in low)
+    yield Finding(
+        "collapsed",
+        tuple(names[k] for k in low),
+        f"Weights have collapsed: {numbers} of the sum of all weights, in the median "
+        f"of the {_rows(seen)}. Nothing trains these losses any more. {cure}",
+    )
+
+
+def _prior_alone(seen: History, limit: float) -> Iterator[Finding]:
+    for alone in seen.prior_weights:
+        if len(alone) < 2:
+            continue
+        ratios = [seen.loss_weights[name] / weight for name, weight in alone.items()]
+        distance = np.max(np.abs(np.log(ratios)), axis=0)
+        if not _nearly_all(distance) < np.log1p(limit):
+            continue
+        weights = _some(f"{name!r} {weight:.3f}" for name, weight in alone.items())
+        yield Finding(
+            "prior",
+            tuple(alone),
+            f"The regulariser alone decides the weights: over the {_rows(seen)} they "
+            f"stayed within {np.expm1(np.nanmedian(distance)):.1%} (median) of what "
+            f"they would be without any losses: {weights}{_pulls(seen)}. Lower "
+            "hyperparameter_decay (rho), ten times at first, if the losses are to have "
+            "a say; if not, fixed weights (yoto.weightings.static) do the same.",
+        )
+
+
+def _pulls(seen: History) -> str:
+    if seen.prior_gradient is None or seen.data_gradient is None:
+        return ""
+    own, data = map(np.nanmedian, (seen.prior_gradient, seen.data_gradient))
+    return f" (median gradient of the regulariser {own:.2g}, of the losses {data:.2g})"
+
+
+def _unlike_scales(seen: History, limit: float) -> Iterator[Finding]:
+    raw = seen.data_gradient is not None
+    sizes = {}
+    for name in weighed(seen) if seen.losses else []:
+        factor = 1.0 if raw else seen.loss_weights[name]
+        values = np.abs(seen.losses[name] * factor)
+        values = values[np.isfinite(values)]
+        if len(values) and (size := float(np.median(values))) > 0:
+            sizes[name] = size
+    if not sizes:
+        return
+    small, large = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
+    ratio = sizes[large] / sizes[small]
+    if not ratio > limit:
+        return
+    what = "losses" if raw else "weighted losses"
+    cure = (
+        "Learned weights follow the scale: they flow to the smallest loss, whatever it "
+        "means. Divide each loss by a typical value of its own, or let "
+        "yoto.weightings.normalize(yoto.weightings.yoto(...)) do so."
+        if raw
+        else "The largest decides the step. Put yoto.weightings.normalize around the "
+        "weighting, use yoto.weightings.scale_invariant or uncertainty, or divide each "
+        "loss by a typical value of its own."
+    )
+    yield Finding(
+        "scale",
+        (large, small),
+        f"The {what} differ {float(f'{ratio:.2g}'):,.0f} times in scale: "
+        f"{large!r} is {sizes[large]:.3g}, {small!r} is {sizes[small]:.3g} in the "
+        f"median of the {_rows(seen)}. {cure} If {small!r} is small because it is "
+        "solved, drop it or leave this be.",
+    )
+
+
+def _nearly_all(values: np.ndarray) -> np.ndarray:
+    """What nine of ten along the last axis stay below; infinite if NaN are more."""
+    known = np.where(np.isnan(values), np.inf, values)
+    return np.quantile(known, _NEARLY_ALL, axis=-1, method="higher")
+
+
+def _rows(seen: History) -> str:
+    return f"last {len(seen.steps)} rows (steps {seen.steps[0]} to {seen.steps[-1]})"
+
+
+def _some(shown: Iterable[str]) -> str:
+    """The first few, and how many more."""
+    shown = list(shown)
+    rest = f" and {len(shown) - 6} more" if len(shown) > 6 else ""
+    return ", ".join(shown[:6]) + rest

@@ -1,0 +1,178 @@
+"""Recorded loss weights, read on the host."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from yoto_jax._loss_logits import PyTree, listed
+from yoto_jax.monitoring._record import (
+    Columns,
+    Downstream,
+    HistoryState,
+    Primary,
+    Weighed,
+    nodes,
+)
+
+
+class History(NamedTuple):
+    """What has been recorded, in NumPy and in the order of time.
+
+    Attributes:
+      steps: (n,) number of the step of each row; the first step is 0.
+      loss_weights: (n,) weights by name of the loss.
+      losses: (n,) losses by name, unweighted; empty if they were never given.
+      data_gradient: (n,) norm of the gradient of the logits, or None if there are none.
+      prior_gradient: (n,) norm of rho times the gradient of the regulariser, or None.
+      prior_weights: For each ``LossLogits``, the weights by name that the regulariser
+        alone would choose. Empty if that is not known.
+      downstream: The loss that steers the weights without one of its own, or None.
+    """
+
+    steps: np.ndarray
+    loss_weights: dict[str, np.ndarray]
+    losses: dict[str, np.ndarray]
+    data_gradient: np.ndarray | None = None
+    prior_gradient: np.ndarray | None = None
+    prior_weights: tuple[dict[str, float], ...] = ()
+    downstream: str | None = None
+
+
+def history(state: PyTree, index: int | tuple[int, ...] | None = None) -> History:
+    """Fetch what :func:`record` or :func:`recorded` has kept: one transfer.
+
+    It waits for the step that made ``state``, and for nothing else. In a program of
+    several processes each reads its own copy, without talking to the others.
+
+    Args:
+      state: Any tree with one recorded history in it: the state of a chain or of a
+        weighting, a ``TrainState``, an ``nnx.Optimizer``.
+      index: For a state with leading axes: which replica of ``pmap`` (they are all
+        alike: 0), which run of ``vmap``. Where a ``pmap`` spans processes, the index
+        counts the replicas of this one.
+
+    Returns:
+      A :class:`History`. Its arrays are copies and have as many rows as were recorded.
+
+    Raises:
+      TypeError: The state is being traced.
+      ValueError: No history in the state, or several; one that saw no loss logits, or
+        is spread over processes; or leading axes and ``index`` do not go together.
+
+    Examples:
+      >>> import yoto_jax as yoto
+      >>> from yoto_jax import monitoring
+      >>> weighting = monitoring.recorded(yoto.weightings.equal(), length=2)
+      >>> state = weighting.init({"a": 0.0, "b": 0.0})
+      >>> for loss in (1.0, 2.0, 3.0):
+      ...     _, state = weighting.update({"a": loss, "b": 1.0}, state)
+      >>> seen = monitoring.history(state)
+      >>> print(seen.steps, seen.losses["a"])
+      [1 2] [2. 3.]
+    """
+    found = _find(state)
+    steps, rows = jax.device_get([_local(found.row_steps), _local(found.rows)])
+    axes = steps.shape[:-1]
+    index = () if index is None else index if isinstance(index, tuple) else (index,)
+    if len(index) != len(axes):
+        hint = f"give index= with {len(axes)} of them, such as 0 for the first replica "
+        hint = f"{hint}of pmap or run of vmap." if axes else "leave out index=."
+        raise ValueError(f"this history has the leading axes {axes}: {hint}")
+    steps, rows = steps[index][:-1], rows[index][:-1]  # The last one is spare.
+    order = np.argsort(steps, kind="stable")
+    order = order[steps[order] >= 0]
+    return _as_history(steps[order], rows[order], found.columns)
+
+
+def _find(state: PyTree) -> HistoryState:
+    found = nodes(state, HistoryState)
+    if not found:
+        raise ValueError(
+            "no history in this state: put monitoring.record(...) first in the chain "
+            "of the optimizer, or monitoring.recorded(...) around the weighting, and "
+            "give its state."
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"{len(found)} histories in this state, at "
+            f"{listed(path for path, _ in found)}: give the part of it with the one to "
+            "read."
+        )
+    ((_, only),) = found
+    if not isinstance(only.columns, tuple):
+        raise ValueError("this history is empty: record has seen no LossLogits.")
+    return only
+
+
+def _local(x: Any) -> Any:
+    """What this process holds of an array that all processes share."""
+    if hasattr(x, "get_raw_value"):  # Flax NNX puts the leaves of a state into these.
+        x = x.get_raw_value()
+    if isinstance(x, jax.core.Tracer):
+        raise TypeError(
+            "history fetches arrays from the device: call it outside jit, on the state "
+            "that comes out."
+        )
+    if getattr(x, "is_fully_addressable", True):
+        return x
+    if not x.is_fully_replicated:
+        raise ValueError(
+            "this history is spread over several processes: gather it first "
+            "(jax.experimental.multihost_utils.process_allgather)."
+        )
+    return x.addressable_data(0)
+
+
+def _as_history(
+    steps: np.ndarray, rows: np.ndarray, columns: tuple[Columns, ...]
+) -> History:
+    named = [item for group in columns for pair in group for item in pair.items()]
+    names = [name for name, _ in named]
+    by_name = lambda values: dict(zip(names, values, strict=True))
+    each, count = rows.T.copy(), len(names)
+    weights, losses, rest = each[:count], each[count : 2 * count], each[2 * count :]
+    if not len(rest):
+        steers = [name for name, role in named if isinstance(role, Downstream)]
+        seen = History(steps, by_name(weights), by_name(losses))
+        return seen._replace(downstream=steers[0] if steers else None)
+    given, data, *prior = rest
+    return History(
+        steps,
+        by_name(weights),
+        by_name(np.where(given > 0, losses, np.nan)) if given.any() else {},
+        data,
+        prior[0] if prior else None,
+        tuple(filter(None, map(_prior_weights, columns))),
+    )
+
+
+def _prior_weights(group: Columns) -> dict[str, float]:
+    """The weights where the regulariser is smallest; none where it has no minimum."""
+    named = [item for pair in group for item in pair.items()]
+    if any(isinstance(role, Weighed) for _, role in named):
+        return {}
+    primary = {name for name, role in named if isinstance(role, Primary)}
+    share = math.exp(_best_logit(len(named) - len(primary)))
+    sizes = {name: 1.0 if name in primary else share for name, _ in named}
+    return {name: size / sum(sizes.values()) for name, size in sizes.items()}
+
+
+def _best_logit(auxiliary: int) -> float:
+    """Where Eq. 8 is 0 with the same logit for all auxiliary losses: a bisection."""
+
+    def slope(m: float) -> float:
+        p = math.exp(m) / (1 + auxiliary * math.exp(m))
+        return p * m * (1 - auxiliary * p) + 1 / (1 + math.exp(-m))
+
+    low, high = -30.0, 0.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if slope(middle) > 0 else (middle, high)
+    return (low + high) / 2
+
+
+def weighed(seen: History) -> list[str]:
+    """The losses with a weight of their own."""
+    return [name for name in seen.loss_weights if name != seen.downstream]

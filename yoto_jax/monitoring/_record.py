@@ -1,0 +1,371 @@
+"""Loss weights kept in the state, on the device."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from yoto_jax._hyperparameter_decay import (
+    Entropy,
+    _check_entropy,
+    _entropy_spans_primary,
+    _regularizer_gradient,
+    check_rate,
+)
+from yoto_jax._loss_logits import (
+    LossLogits,
+    PyTree,
+    check_structure,
+    find_loss,
+    loss_names,
+    loss_weights,
+    path_name,
+    scalar_losses,
+    upcast,
+)
+from yoto_jax._optimizers import unwrap_loss_logits
+from yoto_jax.weightings._protocol import LossWeighting
+from yoto_jax.weightings._wrappers import _observing_inner
+
+# What a loss is to its weight. These are empty nodes: they live in the structure of the
+# state, as optax.EmptyState does, so that names cost nothing and pass every checkpoint.
+
+
+class Weighed(NamedTuple):
+    """A loss with a weight of which nothing more is known."""
+
+
+class Primary(NamedTuple):
+    """A loss whose logit is 0."""
+
+
+class Auxiliary(NamedTuple):
+    """A loss whose logit is learned under the whole regulariser."""
+
+
+class Downstream(NamedTuple):
+    """A loss that steers the weights without one of its own."""
+
+
+Role = Weighed | Primary | Auxiliary | Downstream
+Columns = tuple[dict[str, Role], ...]  # Of one name each: JAX sorts those of a dict.
+
+
+class HistoryState(NamedTuple):
+    """A ring of rows, and one spare row behind it for what is not to be kept."""
+
+    calls: jax.Array  # int32 scalar
+    row_steps: jax.Array  # int32 (length + 1,), -1 where nothing has been written
+    rows: jax.Array  # float32 (length + 1, columns): weights, losses; with logits, too,
+    # whether losses were given, the data's gradient, the prior's if rho is known
+    columns: tuple[Columns, ...]  # no arrays: names, by LossLogits
+
+
+class RecordedState(NamedTuple):
+    """State of :func:`recorded`."""
+
+    history: HistoryState
+    inner: Any
+
+
+def record(
+    length: int = 1000,
+    every: jax.typing.ArrayLike = 1,
+    hyperparameter_decay: optax.ScalarOrSchedule | None = None,
+    *,
+    entropy: Entropy = "all",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keep the last loss weights in the state of an optimizer, to look at later.
+
+    The first link of a chain: it lets all updates pass as they are, and writes down the
+    loss weights, the losses if they are given, :math:`\|\partial L_e / \partial \mu\|`
+    as it arrives, and :math:`\|\rho \nabla L_r(\mu)\|`. Each row belongs to one step:
+    the weights are those that the step was taken with. Nothing leaves the device until
+    :func:`history` fetches it.
+
+    Args:
+      length: Number of rows. When they are full, the oldest go.
+      every: Steps from one row to the next (a positive integer). The first step is
+        recorded.
+      hyperparameter_decay: rho, the one of the optimizer behind: a scalar, or a
+        schedule of the steps. Without it the regulariser's gradient is not recorded.
+      entropy: Which losses the entropy spans, see :func:`yoto_jax.regularizer`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``, and
+      takes ``losses=``, a tree like the losses of the :class:`yoto_jax.LossLogits`.
+      If ``params`` hold several of those, all are recorded, the names of the losses
+      begin with the path of their logits, and ``losses=`` is a sequence of trees.
+
+    Raises:
+      TypeError: ``length`` is not an integer (with ``optax.inject_hyperparams`` make
+        it one of the ``static_args``), or rho is no number and no schedule.
+      ValueError: ``length`` or ``every`` is not positive, rho is negative or not
+        finite, or ``entropy`` is unknown. In ``init``: the parameters hold no
+        ``LossLogits``. In ``update``: ``params`` is missing, or the updates or the
+        losses do not match the logits.
+
+    Examples:
+      >>> import jax, optax, yoto_jax as yoto
+      >>> from yoto_jax import monitoring
+      >>> losses = {"depth": 2.0, "camera": 1.0}
+      >>> params = {"mu": yoto.init_loss_logits(losses, "depth", epsilon=0.25)}
+      >>> tx = optax.chain(monitoring.record(length=100), yoto.adamw(0.01))
+      >>> state = tx.init(params)
+      >>> @jax.jit
+      ... def step(params, state):
+      ...     objective = lambda p: yoto.composite_loss(losses, p["mu"])
+      ...     grads = jax.grad(objective)(params)
+      ...     updates, state = tx.update(grads, state, params, losses=losses)
+      ...     return optax.apply_updates(params, updates), state
+      >>> for _ in range(300):
+      ...     params, state = step(params, state)
+      >>> seen = monitoring.history(state)
+      >>> print(seen.steps[[0, -1]], seen.loss_weights["camera"].round(2)[[0, -1]])
+      [200 299] [0.29 0.29]
+
+    .. note::
+      The losses must be averaged over devices, as the gradients are. Around
+      ``optax.MultiSteps``, each mini-batch is a step; inside it, the rows are copied at
+      every one. ``flax.training.TrainState.apply_gradients`` takes no ``losses=``.
+
+      The two norms are those of gradients. Under Adam, the push of the losses is
+      normalised before it meets the regulariser, and the norms do not compare.
+    """
+    _check_size(length, every)
+    _check_entropy(entropy)
+    rho = hyperparameter_decay
+    if rho is not None:
+        check_rate("hyperparameter_decay", rho)
+
+    def init_fn(params: PyTree) -> HistoryState:
+        if not jax.tree.leaves(params):  # The placeholder of optax.tree.map_params.
+            placeholder: Any = jnp.zeros((), jnp.int32)
+            return _empty(length, 0, placeholder)
+        found = _with_logits(params)
+        if not found:
+            raise ValueError(
+                "record finds no LossLogits in the parameters (see init_loss_logits): "
+                "they are not there, or a mask or partition hides them."
+            )
+        off = rho is None or (isinstance(rho, int | float) and rho == 0)
+        whole = entropy == "all" and not off
+        role, special = (Auxiliary(), Primary()) if whole else (Weighed(), Weighed())
+        columns = tuple(
+            _columns(
+                mu.structure,
+                role,
+                {mu.primary: special},
+                prefix=f"{path}/" if len(found) > 1 else "",
+            )
+            for path, mu in found
+        )
+        width = 2 * sum(map(len, columns)) + (2 if rho is None else 3)
+        return _empty(length, width, columns)
+
+    def update_fn(
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        *,
+        losses: PyTree | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, Any]:
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "record needs the current loss logits: call update(updates, state, "
+                "params)."
+            )
+        if not jax.tree.leaves(params):
+            return updates, state
+        logits = [mu for _, mu in _with_logits(params)]
+        slopes = [mu for _, mu in _with_logits(updates)]
+        weights = jax.tree.leaves([loss_weights(mu) for mu in logits])
+        _check_like(logits, slopes, state)
+        row = [
+            *weights,
+            *_given_losses(losses, logits),
+            losses is not None,
+            _norm([mu.learned for mu in slopes]),
+        ]
+        if rho is not None:
+            pulls = [
+                _regularizer_gradient(
+                    _entropy_spans_primary(mu, entropy), upcast(mu.learned)
+                )
+                for mu in logits
+            ]
+            strength = rho(state.calls) if callable(rho) else rho
+            row.append(_as_float32(strength) * _norm(pulls))
+        return updates, _write(state, row, every)
+
+    return unwrap_loss_logits(optax.GradientTransformationExtraArgs(init_fn, update_fn))
+
+
+def recorded(
+    weighting: LossWeighting, length: int = 1000, every: jax.typing.ArrayLike = 1
+) -> LossWeighting:
+    """Keep the last loss weights and losses in the state of a weighting.
+
+    Put it around all other wrappers. A batch that is not finite is recorded too, with
+    its losses as they were and the weights that were held.
+
+    Args:
+      weighting: Any :class:`yoto_jax.LossWeighting`.
+      length: Number of rows. When they are full, the oldest go.
+      every: Updates from one row to the next (a positive integer). The first update is
+        recorded.
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting` with the same weights, for :func:`history`. It
+      needs the losses, whether or not the one inside does.
+
+    Raises:
+      TypeError: ``length`` is not an integer.
+      ValueError: ``length`` or ``every`` is not positive.
+
+    Examples:
+      >>> import yoto_jax as yoto
+      >>> from yoto_jax import monitoring
+      >>> weighting = monitoring.recorded(yoto.weightings.scale_invariant())
+      >>> state = weighting.init({"depth": 0.0, "camera": 0.0})
+      >>> for depth in (0.5, 0.25):
+      ...     losses = {"depth": depth, "camera": 4.0}
+      ...     weights, state = weighting.update(losses, state)
+      >>> print(monitoring.history(state).loss_weights["depth"])
+      [2. 4.]
+    """
+    _check_size(length, every)
+
+    def init(losses: PyTree) -> RecordedState:
+        structure = jax.tree.structure(losses)
+        special: dict[int | None, Role] = {}
+        if (name := weighting.downstream) is not None:
+            place = find_loss("downstream", name, losses, loss_names(structure))
+            special[place] = Downstream()
+        columns = (_columns(structure, Weighed(), special),)
+        history = _empty(length, 2 * structure.num_leaves, columns)
+        return RecordedState(history, weighting.init(losses))
+
+    def update(
+        losses: PyTree, state: RecordedState, **statistics: Any
+    ) -> tuple[PyTree, RecordedState]:
+        weights, inner = weighting.update(losses, state.inner, **statistics)
+        row = [*jax.tree.leaves(weights), *jax.tree.leaves(losses)]
+        return weights, RecordedState(_write(state.history, row, every), inner)
+
+    return _observing_inner(weighting)._replace(
+        init=init,
+        update=update,
+        needs=tuple(dict.fromkeys(("losses", *weighting.needs))),
+    )
+
+
+def _empty(length: int, width: int, columns: tuple[Columns, ...]) -> HistoryState:
+    return HistoryState(
+        jnp.zeros((), jnp.int32),
+        jnp.full((length + 1,), -1, jnp.int32),
+        jnp.zeros((length + 1, width), jnp.float32),  # Not NaN: jax_debug_nans.
+        columns,
+    )
+
+
+def _columns(
+    structure: jax.tree_util.PyTreeDef,
+    role: Role,
+    special: Mapping[int | None, Role],
+    prefix: str = "",
+) -> Columns:
+    """Name and role of each loss, some in a ``special`` role by their position."""
+    names = [prefix + (name or "loss") for name in loss_names(structure)]
+    return tuple({name: special.get(k, role)} for k, name in enumerate(names))
+
+
+def _write(state: HistoryState, row: Sequence[Any], every: Any) -> HistoryState:
+    """One row in place. One that is not due goes where nobody looks: no branch."""
+    length = state.row_steps.shape[-1] - 1
+    due = state.calls % every == 0
+    place = jnp.where(due, state.calls // every % length, length)
+    values = jnp.stack([_as_float32(x) for x in row])
+    set_row = lax.dynamic_update_index_in_dim
+    return state._replace(
+        calls=jnp.asarray(optax.safe_increment(state.calls)),
+        row_steps=set_row(state.row_steps, state.calls, place, 0),
+        rows=set_row(state.rows, values, place, 0),
+    )
+
+
+def nodes(tree: PyTree, kind: type) -> list[tuple[str, Any]]:
+    """All nodes of this type, with their paths."""
+    is_kind = lambda x: isinstance(x, kind)
+    flat = jax.tree.leaves_with_path(tree, is_leaf=is_kind)
+    return [(path_name(path), x) for path, x in flat if is_kind(x)]
+
+
+def _with_logits(tree: PyTree) -> list[tuple[str, LossLogits]]:
+    """All loss logits with their paths; none that a mask has emptied."""
+    return [(path, mu) for path, mu in nodes(tree, LossLogits) if jax.tree.leaves(mu)]
+
+
+def _norm(vectors: Sequence[jax.Array]) -> jax.Array:
+    return optax.tree.norm([_as_float32(x) for x in vectors])
+
+
+def _as_float32(x: Any) -> jax.Array:
+    return lax.stop_gradient(jnp.asarray(x, jnp.float32))
+
+
+def _given_losses(losses: PyTree, logits: Sequence[LossLogits]) -> list[Any]:
+    """All losses in the order of the weights, 0 if there are none."""
+    if losses is None:
+        return [0.0] * sum(mu.structure.num_leaves for mu in logits)
+    trees = [losses] if len(logits) == 1 else losses
+    if not isinstance(trees, list | tuple) or len(trees) != len(logits):
+        raise ValueError(
+            f"the parameters hold {len(logits)} LossLogits: losses= must be a sequence "
+            f"of {len(logits)} trees of losses, in their order."
+        )
+    leaves = []
+    for tree, mu in zip(trees, logits, strict=True):
+        _, values, structure = scalar_losses(tree)
+        check_structure(structure, mu.structure, "the loss logits")
+        leaves += values
+    return leaves
+
+
+def _check_like(
+    logits: Sequence[LossLogits], slopes: Sequence[LossLogits], state: HistoryState
+) -> None:
+    for mu in logits:
+        if mu.learned.ndim != 1:
+            raise ValueError(
+                "record takes the logits of one run, of shape (K,); got shape "
+                f"{mu.learned.shape}. Use vmap over the whole optimizer."
+            )
+    if [mu.structure for mu in slopes] != [mu.structure for mu in logits]:
+        raise ValueError(
+            f"the parameters hold {len(logits)} LossLogits and the updates "
+            f"{len(slopes)}, or of other losses: give gradients of all of them."
+        )
+    known = [len(group) for group in state.columns]
+    given = [mu.structure.num_leaves for mu in logits]
+    if known != given:
+        raise ValueError(
+            f"the history was begun with {known} losses, and the parameters now hold "
+            f"LossLogits of {given}."
+        )
+
+
+def _check_size(length: Any, every: Any) -> None:
+    if not isinstance(length, int) or isinstance(length, bool):
+        raise TypeError(
+            f"length must be an integer, got {length!r}; with inject_hyperparams make "
+            "it one of the static_args."
+        )
+    for name, value in (("length", length), ("every", every)):
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"{name} must be positive, got {value}.")

@@ -1,0 +1,67 @@
+"""Recorded loss weights for TensorBoard."""
+
+from typing import Any, Protocol
+
+from yoto_jax.monitoring._history import History
+
+
+class Writer(Protocol):
+    """What ``tensorboardX`` and PyTorch call a ``SummaryWriter``."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int, /) -> Any:
+        """Write one number."""
+
+
+def write_scalars(
+    history: History, writer: Writer, since: int = -1, prefix: str = "loss_weights"
+) -> int:
+    """Write rows to TensorBoard, or to anything with ``add_scalar(tag, value, step)``.
+
+    The tags are ``loss_weights/<name>``, ``loss_weights_losses/<name>``,
+    ``loss_weights_gradients/data`` and ``loss_weights_gradients/prior``.
+
+    Args:
+      history: From :func:`history`.
+      writer: ``SummaryWriter`` of ``tensorboardX`` or ``torch.utils.tensorboard``.
+      since: Only rows of later steps are written: give what the last call returned.
+      prefix: What all tags begin with.
+
+    Returns:
+      The last step written, or ``since`` if there was nothing new.
+
+    Examples:
+      >>> import numpy as np
+      >>> from yoto_jax import monitoring
+      >>> class Printer:
+      ...     def add_scalar(self, tag, value, step):
+      ...         print(step, tag, value)
+      >>> seen = monitoring.History(np.array([0, 5]), {"a": np.array([0.5, 1])}, {})
+      >>> since = monitoring.write_scalars(seen, Printer())
+      0 loss_weights/a 0.5
+      5 loss_weights/a 1.0
+      >>> monitoring.write_scalars(seen, Printer(), since)
+      5
+
+    .. note::
+      Rows that the ring has dropped in the meantime are lost: call it at least once in
+      every ``length * every`` steps.
+    """
+    groups = {
+        prefix: history.loss_weights,
+        f"{prefix}_losses": history.losses,
+        f"{prefix}_gradients": {
+            "data": history.data_gradient,
+            "prior": history.prior_gradient,
+        },
+    }
+    curves = {
+        f"{group}/{name}": values
+        for group, named in groups.items()
+        for name, values in named.items()
+        if values is not None
+    }
+    for row, step in enumerate(history.steps):
+        if step > since:
+            for tag, values in curves.items():
+                writer.add_scalar(tag, float(values[row]), int(step))
+    return max([since, *map(int, history.steps[-1:])])
