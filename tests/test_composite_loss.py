@@ -46,7 +46,7 @@ def problems(draw):
 
 
 @given(problems())
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 def test_value_and_gradients_equal_equations_5_and_6(problem):
     losses, mu, vector, full, is_learned = problem
     loss, (d_losses, d_mu) = jax.value_and_grad(yoto.composite_loss, argnums=(0, 1))(
@@ -73,7 +73,7 @@ def test_value_and_gradients_equal_equations_5_and_6(problem):
 
 
 @given(problems())
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 def test_forward_mode_and_second_derivatives(problem):
     losses, mu, vector, full, is_learned = problem
     if mu.learned.size == 0:

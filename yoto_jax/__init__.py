@@ -20,6 +20,7 @@ from yoto_jax._loss_logits import loss_weights as loss_weights
 from yoto_jax._optimizers import adamw as adamw
 from yoto_jax._optimizers import label_loss_logits as label_loss_logits
 from yoto_jax._optimizers import sgdw as sgdw
+from yoto_jax._skip_outliers import skip_outliers as skip_outliers
 from yoto_jax.weightings._protocol import LossWeighting as LossWeighting
 from yoto_jax.weightings._protocol import WeightingState as WeightingState
 
@@ -41,6 +42,7 @@ __all__ = [
     "monitoring",
     "regularizer",
     "sgdw",
+    "skip_outliers",
     "value_and_grad",
     "value_and_jacobian",
     "weightings",

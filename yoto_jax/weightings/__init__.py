@@ -31,6 +31,7 @@ from yoto_jax.weightings._pcgrad import pcgrad as pcgrad
 from yoto_jax.weightings._random import random as random
 from yoto_jax.weightings._relobralo import relobralo as relobralo
 from yoto_jax.weightings._scale_invariant import scale_invariant as scale_invariant
+from yoto_jax.weightings._skip_outliers import skip_outliers as skip_outliers
 from yoto_jax.weightings._softadapt import softadapt as softadapt
 from yoto_jax.weightings._softmax_alignment import (
     softmax_alignment as softmax_alignment,
@@ -75,6 +76,7 @@ __all__ = [
     "random",
     "relobralo",
     "scale_invariant",
+    "skip_outliers",
     "smooth",
     "softadapt",
     "softmax_alignment",

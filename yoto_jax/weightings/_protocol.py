@@ -203,7 +203,7 @@ def make_weighting(
             name: _statistic(name, statistics.get(name), layout)
             for name in statistics_needed
         }
-        ok = _all_finite((values, given))
+        ok = all_finite((values, given))
         if positive:
             ok &= jnp.all(values > 0)
         weights, learned = update(values, state.learned, layout, **given)
@@ -220,14 +220,14 @@ def make_weighting(
         }
         learned = observe(state.learned, layout, **seen)
         return state._replace(
-            learned=_select(_all_finite((seen, learned)), learned, state.learned)
+            learned=_select(all_finite((seen, learned)), learned, state.learned)
         )
 
     def observe_step_fn(losses: PyTree, state: WeightingState) -> WeightingState:
         assert observe_step is not None
         layout, values = _values(losses, state)
         learned = observe_step(values, state.learned, layout)
-        ok = _all_finite((values, learned))
+        ok = all_finite((values, learned))
         if positive:
             ok &= jnp.all(values > 0)
         return state._replace(learned=_select(ok, learned, state.learned))
@@ -312,7 +312,7 @@ def _accept(
 ) -> tuple[PyTree, WeightingState]:
     """The new weights and state, or the old ones if anything is amiss."""
     weights = jnp.asarray(weights, layout.dtype)
-    ok &= _all_finite((weights, learned))
+    ok &= all_finite((weights, learned))
     new = WeightingState(
         _as_tree(weights, layout), learned, state.num_updates + 1, state.num_skipped
     )
@@ -325,11 +325,12 @@ def _as_tree(weights: jax.Array, layout: Layout) -> PyTree:
     return layout.structure.unflatten([weights[k] for k in range(layout.size)])
 
 
-def _all_finite(tree: PyTree) -> jax.Array:
+def all_finite(tree: PyTree) -> jax.Array:
+    """Whether all floating-point numbers of a tree are finite."""
     leaves = [
         jnp.all(jnp.isfinite(leaf))
         for leaf in jax.tree.leaves(tree)
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
+        if jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.floating)
     ]
     return functools.reduce(jnp.logical_and, leaves, jnp.asarray(True))
 

@@ -1,0 +1,252 @@
+"""Weightings that learn nothing from batches with absurd losses."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from yoto_jax._loss_logits import PyTree, check_structure, scalar_losses
+from yoto_jax.weightings._protocol import (
+    LossWeighting,
+    all_finite,
+    check_decay,
+    check_not_negative,
+    running_mean,
+)
+
+
+class LossScales(NamedTuple):
+    """What is known of the usual size of every loss."""
+
+    means: jax.Array  # (K,) running means of the sizes of accepted losses
+    num_seen: jax.Array  # int32 (K,), batches in them since their last restart
+    streaks: jax.Array  # int32 (K,), batches in a row far above; negative: far below
+
+
+@dataclasses.dataclass(frozen=True)
+class OutlierRule:
+    """Which batches are bad; shared by the weighting and the optimizer."""
+
+    limit: Any
+    decay: Any
+    patience: Any
+    positive: bool
+    two_sided: bool
+    floor: Any
+
+    def __post_init__(self) -> None:
+        if isinstance(self.limit, int | float) and not self.limit > 1:
+            raise ValueError(f"limit must be larger than 1, got {self.limit}.")
+        check_decay(decay=self.decay)
+        check_not_negative(patience=self.patience, floor=self.floor)
+
+    def init(self, count: int, dtype: Any) -> LossScales:
+        """Nothing is known yet."""
+        zeros = lambda dtype: jnp.zeros((count,), dtype)
+        return LossScales(zeros(dtype), zeros(jnp.int32), zeros(jnp.int32))
+
+    def judge(
+        self, losses: jax.Array, scales: LossScales, sound: Any = True
+    ) -> tuple[jax.Array, LossScales]:
+        """Whether a batch is good, and what is known after it.
+
+        Args:
+          losses: (K,) the losses of the batch.
+          scales: What was known before.
+          sound: Whether all else that the batch brought is finite.
+
+        Returns:
+          A boolean, and the new scales.
+        """
+        sound &= jnp.all(jnp.isfinite(losses))
+        if self.positive:
+            sound &= jnp.all(losses > 0)
+        means, num_seen, streaks = scales
+        # A loss of exactly 0 tells nothing of the usual size: a hinge loss is often 0.
+        silent = losses == 0
+        sizes = jnp.maximum(jnp.abs(losses), self.floor)
+        known = num_seen > 0
+        high = known & (sizes / self.limit > means)  # the product might overflow
+        low = known & (sizes < means / self.limit)
+        if not self.two_sided:
+            low &= ~silent
+        streaks = jnp.where(
+            high,
+            jnp.maximum(streaks, 0) + 1,
+            jnp.where(low, jnp.minimum(streaks, 0) - 1, jnp.where(silent, streaks, 0)),
+        )
+        # What goes on for longer than patience is no outlier but another regime.
+        strange = high | low
+        restart = strange & (jnp.abs(streaks) > self.patience)
+        blocked = (strange if self.two_sided else high) & ~restart
+        ok = sound & ~jnp.any(blocked)
+
+        usual = ok & ~strange & ~silent
+        restart &= ok
+        longer = running_mean(
+            means, sizes, num_seen, self.decay / (1 - self.decay), self.decay
+        ).astype(means.dtype)
+        return ok, LossScales(
+            jnp.where(restart, sizes, jnp.where(usual, longer, means)),
+            jnp.where(restart, jnp.where(silent, 0, 1), num_seen + usual),
+            jnp.where(restart, 0, jnp.where(sound, streaks, scales.streaks)),
+        )
+
+
+class SkipOutliersState(NamedTuple):
+    """State of :func:`skip_outliers`; the batches skipped are counted inside."""
+
+    loss_scales: LossScales
+    accepted: jax.Array  # bool scalar, whether the last batch was good
+    inner: Any
+
+
+def skip_outliers(
+    weighting: LossWeighting,
+    limit: jax.typing.ArrayLike = 1e3,
+    *,
+    decay: jax.typing.ArrayLike = 0.99,
+    patience: jax.typing.ArrayLike = 10,
+    positive: bool = False,
+    two_sided: bool = False,
+    floor: jax.typing.ArrayLike = 1e-6,
+) -> LossWeighting:
+    r"""Learn nothing from a batch with a loss far larger than usual.
+
+    A batch that is not finite leaves every weighting as it was. One loss of 1e10 is
+    finite, and spoils running means and second moments for thousands of steps. With
+    :math:`m_k` the running mean of :math:`|L_k|` over the batches accepted so far, this
+    wrapper holds weights and state also if
+
+    .. math::
+      |L_k| > \mathtt{limit} \cdot m_k
+
+    for any loss, and counts the batch in ``num_skipped``. The mean is the plain one of
+    the first :math:`1 / (1 - \beta)` batches, then one with decay :math:`\beta`. It is
+    the rule of :func:`yoto_jax.skip_outliers`, which keeps the same batches from the
+    parameters: use both, with the same options.
+
+    Args:
+      weighting: Any :class:`yoto_jax.LossWeighting`. Of several wrappers this should be
+        the outermost: inside :func:`yoto_jax.weightings.normalize` it would see losses
+        that are divided by the outlier already.
+      limit: How many times larger than usual a loss may be (larger than 1, no unit).
+      decay: :math:`\beta`, in [0, 1).
+      patience: For how many finite batches in a row one loss may cause a skip. The next
+        one like them is accepted, and the mean of that loss starts anew with it: the
+        losses have changed for good. A loss that stays that much *smaller* than usual
+        is accepted all the while; its mean starts anew likewise.
+      positive: Whether all losses are positive by definition: a batch with a loss of 0
+        or less is then skipped, as one that is not finite is, without end.
+      two_sided: Whether a loss ``limit`` times smaller than usual, or 0, is an outlier
+        too. For losses that never come near 0.
+      floor: Losses smaller than this in size count as this size (in the unit of the
+        losses): how they vary down there is no reason to skip a batch.
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting`. On batches that are all good it does what the
+      weighting inside does.
+
+    Raises:
+      ValueError: ``limit`` is not larger than 1, ``decay`` is not in [0, 1), or
+        ``patience`` or ``floor`` is negative.
+
+    Examples:
+      >>> import yoto_jax as yoto
+      >>> scale_free = yoto.weightings.scale_invariant()
+      >>> weighting = yoto.weightings.skip_outliers(scale_free)
+      >>> state = weighting.init({"depth": 0.5})
+      >>> for loss in (0.5, 0.25, 1e10, 0.25):
+      ...     weights, state = weighting.update({"depth": loss}, state)
+      ...     print(weights["depth"], state.inner.num_skipped)
+      2.0 0
+      4.0 0
+      4.0 1
+      4.0 1
+
+    .. note::
+      What it cannot see: the first batch of all, to which there is nothing to compare
+      (if that one was the outlier, ``patience`` mends the mean); faults within a factor
+      of ``limit``; faults that last longer than ``patience``; a change of sign or a
+      constant 0, unless ``positive``: a log-likelihood may pass through 0, a hinge loss
+      be 0 most of the time. Zeros never enter the mean.
+
+    .. warning::
+      Batches whose loss is rarely, but rightly, ``limit`` times the usual are never
+      learned from. Watch ``num_skipped``, and raise ``limit`` if it grows where data
+      and code are sound: 1e6 still keeps out what overflows.
+    """
+    rule = OutlierRule(limit, decay, patience, positive, two_sided, floor)
+
+    def init(losses: PyTree) -> SkipOutliersState:
+        inner = weighting.init(losses)
+        leaves = jax.tree.leaves(_weights(inner))
+        scales = rule.init(len(leaves), leaves[0].dtype)
+        return SkipOutliersState(scales, jnp.ones((), jnp.bool_), inner)
+
+    def update(
+        losses: PyTree, state: SkipOutliersState, **statistics: Any
+    ) -> tuple[PyTree, SkipOutliersState]:
+        held = _weights(state.inner)
+        values = loss_vector(losses, jax.tree.structure(held), state.loss_scales)
+        ok, scales = rule.judge(values, state.loss_scales, all_finite(statistics))
+        # What is thrown away is computed from ones: no complaint about a bad loss.
+        tame = jax.tree.map(
+            lambda x: jnp.where(ok, x, jnp.ones_like(x)),
+            jax.tree.map(jnp.asarray, losses),
+        )
+        weights, inner = weighting.update(tame, state.inner, **statistics)
+        weights, inner = choose(ok, (weights, inner), (held, _skip(state.inner)))
+        return weights, SkipOutliersState(scales, ok, inner)
+
+    def observe(state: SkipOutliersState, **seen: Any) -> SkipOutliersState:
+        assert weighting.observe is not None
+        inner = weighting.observe(state.inner, **seen)
+        return state._replace(inner=choose(state.accepted, inner, state.inner))
+
+    def observe_step(losses: PyTree, state: SkipOutliersState) -> SkipOutliersState:
+        assert weighting.observe_step is not None
+        structure = jax.tree.structure(_weights(state.inner))
+        values = loss_vector(losses, structure, state.loss_scales)
+        ok, _ = rule.judge(values, state.loss_scales, state.accepted)
+        inner = weighting.observe_step(losses, state.inner)
+        return state._replace(inner=choose(ok, inner, state.inner))
+
+    due = weighting.due
+    return weighting._replace(
+        init=init,
+        update=update,
+        needs=tuple(dict.fromkeys(("losses", *weighting.needs))),
+        due=due and (lambda state: due(state.inner)),
+        observe=weighting.observe and observe,
+        observe_step=weighting.observe_step and observe_step,
+    )
+
+
+def loss_vector(losses: PyTree, structure: Any, scales: LossScales) -> jax.Array:
+    """The losses as one vector, checked against those of ``init``."""
+    _, leaves, given = scalar_losses(losses)
+    check_structure(given, structure, "the loss weights")
+    dtype = scales.means.dtype
+    return lax.stop_gradient(jnp.stack([jnp.asarray(x, dtype) for x in leaves]))
+
+
+def choose(ok: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """``new`` if ``ok`` else ``old``, leaf by leaf: no branch, no wait for the device.
+
+    The old state is read in any case, so that the selection is free.
+    """
+    return jax.tree.map(lambda x, y: jnp.where(ok, x, y), new, old)
+
+
+def _weights(state: Any) -> PyTree:
+    return optax.tree.get(state, "loss_weights")
+
+
+def _skip(state: Any) -> Any:
+    """The state with one more batch counted as skipped, if it counts them."""
+    count = optax.tree.get(state, "num_skipped")
+    return state if count is None else optax.tree.set(state, num_skipped=count + 1)
