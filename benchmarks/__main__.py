@@ -23,6 +23,9 @@ BENCHMARKS = {
     "style": "one conditional style transfer against fixed weights",
     "compression": "one conditional image codec against fixed ones and JPEG",
     "pareto": "a Pareto front from one model, against a grid of models",
+    "robustness": "what bad batches do to every weighting",
+    "scaling": "many devices, many processes: equality, cost, crashes",
+    "sweep": "a search for loss weights that several workers share",
 }
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -30,6 +33,8 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "weightings.md",
     ROOT / "docs" / "conditional.md",
+    ROOT / "docs" / "scaling.md",
+    ROOT / "docs" / "running.md",
     ROOT / "benchmarks" / "README.md",
 )
 
@@ -94,7 +99,10 @@ def parser() -> argparse.ArgumentParser:
         prog=top.prog, dest="name", metavar="NAME", help=argparse.SUPPRESS
     )
     for name, what in BENCHMARKS.items():
-        _add_options(names.add_parser(name, description=what, help=argparse.SUPPRESS))
+        command = names.add_parser(name, description=what, help=argparse.SUPPRESS)
+        _add_options(command)
+        for flag, settings in EXTRA.get(name, ()):
+            command.add_argument(flag, **settings)
     for name in ("tables", "figures"):
         names.add_parser(name, help=argparse.SUPPRESS)
     return top
@@ -143,7 +151,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--resume",
         action="store_true",
-        help="go on with a run that was interrupted, for benchmarks of many runs",
+        help="go on with a run that was interrupted, from what it had finished",
     )
 
 
@@ -163,10 +171,64 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
+EXTRA: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "scaling": [
+        (
+            "--processes",
+            {
+                "type": _positive,
+                "metavar": "N",
+                "help": "compare runs of up to so many processes, and nothing else "
+                "unless --methods says so",
+            },
+        ),
+    ],
+    "sweep": [
+        (
+            "--workers",
+            {
+                "type": _positive,
+                "default": 4,
+                "metavar": "N",
+                "help": "processes of this machine (default: %(default)s)",
+            },
+        ),
+        (
+            "--budget",
+            {"type": _positive, "metavar": "N", "help": "runs of the whole search"},
+        ),
+        (
+            "--storage",
+            {
+                "metavar": "URL",
+                "help": "database that workers share, or journal:PATH (default: a file "
+                "of SQLite in --out)",
+            },
+        ),
+        (
+            "--join",
+            {
+                "action": "store_true",
+                "help": "only work on the search that is in --storage",
+            },
+        ),
+    ],
+}
+"""Options of one benchmark alone, flag and how argparse has it: `Options.extra`."""
+
+
+def _extra(name: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of one benchmark alone out of those given."""
+    flags = [flag for flag, _ in EXTRA.get(name or "", ())]
+    names = [flag.removeprefix("--").replace("-", "_") for flag in flags]
+    return {name: given.pop(name) for name in names}
+
+
 def main(arguments: list[str] | None = None) -> None:
     command_line = parser()
     given = vars(command_line.parse_args(arguments))
     name = given.pop("name")
+    extra = _extra(name, given)
     try:
         if name is None:
             command_line.print_help()
@@ -178,7 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
             benchmark = load(name)
             if given["resume"] and not getattr(benchmark, "RESUMABLE", False):
                 raise _common.UsageError(f"{name} cannot be resumed: drop --resume")
-            benchmark.main(_common.Options(name, **given))
+            benchmark.main(_common.Options(name, **given, extra=extra))
     except _common.UsageError as error:
         command_line.error(str(error))
 

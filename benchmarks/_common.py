@@ -14,8 +14,11 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -51,6 +54,7 @@ class Options:
       data: Folder of data, for benchmarks that read one.
       out: Folder that the results go to.
       resume: Whether to go on with what a run that was killed had done.
+      extra: Options of this benchmark alone, by name.
     """
 
     benchmark: str
@@ -61,6 +65,7 @@ class Options:
     data: Path | None = None
     out: Path = Path("out")
     resume: bool = False
+    extra: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def choose(self, methods: Sequence[str]) -> tuple[str, ...]:
         """Those of ``methods`` that were asked for, in the order of ``methods``."""
@@ -88,6 +93,12 @@ class Options:
             words.append(f"--steps {self.steps}")
         if self.data is not None:
             words.append(f"--data {_relative(self.data)}")
+        for name, value in self.extra.items():
+            flag = "--" + name.replace("_", "-")
+            if value is True:
+                words.append(flag)
+            elif value is not None and value is not False:
+                words.append(f"{flag} {value}")
         return " ".join([*words, f"--out {_relative(self.out)}"])
 
 
@@ -235,6 +246,181 @@ def read_json(path: Path) -> Result:
     if not path.is_file():
         raise UsageError(f"no results at {path}: run the benchmark first")
     return json.loads(path.read_text())
+
+
+# Parts of a benchmark that need not be done again.
+
+
+def read_lines(path: Path, header: str) -> list[bytes]:
+    """The lines below the header, without a last one that was being written.
+
+    Raises:
+      UsageError: if the file has another header: it is of other settings.
+    """
+    content = path.read_bytes()
+    # Nothing but the unfinished line is written again: what is cut off here could not
+    # be lost by being killed here.
+    whole = content[: content.rfind(b"\n") + 1]
+    first, *lines = whole.splitlines()
+    if first.decode(errors="replace") != header:
+        raise UsageError(
+            f"{path} holds runs with other settings: "
+            f"{first.decode(errors='replace')}, not {header}. "
+            "Use them, another --out, or start afresh without --resume."
+        )
+    os.truncate(path, len(whole))
+    return lines
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line that is on the disk when this returns."""
+    with path.open("a") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class Units:
+    """Finished parts of a benchmark, kept in files that ``--resume`` reads back.
+
+    Each is a line of ``<name>.units.jsonl``. NumPy arrays in it are in a file of their
+    own, in the folder ``<name>.units``.
+    """
+
+    def __init__(self, options: Options, name: str | None = None, **settings: Any):
+        """Start, or go on if that was asked for.
+
+        Args:
+          options: Preset, seeds, steps and data are among the settings.
+          name: Of the files (default: the benchmark).
+          **settings: What else the outcomes depend on.
+
+        Raises:
+          UsageError: if the parts in the file were done with other settings.
+        """
+        name = name or options.benchmark
+        options.out.mkdir(parents=True, exist_ok=True)
+        self.path = options.out / f"{name}.units.jsonl"
+        self.folder = options.out / f"{name}.units"
+        common = {
+            "preset": options.preset,
+            "seeds": options.seeds,
+            "steps": options.steps,
+            "data": options.data and options.data.name,
+        }
+        self._header = json.dumps(
+            {"benchmark": name, **common, **settings}, sort_keys=True
+        )
+        self._done: dict[str, Any] = {}
+        self._arrays = 0
+        self._earlier = 0.0
+        self._lock = threading.Lock()
+        # A file without a line was left by a start that got no further.
+        if options.resume and self.path.is_file() and b"\n" in self.path.read_bytes():
+            self._read()
+        else:
+            self.path.write_text(self._header + "\n")
+            for left in self.folder.glob("*.npz"):
+                left.unlink()
+        self._started = time.perf_counter()
+
+    def _read(self) -> None:
+        for line in read_lines(self.path, self._header):
+            entry = json.loads(line)
+            self._earlier = max(self._earlier, entry["seconds"])
+            self._arrays = max(self._arrays, entry["arrays"])
+            try:
+                arrays = self._load(entry["arrays"]) if entry["arrays"] else []
+            except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+                say(f"{entry['unit']} is done again, its file cannot be used: {error}")
+                continue
+            self._done[entry["unit"]] = _unpacked(entry["outcome"], arrays)
+
+    @property
+    def seconds(self) -> float:
+        """Since the start, without what was lost and what was between."""
+        return self._earlier + time.perf_counter() - self._started
+
+    def __contains__(self, unit: str) -> bool:
+        """Whether a part is done."""
+        return unit in self._done
+
+    def do(self, unit: str, work: Callable[[], Any]) -> Any:
+        """The outcome of a part, which is done unless it is in the file.
+
+        Threads may call this side by side, for different parts.
+
+        Args:
+          unit: Names the part.
+          work: Does it; its outcome is of dictionaries, lists, numbers, strings and
+            arrays. It comes back as from a file, so with lists for tuples and NumPy's
+            arrays for those of JAX, whether it was in one or not.
+        """
+        if unit not in self._done:
+            arrays: list[np.ndarray] = []
+            packed = json.dumps(_packed(work(), arrays), separators=(",", ":"))
+            with self._lock:
+                self._write(unit, packed, arrays)
+            self._done[unit] = _unpacked(json.loads(packed), arrays)
+        return self._done[unit]
+
+    def _write(self, unit: str, packed: str, arrays: list[np.ndarray]) -> None:
+        number = 0
+        if arrays:
+            self._arrays = number = self._arrays + 1
+            self._save(number, arrays)
+        seconds = rounded(self.seconds)
+        append_line(
+            self.path,
+            f'{{"unit":{json.dumps(unit)},"seconds":{seconds},"arrays":{number},'
+            f'"outcome":{packed}}}',
+        )
+
+    def _save(self, number: int, arrays: list[np.ndarray]) -> None:
+        """A file is there with all its contents or not at all."""
+        self.folder.mkdir(exist_ok=True)
+        temporary = self.folder / "unfinished.tmp"
+        with temporary.open("wb") as file:
+            np.savez(file, *arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.folder / f"{number}.npz")
+
+    def _load(self, number: int) -> list[np.ndarray]:
+        path = self.folder / f"{number}.npz"
+        with path.open("rb") as stream, np.load(stream) as file:
+            return [file[f"arr_{i}"] for i in range(len(file.files))]
+
+
+_ARRAY, _ITEMS = "array", "items"
+
+
+def _packed(outcome: Any, arrays: list[np.ndarray]) -> Any:
+    """The outcome with places in a list of arrays instead of the arrays."""
+    if isinstance(outcome, np.ndarray | jax.Array):
+        arrays.append(np.asarray(outcome))
+        return {_ARRAY: len(arrays) - 1}
+    if isinstance(outcome, dict):
+        items = [[key, _packed(value, arrays)] for key, value in outcome.items()]
+        plain = all(isinstance(key, str) for key in outcome)
+        if plain and not outcome.keys() & {_ARRAY, _ITEMS}:
+            return dict(items)
+        return {_ITEMS: items}  # JSON has no other keys than strings.
+    if isinstance(outcome, list | tuple):
+        return [_packed(value, arrays) for value in outcome]
+    return outcome.item() if isinstance(outcome, np.generic) else outcome
+
+
+def _unpacked(packed: Any, arrays: list[np.ndarray]) -> Any:
+    """The inverse of :func:`_packed`, but for tuples."""
+    if isinstance(packed, list):
+        return [_unpacked(value, arrays) for value in packed]
+    if not isinstance(packed, dict):
+        return packed
+    if packed.keys() == {_ARRAY}:
+        return arrays[packed[_ARRAY]]
+    items = packed[_ITEMS] if packed.keys() == {_ITEMS} else packed.items()
+    return {key: _unpacked(value, arrays) for key, value in items}
 
 
 # Terminal.

@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import yoto_jax as yoto
+from benchmarks import _lanes
 from benchmarks._common import Record, describe, record, say, track, values
 from benchmarks._experiment import Measured as OfLanes
 from benchmarks._experiment import Task
@@ -247,18 +248,22 @@ def train(
     configurations: Configurations,
     steps: int,
     description: str,
+    devices: _lanes.Devices | None = None,
 ) -> Outcome:
     """Train all configurations with all seeds in one program.
 
     A seed decides initialisation, order of batches and augmentation, the same for every
-    configuration. The first sweep with a program pays for its compilation.
+    configuration. The first sweep with a program pays for its compilation. The runs are
+    spread over the devices (default: ``_lanes.default_devices``), over as many of them
+    as can have the same number of seeds and of configurations each.
     """
     started = time.perf_counter()
     seeds = jnp.arange(len(configurations.rho))
     chunks = next(n for n in range(25, 0, -1) if steps % n == 0)
     arguments = (data, seeds, configurations)
     shapes = jax.eval_shape(lambda x: x, arguments)
-    init, advance = _compile(transformation, steps // chunks, shapes)
+    mesh = _lanes.mesh(devices or _lanes.default_devices(), *configurations.rho.shape)
+    init, advance = _compile(transformation, steps // chunks, shapes, mesh)
     ready = time.perf_counter()
     carry = init(seeds, configurations)
     histories = []
@@ -289,13 +294,25 @@ class _Carry(NamedTuple):
 
 
 @functools.cache
-def _compile(transformation: Transformation, length: int, arguments: Any) -> Any:
+def _compile(
+    transformation: Transformation,
+    length: int,
+    arguments: Any,
+    mesh: jax.sharding.Mesh | None,
+) -> Any:
     """Programs that start all runs and that train them ``length`` steps further."""
     _, *runs = arguments
-    init = jax.jit(functools.partial(_init, transformation)).lower(*runs).compile()
-    advance = jax.jit(
-        functools.partial(_advance, transformation, length), donate_argnums=0
-    )
+    start = functools.partial(_init, transformation)
+    further = functools.partial(_advance, transformation, length)
+    if mesh is not None:
+        own, of_steps = _lanes.spec(mesh), _lanes.spec(mesh, 1)
+        of_seeds = jax.sharding.PartitionSpec(mesh.axis_names[0])
+        init = _lanes.Spread(start, mesh, (of_seeds, own), own, tuple(runs))
+        specs = (own, _lanes.ALL, of_seeds, own)
+        every = (init.out_info, *arguments)
+        return init, _lanes.Spread(further, mesh, specs, (own, of_steps), every, (0,))
+    init = jax.jit(start).lower(*runs).compile()
+    advance = jax.jit(further, donate_argnums=0)
     return init, advance.lower(init.out_info, *arguments).compile()
 
 

@@ -10,6 +10,7 @@ configuration and seed: not on its lane, nor on when it was interrupted.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import time
@@ -25,7 +26,15 @@ import optax
 import rich.progress
 
 import yoto_jax as yoto
-from benchmarks._common import UsageError, console, rounded, say, thinned_curves
+from benchmarks import _lanes
+from benchmarks._common import (
+    append_line,
+    console,
+    read_lines,
+    rounded,
+    say,
+    thinned_curves,
+)
 
 PyTree = Any
 Losses = dict[str, jax.Array]
@@ -411,20 +420,35 @@ class Program(NamedTuple):
 
 
 def prepare(
-    task: Task, rule: Rule, config: PyTree, lanes: int, length: int | None = None
+    task: Task,
+    rule: Rule,
+    config: PyTree,
+    lanes: int,
+    length: int | None = None,
+    devices: _lanes.Devices | None = None,
 ) -> Program:
-    """Compile a rule for so many lanes; ``length`` steps at a time."""
+    """Compile a rule for so many lanes; ``length`` steps at a time.
+
+    The lanes are spread over the devices (default: ``_lanes.default_devices``), over as
+    many of them as divide their number.
+    """
     chunks = next(n for n in range(10, 0, -1) if task.steps % n == 0)
     length = length or task.steps // chunks
     shapes = jax.eval_shape(lambda x: x, (task.data, jnp.arange(lanes), config))
     leaves, structure = jax.tree.flatten(shapes)
-    init, advance = _compile(task, rule.training, length, structure, tuple(leaves))
-    return Program(init, advance, chunks)
+    mesh = _lanes.mesh(devices or _lanes.default_devices(), lanes)
+    made = _compile(task, rule.training, length, structure, tuple(leaves), mesh)
+    return Program(*made, chunks)
 
 
 @functools.cache
 def _compile(
-    task: Task, rule: Rule, length: int, structure: Any, leaves: tuple[Any, ...]
+    task: Task,
+    rule: Rule,
+    length: int,
+    structure: Any,
+    leaves: tuple[Any, ...],
+    mesh: jax.sharding.Mesh | None,
 ) -> tuple[Any, Any]:
     data, seeds, config = structure.unflatten(leaves)
     optimizer = task.optimizer()
@@ -465,6 +489,13 @@ def _compile(
         carry, seen = jax.lax.map(whole, (carry, seeds, config))
         return carry, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), seen)
 
+    if mesh is not None:
+        own, of_steps = _lanes.spec(mesh), _lanes.spec(mesh, 1)
+        init = _lanes.Spread(jax.vmap(init_one), mesh, (own, own), own, (seeds, config))
+        arguments = (init.out_info, data, seeds, config)
+        specs = (own, _lanes.ALL, own, own)
+        results = (own, of_steps)
+        return init, _lanes.Spread(advance, mesh, specs, results, arguments, (0,))
     compiled = jax.jit(jax.vmap(init_one)).lower(seeds, config).compile()
     program = jax.jit(advance, donate_argnums=0)
     return compiled, program.lower(compiled.out_info, data, seeds, config).compile()
@@ -480,7 +511,7 @@ def train(task: Task, rule: Rule, run: Run) -> PyTree:
     for part in range(program.chunks):
         carry, _ = program.advance(carry, task.data, seeds, config)
         carry = rule.after(task, carry, part + 1, program.chunks)
-    models, _ = rule.finish(task, carry, seeds)
+    models, _ = rule.finish(task, _lanes.gathered(carry), seeds)
     return jax.tree.map(lambda x: x[0], models)
 
 
@@ -508,8 +539,20 @@ class Runs:
         *,
         resume: bool,
         planned: int,
+        devices: _lanes.Devices | None = None,
     ):
-        self.task, self.rules = task, rules
+        """Read what there is, or start.
+
+        Args:
+          task: What is trained.
+          rules: By the names that runs have for them.
+          folder: For the files.
+          resume: Whether to go on with what is there.
+          planned: How many runs there will be, for the progress bar.
+          devices: That lanes are spread over, as in :func:`prepare`. What was done on
+            some can be gone on with on others; numbers then differ by rounding.
+        """
+        self.task, self.rules, self.devices = task, rules, devices
         self.path = folder / f"{task.name}.runs.jsonl"
         self.partial = folder / f"{task.name}.partial.npz"
         self.finished: dict[str, Finished] = {}
@@ -536,18 +579,7 @@ class Runs:
         self._row = self._bar.add_task(task.name, total=planned, completed=self.resumed)
 
     def _read(self) -> None:
-        content = self.path.read_bytes()
-        # A line without its end was being written. Nothing else is written again:
-        # what is cut off here could not be lost by being killed here.
-        whole = content[: content.rfind(b"\n") + 1]
-        first, *lines = whole.decode(errors="replace").splitlines()
-        if first != self.header:
-            raise UsageError(
-                f"{self.path} holds runs with other settings: {first}. "
-                "Use them, another --out, or start afresh without --resume."
-            )
-        os.truncate(self.path, len(whole))
-        for line in lines:
+        for line in read_lines(self.path, self.header):
             entry = json.loads(line)
             self.finished[entry["run"]] = Finished(
                 {(m, d): float(v) for m, d, v in entry["values"]},
@@ -573,7 +605,7 @@ class Runs:
         filled = runs + [runs[-1]] * (task.lanes - len(runs))
         config = rule.configure([dict(run.config) for run in filled])
         seeds = jnp.array([run.seed for run in filled])
-        program = prepare(task, rule, config, task.lanes)
+        program = prepare(task, rule, config, task.lanes, None, self.devices)
         carry = program.init(seeds, config)
         group = json.dumps([run.key for run in filled])
         carry, parts, (seconds, choosing) = self._saved(group, carry)
@@ -598,6 +630,7 @@ class Runs:
                 self._save(group, carry, parts, (seconds, choosing))
                 saved = time.monotonic()
         losses, weights = (np.concatenate(x) for x in zip(*parts, strict=True))
+        carry = _lanes.gathered(carry)
         models, chosen = rule.finish(task, carry, seeds)
         if chosen is not None:  # Once more, without the compilation, for the time.
             started = time.monotonic()
@@ -612,17 +645,16 @@ class Runs:
         if chosen is not None:
             share = np.full(task.lanes, choosing / seconds)
             measured[CHOOSING, None] = share
-        with self.path.open("a") as file:
-            for lane, run in enumerate(runs):
-                done = Finished(
-                    {k: rounded(v[lane]) for k, v in measured.items()},
-                    thinned(task.names, losses[:, lane], weights[:, lane]),
-                    rounded(seconds / len(runs)),
-                )
-                self.finished[run.key] = done
-                file.write(_line(run, done) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        done = {
+            run: Finished(
+                {k: rounded(v[lane]) for k, v in measured.items()},
+                thinned(task.names, losses[:, lane], weights[:, lane]),
+                rounded(seconds / len(runs)),
+            )
+            for lane, run in enumerate(runs)
+        }
+        append_line(self.path, "\n".join(itertools.starmap(_line, done.items())))
+        self.finished |= {run.key: finished for run, finished in done.items()}
         self.partial.unlink(missing_ok=True)
         self._trained += len(runs)
         self._bar.update(self._row, completed=self.resumed + self._trained)
@@ -761,7 +793,8 @@ def _seconds(
     programs, carries = {}, {}
     for name, (rule, configs) in groups.items():
         config, seeds = rule.configure(configs), jnp.arange(len(configs))
-        program = prepare(task, rule, config, len(configs), length)
+        one = jax.local_devices()[:1]
+        program = prepare(task, rule, config, len(configs), length, one)
         carries[name] = program.init(seeds, config)
         programs[name] = (program.advance, (task.data, seeds, config))
     seconds: dict[str, list[float]] = {name: [] for name in groups}

@@ -37,6 +37,7 @@ from yoto_jax import conditional
 
 Losses = dict[str, np.ndarray]  # arrays [seeds, betas] by loss
 
+RESUMABLE = True
 METHODS = ("fixed", "conditional", "sum", "geometric", "long", "cost")
 TRAINED = METHODS[:-1]
 VARIANTS = ("sum", "geometric", "long")  # at the middle width only
@@ -69,7 +70,8 @@ def main(options: Options) -> None:
     data = task.load(options.data)
     suffix = "" if options.data is None else f"_{options.data.name}"
     path = options.out / f"beta_vae{suffix}.json"
-    start = time.perf_counter()
+    units = _common.Units(options, path.stem)
+    most = EVALUATED[options.preset]
     records: list[Record] = []
     params: dict[str, Any] = {}
     for method in methods:
@@ -79,11 +81,14 @@ def main(options: Options) -> None:
             continue
         of_method = (MIDDLE,) if method in VARIANTS else widths
         for width in _common.track(of_method, method):
-            trained = train(method, width, data, options.seeds, steps)
-            params[method] = trained.params  # of the last, which is the widest
-            records += measure(method, width, trained, data, EVALUATED[options.preset])
+            work = functools.partial(
+                finish, method, width, data, options.seeds, steps, most
+            )
+            found = units.do(f"{method}, {width}", work)
+            params[method] = found["params"]  # of the last, which is the widest
+            records += found["records"]
     if "cost" in methods:
-        records += costs(data, options)
+        records += units.do("cost", lambda: costs(data, options))
     settings = {
         "data": data.name,
         "images": [len(data.train), len(data.validation), len(data.test)],
@@ -96,7 +101,7 @@ def main(options: Options) -> None:
         "latent": task.LATENT,
         "hidden": task.HIDDEN,
         "rounds": ROUNDS[options.preset],
-        "seconds": round(time.perf_counter() - start),
+        "seconds": round(units.seconds),
     }
     meta = _common.meta(options, **settings)
     result = _common.write_json(path, *_merged(path, options, methods, meta, records))
@@ -149,6 +154,15 @@ def train(
     setting = task.Setting(round(task.HIDDEN * width), steps, normalize)
     betas = jnp.array(task.BETAS) if method == "fixed" else None
     return task.train(setting, data, seeds, betas)
+
+
+def finish(
+    method: str, width: float, data: task.Data, seeds: int, steps: int, most: int
+) -> dict[str, Any]:
+    """What is kept of a method at a width: parameters, for examples, and records."""
+    trained = train(method, width, data, seeds, steps)
+    records = measure(method, width, trained, data, most)
+    return {"params": trained.params, "records": records}
 
 
 def measure(

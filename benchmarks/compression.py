@@ -5,6 +5,7 @@ values from 0 to 255). What is compared are bytes of a range coder whose decoder
 back the encoder's images exactly, not estimates.
 """
 
+import functools
 import io
 import itertools
 import math
@@ -28,6 +29,7 @@ from benchmarks._common import Options, Record, Result, Table
 from benchmarks._compression_task import Params, Size, Source, Statistics
 from yoto_jax import conditional
 
+RESUMABLE = True
 METHODS = ("conditional", "fixed", "jpeg")
 NAMES = {"conditional": "conditional", "fixed": "fixed", "jpeg": "JPEG"}
 SUBSAMPLINGS = {"4:4:4": 0, "4:2:0": 2}
@@ -46,13 +48,14 @@ def main(options: Options) -> None:
     stats = task.statistics(source.crops, size.channels)
     codec = coder.Codec(stats)
     learned = [method for method in methods if method != "jpeg"]
-    trained, records = train(learned, source, stats, size, options.seeds)
-    for method in learned:
-        records += code_records(method, codec, trained[method], source, size)
-    if "jpeg" in methods:
-        records += jpeg_records(source.test)
     name = options.benchmark if options.data is None else f"compression_{source.name}"
     path = options.out / f"{name}.json"
+    units = _common.Units(options, name)
+    trained, records = train(learned, source, stats, size, options.seeds, units)
+    for method in learned:
+        records += code_records(method, codec, trained[method], source, size, units)
+    if "jpeg" in methods:
+        records += units.do("jpeg", lambda: jpeg_records(source.test))
     settings = {
         "seeds": options.seeds,
         "data": source.name,
@@ -83,7 +86,12 @@ def main(options: Options) -> None:
 
 
 def train(
-    methods: Sequence[str], source: Source, stats: Statistics, size: Size, seeds: int
+    methods: Sequence[str],
+    source: Source,
+    stats: Statistics,
+    size: Size,
+    seeds: int,
+    units: _common.Units,
 ) -> tuple[dict[str, list[Run]], list[Record]]:
     """All runs of the methods, and what one of them costs.
 
@@ -98,12 +106,18 @@ def train(
     trained: dict[str, list[Run]] = {method: [] for method in methods}
     seconds: dict[str, list[tuple[float, float]]] = {method: [] for method in methods}
     todo = [(s, m, w) for s in range(seeds) for m in methods for w in weights[m]]
-    for seed, method, weight in _common.track(todo, "training"):
+
+    def timed(seed: int, method: str, weight: float | None) -> dict[str, Any]:
         start = time.perf_counter(), time.process_time()
         params, _ = trainers[method](seed, weight)
-        trained[method].append((weight, seed, params))
         end = time.perf_counter(), time.process_time()
-        seconds[method].append((end[0] - start[0], end[1] - start[1]))
+        return {"params": params, "seconds": (end[0] - start[0], end[1] - start[1])}
+
+    for seed, method, weight in _common.track(todo, "training"):
+        work = functools.partial(timed, seed, method, weight)
+        found = units.do(_unit(method, seed, weight), work)
+        trained[method].append((weight, seed, found["params"]))
+        seconds[method].append(found["seconds"])
     records = []
     for method in methods:
         # The first run compiles.
@@ -121,12 +135,19 @@ def train(
     return trained, records
 
 
+def _unit(method: str, seed: int, weight: float | None) -> str:
+    return (
+        f"{method}, seed {seed}, weight {weight if weight is None else f'{weight:g}'}"
+    )
+
+
 def code_records(
     method: str,
     codec: coder.Codec,
     runs: list[Run],
     source: Source,
     size: Size,
+    units: _common.Units,
 ) -> list[Record]:
     """Compress the test images with every model, at every weight that it is for."""
     asked = [
@@ -135,13 +156,18 @@ def code_records(
         for weight in (task.grid(size.points) if own is None else [own])
     ]
     records, pixels = [], math.prod(source.test.shape[:3])
-    for _, seed, params, weight in _common.track(asked, f"{method}: coding"):
+
+    def code(params: Params, weight: float) -> dict[str, float]:
         coded = coder.compress(codec, params, weight, source.test)
-        measured = {
+        return {
             "bpp": 8 * len(coded.data) / pixels,
             "entropy": coded.entropy / pixels,
             **errors(source.test, coded.images),
         }
+
+    for _, seed, params, weight in _common.track(asked, f"{method}: coding"):
+        work = functools.partial(code, params, weight)
+        measured = units.do(f"coding: {_unit(method, seed, weight)}", work)
         config = _common.describe(distortion=weight)
         for metric, value in measured.items():
             records.append(

@@ -5,6 +5,7 @@ choose on the validation images at the strengths of training. The test images, a
 strengths never trained on, choose nothing.
 """
 
+import functools
 import inspect
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from benchmarks._common import Options, Record, Result, Table
 from benchmarks._experiment import Run
 from benchmarks._searches import MEDIAN, ORACLE, VALIDATED, WORST, verdict
 
+RESUMABLE = True
 CONDITIONAL = tuple(_conditional.LABELS)
 METHODS = ("yoto", "paper", "equal", *CONDITIONAL, "grid", "random")
 LEARNED = ("yoto", "paper")
@@ -63,13 +65,15 @@ def main(options: Options) -> None:
     data = task.load()
     records = task.regulariser_records("all")
     history = []
+    units = _common.Units(options)
     for method in (m for m in methods if m not in CONDITIONAL):
-        outcome, measured = run(method, data, options.seeds, steps)
-        records += measured
-        if method in LEARNED:
-            history += thinned(method, outcome)
+        work = functools.partial(finish, method, data, options.seeds, steps)
+        found = units.do(method, work)
+        records += found["records"]
+        history += found["history"]
     if asked := [m for m in methods if m in CONDITIONAL]:
-        records += run_conditional(asked, data, options, steps)
+        work = functools.partial(run_conditional, asked, data, options, steps)
+        records += units.do(", ".join(asked), work)
     settings = {"steps": steps, "seeds": options.seeds, "batch": task.BATCH}
     result = _common.write_json(
         options.out / "digits.json",
@@ -141,6 +145,13 @@ def run(
     return outcome, records
 
 
+def finish(method: str, data: task.Data, seeds: int, steps: int) -> dict[str, Any]:
+    """What is kept of a method."""
+    outcome, records = run(method, data, seeds, steps)
+    history = thinned(method, outcome) if method in LEARNED else []
+    return {"records": records, "history": history}
+
+
 def run_conditional(
     methods: list[str], data: task.Data, options: Options, steps: int
 ) -> list[Record]:
@@ -151,7 +162,7 @@ def run_conditional(
     # them has an easy way to make it small (found on validation images).
     rules = _contest.rules(CONDITIONED, where=lambda path, leaf: leaf.ndim == 1)
     runs = experiment.Runs(
-        made, rules, options.out, resume=False, planned=seeds * len(methods)
+        made, rules, options.out, resume=options.resume, planned=seeds * len(methods)
     )
     finished = {
         method: runs.finish([Run(method, seed) for seed in range(seeds)], method)

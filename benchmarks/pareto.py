@@ -27,6 +27,7 @@ from benchmarks._multidigits import TASKS, Conditioning
 from benchmarks._searches import verdict
 from yoto_jax import conditional
 
+RESUMABLE = True
 GRID, EQUAL = "grid", "equal"
 METHODS: dict[str, Conditioning | None] = {
     EQUAL: None,
@@ -70,7 +71,12 @@ def main(options: Options) -> None:
     steps = options.steps or size.steps
     data = task.load(size.pairs)
     runs = [(method, budget) for budget in size.budgets[::-1] for method in methods]
-    one = lambda method, budget: run(method, budget, options.seeds, steps, data)
+    units = _common.Units(options)
+
+    def one(method: str, budget: int) -> Points:
+        work = lambda: run(method, budget, options.seeds, steps, data)
+        return units.do(f"{method}, {budget}", work)
+
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         outcomes = pool.map(one, *zip(*runs, strict=True))  # each takes about one core
         points = dict(zip(_common.track(runs, "pareto"), outcomes, strict=True))

@@ -5,6 +5,7 @@ initialisations on the same points with the same optimizer. They run in turns, a
 of steps each, so that whatever else the machine does slows all of them alike.
 """
 
+import functools
 import itertools
 import math
 import time
@@ -30,6 +31,7 @@ from yoto_jax import weightings
 
 PyTree = Any
 
+RESUMABLE = True
 PERIOD = 100  # steps between looks at gradients, for the methods that need them
 LEARNING_RATE = 5e-3  # at the start of a cosine decay to 0
 STRETCHES = 25
@@ -101,7 +103,9 @@ def main(options: Options) -> None:
     size = SIZES[options.preset]
     steps = options.steps or size.steps
     runs = choose_runs(methods, size.ratios)
-    trained = train(runs, size, steps, options.seeds)
+    # Methods take turns in the time of a seed, so that is what is done or not.
+    units = _common.Units(options, methods=methods)
+    trained = train(runs, size, steps, options.seeds, units)
     records = [
         *timing_records(methods, trained),
         *(
@@ -182,10 +186,44 @@ def choose_runs(methods: tuple[str, ...], ratios: tuple[float, ...]) -> list[Run
     return runs
 
 
-def train(runs: list[Run], size: Size, steps: int, seeds: int) -> Trained:
+def train(
+    runs: list[Run], size: Size, steps: int, seeds: int, units: _common.Units
+) -> Trained:
     """Train all runs, a stretch of each in turn."""
     stretches = next(n for n in range(STRETCHES, 0, -1) if steps % n == 0)
     stretch = steps // stretches
+    programs: dict[str, tuple] = {}
+
+    def compile_all() -> dict[str, float]:
+        seconds = {}
+        for program in dict.fromkeys(run.program for run in runs):
+            started = time.perf_counter()
+            functions = program_of(METHODS[program].make, size, steps, stretch)
+            programs[program] = compiled(*functions)
+            seconds[program] = time.perf_counter() - started
+        return seconds
+
+    def of_seed(seed: int) -> dict[str, Any]:
+        if not programs:  # Compiled, and timed, before the interruption.
+            compile_all()
+        return train_seed(runs, programs, seed, stretches)
+
+    compile_seconds = units.do("programs", compile_all)
+    curves: dict[tuple[Run, int], Curve] = {}
+    seconds: dict[str, list[list[float]]] = {program: [] for program in compile_seconds}
+    for seed in range(seeds):
+        found = units.do(f"seed {seed}", functools.partial(of_seed, seed))
+        for run, curve in zip(runs, found["curves"], strict=True):
+            curves[run, seed] = Curve(*curve)
+        for program, of_program in found["seconds"].items():
+            seconds[program] += of_program
+    return Trained(steps, stretch, curves, seconds, compile_seconds)
+
+
+def train_seed(
+    runs: list[Run], programs: dict[str, tuple], seed: int, stretches: int
+) -> dict[str, Any]:
+    """Train all runs of one seed: a curve for each, and seconds by program."""
     test, validation = task.references()
     measure = jax.jit(
         lambda model: (
@@ -193,26 +231,17 @@ def train(runs: list[Run], size: Size, steps: int, seeds: int) -> Trained:
             task.relative_error(model, validation),
         )
     )
-    programs, compile_seconds = {}, {}
-    for program in dict.fromkeys(run.program for run in runs):
-        started = time.perf_counter()
-        functions = program_of(METHODS[program].make, size, steps, stretch)
-        programs[program] = compiled(*functions)
-        compile_seconds[program] = time.perf_counter() - started
-    curves = {
-        key: Curve([], [], [], []) for key in itertools.product(runs, range(seeds))
-    }
+    curves = {run: Curve([], [], [], []) for run in runs}
     seconds: dict[str, list[list[float]]] = {program: [] for program in programs}
-    rounds = list(itertools.product(range(seeds), range(stretches)))
-    for turn, (seed, done) in enumerate(_common.track(rounds, "pinn")):
-        if done == 0:
-            carries = {
-                run: programs[run.program][0](seed, jnp.array(run.ratios))
-                for run in runs
-            }
+    carries = {
+        run: programs[run.program][0](seed, jnp.array(run.ratios)) for run in runs
+    }
+    for done in _common.track(range(stretches), f"pinn, seed {seed}"):
         for program in programs:
             seconds[program].append([])
-        first = turn % len(runs)  # Nobody always runs after the same other one.
+        first = (seed * stretches + done) % len(
+            runs
+        )  # Nobody always runs after the same other one.
         for run in runs[first:] + runs[:first]:
             ratios = jnp.array(run.ratios)
             jax.block_until_ready((carries[run], ratios))
@@ -221,13 +250,13 @@ def train(runs: list[Run], size: Size, steps: int, seeds: int) -> Trained:
                 programs[run.program][1](carries[run], seed, ratios)
             )
             seconds[run.program][-1].append(time.perf_counter() - started)
-            curve = curves[run, seed]
+            curve = curves[run]
             error, validation_error = measure(carries[run].model)
             curve.error.append(float(error))
             curve.validation.append(float(validation_error))
             curve.weights.append({n: float(w.mean()) for n, w in weights.items()})
             curve.losses.append({n: float(x.mean()) for n, x in losses.items()})
-    return Trained(steps, stretch, curves, seconds, compile_seconds)
+    return {"curves": list(curves.values()), "seconds": seconds}
 
 
 class Carry(NamedTuple):

@@ -22,6 +22,7 @@ from benchmarks import _vicreg as task
 from benchmarks._common import Options, Record, Result, Table
 from benchmarks._searches import MEDIAN, ORACLE, VALIDATED, WORST, verdict
 
+RESUMABLE = True
 STEPS = {"quick": 10, "cpu": 1000, "gpu": 10_000}
 DRAWS = {"quick": 3, "cpu": 20, "gpu": 20}
 ROUNDS = {"quick": 2, "cpu": 15, "gpu": 15}
@@ -104,12 +105,17 @@ def main(options: Options) -> None:
     draws = DRAWS[options.preset]
     records: list[Record] = []
     history: list[dict[str, Any]] = []
+    path = options.out / _file_name(setup)
+    units = _common.Units(options, path.stem)
     for method in methods:
-        outcome, measured = run(method, setup, data, options.seeds, steps, draws)
-        records += measured
-        if method in ALIGNED:
-            history += thinned(method, outcome)
-    records += costs(methods, setup, data, options, steps)
+        work = functools.partial(
+            finish, method, setup, data, options.seeds, steps, draws
+        )
+        found = units.do(method, work)
+        records += found["records"]
+        history += found["history"]
+    work = functools.partial(costs, methods, setup, data, options, steps)
+    records += units.do(f"costs of {', '.join(methods)}", work)
     settings = {
         "data": setup.name,
         "training_images": len(data.labels),
@@ -120,7 +126,6 @@ def main(options: Options) -> None:
         "seeds": options.seeds,
         "batch": setup.batch,
     }
-    path = options.out / _file_name(setup)
     result = _common.write_json(
         path, _common.meta(options, **settings), records, history=history
     )
@@ -186,6 +191,13 @@ def run(
     seconds = sum(outcome.run_seconds for outcome in outcomes) / seeds
     records.append(_common.record(method, "run_seconds", seconds, compute=total))
     return outcomes[0], records
+
+
+def finish(method: str, *how: Any) -> dict[str, Any]:
+    """What is kept of a method."""
+    outcome, records = run(method, *how)
+    history = thinned(method, outcome) if method in ALIGNED else []
+    return {"records": records, "history": history}
 
 
 def describe(weights: np.ndarray) -> str:

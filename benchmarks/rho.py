@@ -23,6 +23,7 @@ from benchmarks import _digits_task as task
 from benchmarks import _plots as plots
 from benchmarks._common import Options, Record, Result, Table
 
+RESUMABLE = True
 METHODS = ("adamw", "sgdw")
 STEPS = {  # AdamW moves a logit by a learning rate a step: it takes longer to arrive.
     "quick": {"adamw": 20, "sgdw": 20},
@@ -50,10 +51,18 @@ def main(options: Options) -> None:
     fewer = [(EPSILON, rho) for rho in rhos]
     data = task.load()
     records = task.regulariser_records("all") + task.regulariser_records("auxiliary")
+    units = _common.Units(options)
+
+    def done(
+        method: str, entropy: Entropy, pairs: list[Any], grid: tuple[Any, ...]
+    ) -> list[Record]:
+        size = (options.seeds, steps[method])
+        work = lambda: list(run(method, entropy, pairs, grid, data, *size))
+        return units.do(f"{method}, {entropy}", work)
+
     for method in methods:
-        seeds, n = options.seeds, steps[method]
-        records += run(method, "all", pairs, task.GRID, data, seeds, n)
-        records += run(method, "auxiliary", fewer, (), data, seeds, n)
+        records += done(method, "all", pairs, task.GRID)
+        records += done(method, "auxiliary", fewer, ())
     settings = {
         "steps": steps,
         "seeds": options.seeds,

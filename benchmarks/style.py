@@ -8,7 +8,6 @@ for one weighting each. Contents for testing are cut from where no training cont
 import functools
 import io
 import os
-import time
 from collections.abc import Sequence
 from concurrent import futures
 from pathlib import Path
@@ -32,6 +31,7 @@ from yoto_jax import conditional
 Array = jax.Array
 Weights = dict[str, Any]
 
+RESUMABLE = True
 LOW, HIGH = 0.001, 10.0
 MIDDLE = (LOW * HIGH) ** 0.5
 LEARNING_RATE = 3e-3
@@ -95,11 +95,11 @@ def main(options: Options) -> None:
     steps = options.steps or size.steps
     photographs = task.load(options.data)
     made = task.make_task(photographs, size.side, counts=size.counts)
-    start = time.perf_counter()
-    trained = train_all(made, size, methods, options.seeds, steps)
-    seconds = time.perf_counter() - start
-    records = measure_all(made, size, trained)
     name = "style" if options.data is None else f"style_{options.data.name}"
+    units = _common.Units(options, name)
+    trained = train_all(made, size, methods, options.seeds, steps, units)
+    seconds = units.seconds
+    records = measure_all(made, size, trained)
     settings = size._replace(steps=steps)._asdict()
     result = _common.write_json(
         options.out / f"{name}.json",
@@ -129,31 +129,38 @@ def main(options: Options) -> None:
 
 
 def train_all(
-    made: Task, size: Size, methods: tuple[str, ...], seeds: int, steps: int
+    made: Task,
+    size: Size,
+    methods: tuple[str, ...],
+    seeds: int,
+    steps: int,
+    units: _common.Units,
 ) -> dict[str, Any]:
     """Parameters (seeds, ...) by method, of fixed ones (seeds, weightings, ...)."""
-    runs: list[tuple[str, Weights, float, int]] = []
+    runs: dict[str, tuple[Weights, float, int]] = {}
     if "longer" in methods:  # first: the others fit around it
-        runs.append(("longer", WEIGHTINGS["all middle"], 1.0, LONGER * steps))
+        runs["longer"] = (WEIGHTINGS["all middle"], 1.0, LONGER * steps)
     if "conditional" in methods:
-        runs.append(("conditional", WEIGHTINGS["all middle"], 1.0, steps))
+        runs["conditional"] = (WEIGHTINGS["all middle"], 1.0, steps)
     if "fixed" in methods:
-        runs += [("fixed", weights, 0.0, steps) for weights in WEIGHTINGS.values()]
+        fixed = {f"fixed, {w}": (x, 0.0, steps) for w, x in WEIGHTINGS.items()}
+        runs |= fixed
     keys = jax.random.split(jax.random.key(0), seeds)
     one = functools.partial(train, made.losses, size)
     every_seed = jax.jit(jax.vmap(one, in_axes=(None, 0, None, None, None)))
     contents = jnp.asarray(made.train)
-    program = every_seed.lower(contents, keys, *runs[0][1:]).compile()
+    if missing := [run for name, run in runs.items() if name not in units]:
+        program = every_seed.lower(contents, keys, *missing[0]).compile()
 
-    def finish(run: tuple[str, Weights, float, int]) -> Any:
-        return jax.tree.map(np.asarray, program(contents, keys, *run[1:]))
+    def finish(name: str) -> Any:
+        return units.do(name, lambda: program(contents, keys, *runs[name]))
 
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        outcomes = list(pool.map(finish, _common.track(runs, "style")))
-    trained = {run[0]: o for run, o in zip(runs, outcomes, strict=True)}
+        outcomes = pool.map(finish, _common.track(list(runs), "style"))
+        trained = dict(zip(runs, outcomes, strict=True))
     if "fixed" in methods:
-        fixed = outcomes[-len(WEIGHTINGS) :]
-        trained["fixed"] = jax.tree.map(lambda *x: np.stack(x, axis=1), *fixed)
+        every = [trained.pop(name) for name in fixed]
+        trained["fixed"] = jax.tree.map(lambda *x: np.stack(x, axis=1), *every)
     return trained
 
 

@@ -6,9 +6,7 @@ Every method steps with Adam along its weighted gradient. On the front that grad
 zero for some methods; where it is only small, Adam still makes full steps along it.
 """
 
-import functools
 import os
-import time
 from collections.abc import Callable
 from concurrent import futures
 from pathlib import Path
@@ -29,6 +27,7 @@ from benchmarks._common import Options, Record, Result, Table
 Array = jax.Array
 Build = Callable[[Array], yoto.LossWeighting]
 
+RESUMABLE = True
 STARTS = ((-8.5, 7.5), (0.0, 0.0), (9.0, 9.0), (-7.5, -0.5), (9.0, -1.0))
 SCALES = (0.1, 1.0)
 LOWER_BOUNDS = (-2.1, -21.0)
@@ -80,12 +79,12 @@ def main(options: Options) -> None:
     steps = options.steps or STEPS[options.preset]
     records: list[Record] = []
     trajectories = []
-    start = time.perf_counter()
-    one = functools.partial(run, seeds=options.seeds, steps=steps)
+    units = _common.Units(options)
+    one = lambda method: units.do(method, lambda: run(method, options.seeds, steps))
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         outcomes = pool.map(one, methods)  # Each takes one core, hardly more.
         every = dict(zip(_common.track(methods, "toy"), outcomes, strict=True))
-    seconds = time.perf_counter() - start
+    seconds = units.seconds
     for method, paths in every.items():
         records += measure(method, paths[:, :, -1])
         drawn = np.round(paths[0], 2).tolist()

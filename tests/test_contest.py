@@ -235,7 +235,7 @@ def test_resuming_a_finished_benchmark_trains_nothing(folder, results):
     assert resumed["history"] == results["depth"]["history"]
 
 
-@pytest.mark.parametrize("name", ["digits", "rho", "toy"])
+@pytest.mark.parametrize("name", ["overhead", "properties"])
 def test_what_cannot_be_resumed_says_so(name, capsys):
     with pytest.raises(SystemExit) as stop:
         command_line.main([name, "--resume"])

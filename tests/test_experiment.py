@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,9 @@ import optax
 import pytest
 
 import yoto_jax as yoto
+from benchmarks import _digits_task as digits_task
 from benchmarks import _experiment as experiment
+from benchmarks import _lanes
 from benchmarks._common import UsageError
 from benchmarks._experiment import DOWNSTREAM, Run, Runs, Softmax, Weighted, settings
 
@@ -816,6 +819,122 @@ def test_curves_are_averaged_over_stretches():
     assert (np.diff(steps) > 0).all()
     np.testing.assert_allclose(thin["losses"]["b"], 2 * steps + 1, rtol=1e-4)
     np.testing.assert_allclose(thin["weights"]["a"], 4 * steps, rtol=1e-4)
+
+
+# Several devices.
+
+
+EIGHT = dataclasses.replace(TASK, lanes=8)
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute")
+
+
+@pytest.fixture(scope="module")
+def many():
+    """Learned weights in eight lanes, one for each device; and a few, steered."""
+    learned = [
+        Run("softmax", seed, settings(ratios=RATIOS, rho=rho))
+        for seed in range(2)
+        for rho in (0.5, 1.0, 2.0, 3.0)
+    ]
+    return [*learned, *(Run("steered", seed) for seed in range(2))]
+
+
+def on(devices, folder, *, resume=False):
+    return Runs(EIGHT, RULES, folder, resume=resume, planned=10, devices=devices)
+
+
+@pytest.fixture(scope="module")
+def unrounded():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "rounded", float)
+        yield
+
+
+@pytest.fixture(scope="module")
+def alone(many, unrounded, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    return on(jax.devices()[:1], folder).finish(many, "test")
+
+
+def assert_close(finished, expected):
+    for one, other in zip(finished, expected, strict=True):
+        assert one.values.keys() == other.values.keys()
+        for key, value in one.values.items():
+            np.testing.assert_allclose(value, other.values[key], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["softmax", "steered"])
+def test_lanes_on_eight_devices_exchange_nothing(rule, many):
+    of_rule = [dict(run.config) for run in many if run.rule == rule]
+    configs = RULES[rule].configure((4 * of_rule)[:8])
+    program = experiment.prepare(EIGHT, RULES[rule], configs, 8, None, jax.devices())
+    for spread in (program.init, program.advance):
+        code = spread.compiled.as_text()
+        assert "num_partitions=8" in code
+        assert not [name for name in COLLECTIVES if name in code]
+    seeds = jnp.arange(8)
+    carry = program.init(seeds, configs)
+    carry, seen = program.advance(carry, TASK.data, seeds, configs)
+    for leaf in jax.tree.leaves((carry, seen)):
+        assert len(leaf.sharding.device_set) == 8
+        assert not leaf.sharding.is_fully_replicated
+
+
+def test_eight_devices_train_as_one_does(many, alone, tmp_path):
+    assert_close(on(jax.devices(), tmp_path).finish(many, "test"), alone)
+
+
+@pytest.mark.parametrize(("first", "then"), [(8, 1), (1, 8)])
+def test_what_some_devices_began_others_go_on_with(
+    first, then, many, alone, interrupted, tmp_path
+):
+    interrupted.stop_before_advance = CHUNKS + 4
+    with pytest.raises(KeyboardInterrupt):
+        on(jax.devices()[:first], tmp_path).finish(many[:8][::-1] + many[8:], "test")
+    interrupted.never()
+    finished = on(jax.devices()[:then], tmp_path, resume=True).finish(many, "test")
+    assert_close(finished, alone)
+    assert interrupted.advances == 2 * CHUNKS
+
+
+def test_the_digits_on_eight_devices(any_rank):
+    data = digits_task.load().train
+    configurations = digits_task.fixed(jnp.array(digits_task.GRID[:4]), 2)
+    optimizer = lambda rho: optax.sgd(0.1)
+    train = functools.partial(
+        digits_task.train, data, optimizer, configurations, 5, "test"
+    )
+    spread, alone = train(jax.devices()), train(jax.devices()[:1])
+    for one, other in ((spread.losses, alone.losses), (spread.model, alone.model)):
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
+            one,
+            other,
+        )
+    shapes = jax.eval_shape(lambda x: x, (data, jnp.arange(2), configurations))
+    mesh = _lanes.mesh(jax.devices(), 2, 4)
+    assert mesh.devices.shape == (2, 4)
+    _, advance = digits_task._compile(optimizer, 1, shapes, mesh)
+    assert not [name for name in COLLECTIVES if name in advance.compiled.as_text()]
+
+
+def test_lanes_use_as_many_devices_as_divide_them():
+    devices = jax.devices()
+    used = lambda *lanes: (m := _lanes.mesh(devices, *lanes)) and m.devices.shape
+    assert used(8) == (8,)
+    assert used(12) == (6,)
+    assert used(7) == (7,)
+    assert math.prod(used(3, 9)) == 3
+    assert used(2, 4) == (2, 4)
+    assert used(11) is None
+    assert _lanes.mesh(devices[:1], 8) is None
+
+
+def test_virtual_devices_of_a_cpu_have_to_be_asked_for():
+    assert _lanes.default_devices() == tuple(jax.local_devices()[:1])
+    config = SOFTMAX.configure([{"ratios": RATIOS}] * 8)
+    program = experiment.prepare(EIGHT, SOFTMAX, config, 8)
+    assert not isinstance(program.advance, _lanes.Spread)
 
 
 # Cost.
