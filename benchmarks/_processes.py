@@ -35,11 +35,7 @@ def start(
 
     ``own`` are further arguments for the first process, the second, and so on.
     """
-    environment = os.environ | {
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        # With more devices than cores, steps that overlap may wait for ever.
-        "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0",
-    }
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
     environment.pop("XLA_FLAGS", None)
     together = []
     if processes > 1:

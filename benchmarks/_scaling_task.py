@@ -192,6 +192,7 @@ class Way(NamedTuple):
     place: Callable[[Carry], Carry]
     spread: Callable[[Batch], Batch]  # [B, ...] over the devices
     mesh: Any  # to be set around all of it
+    stacked: bool = False  # whether replicas are an axis of their own, as with pmap
 
 
 def one_device(method: Method) -> Way:
@@ -217,6 +218,7 @@ def on_pmap(method: Method, devices: Sequence[Any]) -> Way:
         lambda carry: jax.tree.map(lambda x: jnp.stack([x] * count), carry),
         lambda batch: jax.tree.map(cut, batch),
         contextlib.nullcontext(),
+        stacked=True,
     )
 
 
@@ -290,21 +292,21 @@ def run(way: Way, method: Method, drawn: Sequence[Batch]) -> Outcome:
         carry = way.place(method.init(params))
         for batch in drawn:
             carry, weights = way.step(carry, way.spread(batch))
-            parts = [copies(x) for x in jax.tree.leaves(weights)]
+            parts = [copies(x, way.stacked) for x in jax.tree.leaves(weights)]
             identical &= all((part == part[0]).all() for part in parts)
             history.append([part[0] for part in parts])
-    final = jax.tree.map(lambda x: copies(x)[0], carry.params)
+    final = jax.tree.map(lambda x: copies(x, way.stacked)[0], carry.params)
     if carry.params.get("mu") is not None:
-        every = copies(carry.params["mu"].learned)
+        every = copies(carry.params["mu"].learned, way.stacked)
         identical &= bool((every == every[0]).all())
     return Outcome(final, np.array(history), identical)
 
 
-def copies(x: jax.Array) -> np.ndarray:
+def copies(x: jax.Array, stacked: bool = False) -> np.ndarray:
     """What every device holds of a replicated array, on a leading axis."""
-    parts = [np.asarray(part.data) for part in x.addressable_shards]
-    whole = len(parts) > 1 and parts[0].shape != x.shape  # pmap keeps the axis
-    return np.concatenate(parts) if whole else np.stack(parts)
+    if stacked:
+        return np.asarray(x)
+    return np.stack([np.asarray(part.data) for part in x.addressable_shards])
 
 
 def difference(outcome: Outcome, reference: Outcome) -> float:

@@ -4,8 +4,8 @@ One process for each host, all with the same arguments but for ``--process``:
 
     python -m benchmarks.distributed --coordinator HOST:PORT --processes 2 --process 0
 
-On Slurm, Open MPI and Cloud TPU none of the three is needed: JAX finds out by itself.
-All devices of all hosts share each batch; every host reads its own part of it. The run
+On Slurm, Open MPI 4 and Cloud TPU, ``--cluster`` takes their place: JAX finds out. All
+devices of all hosts share each batch; every host reads its own part of it. The run
 saves itself as it goes and, with ``--resume``, continues from there bit for bit.
 """
 
@@ -27,7 +27,7 @@ import numpy as np
 
 from benchmarks import _digits_task as digits
 from benchmarks import _scaling_task as task
-from yoto_jax.checkpoints import Checkpoints
+from yoto_jax.checkpoints import CheckpointError, Checkpoints
 
 LOST = 75
 """Exit status when another process was lost: start all again with ``--resume``."""
@@ -47,7 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
     connect(options)
     try:
         train(options)
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, CheckpointError) as error:
+        if jax.process_count() == 1 or not speaks_of_others(str(error)):
+            raise
         # Whatever this process held is on disk, up to the last checkpoint. Leaving by
         # the front door would wait for the others, of which one is gone.
         who = f"process {jax.process_index()} of {jax.process_count()}"
@@ -59,12 +61,19 @@ def main(arguments: list[str] | None = None) -> None:
         os._exit(LOST)
 
 
+def speaks_of_others(message: str) -> bool:
+    """Whether an error is about the connection to the other processes."""
+    words = ("gloo", "nccl", "connection", "coordination", "heartbeat", "barrier")
+    return any(word in message.lower() for word in words)
+
+
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog="python -m benchmarks.distributed")
     add = options.add_argument
     add("--coordinator", metavar="HOST:PORT", help="address of process 0")
     add("--processes", type=int, metavar="N", help="how many there are")
     add("--process", type=int, metavar="I", help="which of them this is")
+    add("--cluster", action="store_true", help="let JAX find out these three")
     add("--timeout", type=int, default=20, help="seconds until a lost host is noticed")
     add("--method", choices=task.METHODS, default="yoto")
     add("--steps", type=int, default=200)
@@ -77,8 +86,7 @@ def parser() -> argparse.ArgumentParser:
 
 def connect(options: argparse.Namespace) -> None:
     """Make one machine of all processes; alone, there is nothing to do."""
-    managed = ("SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES")
-    if options.coordinator is None and not any(name in os.environ for name in managed):
+    if options.coordinator is None and not options.cluster:
         return
     jax.distributed.initialize(
         options.coordinator,
@@ -91,6 +99,11 @@ def connect(options: argparse.Namespace) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
+    if BATCH % jax.device_count() or BATCH % jax.process_count():
+        raise SystemExit(
+            f"{jax.device_count()} devices of {jax.process_count()} processes cannot "
+            f"share a batch of {BATCH} evenly"
+        )
     mesh = task.mesh_of(jax.devices(), "Auto")
     everywhere = jax.sharding.NamedSharding(mesh, jax.P())
     shared = jax.sharding.NamedSharding(mesh, jax.P(task.AXIS))
@@ -103,6 +116,10 @@ def train(options: argparse.Namespace) -> None:
         if options.resume:
             run = checkpoints.restore(run, missing="ok").state
         first = int(run.step)
+        if first >= options.steps:
+            say(f"nothing to do: the run is at step {first} of {options.steps}")
+            return
+        overlap = jax.default_backend() != "cpu"
         began, timed = time.monotonic(), 0
         for count, batch in enumerate(batches(first, options.steps), first + 1):
             arrays = [
@@ -112,6 +129,8 @@ def train(options: argparse.Namespace) -> None:
             run, losses, weights = step(run, *arrays)
             if count == options.kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if not overlap:  # Virtual devices would wait for each other's threads.
+                jax.block_until_ready(run)
             checkpoints.save(count, run)
             if count == first + 5:  # what came before is compilation
                 jax.block_until_ready(run)

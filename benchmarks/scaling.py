@@ -27,6 +27,7 @@ METHODS = (
     "crashes",
     "soak",
 )
+RESUMABLE = True
 QUICK = ("devices", "collectives", "memory", "speed")
 
 
@@ -58,9 +59,10 @@ def main(options: Options) -> None:
         "soak": lambda: runs.soak(size),
     }
     records = []
+    units = _common.Units(options, processes=size.processes)
     for method in methods:
         started = time.monotonic()
-        records += parts[method]()
+        records += units.do(method, parts[method])
         _common.say(f"{method}: {time.monotonic() - started:.0f} s")
     path = options.out / "scaling.json"
     settings = {"limit": runs.LIMIT, **size._asdict()}
@@ -79,8 +81,6 @@ def use_virtual_devices() -> None:
     """As many CPU devices as the benchmark wants, if it is not too late for that."""
     try:
         jax.config.update("jax_num_cpu_devices", runs.VIRTUAL_DEVICES)
-        # With more devices than cores, steps that overlap may wait for ever.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
     except RuntimeError:
         if jax.device_count() < 2:
             raise _common.UsageError(
@@ -119,6 +119,11 @@ def table(result: dict[str, Any]) -> _common.Table:
         "float32; methods that look at gradients look at those of the features "
         "(`encoder=`) unless they say otherwise.",
     )
+
+
+def summary(result: dict[str, Any]) -> _common.Table:
+    """The conclusions, one a row."""
+    return _common.Table(["what came of it"], [[text] for text in conclusions(result)])
 
 
 def tables(result: dict[str, Any]) -> dict[str, _common.Table]:

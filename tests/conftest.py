@@ -2,8 +2,6 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
-# With more devices than cores, steps that overlap may wait for each other for ever.
-jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

@@ -13,7 +13,7 @@ from benchmarks import _digits_task as task
 
 SEEDS, STEPS = 2, 10  # throughout, to share compiled programs
 
-pytestmark = pytest.mark.usefixtures("any_rank")
+pytestmark = pytest.mark.usefixtures("any_rank", "quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -757,3 +757,54 @@ def test_orbax_is_asked_for_by_its_extra(monkeypatch):
         ModuleNotFoundError, match=r"pip install 'yoto_jax\[checkpoints"
     ):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_a_digest_is_that_of_its_definition():
+    """Word by word in Python's integers, so that old checkpoints stay readable."""
+
+    def expected(x):
+        total, weighted = 0, 0
+        for place, word in enumerate(
+            np.asarray(x).reshape(-1).view(np.uint32).tolist()
+        ):
+            place = (place * 0x9E3779B1 + 0x7F4A7C15) % 2**32
+            mixed = word ^ place
+            for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+                mixed = (mixed ^ (mixed >> shift)) * factor % 2**32
+            mixed ^= mixed >> 16
+            total = (total + mixed) % 2**32
+            weighted = (weighted + mixed * (place | 1)) % 2**32
+        return f"{total:08x}{weighted:08x}"
+
+    x = np.linspace(-3, 5, 12, dtype=np.float32).reshape(3, 4)
+    assert digests({"x": x, "j": jnp.asarray(x)}) == dict.fromkeys("xj", expected(x))
+    assert digests({"x": x[::-1]})["x"] != expected(x)  # the same words elsewhere
+
+
+def test_an_altered_record_is_damaged(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"a": jnp.arange(3.0)}, data={"batch": 1})
+    path = tmp_path / "1" / "record" / "metadata"
+    record = json.loads(path.read_text())
+    record["data"] = {"batch": 2}
+    path.write_text(json.dumps(record))
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError):
+        checkpoints.restore({"a": jnp.zeros(3)})
+
+
+@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize("shape", [(), (8,)])
+def test_weak_types_come_back(tmp_path, placed, shape):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    weak = jnp.full(shape, 1.01)
+    if placed:
+        weak = jax.device_put(weak, jax.NamedSharding(mesh, jax.P()))
+    assert weak.weak_type
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"s": weak})
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore({"s": weak}).state["s"]
+    assert restored.weak_type
+    assert restored.sharding == weak.sharding
+    assert (restored * jnp.ones((), jnp.bfloat16)).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(restored, weak)

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 import yoto_jax as yoto
 from tests import helpers
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 values = st.floats(0.0, 10.0, width=32)
 logits = st.floats(-8.0, 8.0, width=32)
 trees = st.recursive(

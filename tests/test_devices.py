@@ -17,9 +17,12 @@ OPTIMIZERS = {
     "adamw": yoto.adamw(0.02, weight_decay=0.01),
 }
 
-pytestmark = pytest.mark.skipif(
-    jax.device_count() < DEVICES, reason="needs eight (virtual) devices"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        jax.device_count() < DEVICES, reason="needs eight (virtual) devices"
+    ),
+    pytest.mark.usefixtures("quick_compilation"),
+]
 
 
 def loss_fn(w, batch):
@@ -83,7 +86,7 @@ def test_pmap(tx):
             lambda x: x[k].reshape(DEVICES, -1, *x.shape[2:]),
             batches,
         )
-        params, state = step(params, state, shards)
+        params, state = jax.block_until_ready(step(params, state, shards))
     learned = np.asarray(params["mu"].learned)
     assert (learned == learned[0]).all(), "mu differs between replicas"
     assert_same(jax.tree.map(lambda x: x[0], params), one_device(tx))
@@ -120,7 +123,8 @@ def test_shard_map(tx, check_vma):
     objective_of = objective
     state = tx.init(params)
     for k in range(STEPS):
-        params, state = step(params, state, jax.tree.map(lambda x: x[k], batches))
+        batch = jax.tree.map(lambda x: x[k], batches)
+        params, state = jax.block_until_ready(step(params, state, batch))
     assert_same(params, one_device(tx))
     shards = [np.asarray(s.data) for s in params["mu"].learned.addressable_shards]
     assert all((shard == shards[0]).all() for shard in shards)
@@ -151,7 +155,8 @@ def test_jit_with_sharded_batches(tx, axis_type):
         state = jax.jit(tx.init)(params)
         before = jax.tree.map(jax.typeof, (params, state))
         for k in range(STEPS):
-            params, state = step(params, state, jax.tree.map(lambda x: x[k], batches))
+            batch = jax.tree.map(lambda x: x[k], batches)
+            params, state = jax.block_until_ready(step(params, state, batch))
         after = jax.tree.map(jax.typeof, (params, state))
     assert jax.tree.leaves(before) == jax.tree.leaves(after)
     assert params["mu"].learned.sharding.is_fully_replicated

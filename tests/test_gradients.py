@@ -588,3 +588,50 @@ def test_training_with_sgd_goes_down():
 
     _, losses = jax.lax.scan(body, (PARAMS, state, tx.init(PARAMS)), length=50)
     assert losses["a"][-1] < 0.5 * losses["a"][0]
+
+
+@pytest.mark.parametrize("name", ["upgrad", "gradnorm", "famo"])
+def test_one_loss_may_be_a_bare_scalar(name):
+    weighting = getattr(weightings, name)()
+    f = lambda w: jnp.sum(w**2)
+    step = yoto.value_and_grad(f, weighting)
+    loss, grads, _ = step(jnp.arange(3.0), weighting.init(0.0))
+    assert loss == 5.0
+    assert jnp.all(jnp.isfinite(grads))
+
+
+def test_complex_parameters_keep_both_their_parts():
+    def losses(params):
+        z = params["z"]
+        return {
+            "a": jnp.sum(jnp.abs(z) ** 2),
+            "b": jnp.sum(z.real * z.imag) + jnp.sum(z.imag),
+        }
+
+    params = {"z": jnp.array([1.0 + 2.0j, 3.0 - 1.0j])}
+    seen = {}
+
+    def update(values, state, *, gramian):
+        seen["gramian"] = gramian
+        weights = jax.tree.map(jnp.ones_like, values)
+        return weights, {"loss_weights": weights}
+
+    init = lambda values: {"loss_weights": jax.tree.map(jnp.ones_like, values)}
+    weighting = yoto.LossWeighting(init, update, needs=("gramian",))
+    state = weighting.init({"a": jnp.zeros(()), "b": jnp.zeros(())})
+    _, grads, _ = yoto.value_and_grad(losses, weighting)(params, state)
+    total = jax.grad(lambda p: sum(losses(p).values()))(params)
+    np.testing.assert_allclose(grads["z"], total["z"], rtol=1e-6)
+    rows = [jax.grad(lambda p, k=k: losses(p)[k])(params)["z"] for k in "ab"]
+    expected = [[jnp.sum((x * y.conj()).real) for y in rows] for x in rows]
+    np.testing.assert_allclose(seen["gramian"], np.array(expected), rtol=1e-6)
+
+
+def test_a_part_of_the_parameters_may_be_named_twice():
+    upgrad = weightings.upgrad()
+    f = lambda p: {"a": jnp.sum(p["w"] ** 2), "b": jnp.sum((p["w"] - p["v"]) ** 2)}
+    params = {"w": jnp.ones(3), "v": jnp.zeros(3)}
+    state = upgrad.init({"a": 0.0, "b": 0.0})
+    twice = yoto.value_and_grad(f, upgrad, select=lambda p: (p["w"], p["w"]))
+    once = yoto.value_and_grad(f, upgrad, select=lambda p: p["w"])
+    chex.assert_trees_all_equal(twice(params, state), once(params, state))

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 import yoto_jax as yoto
 from tests import helpers
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Each length is compiled for itself: short ones, long ones, where the form changes.
 vectors = st.sampled_from([1, 2, 3, 8, 9, 14]).flatmap(
     lambda size: st.lists(st.floats(-8, 8, width=32), min_size=size, max_size=size)

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 import yoto_jax as yoto
 from tests import helpers
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 class Pair(NamedTuple):
     fit: Any

@@ -939,3 +939,10 @@ def test_errors_name_what_is_wrong():
         jax.jit(lambda s: monitoring.history(s).steps)(state)
     with pytest.raises(ValueError, match="record has seen no LossLogits"):
         monitoring.history(tx.init({}))
+
+
+def test_losses_of_one_path_are_refused():
+    losses = {"a/b": 0.0, "a": {"b": 0.0}}
+    weighting = monitoring.recorded(yoto.weightings.equal(), length=4)
+    with pytest.raises(ValueError, match="two losses have the same path 'a/b'"):
+        weighting.init(losses)

@@ -16,7 +16,7 @@ from benchmarks import _vicreg as task
 SEEDS, STEPS = 2, 4
 METHODS = ("grap", "equal", "random")
 
-pytestmark = pytest.mark.usefixtures("any_rank")
+pytestmark = pytest.mark.usefixtures("any_rank", "quick_compilation")
 
 
 @pytest.fixture(scope="module")

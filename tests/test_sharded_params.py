@@ -247,3 +247,184 @@ def test_one_spec_for_all():
     plain = yoto.value_and_grad(loss_fn, weightings.upgrad())
     chex.assert_trees_all_equal(out, plain(PARAMS, state, BATCHES[0]))
     assert np.isfinite(out[0]["a"])
+
+
+FSDP = {"w1": jax.P("d"), "w2": jax.P(None, "d"), "b": jax.P()}
+
+
+def gather_over_d(w):
+    return lax.all_gather(w, "d", axis=int(w.shape[0] == 16), tiled=True)
+
+
+OPTIONS = {
+    "select": {"select": lambda p: (p["w2"], p["w1"])},
+    "heads": {"heads": lambda p: (p["w2"], p["b"])},
+    "aligned": {"align": "train-validation"},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_of_the_engine_see_all_parts(option):
+    weighting = weightings.grap("c") if option == "aligned" else weightings.upgrad()
+    given = OPTIONS[option]
+    state = weighting.init(dict.fromkeys(NAMES, 0.0))
+    call = lambda f: (
+        (lambda p, s, x, v: f(p, s, x, validation=(v,)))
+        if option == "aligned"
+        else (lambda p, s, x, v: f(p, s, x))
+    )
+    whole = call(yoto.value_and_grad(loss_fn, weighting, **given))
+    expected = jax.jit(whole)(PARAMS, state, BATCHES[0], BATCHES[1])
+    f = functools.partial(loss_fn, gather=gather_over_d)
+    step = yoto.value_and_grad(f, weighting, axis_name="d", param_specs=FSDP, **given)
+    mapped = jax.shard_map(
+        call(step),
+        mesh=mesh_of((8,), ("d",)),
+        in_specs=(FSDP, jax.P(), jax.P("d"), jax.P("d")),
+        out_specs=(jax.P(), FSDP, jax.P()),
+    )
+    found = jax.jit(mapped)(PARAMS, state, BATCHES[0], BATCHES[1])
+    chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=1e-6)
+
+
+def averaged(params, x):
+    """Losses that come out the same on all devices."""
+    return {
+        "fit": lax.pmean(jnp.mean((x @ params["w1"] - 1.0) ** 2), "d"),
+        "size": lax.psum(jnp.sum(params["w1"] ** 2), "d") / 8,
+        "far": jnp.mean(jnp.abs(x @ params["w1"])),
+    }
+
+
+def plain(params, x):
+    return {
+        "fit": jnp.mean((x @ params["w1"] - 1.0) ** 2),
+        "size": jnp.sum(params["w1"] ** 2),
+        "far": jnp.mean(jnp.abs(x @ params["w1"])),
+    }
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_losses_that_are_averaged_already(checked):
+    mesh, params = mesh_of((8,), ("d",)), {"w1": PARAMS["w1"]}
+    upgrad = weightings.upgrad()
+    state = upgrad.init(dict.fromkeys(("fit", "size", "far"), 0.0))
+    expected = yoto.value_and_grad(plain, upgrad)(params, state, BATCHES[0])
+    mapped = jax.shard_map(
+        yoto.value_and_grad(averaged, upgrad, axis_name="d"),
+        mesh=mesh,
+        in_specs=(jax.P(), jax.P(), jax.P("d")),
+        out_specs=jax.P(),
+        check_vma=checked,
+    )
+    found = jax.jit(mapped)(params, state, BATCHES[0])
+    chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=1e-6)
+
+
+def test_a_loss_of_parts_that_are_summed_up():
+    """As the size of all parameters is, when each device has some of them."""
+
+    def in_parts(params, x):
+        w = lax.all_gather(params["w1"], "d", tiled=True)
+        size = lax.psum(jnp.sum(params["w1"] ** 2), "d")
+        return plain({"w1": w}, x) | {"size": size}
+
+    params, specs = {"w1": PARAMS["w1"]}, {"w1": jax.P("d")}
+    expected = yoto.value_and_jacobian(plain)(params, BATCHES[0])
+    mapped = jax.shard_map(
+        yoto.value_and_jacobian(in_parts, axis_name="d", param_specs=specs),
+        mesh=mesh_of((8,), ("d",)),
+        in_specs=(specs, jax.P("d")),
+        out_specs=(jax.P(), {"w1": jax.P(None, "d")}),
+    )
+    found = jax.jit(mapped)(params, BATCHES[0])
+    chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=1e-6)
+
+
+def test_statistics_of_the_caller_are_those_of_each_device():
+    def squared(params, x):
+        slope = jax.grad(lambda w: jnp.mean((x @ w) ** 2))(params["w1"])
+        return jnp.stack([jnp.sum(jnp.abs(slope)), 1.0, 2.0])
+
+    def on(x, **options):
+        step = yoto.value_and_grad(
+            plain, weightings.ntk(), statistics={"ntk_diagonal": squared}, **options
+        )
+        state = weightings.ntk().init(dict.fromkeys(("fit", "size", "far"), 0.0))
+        return step({"w1": PARAMS["w1"]}, state, x)
+
+    same = jnp.tile(BATCHES[0][:2], (8, 1))  # every device sees what one would
+    mapped = jax.shard_map(
+        functools.partial(on, axis_name="d"),
+        mesh=mesh_of((8,), ("d",)),
+        in_specs=jax.P("d"),
+        out_specs=jax.P(),
+    )
+    chex.assert_trees_all_close(jax.jit(mapped)(same), on(same[:2]), rtol=2e-5)
+
+
+def test_a_representation_that_the_encoder_averages():
+    def pooled(params, x, mean=WHOLE):
+        return {"each": x @ params["w1"], "all": mean(jnp.mean(x @ params["w1"], 0))}
+
+    def of_z(params, z, x):
+        del params, x
+        return {"a": jnp.mean(z["each"] ** 2), "b": jnp.mean((z["all"] - 1.0) ** 2)}
+
+    params, mgda = {"w1": PARAMS["w1"]}, weightings.mgda()
+    state = mgda.init({"a": 0.0, "b": 0.0})
+    alone = yoto.value_and_grad(of_z, mgda, encoder=pooled)
+    expected = alone(params, state, BATCHES[0])
+    mean = functools.partial(pooled, mean=lambda x: lax.pmean(x, "d"))
+    mapped = jax.shard_map(
+        yoto.value_and_grad(of_z, mgda, encoder=mean, axis_name="d"),
+        mesh=mesh_of((8,), ("d",)),
+        in_specs=(jax.P(), jax.P(), jax.P("d")),
+        out_specs=jax.P(),
+    )
+    found = jax.jit(mapped)(params, state, BATCHES[0])
+    chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=1e-6)
+
+
+def test_what_would_be_wrong_in_silence_is_an_error():
+    mesh = mesh_of((2, 4), ("d", "m"))
+    state = WEIGHTINGS["upgrad"].init(dict.fromkeys(NAMES, 0.0))
+
+    def attempt(gather, specs, given, checked):
+        step = make(WEIGHTINGS["upgrad"], False, gather, axis_name="d", **given)
+        mapped = jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(specs, jax.P(), jax.P("d")),
+            out_specs=(jax.P(), specs, jax.P()),
+            check_vma=checked,
+        )
+        jax.jit(mapped).lower(PARAMS, state, BATCHES[0])
+
+    parts = {"w1": jax.P("d"), "w2": jax.P(), "b": jax.P()}
+    with pytest.raises(ValueError, match="parameter 'w1' may differ between the"):
+        attempt(gather_over_d, parts, {}, True)
+    columns = {"w1": jax.P(None, "m"), "w2": jax.P("m"), "b": jax.P()}
+    with pytest.raises(ValueError, match="needs shard_map with check_vma=True"):
+        attempt(WHOLE, columns, {"param_specs": columns}, False)
+
+
+def test_means_of_losses_are_taken_in_float32():
+    """A float32 loss beside one in bfloat16, which comes first."""
+
+    def two(params, x):
+        mean = jnp.mean(x) * params["w1"][0, 0]
+        return {"a": mean.astype(jnp.bfloat16), "b": mean}
+
+    equal = weightings.equal()
+    mapped = jax.shard_map(
+        yoto.value_and_grad(two, equal, axis_name="d"),
+        mesh=mesh_of((8,), ("d",)),
+        in_specs=(jax.P(), jax.P(), jax.P("d")),
+        out_specs=jax.P(),
+    )
+    state = equal.init({"a": jnp.zeros((), jnp.bfloat16), "b": 0.0})
+    losses, *_ = jax.jit(mapped)(PARAMS, state, BATCHES[0])
+    expected = two(PARAMS, BATCHES[0])
+    assert losses["a"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(losses["b"], expected["b"], rtol=1e-6)

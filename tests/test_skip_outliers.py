@@ -742,3 +742,25 @@ def test_both_wrappers_skip_the_same_batches():
     np.testing.assert_array_equal(ok, stepped)
     chex.assert_trees_all_equal(state.loss_scales, opt_state.loss_scales)
     assert 5 <= int(opt_state.num_skipped) == int(state.inner.num_skipped) <= 9
+
+
+def test_a_loss_of_zero_does_not_end_a_streak():
+    """A hinge loss that is 0 now and then, and for good a thousand times larger."""
+    weighting = skip_in_weighting(yoto.weightings.equal(), 10.0, decay=0.9, patience=3)
+    state = weighting.init({"a": 0.0})
+    skipped = []
+    for loss in (1.0, 1.0, 50.0, 0.0, 50.0, 0.0, 50.0, 0.0, 50.0, 50.0):
+        _, state = weighting.update({"a": loss}, state)
+        skipped.append(not bool(state.accepted))
+    assert skipped == [
+        False,
+        False,
+        True,
+        False,
+        True,
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]

@@ -8,6 +8,8 @@ import pytest
 
 import yoto_jax as yoto
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LOSSES = {"a": 1.0, "b": 1.0, "c": 1.0, "label": 1.0}
 
 

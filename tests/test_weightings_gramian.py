@@ -19,6 +19,8 @@ from yoto_jax.weightings._nash_mtl import nash_mtl
 from yoto_jax.weightings._pcgrad import pcgrad
 from yoto_jax.weightings._upgrad import upgrad
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PAIR = np.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
 METHODS = {
     "aligned_mtl": aligned_mtl(),

@@ -26,6 +26,8 @@ from yoto_jax.weightings._softadapt import softadapt
 from yoto_jax.weightings._stch import stch
 from yoto_jax.weightings._uncertainty import uncertainty
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def example_run(updates=30, count=4, seed=0):
     """Falling positive losses of many sizes, and positive gradient statistics."""

@@ -10,6 +10,8 @@ import pytest
 from yoto_jax import weightings
 from yoto_jax.weightings._protocol import make_weighting
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STEPS = [{"a": 1.0, "b": 4.0}, {"a": 2.0, "b": 2.0}, {"a": 4.0, "b": 1.0}]
 
 

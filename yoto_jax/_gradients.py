@@ -11,7 +11,14 @@ import numpy as np
 import optax
 from jax import lax
 
-from yoto_jax._loss_logits import PyTree, find_loss, loss_names, scalar_losses, upcast
+from yoto_jax._loss_logits import (
+    PyTree,
+    find_loss,
+    loss_names,
+    path_name,
+    scalar_losses,
+    upcast,
+)
 from yoto_jax.weightings._protocol import GRADIENT_STATISTICS, LossWeighting
 
 Align = Literal["train", "validation", "train-validation"]
@@ -176,15 +183,15 @@ def value_and_grad(
         kwargs: dict[str, Any],
         trains: bool = False,
     ) -> _Pass:
-        place = Placement(axes, spread_of(params, param_specs))
+        place = Placement(axes, spread_of(params, param_specs, axes))
         local = _vary(params, axes)
         if encoder is None:
-            f = lambda p: _split(loss_fn(p, *args, **kwargs), has_aux)
+            f = lambda p: _split(loss_fn(p, *args, **kwargs), has_aux, axes)
             return _direct(
                 f, local, place, weighting, select, heads, chunk_size, keep_gradients
             )
         encode = lambda p: encoder(p, *args, **kwargs)
-        decode = lambda p, z: _split(loss_fn(p, z, *args, **kwargs), has_aux)
+        decode = lambda p, z: _split(loss_fn(p, z, *args, **kwargs), has_aux, axes)
         return _encoded(encode, decode, local, place, weigh_heads, trains)
 
     def fn(
@@ -204,7 +211,13 @@ def value_and_grad(
         def look() -> dict[str, Any]:
             found: dict[str, Any] = steering.statistics(asked) if asked else {}
             for name, statistic in (statistics or {}).items():
-                found[name] = mean_over(statistic(params, *args, **kwargs), axes)
+                if any(spread_of(params, param_specs, axes)):
+                    raise ValueError(
+                        f"statistics={{{name!r}: ...}} cannot tell anything of "
+                        "parameters that param_specs= spreads over devices."
+                    )
+                local = statistic(_vary(params, axes), *args, **kwargs)
+                found[name] = mean_over(jax.tree.map(jnp.asarray, local), axes)
             if aligned or align == "train-validation":
                 place = place_of(weighting.downstream, training.losses)
                 v = downstream_gradient(place) if direction is None else direction
@@ -284,8 +297,8 @@ def value_and_jacobian(
     axes = named_axes(axis_name)
 
     def fn(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        f = lambda p: _split(loss_fn(p, *args, **kwargs), has_aux)
-        spread = spread_of(params, param_specs)
+        f = lambda p: _split(loss_fn(p, *args, **kwargs), has_aux, axes)
+        spread = spread_of(params, param_specs, axes)
         losses, pullback, aux = jax.vjp(f, _vary(params, axes), has_aux=True)
         pull = lambda cotangents: mean_over(pullback(cotangents)[0], axes, spread)
         jacobian = _rows(pull, losses, chunk_size)
@@ -311,12 +324,11 @@ def _direct(
     """Gradients of the parameters."""
     axes, spread = place
     losses, pullback, aux = jax.vjp(f, params, has_aux=True)
-    scalar_losses(losses)
     keep = keep and select is None and weighting.due is None
     pull = lambda ct: mean_over(pullback(ct)[0], axes, spread)
     count = len(jax.tree.leaves(params))
     apart = [] if heads is None else _leaf_places(params, heads)
-    if len(apart) == count:
+    if apart and len(apart) == count:
         raise ValueError("heads= names all parameters: none are left to be weighed.")
     if select is None:  # The weighting sees all that it weighs.
         seen = [place for place in range(count) if place not in apart]
@@ -324,7 +336,7 @@ def _direct(
     else:
         seen = _leaf_places(params, select)
         pull_seen = _pull_part(f, params, seen, place)
-    spread_seen = [spread[leaf] for leaf in sorted(seen)]
+    spread_seen = [spread[leaf] for leaf in sorted(set(seen))]
     kept: list[PyTree] = []
 
     def statistics(names: Sequence[str]) -> dict[str, jax.Array]:
@@ -382,7 +394,6 @@ def _encoded(
     axes, spread = place
     z, encoder_pullback = jax.vjp(encode, params)
     shapes = jax.eval_shape(lambda p, z: decode(p, z)[0], params, z)
-    scalar_losses(shapes)
     structure = jax.tree.structure(shapes)
     count = structure.num_leaves
 
@@ -404,12 +415,7 @@ def _encoded(
     # Seen from all devices, z is the devices' parts side by side, and the gradient of a
     # mean over n devices is 1/n of the local one.
     devices = _axis_size(axes)
-    spread_z = [axes] * len(jax.tree.leaves(z))
-    if any(spread):
-        spread_z = [
-            (*axes, *sorted(_varying(x) - set(axes), key=str))
-            for x in jax.tree.leaves(z)
-        ]
+    spread_z = [_spread_z(x, place, _checked(params, axes)) for x in jax.tree.leaves(z)]
     averaged = mean_losses(losses, axes)
 
     def encoder_pull(cotangent: PyTree) -> PyTree:
@@ -458,6 +464,17 @@ def _encoded(
         return add(through_encoder, own), state
 
     return _Pass(averaged, aux, statistics, direction, along, combine)
+
+
+def _spread_z(x: jax.Array, place: "Placement", checked: bool) -> Axes:
+    """The axes that one array of the representation is cut up over."""
+    batch, spread = place
+    if not checked:
+        return batch
+    varying = _varying(x)
+    # An array that the encoder has averaged over the devices is whole on each.
+    own = tuple(axis for axis in batch if axis in varying)
+    return (*own, *sorted(varying - set(batch), key=str)) if any(spread) else own
 
 
 def if_due(
@@ -563,18 +580,24 @@ def _by_axes(
     groups: dict[Axes, list[jax.Array]] = {}
     for x, axes in zip(leaves, spread or [()] * len(leaves), strict=True):
         if x.dtype != jax.dtypes.float0:
-            groups.setdefault(axes, []).append(x)
+            groups.setdefault(axes, []).append(_as_real(x))
     return groups
+
+
+def _as_real(x: jax.Array) -> jax.Array:
+    """Complex numbers as pairs: their inner product is the real part of the other."""
+    if not jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return x
+    return jnp.stack([x.real, x.imag], axis=-1)
 
 
 def _products(x: jax.Array) -> jax.Array:
     """Inner products of the rows, in float32 at least, whatever the accelerator."""
     if x.shape[0] <= _FEW:
-        # One loop over the entries. A matrix product wants its operands in another
-        # layout, and on the CPU that is one more copy of K gradients.
-        x = upcast(x)
-        products = x[:, None] * x[None, :]
-        return jnp.sum(products, axis=tuple(range(2, products.ndim)))
+        # A matrix product wants its operands in another layout, and on the CPU that is
+        # one more copy of K gradients.
+        x, rest = upcast(x), tuple(range(1, x.ndim))
+        return jnp.stack([jnp.sum(row[None] * x, axis=rest) for row in x])
     axes = tuple(range(1, x.ndim))
     sharding: Any = jax.typeof(x).sharding
     explicit = any(sharding.spec)  # The mesh is explicit, and the array spread over it.
@@ -679,10 +702,13 @@ def combine_rows(rows: PyTree, weights: jax.Array) -> PyTree:
 
 def _weighted_sum(weights: jax.Array, terms: Sequence[jax.Array]) -> jax.Array:
     """Weights times gradients, added in float32 at least; a weight of 0 is none."""
-    if terms[0].dtype == jax.dtypes.float0:
+    dtype = terms[0].dtype
+    if dtype == jax.dtypes.float0:
         return terms[0]
-    total = _total(weights[k] * upcast(x) for k, x in enumerate(terms))
-    return total.astype(terms[0].dtype)
+    if not jnp.issubdtype(terms[0].dtype, jnp.complexfloating):
+        terms = [upcast(x) for x in terms]
+    total = _total(weights[k] * x for k, x in enumerate(terms))
+    return total.astype(dtype)
 
 
 def stacked(tree: PyTree) -> jax.Array:
@@ -740,7 +766,7 @@ def _pull_part(
         return f(structure.unflatten(merged))[0]
 
     _, pullback = jax.vjp(of_part, _at(places, params))
-    spread = [place.spread[leaf] for leaf in sorted(places)]
+    spread = [place.spread[leaf] for leaf in sorted(set(places))]
     return lambda ct: mean_over(pullback(ct)[0], place.axes, spread)
 
 
@@ -754,10 +780,26 @@ class Placement(NamedTuple):
     spread: Sequence[Axes]  # of each array of the parameters: what it is cut up over
 
 
-def spread_of(params: PyTree, specs: PyTree | None) -> list[Axes]:
-    """The axes that each array of the parameters is cut up over."""
+def spread_of(
+    params: PyTree, specs: PyTree | None, axes: Axes | None = None
+) -> list[Axes]:
+    """The axes that each array of the parameters is cut up over.
+
+    ``axes`` are those of the batch: if they are known, it is checked that specs are
+    given where they are needed, and can be followed.
+    """
+    paths = [path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+    leaves = jax.tree.leaves(params)
     if specs is None:
-        return [()] * len(jax.tree.leaves(params))
+        for path, x in zip(paths, leaves, strict=True):
+            if differing := [axis for axis in axes or () if axis in _varying(x)]:
+                raise ValueError(
+                    f"parameter {path!r} may differ between the devices of axis "
+                    f"{differing[0]!r}. If each device holds a part of it, say so with "
+                    "param_specs=; if all hold the same, as after pcast, with "
+                    "param_specs=jax.P()."
+                )
+        return [()] * len(leaves)
     is_spec = lambda x: isinstance(x, jax.sharding.PartitionSpec)
     try:
         full = jax.tree.broadcast(specs, params, is_leaf=is_spec)
@@ -775,13 +817,21 @@ def spread_of(params: PyTree, specs: PyTree | None) -> list[Axes]:
             )
         parts = [part if isinstance(part, tuple) else (part,) for part in spec]
         found.append(tuple(axis for part in parts for axis in part if axis is not None))
+    for path, x, own in zip(paths, leaves, found, strict=True):
+        for axis in own:
+            if axes is not None and axis not in (*axes, *_varying(x)):
+                raise ValueError(
+                    f"parameter {path!r} is spread over axis {axis!r}, which the batch "
+                    "is not: that needs shard_map with check_vma=True, its default. "
+                    "Without, JAX makes gradients too large by the size of the axis."
+                )
     return found
 
 
 def named_axes(axis_name: Any) -> Axes:
     if axis_name is None:
         return ()
-    return axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
 
 
 def _vary(tree: PyTree, axes: Sequence[Hashable]) -> PyTree:
@@ -798,6 +848,12 @@ def _vary(tree: PyTree, axes: Sequence[Hashable]) -> PyTree:
         return _to_varying(x, missing) if missing else x
 
     return jax.tree.map(vary, tree) if axes else tree
+
+
+def _checked(params: PyTree, axes: Axes) -> bool:
+    """Whether ``shard_map`` knows what varies, told by parameters made to vary."""
+    leaves = jax.tree.leaves(params)
+    return bool(leaves) and bool(axes) and _varying(leaves[0]) >= set(axes)
 
 
 def _varying(x: Any) -> frozenset[Hashable]:
@@ -852,8 +908,15 @@ def mean_losses(losses: PyTree, axes: Axes) -> PyTree:
 # Checks.
 
 
-def _split(out: Any, has_aux: bool) -> tuple[PyTree, Any]:
-    return out if has_aux else (out, None)
+def _split(out: Any, has_aux: bool, axes: Axes) -> tuple[PyTree, Any]:
+    """Losses, checked and each device's own, and what comes with them.
+
+    A loss that is the same on all devices, as after a ``pmean``, is made their own too:
+    its gradient is then that of a mean of such losses.
+    """
+    losses, aux = out if has_aux else (out, None)
+    scalar_losses(losses)
+    return _vary(jax.tree.map(jnp.asarray, losses) if axes else losses, axes), aux
 
 
 def place_of(downstream: Any, losses: PyTree) -> int:

@@ -714,7 +714,10 @@ def _back(placed: Any, like: Any, saved: dict[str, Any]) -> Any:
     if isinstance(placed, np.ndarray):  # Saved as a number of Python's.
         number = jnp.asarray(placed.item())
         return number if sharding is None else jax.device_put(number, sharding)
-    if like.weak_type and not like.shape and sharding is None:
-        weak = jnp.asarray(np.asarray(placed).item())  # Else a step compiles once more.
-        return weak if weak.dtype == like.dtype else placed
+    if like.weak_type and placed.is_fully_addressable:
+        # Else a step would compile once more, and might promote to another dtype.
+        zeros = jnp.full(like.shape, np.zeros((), like.dtype).item())
+        if zeros.weak_type and zeros.dtype == like.dtype:
+            weak = zeros.at[...].set(np.asarray(placed))
+            return weak if sharding is None else jax.device_put(weak, sharding)
     return placed

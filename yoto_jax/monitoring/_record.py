@@ -20,6 +20,7 @@ from yoto_jax._loss_logits import (
     PyTree,
     check_structure,
     find_loss,
+    listed,
     loss_names,
     loss_weights,
     path_name,
@@ -282,6 +283,11 @@ def _columns(
 ) -> Columns:
     """Name and role of each loss, some in a ``special`` role by their position."""
     names = [prefix + (name or "loss") for name in loss_names(structure)]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(
+            f"two losses have the same path {listed(sorted(twice))}: their histories "
+            "could not be told apart. Rename one."
+        )
     return tuple({name: special.get(k, role)} for k, name in enumerate(names))
 
 

@@ -126,7 +126,7 @@ class Layout:
 
     def vector(self, what: str, values: Any) -> jax.Array:
         """One number, a sequence, or a tree like the losses, as a (K,) vector."""
-        if jax.tree.structure(values) == self.structure:
+        if self.holds_scalars(values):
             values = jnp.stack([jnp.asarray(v) for v in jax.tree.leaves(values)])
         elif isinstance(values, list | tuple):
             values = jnp.stack([jnp.asarray(v) for v in values])
@@ -142,6 +142,11 @@ class Layout:
                 f"({listed(self.names)}), got shape {values.shape}."
             )
         return jnp.broadcast_to(values, (self.size,))
+
+    def holds_scalars(self, values: Any) -> bool:
+        """Whether this is a tree like the losses, with a scalar for each."""
+        alike = jax.tree.structure(values) == self.structure
+        return alike and not any(jnp.ndim(v) for v in jax.tree.leaves(values))
 
     def preference(self, preference: PyTree) -> jax.Array:
         """What the user prefers, as a vector: equal shares unless told."""
@@ -276,7 +281,7 @@ def _statistic(name: str, value: Any, layout: Layout) -> jax.Array:
             )
             + f"or call update(losses, state, {name}=...)."
         )
-    if jax.tree.structure(value) == layout.structure:
+    if layout.holds_scalars(value):
         value = layout.vector(name, value)
     value = _constant(value, layout.dtype)
     shape = (layout.size,) * (2 if name == "gramian" else 1)
