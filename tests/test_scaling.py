@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import _collectives as collectives
-from benchmarks import _processes, scaling
+from benchmarks import _processes, distributed, scaling
 from benchmarks import _scaling_runs as runs
 from benchmarks import _scaling_task as task
 from benchmarks._common import Options, record
@@ -116,6 +116,22 @@ def test_a_killed_process_is_noticed_and_the_run_continues_bit_for_bit(tmp_path)
     assert {r["digest"] for r in reports} == {expected[0]["digest"]}
     assert reports[0]["first"] % 3 == 0
     assert reports[0]["steps"] == 9
+
+
+def test_a_finished_run_is_left_alone(tmp_path, capsys):
+    arguments = runs.worker_arguments(tmp_path, "yoto", steps=3, every=2)
+    distributed.main(arguments)
+    first = runs.read_reports(tmp_path, 1)
+    distributed.main([*arguments, "--resume"])  # from step 2, to the same end
+    assert runs.read_reports(tmp_path, 1)[0]["digest"] == first[0]["digest"]
+    shorter = runs.worker_arguments(tmp_path, "yoto", steps=2, every=2)
+    distributed.main([*shorter, "--resume"])
+    assert "nothing to do: the run is at step 2 of 2" in capsys.readouterr().err
+
+
+def test_an_error_of_this_process_alone_is_its_own():
+    assert distributed.speaks_of_others("Gloo AllReduce failed: Connection closed")
+    assert not distributed.speaks_of_others("RESOURCE_EXHAUSTED: out of memory")
 
 
 def test_soaking_compiles_once_and_stays_finite():

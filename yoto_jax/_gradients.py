@@ -81,7 +81,8 @@ def value_and_grad(
         ``encoder``, ``loss_fn(params, z, *args) -> losses``.
       weighting: Any :class:`yoto_jax.LossWeighting`.
       encoder: ``encoder(params, *args) -> z``, any tree of arrays that carry the batch
-        axis. The weights then act on the gradient that reaches the parameters through
+        axis (one that the encoder averages over devices itself needs the check of
+        ``shard_map``). The weights act on the gradient that reaches the parameters by
         z; what ``loss_fn`` itself uses of the parameters, the heads, descends the plain
         sum of the losses.
       has_aux: Whether ``loss_fn`` returns ``(losses, aux)``. To get something out of
