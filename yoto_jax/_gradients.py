@@ -301,8 +301,8 @@ def value_and_jacobian(
         f = lambda p: _split(loss_fn(p, *args, **kwargs), has_aux, axes)
         spread = spread_of(params, param_specs, axes)
         losses, pullback, aux = jax.vjp(f, _vary(params, axes), has_aux=True)
-        pull = lambda cotangents: mean_over(pullback(cotangents)[0], axes, spread)
-        jacobian = _rows(pull, losses, chunk_size)
+        rows = _rows(lambda cotangents: pullback(cotangents)[0], losses, chunk_size)
+        jacobian = mean_over(rows, axes, spread)
         losses = mean_losses(losses, axes)
         return ((losses, aux) if has_aux else losses), jacobian
 
@@ -326,33 +326,41 @@ def _direct(
     axes, spread = place
     losses, pullback, aux = jax.vjp(f, params, has_aux=True)
     keep = keep and select is None and weighting.due is None
-    pull = lambda ct: mean_over(pullback(ct)[0], axes, spread)
+    local = lambda ct: pullback(ct)[0]
+    average = lambda tree: mean_over(tree, axes, spread)
     count = len(jax.tree.leaves(params))
     apart = [] if heads is None else _leaf_places(params, heads)
     if apart and len(apart) == count:
         raise ValueError("heads= names all parameters: none are left to be weighed.")
     if select is None:  # The weighting sees all that it weighs.
         seen = [place for place in range(count) if place not in apart]
-        pull_seen = lambda ct: _at(seen, pull(ct))
+        local_seen = lambda ct: _at(seen, local(ct))
     else:
         seen = _leaf_places(params, select)
-        pull_seen = _pull_part(f, params, seen, place)
-    spread_seen = [spread[leaf] for leaf in sorted(set(seen))]
+        local_seen = _pull_part(f, params, seen)
+    of_places = lambda places: [spread[leaf] for leaf in sorted(set(places))]
+    spread_seen = of_places(seen)
+    average_seen = lambda tree: mean_over(tree, axes, spread_seen)
     kept: list[PyTree] = []
 
     def statistics(names: Sequence[str]) -> dict[str, jax.Array]:
         if not keep and "gramian" not in names:
-            one = lambda ct: statistics_of(_add_axis(pull_seen(ct)), names, spread_seen)
-            found = lax.map(one, _basis(losses), batch_size=chunk_size or 1)
+
+            def one(cotangents: PyTree) -> dict[str, jax.Array]:
+                row = _add_axis(average_seen(local_seen(cotangents)))
+                return statistics_of(row, names, spread_seen)
+
+            several = None if chunk_size == 1 else chunk_size
+            found = lax.map(one, _basis(losses), batch_size=several)
             return {name: x[:, 0] for name, x in found.items()}
         if not keep:
-            rows = _rows(pull_seen, losses, chunk_size)
+            rows = average_seen(_rows(local_seen, losses, chunk_size))
             return statistics_of(rows, names, spread_seen)
-        kept.append(_rows(pull, losses, chunk_size))
+        kept.append(average(_rows(local, losses, chunk_size)))
         return statistics_of(_at(seen, kept[0]), names, spread_seen)
 
     def direction(place: int) -> PyTree:
-        return pull(_one_hot(losses, place))
+        return average(local(_one_hot(losses, place)))
 
     def along(v: PyTree) -> tuple[jax.Array, jax.Array]:
         leaves, structure = jax.tree.flatten(_tangent(v, params))
@@ -367,13 +375,14 @@ def _direct(
         if kept:
             grads = combine_rows(kept[0], stacked(weights))
         else:
-            grads = pull(_cotangents(weights, losses))
+            grads = average(local(_cotangents(weights, losses)))
         if apart:
             ones = jax.tree.map(jnp.ones_like, weights)
             if kept:
                 part = _at(apart, combine_rows(kept[0], stacked(ones)))
             else:
-                part = _pull_part(f, params, apart, place)(_cotangents(ones, losses))
+                part = _pull_part(f, params, apart)(_cotangents(ones, losses))
+                part = mean_over(part, axes, of_places(apart))
             leaves, structure = jax.tree.flatten(grads)
             leaves = [part.get(place, leaf) for place, leaf in enumerate(leaves)]
             grads = structure.unflatten(leaves)
@@ -757,7 +766,6 @@ def _pull_part(
     f: Callable[[PyTree], tuple[PyTree, Any]],
     params: PyTree,
     places: Sequence[int],
-    place: "Placement",
 ) -> Callable[[PyTree], dict[int, jax.Array]]:
     """A pullback to some leaves alone: what lies before them is never computed."""
     leaves, structure = jax.tree.flatten(params)
@@ -767,8 +775,7 @@ def _pull_part(
         return f(structure.unflatten(merged))[0]
 
     _, pullback = jax.vjp(of_part, _at(places, params))
-    spread = [place.spread[leaf] for leaf in sorted(set(places))]
-    return lambda ct: mean_over(pullback(ct)[0], place.axes, spread)
+    return lambda ct: pullback(ct)[0]
 
 
 # Axes of pmap and shard_map.
