@@ -8,12 +8,17 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 WORKERS ?= 2
 
-.PHONY: demo test lint types tests notebooks audit format clean
+.PHONY: demo test test-all lint types tests notebooks audit format clean
 
 demo: $(VENV)/bench
 	$(RUN) benchmarks digits
 
 test: lint types tests notebooks
+
+# With the tests that take long: many minutes more.
+test-all: lint types $(VENV)/dev
+	$(RUN) pytest -n $(WORKERS) -m ""
+	$(MAKE) notebooks
 
 lint: $(VENV)/dev
 	$(RUN) ruff check .

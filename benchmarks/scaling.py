@@ -413,8 +413,7 @@ def figure(result: dict[str, Any], path: Path) -> None:
         )
     cores = result["meta"]["cpu_count"] or 1
     if result["meta"]["platform"] == "cpu":
-        ideal = [1 / min(n, cores) for n in counts]
-        label = f"ideal for {cores} cores"
+        ideal, label = [1.0 for _ in counts], f"ideal: all use the same {cores} cores"
     else:
         ideal, label = [1 / n for n in counts], "ideal"
     left.plot(counts, ideal, "k--", lw=1, label=label)

@@ -14,6 +14,47 @@ def quick_compilation():
 
 
 @pytest.fixture
+def full_compilation():
+    """For tests of the compiled program itself, whatever came before them."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+# Tests of the contract that compile a program or two for every weighting. Some stand for
+# all of one kind in `make test`; `make test-all` has them all.
+STANDING_FOR_ALL = [
+    "equal",
+    "famo",
+    "relobralo",
+    "yoto",
+    "gradnorm",
+    "lr_annealing",
+    "ntk_surrogate",
+    "pcgrad",
+    "nash_mtl",
+    "aligned_mtl",
+    "upgrad",
+    "grap",
+]
+COSTLY = (
+    "test_one_loss_and_forty",
+    "test_low_precision_and_double",
+    "test_scan_under_vmap_equals_a_loop",
+    "test_the_gradient_is_the_weighted_sum",
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if getattr(item, "originalname", "") in COSTLY:
+            row = item.callspec.id.split("-")[0]
+            if row not in STANDING_FOR_ALL:
+                item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
 def any_rank():
     """For models, which commonly add biases to batches."""
     with jax.numpy_rank_promotion("allow"):

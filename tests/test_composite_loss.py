@@ -48,7 +48,7 @@ def problems(draw):
 
 
 @given(problems())
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 def test_value_and_gradients_equal_equations_5_and_6(problem):
     losses, mu, vector, full, is_learned = problem
     loss, (d_losses, d_mu) = jax.value_and_grad(yoto.composite_loss, argnums=(0, 1))(

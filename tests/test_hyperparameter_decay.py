@@ -32,7 +32,7 @@ def as_logits(learned, with_primary=True):
     st.booleans(),
     st.sampled_from(["all", "auxiliary"]),
 )
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 def test_value_and_gradient_equal_equations_7_and_8(learned, with_primary, entropy):
     with jax.enable_x64(True):
         mu, full, is_learned = as_logits(learned, with_primary)

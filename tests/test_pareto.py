@@ -17,7 +17,10 @@ from yoto_jax import conditional
 SEEDS, STEPS = 2, 9
 RUN = ("equal", "grid", "linear")
 
-pytestmark = pytest.mark.usefixtures("any_rank", "quick_compilation")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("any_rank", "quick_compilation"),
+]
 
 
 @pytest.fixture(scope="module")

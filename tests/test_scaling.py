@@ -30,7 +30,15 @@ def method(name):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("name", task.COMPARED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("yoto", "upgrad")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in task.COMPARED
+    ],
+)
 def test_fifty_steps_on_eight_devices_are_those_on_one(name, drawn):
     reference = task.run(task.one_device(method(name)), method(name), drawn)
     assert reference.weights.shape[0] == 50
@@ -75,6 +83,7 @@ def test_the_traffic_is_what_the_program_says():
     assert traffic == collectives.Traffic(3, 124, expected)
 
 
+@pytest.mark.usefixtures("full_compilation")
 def test_loss_driven_weightings_add_one_all_reduce_of_as_many_numbers_as_losses():
     sent = lambda method: runs.sent(method, "shard_map", jax.devices())
     plain = sent(method("plain"))
@@ -88,6 +97,7 @@ def test_loss_driven_weightings_add_one_all_reduce_of_as_many_numbers_as_losses(
     assert of_upgrad.bytes == (3 + 9) * 4  # losses and their Gramian
 
 
+@pytest.mark.usefixtures("full_compilation")
 def test_memory_is_what_the_guide_says():
     records = runs.measure_memory()
     value = lambda metric, config="": next(
@@ -99,6 +109,19 @@ def test_memory_is_what_the_guide_says():
         assert value("extra bytes", config) < 1.15 * promised, config
 
 
+def test_two_processes_are_one(tmp_path, drawn):
+    runs.together(2, 1, runs.worker_arguments(tmp_path, "yoto", steps=4))
+    reports = runs.read_reports(tmp_path, 2)
+    assert [r["processes"] for r in reports] == [2, 2]
+    assert reports[0]["digest"] == reports[1]["digest"]
+    distributed.main(runs.worker_arguments(tmp_path / "alone", "yoto", steps=4))
+    ours = runs.final_arrays(tmp_path, 2)[1]
+    alone = runs.final_arrays(tmp_path / "alone", 1)[0]
+    pairs = zip(ours, alone, strict=True)
+    assert max(task.distance(a, b) for a, b in pairs) < runs.LIMIT
+
+
+@pytest.mark.slow
 def test_a_killed_process_is_noticed_and_the_run_continues_bit_for_bit(tmp_path):
     arguments = functools.partial(runs.worker_arguments, method="yoto", steps=9)
     runs.together(2, 1, arguments(folder=tmp_path / "whole", every=3))
@@ -170,6 +193,7 @@ def test_the_model_of_an_all_reduce():
     assert rows["plain"] == "+0.00 %"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_it_writes_its_results(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "TIMED", ("plain", "yoto"))

@@ -9,7 +9,10 @@ from PIL import Image
 from benchmarks import _common, style
 from benchmarks import _style_task as task
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "any_rank")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("quick_compilation", "any_rank"),
+]
 
 SIDE = style.SIZES["quick"].side
 
