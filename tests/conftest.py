@@ -22,8 +22,8 @@ def full_compilation():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
-# Tests of the contract that compile a program or two for every weighting. Some stand for
-# all of one kind in `make test`; `make test-all` has them all.
+# Tests of the contract that compile a program or two for every weighting. Some stand
+# for all of one kind in `make test`; `make test-all` has them all.
 STANDING_FOR_ALL = [
     "equal",
     "famo",
