@@ -604,10 +604,11 @@ def _as_real(x: jax.Array) -> jax.Array:
 def _products(x: jax.Array) -> jax.Array:
     """Inner products of the rows, in float32 at least, whatever the accelerator."""
     if x.shape[0] <= _FEW:
-        # A matrix product wants its operands in another layout, and on the CPU that is
-        # one more copy of K gradients.
-        x, rest = upcast(x), tuple(range(1, x.ndim))
-        return jnp.stack([jnp.sum(row[None] * x, axis=rest) for row in x])
+        # One loop over the entries under jit. A matrix product wants its operands in
+        # another layout, and on the CPU that is one more copy of K gradients.
+        x = upcast(x)
+        products = x[:, None] * x[None, :]
+        return jnp.sum(products, axis=tuple(range(2, products.ndim)))
     axes = tuple(range(1, x.ndim))
     sharding: Any = jax.typeof(x).sharding
     explicit = any(sharding.spec)  # The mesh is explicit, and the array spread over it.
