@@ -17,6 +17,8 @@ from yoto_jax._hyperparameter_decay import regularizer as regularizer
 from yoto_jax._loss_logits import LossLogits as LossLogits
 from yoto_jax._loss_logits import init_loss_logits as init_loss_logits
 from yoto_jax._loss_logits import loss_weights as loss_weights
+from yoto_jax._masked_mean import MaskedLosses as MaskedLosses
+from yoto_jax._masked_mean import masked_mean as masked_mean
 from yoto_jax._optimizers import adamw as adamw
 from yoto_jax._optimizers import label_loss_logits as label_loss_logits
 from yoto_jax._optimizers import sgdw as sgdw
@@ -30,6 +32,7 @@ __all__ = [
     "HyperparameterDecayState",
     "LossLogits",
     "LossWeighting",
+    "MaskedLosses",
     "WeightingState",
     "adamw",
     "add_hyperparameter_decay",
@@ -39,6 +42,7 @@ __all__ = [
     "init_loss_logits",
     "label_loss_logits",
     "loss_weights",
+    "masked_mean",
     "monitoring",
     "regularizer",
     "sgdw",

@@ -1,5 +1,6 @@
 """The weightings as a link of an Optax chain, over stacked per-loss gradients."""
 
+import functools
 from typing import Any
 
 import jax
@@ -13,8 +14,12 @@ from yoto_jax._gradients import (
     stacked,
     statistics_of,
 )
-from yoto_jax._loss_logits import PyTree, listed, loss_names
-from yoto_jax.weightings._protocol import GRADIENT_STATISTICS, LossWeighting
+from yoto_jax._loss_logits import PyTree, listed, loss_names, stack_present
+from yoto_jax.weightings._protocol import (
+    GRADIENT_STATISTICS,
+    LossWeighting,
+    where_rows,
+)
 
 
 def aggregate(
@@ -43,7 +48,8 @@ def aggregate(
       An ``optax.GradientTransformationExtraArgs`` whose state is that of the weighting.
       Its ``update`` takes gradients with a leading axis of length K, as
       :func:`yoto_jax.value_and_jacobian` makes them, and as keywords ``losses=``, if
-      the weighting looks at loss values, and any other statistic that it needs.
+      the weighting looks at loss values, ``present=``, a tree of booleans, if losses
+      may be absent from a batch, and any other statistic that it needs.
 
     Raises:
       ValueError: In ``update``: ``losses`` is missing although the weighting needs
@@ -79,6 +85,7 @@ def aggregate(
         params: PyTree | None = None,
         *,
         losses: PyTree | None = None,
+        present: PyTree | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, Any]:
         del params
@@ -96,6 +103,10 @@ def aggregate(
                     "params, losses=losses)."
                 )
             losses = optax.tree.ones_like(optax.tree.get(state, "loss_weights"))
+        if present is not None:
+            mask = stack_present(present, jax.tree.structure(losses))
+            updates = jax.tree.map(functools.partial(_without_absent, mask), updates)
+            extra_args = extra_args | {"present": present}
         seen = extra_args | if_due(weighting, state, lambda: statistics(updates))
         weights, state = weighting.update(losses, state, **seen)
         return combine_rows(updates, stacked(weights)), state
@@ -109,3 +120,8 @@ def aggregate(
         return found | {"alignment": found["gramian"][place]}
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _without_absent(present: jax.Array, rows: jax.Array) -> jax.Array:
+    """The rows, 0 for absent losses, whatever stands there."""
+    return rows if rows.dtype == jax.dtypes.float0 else where_rows(present, rows, 0)

@@ -10,13 +10,16 @@ from yoto_jax._loss_logits import (
     PyTree,
     float_type,
     losses_in_order,
+    present_in_order,
     softmax,
     stack,
     sum_of_products,
 )
 
 
-def composite_loss(losses: PyTree, mu: LossLogits) -> jax.Array:
+def composite_loss(
+    losses: PyTree, mu: LossLogits, *, present: PyTree | None = None
+) -> jax.Array:
     r"""The composite loss, a convex combination of the losses with learned weights.
 
     .. math::
@@ -31,6 +34,10 @@ def composite_loss(losses: PyTree, mu: LossLogits) -> jax.Array:
       losses: Tree of scalar losses (any floating-point dtype, non-negative in the
         paper), with the structure that ``mu`` was initialised with.
       mu: Loss logits.
+      present: Tree of booleans like the losses, for batches without labels for some of
+        them (see :func:`yoto_jax.masked_mean`). The others share the whole weight, and
+        neither an absent loss nor its logit gets a gradient. Give the optimizer the
+        same ``present=``: its moments and decays do not stand still by themselves.
 
     Returns:
       Scalar in float32, or in float64 if a loss or the logits are. A loss of NaN or
@@ -67,14 +74,21 @@ def composite_loss(losses: PyTree, mu: LossLogits) -> jax.Array:
     given = [mu.learned, *(leaf for leaf in leaves if type(leaf) is not float)]
     dtype = float_type(given)
     values = [jnp.asarray(leaf, dtype) for leaf in leaves]
-    return _weighted_sum(mu.primary is not None, values, mu.learned.astype(dtype))
+    mask = present_in_order(present, mu)
+    if mask is not None:
+        values = [jnp.where(mask[k], x, 0) for k, x in enumerate(values)]
+    learned = mu.learned.astype(dtype)
+    return _weighted_sum(mu.primary is not None, values, learned, mask)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _weighted_sum(
-    has_primary: bool, values: list[jax.Array], learned: jax.Array
+    has_primary: bool,
+    values: list[jax.Array],
+    learned: jax.Array,
+    present: jax.Array | None,
 ) -> jax.Array:
-    weights = softmax(learned, has_primary)
+    weights = softmax(learned, has_primary, present)
     return sum_of_products(weights, values)
 
 
@@ -83,8 +97,8 @@ def _weighted_sum_jvp(has_primary, primals, tangents):
     # Written in closed form (Eqs. 3 and 6), so that the transposed rule hands a weight
     # to every loss and one vector to mu. As a product with (identity - weights), that
     # vector is a single kernel, which depends on nothing but weights and losses.
-    (values, learned), (d_values, d_learned) = primals, tangents
-    weights = softmax(learned, has_primary)
+    (values, learned, present), (d_values, d_learned, _) = primals, tangents
+    weights = softmax(learned, has_primary, present)
     centring = jnp.eye(len(values), dtype=learned.dtype) - weights[None, :]
     slope = weights * jnp.sum(centring * stack(values)[None, :], axis=-1)
     total = sum_of_products(weights, values)

@@ -11,20 +11,28 @@ import numpy as np
 import optax
 from jax import lax
 
+from yoto_jax._jaxlib import check_jaxlib
 from yoto_jax._loss_logits import (
     PyTree,
     find_loss,
     loss_names,
     path_name,
     scalar_losses,
+    stack_present,
     upcast,
 )
-from yoto_jax.weightings._protocol import GRADIENT_STATISTICS, LossWeighting
+from yoto_jax._masked_mean import MaskedLosses
+from yoto_jax.weightings._protocol import (
+    GRADIENT_STATISTICS,
+    LossWeighting,
+    mask_weights,
+)
 
 Align = Literal["train", "validation", "train-validation"]
 Where = Callable[[PyTree], PyTree]
 Axes = tuple[Hashable, ...]
 
+_STEERS = "downstream is present"  # beside statistics
 _FEW = 4  # losses for which inner products are taken pair by pair
 
 
@@ -33,6 +41,7 @@ class _Pass(NamedTuple):
 
     losses: PyTree  # scalars, averaged over the devices
     aux: Any
+    present: jax.Array | None  # bool (K,), whether a device has the loss; None: all
     statistics: Callable[[Sequence[str]], dict[str, jax.Array]]
     direction: Callable[[int], PyTree]  # gradient of one loss, where weights act
     along: Callable[[PyTree], tuple[jax.Array, jax.Array]]  # (K,) derivatives, |v|^2
@@ -115,13 +124,17 @@ def value_and_grad(
         whatever else the weighting needs, by the name it asks for.
 
     Returns:
-      ``fn(params, state, *args, validation=None, direction=None, **kwargs)``, giving
-      ``(losses, grads, state)``, with ``(losses, aux)`` in the first place if
-      ``has_aux``. ``losses`` are unweighted. ``state`` comes from
+      ``fn(params, state, *args, validation=None, direction=None, present=None,
+      **kwargs)``, giving ``(losses, grads, state)``, with ``(losses, aux)`` in the
+      first place if ``has_aux``. ``losses`` are unweighted. ``state`` comes from
       ``weighting.init(losses)``; its ``loss_weights`` are those just used. ``kwargs``
       go to ``loss_fn`` and ``encoder``. ``validation`` is a tuple of arguments that
       takes the place of ``args``; ``direction`` a tree like the parameters that takes
       the place of the downstream gradient, for example a running mean of it.
+      ``present`` is a tree of booleans like the losses: those that this batch, on this
+      device, has labels for. The others get no weight and no gradient, and leave no
+      trace in the state; losses are averaged over the devices that have them. A
+      ``loss_fn`` that returns :class:`yoto_jax.MaskedLosses` says so itself.
 
     Raises:
       TypeError: A loss is not a floating-point number.
@@ -183,16 +196,19 @@ def value_and_grad(
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         trains: bool = False,
+        present: PyTree | None = None,
     ) -> _Pass:
         place = Placement(axes, spread_of(params, param_specs, axes))
         local = _vary(params, axes)
         if encoder is None:
-            f = lambda p: _split(loss_fn(p, *args, **kwargs), has_aux, axes)
+            f = lambda p: _split(loss_fn(p, *args, **kwargs), has_aux, axes, present)
             return _direct(
                 f, local, place, weighting, select, heads, chunk_size, keep_gradients
             )
         encode = lambda p: encoder(p, *args, **kwargs)
-        decode = lambda p, z: _split(loss_fn(p, z, *args, **kwargs), has_aux, axes)
+        decode = lambda p, z: _split(
+            loss_fn(p, z, *args, **kwargs), has_aux, axes, present
+        )
         return _encoded(encode, decode, local, place, weigh_heads, trains)
 
     def fn(
@@ -201,10 +217,11 @@ def value_and_grad(
         *args: Any,
         validation: tuple[Any, ...] | None = None,
         direction: PyTree | None = None,
+        present: PyTree | None = None,
         **kwargs: Any,
     ) -> tuple[Any, PyTree, Any]:
         _check_validation(align, aligned, validation, direction)
-        training = run(params, args, kwargs, trains=True)
+        training = run(params, args, kwargs, trains=True, present=present)
         steering = training
         if align == "validation":
             steering = run(params, validation or (), kwargs)
@@ -221,7 +238,10 @@ def value_and_grad(
                 found[name] = mean_over(jax.tree.map(jnp.asarray, local), axes)
             if aligned or align == "train-validation":
                 place = place_of(weighting.downstream, training.losses)
-                v = downstream_gradient(place) if direction is None else direction
+                if direction is None:
+                    v, found[_STEERS] = downstream_gradient(place)
+                else:
+                    v, found[_STEERS] = direction, jnp.asarray(True)
                 derivatives, squared = steering.along(v)
                 if aligned:
                     found["alignment"] = derivatives
@@ -231,16 +251,20 @@ def value_and_grad(
                     )
             return found
 
-        def downstream_gradient(place: int) -> PyTree:
+        def downstream_gradient(place: int) -> tuple[PyTree, jax.Array]:
+            """The gradient, and whether there is one: whether the loss is present."""
             if validation is None and not looks_ahead:
-                return training.direction(place)
-            batch = args if validation is None else validation
-            return run(ahead() if looks_ahead else params, batch, kwargs).direction(
-                place
-            )
+                seen = training
+            elif validation is None:
+                seen = run(ahead(), args, kwargs, present=present)
+            else:
+                seen = run(ahead() if looks_ahead else params, validation, kwargs)
+            there = True if seen.present is None else seen.present[place]
+            return seen.direction(place), jnp.asarray(there)
 
         def ahead() -> PyTree:
             weights = optax.tree.get(state, "loss_weights")
+            weights = mask_weights(weights, training.present)
             silent = weighting._replace(observe=None)
             descent, _ = training.combine(weights, state, silent)
 
@@ -252,10 +276,21 @@ def value_and_grad(
             return jax.tree.map(move, params, descent)
 
         seen = if_due(weighting, state, look)
+        steers = seen.pop(_STEERS, None)
+        there = steering.present
+        if there is not None:
+            if steers is not None:
+                place = place_of(weighting.downstream, training.losses)
+                there = there.at[place].set(steers)
+            seen["present"] = _like(steering.losses, there)
         weights, state = weighting.update(steering.losses, state, **seen)
+        if align == "validation" and there is not None:
+            # What it holds for losses that only the training batch has.
+            weights = optax.tree.get(state, "loss_weights")
+        weights = mask_weights(weights, training.present)
         grads, state = training.combine(weights, state, weighting)
-        out = (training.losses, training.aux) if has_aux else training.losses
-        return out, grads, state
+        losses = _with_presence(training.losses, training.present, present is None)
+        return ((losses, training.aux) if has_aux else losses), grads, state
 
     return fn
 
@@ -300,10 +335,10 @@ def value_and_jacobian(
     def fn(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
         f = lambda p: _split(loss_fn(p, *args, **kwargs), has_aux, axes)
         spread = spread_of(params, param_specs, axes)
-        losses, pullback, aux = jax.vjp(f, _vary(params, axes), has_aux=True)
+        losses, pullback, (aux, there) = jax.vjp(f, _vary(params, axes), has_aux=True)
         rows = _rows(lambda cotangents: pullback(cotangents)[0], losses, chunk_size)
         jacobian = mean_over(rows, axes, spread)
-        losses = mean_losses(losses, axes)
+        losses = _with_presence(mean_losses(losses, axes), there)
         return ((losses, aux) if has_aux else losses), jacobian
 
     return fn
@@ -324,7 +359,7 @@ def _direct(
 ) -> _Pass:
     """Gradients of the parameters."""
     axes, spread = place
-    losses, pullback, aux = jax.vjp(f, params, has_aux=True)
+    losses, pullback, (aux, present) = jax.vjp(f, params, has_aux=True)
     keep = keep and select is None and weighting.due is None
     local = lambda ct: pullback(ct)[0]
     average = lambda tree: mean_over(tree, axes, spread)
@@ -345,6 +380,7 @@ def _direct(
 
     def statistics(names: Sequence[str]) -> dict[str, jax.Array]:
         if not keep and "gramian" not in names:
+            check_jaxlib()
 
             def one(cotangents: PyTree) -> dict[str, jax.Array]:
                 row = _add_axis(average_seen(local_seen(cotangents)))
@@ -389,7 +425,7 @@ def _direct(
         return grads, state
 
     averaged = mean_losses(losses, axes)
-    return _Pass(averaged, aux, statistics, direction, along, combine)
+    return _Pass(averaged, aux, present, statistics, direction, along, combine)
 
 
 def _encoded(
@@ -413,7 +449,7 @@ def _encoded(
         leaves = [jax.tree.leaves(losses)[k] for k, (losses, _) in enumerate(outs)]
         return structure.unflatten(leaves), outs[0][1]
 
-    losses, pullback, aux = jax.vjp(
+    losses, pullback, (aux, present) = jax.vjp(
         each_from_its_copy, params, [z] * count, has_aux=True
     )
     plain = _cotangents(jax.tree.map(jnp.ones_like, losses), losses)
@@ -473,7 +509,7 @@ def _encoded(
         )
         return add(through_encoder, own), state
 
-    return _Pass(averaged, aux, statistics, direction, along, combine)
+    return _Pass(averaged, aux, present, statistics, direction, along, combine)
 
 
 def _spread_z(x: jax.Array, place: "Placement", checked: bool) -> Axes:
@@ -695,6 +731,7 @@ def _basis(losses: PyTree) -> PyTree:
 def _rows(
     pull: Callable[[PyTree], PyTree], losses: PyTree, chunk_size: int | None
 ) -> PyTree:
+    check_jaxlib()
     scalar_losses(losses)
     basis = _basis(losses)
     if chunk_size is None:
@@ -917,15 +954,55 @@ def mean_losses(losses: PyTree, axes: Axes) -> PyTree:
 # Checks.
 
 
-def _split(out: Any, has_aux: bool, axes: Axes) -> tuple[PyTree, Any]:
+def _split(
+    out: Any, has_aux: bool, axes: Axes, present: PyTree | None = None
+) -> tuple[PyTree, tuple[Any, jax.Array | None]]:
     """Losses, checked and each device's own, and what comes with them.
 
     A loss that is the same on all devices, as after a ``pmean``, is made their own too:
     its gradient is then that of a mean of such losses.
+
+    Returns:
+      The losses, and ``(aux, present)`` with a vector of booleans, or None for all.
     """
+    if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+        raise TypeError(
+            "with has_aux=True, loss_fn must return (losses, aux), got a "
+            f"{type(out).__name__}."
+        )
     losses, aux = out if has_aux else (out, None)
+    own = None
+    if isinstance(losses, MaskedLosses):
+        losses, own = losses
     scalar_losses(losses)
-    return _vary(jax.tree.map(jnp.asarray, losses) if axes else losses, axes), aux
+    losses = _vary(jax.tree.map(jnp.asarray, losses) if axes else losses, axes)
+    structure = jax.tree.structure(losses)
+    masks = [stack_present(x, structure) for x in (own, present) if x is not None]
+    if not masks:
+        return losses, (aux, None)
+    there = functools.reduce(jnp.logical_and, masks)
+    share = there.astype(jnp.float32)
+    if axes:  # The mean over the devices that have the loss.
+        number = lax.psum(_vary(share, axes), axes)
+        there = number > 0
+        share = _vary(share, axes) * _axis_size(axes) / jnp.maximum(number, 1)
+    leaves = [
+        jnp.where(share[k] > 0, x * share[k].astype(x.dtype), 0)
+        for k, x in enumerate(map(jnp.asarray, jax.tree.leaves(losses)))
+    ]
+    return structure.unflatten(leaves), (aux, there)
+
+
+def _like(losses: PyTree, values: jax.Array) -> PyTree:
+    structure = jax.tree.structure(losses)
+    return structure.unflatten([values[k] for k in range(structure.num_leaves)])
+
+
+def _with_presence(losses: PyTree, present: jax.Array | None, told: bool = True) -> Any:
+    """The losses in the form that ``loss_fn`` has given them."""
+    if present is None or not told:
+        return losses
+    return MaskedLosses(losses, _like(losses, present))
 
 
 def place_of(downstream: Any, losses: PyTree) -> int:

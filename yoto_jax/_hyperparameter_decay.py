@@ -13,6 +13,7 @@ from yoto_jax._loss_logits import (
     PyTree,
     check_loss_logits,
     is_loss_logits,
+    present_in_order,
     softmax,
     sum_of_products,
     unstack,
@@ -23,7 +24,9 @@ from yoto_jax._loss_logits import (
 Entropy = Literal["all", "auxiliary"]
 
 
-def regularizer(mu: LossLogits, *, entropy: Entropy = "all") -> jax.Array:
+def regularizer(
+    mu: LossLogits, *, entropy: Entropy = "all", present: PyTree | None = None
+) -> jax.Array:
     r"""The regulariser of the loss logits: negated entropy plus softplus, without rho.
 
     .. math::
@@ -42,6 +45,7 @@ def regularizer(mu: LossLogits, *, entropy: Entropy = "all") -> jax.Array:
       entropy: ``"all"`` takes the entropy over all losses, as printed in the paper.
         ``"auxiliary"`` takes it over the auxiliary losses alone, renormalised to sum to
         1: then nothing holds them up against the primary loss, only against each other.
+      present: Tree of booleans like the losses: the regulariser of those alone.
 
     Returns:
       Scalar, or an array of the leading axes of the logits; float32, or float64 if the
@@ -68,30 +72,67 @@ def regularizer(mu: LossLogits, *, entropy: Entropy = "all") -> jax.Array:
       in the paper; it is what the final weights that the paper reports imply.
     """
     check_loss_logits(mu)
-    return _regularizer(_entropy_spans_primary(mu, entropy), upcast(mu.learned))
+    mask = present_in_order(present, mu)
+    return _regularizer(
+        _entropy_spans_primary(mu, entropy),
+        upcast(mu.learned),
+        *_masks(mu, entropy, mask),
+    )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _regularizer(spans_primary: bool, learned: jax.Array) -> jax.Array:
-    log_p = jax.nn.log_softmax(with_primary(learned, spans_primary))
+def _regularizer(
+    spans_primary: bool,
+    learned: jax.Array,
+    spanned: jax.Array | None,
+    there: jax.Array | None,
+) -> jax.Array:
+    logits = with_primary(learned, spans_primary)
+    if spanned is not None:
+        logits = jnp.where(spanned, logits, -jnp.inf)
+    log_p = jax.nn.log_softmax(logits)
     p = jnp.exp(log_p)
     negated_entropy = jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1)
-    return negated_entropy + jnp.sum(jax.nn.softplus(learned), axis=-1)
+    bounds = jax.nn.softplus(learned)
+    if there is not None:
+        bounds = jnp.where(there, bounds, 0)
+    return negated_entropy + jnp.sum(bounds, axis=-1)
 
 
 @_regularizer.defjvp
 def _regularizer_jvp(spans_primary, primals, tangents):
-    (learned,), (tangent,) = primals, tangents
-    slope = _regularizer_gradient(spans_primary, learned)
-    return _regularizer(spans_primary, learned), jnp.sum(slope * tangent, axis=-1)
+    learned, spanned, there = primals
+    slope = _regularizer_gradient(spans_primary, learned, spanned, there)
+    value = _regularizer(spans_primary, learned, spanned, there)
+    return value, jnp.sum(slope * tangents[0], axis=-1)
 
 
-def _regularizer_gradient(spans_primary: bool, learned: jax.Array) -> jax.Array:
-    """Eq. 8 without rho."""
-    p = softmax(learned, spans_primary)[..., int(spans_primary) :]
+def _regularizer_gradient(
+    spans_primary: bool,
+    learned: jax.Array,
+    spanned: jax.Array | None = None,
+    there: jax.Array | None = None,
+) -> jax.Array:
+    """Eq. 8 without rho.
+
+    ``spanned`` are the losses that the entropy spans, ``there`` those with a learned
+    logit, as far as they are present.
+    """
+    p = softmax(learned, spans_primary, spanned)[..., int(spans_primary) :]
     weighed = jnp.where(p > 0, learned, 0.0)  # 0 times infinity is 0 here.
     mean = sum_of_products(p, unstack(weighed))  # The primary's logit is 0.
-    return p * (weighed - mean[..., None]) + jax.nn.sigmoid(learned)
+    slope = p * (weighed - mean[..., None]) + jax.nn.sigmoid(learned)
+    return slope if there is None else jnp.where(there, slope, 0)
+
+
+def _masks(
+    mu: LossLogits, entropy: Entropy, present: jax.Array | None
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Which of the losses that the entropy spans are present; which of the learned."""
+    if present is None:
+        return None, None
+    there = present[int(mu.primary is not None) :]
+    return (present if _entropy_spans_primary(mu, entropy) else there), there
 
 
 def _entropy_spans_primary(mu: LossLogits, entropy: Entropy) -> bool:
@@ -126,6 +167,8 @@ def add_hyperparameter_decay(
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``.
+      With ``present=``, a tree of booleans like the losses, the regulariser is that of
+      the losses that are there.
 
     Raises:
       TypeError: rho is neither a number, nor a scalar array, nor a schedule.
@@ -160,7 +203,12 @@ def add_hyperparameter_decay(
         return optax.EmptyState()
 
     def update_fn(
-        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        *,
+        present: PyTree | None = None,
+        **extra_args: Any,
     ) -> tuple[PyTree, Any]:
         del extra_args
         if params is None:
@@ -184,7 +232,9 @@ def add_hyperparameter_decay(
                     f"{type(param).__name__}."
                 )
             slope = _regularizer_gradient(
-                _entropy_spans_primary(param, entropy), upcast(param.learned)
+                _entropy_spans_primary(param, entropy),
+                upcast(param.learned),
+                *_masks(param, entropy, present_in_order(present, param)),
             )
             learned = (upcast(update.learned) + rho * slope).astype(
                 update.learned.dtype

@@ -255,9 +255,17 @@ def with_primary(learned: jax.Array, has_primary: bool) -> jax.Array:
     return stack([zero, *unstack(learned)])
 
 
-def softmax(learned: jax.Array, has_primary: bool) -> jax.Array:
-    """Loss weights on the last axis, the primary loss (if there is one) first."""
-    return _softmax(with_primary(learned, has_primary))
+def softmax(
+    learned: jax.Array, has_primary: bool, present: jax.Array | None = None
+) -> jax.Array:
+    """Loss weights on the last axis, the primary loss (if there is one) first.
+
+    ``present``, in the same order, tells which losses share the weight.
+    """
+    logits = with_primary(learned, has_primary)
+    if present is None:
+        return _softmax(logits)
+    return jnp.where(present, _softmax(jnp.where(present, logits, -jnp.inf)), 0)
 
 
 # Checks, all on structure, shape and dtype alone: they cost nothing under jit.
@@ -279,6 +287,30 @@ def check_loss_logits(mu: Any) -> None:
             f"mu must hold {needed} logits for the losses {listed(mu.names)} with "
             f"primary {mu.primary}, got shape {mu.learned.shape}."
         )
+
+
+def present_in_order(present: PyTree | None, mu: LossLogits) -> jax.Array | None:
+    """Which losses are there as a vector, the primary loss first; None for all."""
+    if present is None:
+        return None
+    check_loss_logits(mu)
+    mask = stack_present(present, mu.structure)
+    return jnp.stack(primary_first(list(mask), mu.primary))
+
+
+def choose_present(present: PyTree, new: PyTree, old: PyTree) -> PyTree:
+    """``new``, but with the entries of ``old`` at the logits of absent losses."""
+
+    def choose(new: Any, old: Any) -> Any:
+        if not is_loss_logits(new) or not jax.tree.leaves(new):
+            return new
+        mask = present_in_order(present, new)
+        assert mask is not None
+        there = mask[int(new.primary is not None) :]
+        learned = jnp.where(there, new.learned, old.learned)
+        return LossLogits(learned, new.structure, new.primary)
+
+    return jax.tree.map(choose, new, old, is_leaf=is_loss_logits)
 
 
 def losses_in_order(losses: PyTree, mu: LossLogits) -> list[Any]:
@@ -348,8 +380,24 @@ def scalar_losses(
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
                 f"loss {name!r} must be a floating-point number, got dtype {dtype}."
+                + (" Of MaskedLosses give the losses." if dtype == jnp.bool_ else "")
             )
     return [path_name(path) for path, _ in flat], [leaf for _, leaf in flat], structure
+
+
+def stack_present(present: PyTree, structure: jax.tree_util.PyTreeDef) -> jax.Array:
+    """A tree of booleans like the losses as a vector (K,), True for what is there."""
+    flat, given = jax.tree.flatten_with_path(present)
+    check_structure(given, structure, "the losses", "the entries of present")
+    for path, leaf in flat:
+        name = path_name(path)
+        shape, dtype = _shape_and_dtype(f"present[{name!r}]", leaf)
+        if shape or dtype != jnp.bool_:
+            raise TypeError(
+                f"present must hold one boolean for each loss, got shape {shape} and "
+                f"dtype {dtype} for {name!r}. Of a mask over examples take jnp.any."
+            )
+    return jnp.stack([jnp.asarray(leaf) for _, leaf in flat])
 
 
 def _shape_and_dtype(what: str, value: Any) -> tuple[tuple[int, ...], Any]:

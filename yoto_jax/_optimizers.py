@@ -11,7 +11,7 @@ from yoto_jax._hyperparameter_decay import (
     add_hyperparameter_decay,
     check_rate,
 )
-from yoto_jax._loss_logits import PyTree, is_loss_logits
+from yoto_jax._loss_logits import PyTree, choose_present, is_loss_logits
 
 Mask = PyTree | Callable[[optax.Params], PyTree]
 
@@ -85,6 +85,8 @@ def sgdw(
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``.
+      Give it the ``present=`` of :func:`yoto_jax.composite_loss` too: logits of absent
+      losses and their moments stay what they are (steps are counted for all alike).
 
     Raises:
       TypeError: A decay is neither a number, nor a scalar array, nor a schedule.
@@ -125,10 +127,12 @@ def sgdw(
         optax.scale_by_learning_rate(learning_rate),
     )
     return unwrap_loss_logits(
-        optax.chain(
-            optax.scale_by_learning_rate(learning_rate),
-            optax.trace(momentum, nesterov, accumulator_dtype),
-            _add(decays),
+        _hold_absent(
+            optax.chain(
+                optax.scale_by_learning_rate(learning_rate),
+                optax.trace(momentum, nesterov, accumulator_dtype),
+                _add(decays),
+            )
         )
     )
 
@@ -174,6 +178,8 @@ def adamw(
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``.
+      Give it the ``present=`` of :func:`yoto_jax.composite_loss` too: logits of absent
+      losses and their moments stay what they are (steps are counted for all alike).
 
     Raises:
       TypeError: A decay is neither a number, nor a scalar array, nor a schedule.
@@ -213,20 +219,44 @@ def adamw(
     """
     check_rate("weight_decay", weight_decay)
     return unwrap_loss_logits(
-        optax.chain(
-            optax.scale_by_adam(
-                b1=b1,
-                b2=b2,
-                eps=eps,
-                eps_root=eps_root,
-                mu_dtype=mu_dtype,
-                nesterov=nesterov,
-            ),
-            add_hyperparameter_decay(hyperparameter_decay, entropy=entropy),
-            optax.add_decayed_weights(weight_decay, _but_loss_logits(mask)),
-            optax.scale_by_learning_rate(learning_rate),
+        _hold_absent(
+            optax.chain(
+                optax.scale_by_adam(
+                    b1=b1,
+                    b2=b2,
+                    eps=eps,
+                    eps_root=eps_root,
+                    mu_dtype=mu_dtype,
+                    nesterov=nesterov,
+                ),
+                add_hyperparameter_decay(hyperparameter_decay, entropy=entropy),
+                optax.add_decayed_weights(weight_decay, _but_loss_logits(mask)),
+                optax.scale_by_learning_rate(learning_rate),
+            )
         )
     )
+
+
+def _hold_absent(
+    inner: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """Hold logits of absent losses and their moments, given ``present=``."""
+
+    def update_fn(
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        *,
+        present: PyTree | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, Any]:
+        new, after = inner.update(updates, state, params, present=present, **extra_args)
+        if present is None:
+            return new, after
+        still = optax.tree.zeros_like(updates)
+        return choose_present(present, (new, after), (still, state))
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
 
 
 def _but_loss_logits(mask: Mask | None) -> Callable[[optax.Params], PyTree]:

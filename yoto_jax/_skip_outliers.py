@@ -12,6 +12,7 @@ from yoto_jax._loss_logits import (
     check_structure,
     is_loss_logits,
     scalar_losses,
+    stack_present,
     upcast,
 )
 from yoto_jax._optimizers import unwrap_loss_logits
@@ -153,12 +154,17 @@ def skip_outliers(
         params: PyTree | None = None,
         *,
         losses: PyTree | None = None,
+        present: PyTree | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, SkipOutliersState]:
         structure = _structure(expected, params)
         values = _values(losses, structure, state.loss_scales)
+        mask = None
+        if present is not None:
+            mask = stack_present(present, jax.tree.structure(losses))
+            extra_args = extra_args | {"present": present}
         sound = all_finite([_squared(x) for x in jax.tree.leaves(updates)])
-        ok, scales = rule.judge(values, state.loss_scales, sound)
+        ok, scales = rule.judge(values, state.loss_scales, sound, mask)
         new, inner_state = inner.update(
             updates, state.inner_state, params, losses=losses, **extra_args
         )

@@ -144,7 +144,9 @@ def solve_bounded_qp(
     return lower + x * height / scale
 
 
-def smallest_convex_combination(gramian: jax.Array) -> jax.Array:
+def smallest_convex_combination(
+    gramian: jax.Array, present: jax.Array | None = None
+) -> jax.Array:
     r"""Minimise :math:`w^\top G w` subject to :math:`w \ge 0` and :math:`\sum w = 1`.
 
     Any w of other sum t costs :math:`t^2 w^\top G w`, so that minimising
@@ -153,17 +155,28 @@ def smallest_convex_combination(gramian: jax.Array) -> jax.Array:
 
     Args:
       gramian: (K, K) symmetric positive semi-definite G.
+      present: (K,) which entries may be positive, all if not given. Rows and columns of
+        the others must be 0.
 
     Returns:
       (K,) w with exact zeros.
     """
     size = gramian.shape[0]
     a = unit_trace(gramian)
+    squares = jnp.diagonal(a)
+    if present is not None:
+        squares = jnp.where(present, squares, jnp.inf)
     # Of the order of the minimum, or the small gradients are lost in rounding.
-    s = jnp.maximum(jnp.min(jnp.diagonal(a)), size * jnp.finfo(a.dtype).eps)
+    s = jnp.maximum(jnp.min(squares), size * jnp.finfo(a.dtype).eps)
     s = jnp.full((size,), s)
-    v = solve_bounded_qp(a + s[:, None], s, jnp.zeros_like(s))
-    return v / jnp.sum(v)
+    matrix, linear = a + s[:, None], s
+    if present is not None:  # Pushed against their bounds, each on its own.
+        s = jnp.where(jnp.isfinite(s), s, 1)
+        both = present[:, None] & present[None, :]
+        matrix = jnp.where(both, a + s[:, None], jnp.diag(s))
+        linear = jnp.where(present, s, -s)
+    v = solve_bounded_qp(matrix, linear, jnp.zeros_like(s))
+    return safe_divide(v, jnp.sum(v))
 
 
 def minimise_on_simplex(

@@ -11,6 +11,7 @@ from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
     descend,
+    init_each,
     make_weighting,
 )
 
@@ -19,7 +20,7 @@ class AutoLambdaState(NamedTuple):
     """What :func:`auto_lambda` has learned."""
 
     meta_weights: jax.Array  # (K,), lambda
-    optimizer: optax.OptState
+    optimizer: optax.OptState  # with counters for each loss
 
 
 def auto_lambda(
@@ -102,7 +103,7 @@ def auto_lambda(
         if downstream_weight is not None:
             layout.check_others("auto_lambda")
         meta_weights = layout.vector("initial", initial)
-        return AutoLambdaState(meta_weights, tx.init(meta_weights))
+        return AutoLambdaState(meta_weights, init_each(tx, meta_weights))
 
     def update(
         losses: jax.Array,
@@ -114,8 +115,11 @@ def auto_lambda(
         del losses
         slope = -jnp.asarray(step_size, layout.dtype) * alignment
         meta_weights: Any
+        moves = layout.present
+        if moves is not None:  # Without the loss that steers, none of them does.
+            moves = moves & moves[layout.position("downstream", downstream)]
         meta_weights, optimizer = descend(
-            tx, slope, learned.optimizer, learned.meta_weights
+            tx, slope, learned.optimizer, learned.meta_weights, moves
         )
         weights = current(meta_weights, layout)
         return weights, AutoLambdaState(meta_weights, optimizer)

@@ -55,8 +55,10 @@ def causal(tolerance: float = 1.0) -> LossWeighting:
     def update(
         losses: jax.Array, learned: tuple[()], layout: Layout
     ) -> tuple[jax.Array, tuple[()]]:
-        earlier = jnp.concatenate([layout.full(0.0)[:1], jnp.cumsum(losses)[:-1]])
-        return jnp.exp(-tolerance * earlier) / layout.size, learned
+        earlier = jnp.concatenate(
+            [layout.full(0.0)[:1], jnp.cumsum(layout.of_present(losses))[:-1]]
+        )
+        return jnp.exp(-tolerance * earlier) / layout.count, learned
 
     return make_weighting(
         lambda layout: (),

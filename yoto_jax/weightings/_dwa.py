@@ -20,10 +20,10 @@ class DwaState(NamedTuple):
     """What :func:`dwa` remembers of the losses."""
 
     window_sum: jax.Array  # (K,) sum over the window under way
-    window_count: jax.Array  # int32 scalar, updates in it
+    window_count: jax.Array  # int32 (K,), updates in it
     last_average: jax.Array  # (K,) average over the window before
     earlier_average: jax.Array  # (K,) and over the one before that
-    num_windows: jax.Array  # int32 scalar, complete windows, counted up to 2
+    num_windows: jax.Array  # int32 (K,), complete windows, counted up to 2
 
 
 def dwa(temperature: float = 2.0, *, window: int = 1) -> LossWeighting:
@@ -69,7 +69,7 @@ def dwa(temperature: float = 2.0, *, window: int = 1) -> LossWeighting:
         raise ValueError(f"window must be at least 1, got {window}.")
 
     def init(layout: Layout) -> DwaState:
-        zero = jnp.zeros((), jnp.int32)
+        zero = jnp.zeros((layout.size,), jnp.int32)
         return DwaState(
             window_sum=layout.full(0.0),
             window_count=zero,
@@ -82,9 +82,10 @@ def dwa(temperature: float = 2.0, *, window: int = 1) -> LossWeighting:
         losses: jax.Array, learned: DwaState, layout: Layout
     ) -> tuple[jax.Array, DwaState]:
         ratios = learned.last_average / learned.earlier_average
-        ratios = jnp.minimum(ratios, LARGEST_RATIO)
-        softmax = layout.size * jax.nn.softmax(ratios / temperature)
-        weights = jnp.where(learned.num_windows >= 2, softmax, 1.0)
+        known = learned.num_windows >= 2
+        ratios = jnp.where(known, jnp.minimum(ratios, LARGEST_RATIO), 1.0)
+        softmax = layout.count * layout.softmax(ratios / temperature)
+        weights = jnp.where(jnp.any(layout.of_present(known, False)), softmax, 1.0)
 
         total, count = learned.window_sum + losses, learned.window_count + 1
         done = count >= window

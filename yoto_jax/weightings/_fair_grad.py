@@ -64,17 +64,17 @@ def fair_grad(alpha: float = 2.0, *, regularization: float = 1e-4) -> LossWeight
     ) -> tuple[jax.Array, tuple[()]]:
         del losses
         cosine, norms = cosines(gramian)
-        present = norms > 0
+        some = norms > 0
         power = jnp.asarray(1 / alpha, layout.dtype)
         # In b = norm * a / unit the equation is C b = m b^(-1/alpha), with m = 1 for
         # the largest gradient.
-        largest = jnp.where(jnp.any(present), jnp.max(norms), 1)
+        largest = jnp.where(jnp.any(some), jnp.max(norms), 1)
         tiny = jnp.finfo(layout.dtype).tiny ** 0.25
-        share = jnp.where(present, norms / largest, 1)
+        share = jnp.where(some, norms / largest, 1)
         m = jnp.clip(share ** (power - 1), tiny, 1 / tiny)
-        matrix = cosine + jnp.diag(jnp.where(present, regularization, 1))
+        matrix = cosine + jnp.diag(jnp.where(some, regularization, 1))
         b = solve_power_equation(matrix, m, power, steps=40)
         unit = largest ** ((power - 1) / (power + 1))
-        return safe_divide(jnp.where(present, b * unit, 0), norms), learned
+        return safe_divide(jnp.where(some, b * unit, 0), norms), learned
 
     return make_weighting(lambda layout: (), update, needs=("gramian",))

@@ -1,6 +1,6 @@
 """Fast adaptive multitask optimization."""
 
-import functools
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from yoto_jax.weightings._protocol import (
     LossWeighting,
     check_not_negative,
     descend,
+    init_each,
     make_weighting,
 )
 
@@ -22,8 +23,8 @@ class FamoState(NamedTuple):
 
     task_logits: jax.Array  # (K,)
     log_gaps: jax.Array  # (K,) log of the last losses above their lower bounds
-    has_gaps: jax.Array  # bool scalar, whether there are any to learn from
-    optimizer: optax.OptState
+    has_gaps: jax.Array  # bool (K,), whether there is one to learn from
+    optimizer: optax.OptState  # with counters for each loss
 
 
 def famo(
@@ -111,43 +112,44 @@ def famo(
         return FamoState(
             task_logits=logits,
             log_gaps=layout.full(0.0),
-            has_gaps=jnp.zeros((), jnp.bool_),
-            optimizer=tx.init(logits),
+            has_gaps=jnp.zeros((layout.size,), jnp.bool_),
+            optimizer=init_each(tx, logits),
         )
 
     def log_gaps(losses: jax.Array, layout: Layout) -> jax.Array:
         gaps = losses - bounds(layout)
         # A result that is not finite makes the caller hold weights and state.
-        return jnp.log(jnp.where(gaps >= 0, gaps + 1e-8, jnp.nan))
+        gaps = jnp.where(gaps >= 0, gaps + 1e-8, jnp.nan)
+        return jnp.log(layout.of_present(gaps, 1))
 
-    def learn(gaps: jax.Array, learned: FamoState) -> FamoState:
+    def learn(gaps: jax.Array, learned: FamoState, layout: Layout) -> FamoState:
+        seen = layout.of_present(learned.has_gaps, False)  # both times
         improvement = learned.log_gaps - gaps
-        shares = jax.nn.softmax(learned.task_logits)
+        shares = dataclasses.replace(layout, present=seen).softmax(learned.task_logits)
         slope = shares * (improvement - jnp.sum(shares * improvement))
-        logits, state = descend(tx, slope, learned.optimizer, learned.task_logits)
-        new = learned._replace(task_logits=logits, optimizer=state)
-        return jax.tree.map(
-            functools.partial(jnp.where, learned.has_gaps), new, learned
+        logits, state = descend(
+            tx, slope, learned.optimizer, learned.task_logits, moves=seen
         )
+        return learned._replace(task_logits=logits, optimizer=state)
 
     def update(
         losses: jax.Array, learned: FamoState, layout: Layout
     ) -> tuple[jax.Array, FamoState]:
         gaps = log_gaps(losses, layout)
         if not exact:
-            learned = learn(gaps, learned)
+            learned = learn(gaps, learned, layout)
         # c z / D in logarithms; the sum is 1 because c makes it so.
-        weights = jax.nn.softmax(learned.task_logits - gaps)
+        weights = layout.softmax(learned.task_logits - gaps)
         return weights, learned._replace(
-            log_gaps=gaps, has_gaps=jnp.ones((), jnp.bool_)
+            log_gaps=gaps, has_gaps=jnp.ones_like(learned.has_gaps)
         )
 
     def observe_step(
         losses: jax.Array, learned: FamoState, layout: Layout
     ) -> FamoState:
-        learned = learn(log_gaps(losses, layout), learned)
+        learned = learn(log_gaps(losses, layout), learned, layout)
         # One step, one lesson: after a batch that was held there is none.
-        return learned._replace(has_gaps=jnp.zeros((), jnp.bool_))
+        return learned._replace(has_gaps=jnp.zeros_like(learned.has_gaps))
 
     return make_weighting(
         init,

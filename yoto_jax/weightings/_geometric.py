@@ -46,7 +46,7 @@ def geometric() -> LossWeighting:
         losses: jax.Array, learned: tuple[()], layout: Layout
     ) -> tuple[jax.Array, tuple[()]]:
         logs = jnp.log(losses)
-        return jnp.exp(jnp.mean(logs) - logs) / layout.size, learned
+        return jnp.exp(layout.mean(logs) - logs) / layout.count, learned
 
     return make_weighting(
         lambda layout: (),

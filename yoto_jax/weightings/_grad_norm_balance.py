@@ -27,16 +27,18 @@ def averaged(
     needs: tuple[str, ...],
     *,
     positive: bool = False,
-    check: Callable[[Layout], object] = lambda layout: None,
+    reference: Callable[[Layout], int] | None = None,
 ) -> LossWeighting:
     """A moving average, from 1, of ``target(losses, layout, **statistics)``.
 
-    What ``check(layout)`` raises, it raises in ``init``.
+    ``reference(layout)`` is the loss without which nothing is learned. What it raises,
+    it raises in ``init``.
     """
     check_decay(decay=decay)
 
     def init(layout: Layout) -> AverageState:
-        check(layout)
+        if reference is not None:
+            reference(layout)
         return AverageState(layout.full(1.0))
 
     def update(
@@ -47,6 +49,9 @@ def averaged(
     ) -> tuple[jax.Array, AverageState]:
         latest = target(losses, layout, **statistics)
         average = decay * learned.average_weights + (1.0 - decay) * latest
+        if reference is not None and layout.present is not None:
+            there = layout.present[reference(layout)]
+            average = jnp.where(there, average, learned.average_weights)
         return average, AverageState(average)
 
     return make_weighting(init, update, needs=needs, positive=positive)
@@ -107,7 +112,7 @@ def grad_norm_balance(*, decay: float = 0.9, eps: float = 1e-5) -> LossWeighting
     check_positive(eps=eps)
 
     def target(losses: jax.Array, layout: Layout, *, norms: jax.Array) -> jax.Array:
-        mean = jnp.mean(norms)
+        mean = layout.mean(norms)
         # All norms 0: nothing to balance.
         return jnp.where(
             mean > 0, mean / jnp.where(mean > 0, norms + eps * mean, 1.0), 1.0

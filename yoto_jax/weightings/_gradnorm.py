@@ -11,6 +11,7 @@ from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
     descend,
+    init_each,
     make_weighting,
 )
 
@@ -19,9 +20,9 @@ class GradNormState(NamedTuple):
     """What :func:`gradnorm` has learned."""
 
     task_weights: jax.Array  # (K,) absolute values sum to K
-    initial_losses: jax.Array  # (K,) of the first update
-    has_initial: jax.Array  # bool scalar
-    optimizer: optax.OptState
+    initial_losses: jax.Array  # (K,) of the first update with that loss
+    has_initial: jax.Array  # bool (K,)
+    optimizer: optax.OptState  # with counters for each loss
 
 
 def gradnorm(
@@ -81,29 +82,34 @@ def gradnorm(
         return GradNormState(
             task_weights=weights,
             initial_losses=layout.full(1.0),
-            has_initial=jnp.zeros((), jnp.bool_),
-            optimizer=tx.init(weights),
+            has_initial=jnp.zeros((layout.size,), jnp.bool_),
+            optimizer=init_each(tx, weights),
         )
 
     def update(
         losses: jax.Array, learned: GradNormState, layout: Layout, *, norms: jax.Array
     ) -> tuple[jax.Array, GradNormState]:
-        w = learned.task_weights
+        w, scale = learned.task_weights, 1.0
+        if layout.present is not None:
+            # Those present weigh their number together, and keep their part of K.
+            scale = layout.sum(jnp.abs(w)) / layout.count
+            scale = jnp.where(scale > 0, scale, 1.0)
+            w = w / scale
         initial = jnp.where(learned.has_initial, learned.initial_losses, losses)
         rates = jnp.minimum(losses / initial, LARGEST_RATIO / layout.size)
-        rates /= jnp.mean(rates)
+        rates /= layout.mean(rates)
         weighted = jnp.abs(w) * norms
-        target = jnp.mean(weighted) * rates**alpha
+        target = layout.mean(weighted) * rates**alpha
         # The norms do not depend on w, so that no second derivative is needed. At 0 the
         # slope of |w| is taken as 1: a weight must be able to leave 0.
         slope = jnp.sign(weighted - target) * norms * jnp.where(w < 0, -1.0, 1.0)
         new, state = descend(tx, slope, learned.optimizer, w)
-        total = jnp.sum(jnp.abs(new))
-        new = jnp.where(total > 0, layout.size * new / total, 1.0)
+        total = layout.sum(jnp.abs(new))
+        new = jnp.where(total > 0, layout.count * new / total, 1.0) * scale
         return jnp.abs(w), GradNormState(
             task_weights=new,
             initial_losses=initial,
-            has_initial=jnp.ones((), jnp.bool_),
+            has_initial=jnp.ones_like(learned.has_initial),
             optimizer=state,
         )
 

@@ -15,6 +15,7 @@ from yoto_jax.weightings._protocol import (
     LossWeighting,
     check_decay,
     descend,
+    init_each,
     make_weighting,
     running_mean,
 )
@@ -35,9 +36,10 @@ class GrapState(NamedTuple):
     alignments: jax.Array  # (K,), running mean of those with the downstream one, p
     solution: jax.Array  # (K,), running mean of closed-form weights, 0 before the first
     encoder_gain: jax.Array  # scalar, norm of cotangent by norm of gradient, tau
-    optimizer: optax.OptState
-    num_batches: jax.Array  # int32 scalar
-    num_aligned: jax.Array  # int32 scalar, of them with a downstream gradient
+    optimizer: optax.OptState  # with counters for each loss
+    num_batches: jax.Array  # int32 (K, K), batches with both losses
+    num_compared: jax.Array  # int32 (K,), of them with a downstream gradient
+    num_aligned: jax.Array  # int32 scalar, batches with a downstream gradient
     num_observed: jax.Array  # int32 scalar, times that the encoder's gain was observed
     num_zero_steps: jax.Array  # int32 scalar, closed-form weights of 0 in a row
 
@@ -197,8 +199,9 @@ def grap(
             alignments=zeros(raw.size),
             solution=zeros(raw.size),
             encoder_gain=jnp.ones((), layout.dtype),
-            optimizer=tx.init(raw),
-            num_batches=count(),
+            optimizer=init_each(tx, raw),
+            num_batches=jnp.zeros((raw.size, raw.size), jnp.int32),
+            num_compared=jnp.zeros((raw.size,), jnp.int32),
             num_aligned=count(),
             num_observed=count(),
             num_zero_steps=count(),
@@ -212,10 +215,19 @@ def grap(
         norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
         norm, own_norms = norms[place], norms[others]
         aligned = norm > 0
+        there = jnp.full(own_norms.shape, True)
+        if layout.present is not None:
+            there = layout.present[others]
+        both = there[:, None] & there[None, :]
 
         nu = running_mean(
-            learned.gradient_norms, own_norms, learned.num_batches, 0, norm_decay
+            learned.gradient_norms,
+            own_norms,
+            jnp.diagonal(learned.num_batches),
+            0,
+            norm_decay,
         )
+        nu = jnp.where(there, nu, learned.gradient_norms)
         # A gradient far below its running mean counts as zero: it is rounding error.
         inverse = safe_divide(jnp.ones_like(nu), jnp.maximum(own_norms, 1e-8 * nu))
         cosines = gramian[others][:, others] * inverse[:, None] * inverse[None, :]
@@ -223,12 +235,13 @@ def grap(
         cosines = running_mean(
             learned.cosines, cosines, learned.num_batches, warmup, gramian_decay
         )
+        cosines = jnp.where(both, cosines, learned.cosines)
         alignments = jnp.where(
-            aligned,
+            aligned & there,
             running_mean(
                 learned.alignments,
                 alignments,
-                learned.num_aligned,
+                learned.num_compared,
                 warmup,
                 gramian_decay,
             ),
@@ -239,9 +252,10 @@ def grap(
             gradient_norms=nu,
             cosines=cosines,
             alignments=alignments,
-            num_batches=learned.num_batches + 1,
+            num_batches=learned.num_batches + both,
+            num_compared=learned.num_compared + (aligned & there),
         )
-        w, learned = step(learned, aligned)
+        w, learned = step(learned, aligned, there)
         learned = learned._replace(num_aligned=learned.num_aligned + aligned)
 
         size = learned.encoder_gain * scale
@@ -250,19 +264,23 @@ def grap(
         weights = jnp.concatenate([weights[:place], own[None], weights[place:]])
         return weights, learned
 
-    def step(learned: GrapState, aligned: jax.Array) -> tuple[jax.Array, GrapState]:
+    def step(
+        learned: GrapState, aligned: jax.Array, there: jax.Array
+    ) -> tuple[jax.Array, GrapState]:
         if not may_solve:
-            return follow(learned, aligned)
+            return follow(learned, aligned, there)
         if algorithm == "closed-form":
-            return solve(learned, aligned)
+            return solve(learned, aligned, there)
         early = learned.num_aligned < warmup
         return jax.tree.map(
             functools.partial(jnp.where, early),
-            solve(learned, aligned & early),
-            follow(learned, aligned),
+            solve(learned, aligned & early, there),
+            follow(learned, aligned, there),
         )
 
-    def follow(learned: GrapState, aligned: jax.Array) -> tuple[jax.Array, GrapState]:
+    def follow(
+        learned: GrapState, aligned: jax.Array, there: jax.Array
+    ) -> tuple[jax.Array, GrapState]:
         """The weights of now; raw weights a step down the negative cosine."""
         factors = learned.gradient_norms / learned.encoder_gain
         factors = jnp.ones_like(factors) if scaled else factors
@@ -271,47 +289,51 @@ def grap(
             # The derivative at 0 is 1, not 0: a raw weight can leave it.
             positive = raw * jnp.where(raw < 0, -1, 1)
             u = factors * (raw if transform == "linear" else positive)
+            u = jnp.where(there, u, 0)
             w = _normalized(u, learned.cosines, normalization)
             pull = jnp.square(optax.safe_norm(u, jnp.finfo(u.dtype).tiny) - 1)
             return regularization * pull - dot(learned.alignments, w), w
 
         slope, w = jax.grad(objective, has_aux=True)(learned.raw_weights)
-        stepped = descend(tx, slope, learned.optimizer, learned.raw_weights)
-        raw, optimizer = jax.tree.map(
-            functools.partial(jnp.where, aligned),
-            stepped,
-            (learned.raw_weights, learned.optimizer),
+        raw, optimizer = descend(
+            tx, slope, learned.optimizer, learned.raw_weights, aligned & there
         )
         return w, learned._replace(raw_weights=raw, optimizer=optimizer)
 
-    def solve(learned: GrapState, aligned: jax.Array) -> tuple[jax.Array, GrapState]:
+    def solve(
+        learned: GrapState, aligned: jax.Array, there: jax.Array
+    ) -> tuple[jax.Array, GrapState]:
         """The best weights for the running means; raw weights become these."""
         free = transform == "linear"
+        both = there[:, None] & there[None, :]
+        cosines = jnp.where(both, learned.cosines, 0)
+        alignments = jnp.where(there, learned.alignments, 0)
         solution = lax.cond(
             aligned,
-            lambda: maximise_alignment(
-                learned.cosines, learned.alignments, nonnegative=not free
-            ),
+            lambda: maximise_alignment(cosines, alignments, nonnegative=not free),
             lambda: jnp.zeros_like(learned.raw_weights),
         )
         solved = jnp.linalg.norm(solution) >= 1e-8
+        renewed = solved & there
         mean = jnp.where(
             jnp.any(learned.solution != 0),
             solution_decay * learned.solution + (1 - solution_decay) * solution,
             solution,
         )
-        raw = jnp.where(solved, mean, learned.raw_weights)
+        raw = jnp.where(renewed, mean, learned.raw_weights)
 
         # Without a downstream gradient the last solution goes on, rescaled.
-        held = _normalized(raw, learned.cosines, "gradient")
+        held = _normalized(jnp.where(there, raw, 0), cosines, "gradient")
         zero_steps = learned.num_zero_steps
         patient = True if max_skipped is None else zero_steps < max_skipped
         gave_up = jnp.where(patient, jnp.zeros_like(raw), jnp.ones_like(raw))
         w = jnp.where(solved, raw, jnp.where(aligned, gave_up, held))
         return w, learned._replace(
             raw_weights=raw,
-            solution=jnp.where(solved, mean, learned.solution),
-            num_zero_steps=jnp.where(solved, 0, zero_steps + aligned.astype(jnp.int32)),
+            solution=jnp.where(renewed, mean, learned.solution),
+            num_zero_steps=jnp.where(
+                solved, 0, zero_steps + (aligned & jnp.any(there))
+            ),
         )
 
     def observe(

@@ -10,6 +10,7 @@ from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
     descend,
+    init_each,
     make_weighting,
 )
 from yoto_jax.weightings._uncertainty import LOG_LIMIT
@@ -19,7 +20,7 @@ class ImtlLState(NamedTuple):
     """What :func:`imtl_l` has learned."""
 
     log_scales: jax.Array  # (K,)
-    optimizer: optax.OptState
+    optimizer: optax.OptState  # with counters for each loss
 
 
 def imtl_l(optimizer: optax.GradientTransformation | None = None) -> LossWeighting:
@@ -69,7 +70,7 @@ def imtl_l(optimizer: optax.GradientTransformation | None = None) -> LossWeighti
 
     def init(layout: Layout) -> ImtlLState:
         log_scales = layout.full(0.0)
-        return ImtlLState(log_scales, tx.init(log_scales))
+        return ImtlLState(log_scales, init_each(tx, log_scales))
 
     def update(
         losses: jax.Array, learned: ImtlLState, layout: Layout

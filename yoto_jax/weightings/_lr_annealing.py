@@ -83,4 +83,4 @@ def lr_annealing(
         size = rest["max_abs"][r] if statistic == "max" else mean_abs[r]
         return bounded_ratio(size, mean_abs, eps).at[r].set(1.0)
 
-    return averaged(target, decay, needs, check=position)
+    return averaged(target, decay, needs, reference=position)

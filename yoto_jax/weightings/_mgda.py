@@ -75,10 +75,11 @@ def mgda(
         if by_loss:
             factor *= jnp.abs(losses)
         # Relative to the largest: no overflow, and the sum is 1 in the end anyway.
+        factor = layout.of_present(factor)
         factor = safe_divide(factor, jnp.max(factor))
         factor = jnp.where(factor > 0, factor, 1)
         scaled = gramian / factor[:, None] / factor[None, :]
-        weights = smallest_convex_combination(scaled) / factor
+        weights = smallest_convex_combination(scaled, layout.present) / factor
         return weights / jnp.sum(weights), learned
 
     return make_weighting(

@@ -70,11 +70,11 @@ def nash_mtl(
     ) -> tuple[jax.Array, tuple[()]]:
         del losses
         cosine, norms = cosines(gramian)
-        present = norms > 0
-        ridge = jnp.where(present, regularization, 1)
+        some = norms > 0
+        ridge = jnp.where(some, regularization, 1)
         one = layout.full(1.0)
         b = solve_power_equation(cosine + jnp.diag(ridge), one, 1.0, steps=12)
-        b = jnp.where(present, b, 0)
+        b = jnp.where(some, b, 0)
         if max_norm is not None:
             norm = jnp.sqrt(jnp.maximum(jnp.vdot(b, dot(cosine, b)), 0))
             b = b / jnp.maximum(norm / max_norm, 1)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from yoto_jax._jaxlib import check_jaxlib
 from yoto_jax._loss_logits import PyTree, upcast
 from yoto_jax.weightings._grad_norm_balance import averaged, bounded_ratio
 from yoto_jax.weightings._protocol import Layout, LossWeighting, check_positive
@@ -71,12 +72,12 @@ def ntk(
     check_positive(eps=eps)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
-    reduce = jnp.mean if reduction == "mean" else jnp.sum
 
     def target(
         losses: jax.Array, layout: Layout, *, ntk_diagonal: jax.Array
     ) -> jax.Array:
-        return bounded_ratio(reduce(ntk_diagonal), ntk_diagonal, eps)
+        total = (layout.mean if reduction == "mean" else layout.sum)(ntk_diagonal)
+        return bounded_ratio(total, ntk_diagonal, eps)
 
     return averaged(target, decay, ("ntk_diagonal",))
 
@@ -129,7 +130,7 @@ def ntk_surrogate(*, decay: float = 0.9, eps: float = 1e-6) -> LossWeighting:
 
     def target(losses: jax.Array, layout: Layout, *, norms: jax.Array) -> jax.Array:
         slopes = norms / (2.0 * jnp.sqrt(losses))
-        return bounded_ratio(jnp.sum(slopes), slopes, eps)
+        return bounded_ratio(layout.sum(slopes), slopes, eps)
 
     return averaged(target, decay, ("losses", "norms"), positive=True)
 
@@ -181,6 +182,8 @@ def ntk_diagonal(
             "points must have one leading axis, of the same positive length in every "
             f"leaf, got {[jnp.shape(leaf) for leaf in jax.tree.leaves(points)]}."
         )
+
+    check_jaxlib()
 
     def squared_norm(point: Any) -> jax.Array:
         gradient = jax.grad(residual_fn)(params, point)

@@ -85,7 +85,7 @@ def pcgrad(
         rows = surgery(project, jnp.eye(layout.size, dtype=layout.dtype), order_key)
         weights = weights_of_rows(rows, norms)
         if reduction == "mean":
-            weights = weights / layout.size
+            weights = weights / layout.count
         return weights, PCGradState(following)
 
     return make_weighting(lambda layout: PCGradState(key), update, needs=("gramian",))

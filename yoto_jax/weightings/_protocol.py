@@ -17,9 +17,11 @@ from yoto_jax._loss_logits import (
     PyTree,
     check_structure,
     find_loss,
+    is_loss_logits,
     listed,
     loss_names,
     scalar_losses,
+    stack_present,
 )
 
 GRADIENT_STATISTICS = ("gramian", "norms", "max_abs", "mean_abs")
@@ -38,7 +40,9 @@ class LossWeighting(NamedTuple):
         shape and dtype.
       update: ``update(losses, state, **statistics) -> (weights, state)``. The weights
         are a tree like the losses. The statistics are those that ``needs`` names, such
-        as ``gramian=G`` with G in the order of ``jax.tree.leaves(losses)``.
+        as ``gramian=G`` with G in the order of ``jax.tree.leaves(losses)``. With
+        ``present=``, a tree of booleans like the losses, absent losses get the weight 0
+        and leave no trace in the state; the others are weighed as if alone.
       needs: What ``update`` looks at: ``"losses"``, and statistics of the gradients.
         ``"gramian"`` (K, K) inner products of per-loss gradients; ``"norms"``,
         ``"max_abs"``, ``"mean_abs"`` (K,) Euclidean norm, largest and mean absolute
@@ -51,7 +55,8 @@ class LossWeighting(NamedTuple):
         norm of the weighted gradient of the shared representation, and that of the
         encoder's parameters which it became. None if of no interest.
       observe_step: ``observe_step(losses, state) -> state``: shown the losses of the
-        same batch after the step. To be called by the user. None if of no interest.
+        same batch after the step, and ``present=`` as ``update`` is. To be called by
+        the user. None if of no interest.
 
     Examples:
       >>> import yoto_jax as yoto
@@ -77,16 +82,20 @@ class WeightingState(NamedTuple):
 
     loss_weights: PyTree  # scalars, a tree like the losses: the weights used last
     learned: Any  # what the method itself remembers
-    num_updates: jax.Array  # int32 scalar
+    num_updates: jax.Array  # int32 scalar, batches with a loss present that was taken
     num_skipped: jax.Array  # int32 scalar, batches that changed nothing: not finite
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
-    """What is known of the losses before they have values (all static)."""
+    """What is known of the losses before they have values.
+
+    Reductions over losses go through it: they leave out the losses that are absent.
+    """
 
     structure: jax.tree_util.PyTreeDef
     dtype: Any
+    present: jax.Array | None = None  # bool (K,), or None if all losses are there
 
     @property
     def size(self) -> int:
@@ -94,9 +103,49 @@ class Layout:
         return self.structure.num_leaves
 
     @property
+    def count(self) -> Any:
+        """The number of losses that are present, at least 1."""
+        if self.present is None:
+            return self.size
+        return jnp.maximum(jnp.sum(self.present, dtype=self.dtype), 1)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Path of every loss, in the order of the leaves."""
         return loss_names(self.structure)
+
+    @property
+    def presence(self) -> PyTree | None:
+        """The tree of booleans that ``present`` came from."""
+        if self.present is None:
+            return None
+        return self.structure.unflatten([self.present[k] for k in range(self.size)])
+
+    def of_present(self, x: jax.Array, other: Any = 0) -> jax.Array:
+        """``x``, one entry or row per loss, with ``other`` for absent losses."""
+        return x if self.present is None else where_rows(self.present, x, other)
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        """The sum over the losses."""
+        return jnp.sum(self.of_present(x))
+
+    def mean(self, x: jax.Array) -> jax.Array:
+        """The mean over the losses."""
+        return jnp.mean(x) if self.present is None else self.sum(x) / self.count
+
+    def log_softmax(self, x: jax.Array) -> jax.Array:
+        """Logarithm of the softmax over the losses."""
+        if self.present is None:
+            return jax.nn.log_softmax(x)
+        # Without any loss, that of zeros instead of NaN.
+        some = jnp.any(self.present)
+        return jax.nn.log_softmax(jnp.where(some, self.of_present(x, -jnp.inf), 0))
+
+    def softmax(self, x: jax.Array) -> jax.Array:
+        """The softmax over the losses, 0 for absent ones."""
+        if self.present is None:
+            return jax.nn.softmax(x)
+        return self.of_present(jnp.exp(self.log_softmax(x)))
 
     def position(self, role: str, chosen: Any) -> int:
         """Place of the loss that ``chosen`` names among the leaves."""
@@ -121,8 +170,8 @@ class Layout:
         return jnp.full((self.size,), value, self.dtype)
 
     def equal(self) -> jax.Array:
-        """The same share 1/K for every loss."""
-        return self.full(1.0 / self.size)
+        """The same share for every loss, 1/K if all are present."""
+        return self.of_present(self.full(1.0 / self.count))
 
     def vector(self, what: str, values: Any) -> jax.Array:
         """One number, a sequence, or a tree like the losses, as a (K,) vector."""
@@ -152,7 +201,7 @@ class Layout:
         """What the user prefers, as a vector: equal shares unless told."""
         if preference is None:
             return self.equal()
-        return self.vector("preference", preference)
+        return self.of_present(self.vector("preference", preference))
 
 
 def make_weighting(
@@ -170,12 +219,15 @@ def make_weighting(
 
     It stacks and unstacks the losses, checks them, brings all numbers to one dtype, and
     leaves weights and state as they were if a loss or a statistic is not finite, or if
-    what the method makes of them is not.
+    what the method makes of them is not. Of absent losses it shows the method a loss of
+    1 and a gradient of 0, makes their weight 0, and holds their rows of the state.
 
     Args:
-      init: ``init(layout) -> learned``, the method's own state: a tree of arrays.
+      init: ``init(layout) -> learned``, the method's own state: a tree of arrays. An
+        array whose first axis has length K has one row per loss.
       update: ``update(losses, learned, layout, **statistics) -> (weights, learned)``
         with vectors (K,) of losses and weights and the statistics named in ``needs``.
+        Sums over losses are those of ``layout``, which leaves out absent ones.
       needs: See :class:`LossWeighting`.
       positive: Whether the method makes sense for positive losses alone.
       first_weights: The weights to report before the first update, and to hold if it is
@@ -199,9 +251,13 @@ def make_weighting(
         return WeightingState(_as_tree(weights, layout), learned, *counts)
 
     def update_fn(
-        losses: PyTree, state: WeightingState, **statistics: Any
+        losses: PyTree,
+        state: WeightingState,
+        *,
+        present: PyTree | None = None,
+        **statistics: Any,
     ) -> tuple[PyTree, WeightingState]:
-        layout, values = _values(losses, state)
+        layout, values = _values(losses, state, present)
         if positive:
             _check_positive_losses(values, layout)
         given = {
@@ -228,10 +284,13 @@ def make_weighting(
             learned=_select(all_finite((seen, learned)), learned, state.learned)
         )
 
-    def observe_step_fn(losses: PyTree, state: WeightingState) -> WeightingState:
+    def observe_step_fn(
+        losses: PyTree, state: WeightingState, *, present: PyTree | None = None
+    ) -> WeightingState:
         assert observe_step is not None
-        layout, values = _values(losses, state)
+        layout, values = _values(losses, state, present)
         learned = observe_step(values, state.learned, layout)
+        learned = _hold_absent(learned, state.learned, layout)
         ok = all_finite((values, learned))
         if positive:
             ok &= jnp.all(values > 0)
@@ -262,12 +321,18 @@ def _layout_of(state: WeightingState) -> Layout:
     return Layout(structure, leaves[0].dtype)
 
 
-def _values(losses: PyTree, state: WeightingState) -> tuple[Layout, jax.Array]:
-    """The losses as one vector, checked against those of ``init``."""
+def _values(
+    losses: PyTree, state: WeightingState, present: PyTree | None
+) -> tuple[Layout, jax.Array]:
+    """The losses as one vector, checked against those of ``init``, absent ones 1."""
     layout = _layout_of(state)
     _, leaves, structure = scalar_losses(losses)
     check_structure(structure, layout.structure, "the loss weights")
-    return layout, jnp.stack([_constant(leaf, layout.dtype) for leaf in leaves])
+    values = jnp.stack([_constant(leaf, layout.dtype) for leaf in leaves])
+    if present is not None:
+        mask = stack_present(present, layout.structure)
+        layout = dataclasses.replace(layout, present=mask)
+    return layout, layout.of_present(values, 1)
 
 
 def _statistic(name: str, value: Any, layout: Layout) -> jax.Array:
@@ -290,7 +355,7 @@ def _statistic(name: str, value: Any, layout: Layout) -> jax.Array:
             f"{name} must have shape {shape} for the {layout.size} losses "
             f"{listed(layout.names)}, got {value.shape}."
         )
-    return value
+    return value if layout.present is None else without_absent(value, layout.present)
 
 
 def _check_positive_losses(values: jax.Array, layout: Layout) -> None:
@@ -317,13 +382,55 @@ def _accept(
 ) -> tuple[PyTree, WeightingState]:
     """The new weights and state, or the old ones if anything is amiss."""
     weights = jnp.asarray(weights, layout.dtype)
+    learned = _hold_absent(learned, state.learned, layout)
+    some: Any = True if layout.present is None else jnp.any(layout.present)
+    if layout.present is not None:
+        before = jnp.stack(jax.tree.leaves(state.loss_weights))
+        weights = layout.of_present(weights, before)
+        learned = _select(some, learned, state.learned)
     ok &= all_finite((weights, learned))
     new = WeightingState(
-        _as_tree(weights, layout), learned, state.num_updates + 1, state.num_skipped
+        _as_tree(weights, layout), learned, state.num_updates + some, state.num_skipped
     )
-    old = state._replace(num_skipped=state.num_skipped + 1)
+    old = state._replace(num_skipped=state.num_skipped + some)
     chosen = _select(ok, new, old)
-    return chosen.loss_weights, chosen
+    return mask_weights(chosen.loss_weights, layout.present), chosen
+
+
+def _hold_absent(new: PyTree, old: PyTree, layout: Layout) -> PyTree:
+    """The new state, with the old rows of absent losses."""
+    if layout.present is None:
+        return new
+
+    def hold(new: jax.Array, old: jax.Array) -> jax.Array:
+        one_row_each = old.shape[:1] == (layout.size,) and not _is_key(old)
+        return layout.of_present(new, old) if one_row_each else new
+
+    return jax.tree.map(hold, new, old)
+
+
+def mask_weights(weights: PyTree, present: jax.Array | None) -> PyTree:
+    """The weights, 0 for absent losses."""
+    if present is None:
+        return weights
+    leaves, structure = jax.tree.flatten(weights)
+    masked = [jnp.where(present[k], x, 0) for k, x in enumerate(leaves)]
+    return structure.unflatten(masked)
+
+
+def without_absent(statistic: Any, present: jax.Array) -> Any:
+    """A statistic of K losses, 0 for absent ones, whatever stands there."""
+    leaves, structure = jax.tree.flatten(statistic)
+    if jnp.ndim(leaves[0]) == 0:  # a tree like the losses
+        leaves = [jnp.where(present[k], x, 0) for k, x in enumerate(leaves)]
+        return structure.unflatten(leaves)
+    statistic = where_rows(present, statistic, 0)
+    return where_rows(present, statistic.T, 0).T if statistic.ndim > 1 else statistic
+
+
+def where_rows(chosen: jax.Array, x: jax.Array, y: Any) -> jax.Array:
+    """Row k of ``x`` if entry k is chosen, else that of ``y``."""
+    return jnp.where(chosen.reshape(chosen.shape + (1,) * (x.ndim - 1)), x, y)
 
 
 def _as_tree(weights: jax.Array, layout: Layout) -> PyTree:
@@ -398,9 +505,49 @@ def running_mean(
     )
 
 
+def init_each(tx: optax.GradientTransformation, params: Any) -> Any:
+    """The state of an optimizer of a vector, with counters of its own for each entry.
+
+    Each entry belongs to one loss. Its moments, and its counters, stand still while the
+    loss is absent. What the state has once for all entries, it has here for each.
+    """
+    size = jax.tree.leaves(params)[0].shape
+    spread = lambda x: x if x.shape == size else jnp.broadcast_to(x, size + x.shape)
+    return jax.tree.map(lambda x: jnp.copy(spread(jnp.asarray(x))), tx.init(params))
+
+
 def descend(
-    tx: optax.GradientTransformation, gradient: Any, state: Any, params: Any
+    tx: optax.GradientTransformation,
+    gradient: Any,
+    state: Any,
+    params: Any,
+    moves: jax.Array | None = None,
+    **extra_args: Any,
 ) -> tuple[Any, Any]:
-    """One step of an optimizer: the new parameters and its new state."""
-    updates, state = tx.update(gradient, state, params)
-    return optax.apply_updates(params, updates), state
+    """One step of the optimizer of :func:`init_each`, of the entries in ``moves``.
+
+    Of loss logits, ``moves`` names all losses, with the primary one among them.
+    """
+    tx = optax.with_extra_args_support(tx)
+    if moves is not None and is_loss_logits(params) and params.primary is not None:
+        moves = jnp.delete(moves, params.primary, assume_unique_indices=True)
+    size = jax.tree.leaves(params)[0].shape
+    once = [x.shape == size for x in jax.tree.leaves(jax.eval_shape(tx.init, params))]
+    leaves, structure = jax.tree.flatten(state)
+
+    def one(leaves: list[Any]) -> tuple[Any, list[Any]]:
+        """The step with the counters of one entry."""
+        old = structure.unflatten(leaves)
+        updates, new = tx.update(gradient, old, params, **extra_args)
+        return optax.apply_updates(params, updates), jax.tree.leaves(new)
+
+    axes = [None if whole else 0 for whole in once]
+    moved, new = jax.vmap(one, in_axes=(axes,), axis_size=size[0])(leaves)
+    moved = jax.tree.map(jnp.diagonal, moved)
+    new = [jnp.diagonal(x) if whole else x for x, whole in zip(new, once, strict=True)]
+    after = structure.unflatten(new)
+    if moves is None:
+        return moved, after
+    return jax.tree.map(
+        functools.partial(where_rows, moves), (moved, after), (params, state)
+    )

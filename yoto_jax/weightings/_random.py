@@ -61,6 +61,6 @@ def random(key: jax.Array | int = 0) -> LossWeighting:
     ) -> tuple[jax.Array, RandomState]:
         key, draw = jax.random.split(learned.key)
         normals = jax.random.normal(draw, losses.shape, layout.dtype)
-        return jax.nn.softmax(normals), RandomState(key)
+        return layout.softmax(normals), RandomState(key)
 
     return make_weighting(init, update, first_weights=Layout.equal)

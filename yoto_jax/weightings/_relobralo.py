@@ -22,7 +22,7 @@ class RelobraloState(NamedTuple):
     last_weights: jax.Array  # (K,)
     first_losses: jax.Array  # (K,)
     last_losses: jax.Array  # (K,)
-    num_seen: jax.Array  # int32 scalar, updates, counted up to 2
+    num_seen: jax.Array  # int32 (K,), updates, counted up to 2
     key: jax.Array  # typed key, split at every update
 
 
@@ -94,32 +94,32 @@ def relobralo(
             last_weights=layout.full(1.0),
             first_losses=layout.full(1.0),
             last_losses=layout.full(1.0),
-            num_seen=jnp.zeros((), jnp.int32),
+            num_seen=jnp.zeros((layout.size,), jnp.int32),
             # A key of its own: the caller's may be donated with the state otherwise.
             key=jax.random.fold_in(as_key(key), 0),
         )
 
-    def balance(losses: jax.Array, earlier: jax.Array) -> jax.Array:
+    def balance(losses: jax.Array, earlier: jax.Array, layout: Layout) -> jax.Array:
         ratios = jnp.minimum(losses / (temperature * earlier + eps), LARGEST_RATIO)
-        return losses.size * jax.nn.softmax(ratios)
+        return layout.count * layout.softmax(ratios)
 
     def update(
         losses: jax.Array, learned: RelobraloState, layout: Layout
     ) -> tuple[jax.Array, RelobraloState]:
         key, draw = jax.random.split(learned.key)
         keep = jax.random.bernoulli(draw, jnp.asarray(beta, layout.dtype))
-        past = jnp.where(
-            keep, learned.last_weights, balance(losses, learned.first_losses)
-        )
+        is_first = learned.num_seen == 0
+        first = jnp.where(is_first, losses, learned.first_losses)
+        last = jnp.where(is_first, losses, learned.last_losses)
+        past = jnp.where(keep, learned.last_weights, balance(losses, first, layout))
         decay = jnp.where(learned.num_seen == 1, 0.0, alpha)
-        recent = balance(losses, learned.last_losses)
+        recent = balance(losses, last, layout)
         weights = decay * past + (1.0 - decay) * recent
 
-        is_first = learned.num_seen == 0
         weights = jnp.where(is_first, 1.0, weights)
         return weights, RelobraloState(
             last_weights=weights,
-            first_losses=jnp.where(is_first, losses, learned.first_losses),
+            first_losses=first,
             last_losses=losses,
             num_seen=jnp.minimum(learned.num_seen + 1, 2),
             key=key,

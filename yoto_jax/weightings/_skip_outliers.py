@@ -8,13 +8,20 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from yoto_jax._loss_logits import PyTree, check_structure, scalar_losses
+from yoto_jax._loss_logits import (
+    PyTree,
+    check_structure,
+    scalar_losses,
+    stack_present,
+)
 from yoto_jax.weightings._protocol import (
     LossWeighting,
     all_finite,
     check_decay,
     check_not_negative,
+    mask_weights,
     running_mean,
+    without_absent,
 )
 
 
@@ -49,7 +56,11 @@ class OutlierRule:
         return LossScales(zeros(dtype), zeros(jnp.int32), zeros(jnp.int32))
 
     def judge(
-        self, losses: jax.Array, scales: LossScales, sound: Any = True
+        self,
+        losses: jax.Array,
+        scales: LossScales,
+        sound: Any = True,
+        present: jax.Array | None = None,
     ) -> tuple[jax.Array, LossScales]:
         """Whether a batch is good, and what is known after it.
 
@@ -57,10 +68,13 @@ class OutlierRule:
           losses: (K,) the losses of the batch.
           scales: What was known before.
           sound: Whether all else that the batch brought is finite.
+          present: (K,) which losses there are, all if not given.
 
         Returns:
           A boolean, and the new scales.
         """
+        if present is not None:
+            losses = jnp.where(present, losses, 1)
         sound &= jnp.all(jnp.isfinite(losses))
         if self.positive:
             sound &= jnp.all(losses > 0)
@@ -68,7 +82,7 @@ class OutlierRule:
         # A loss of exactly 0 tells nothing of the usual size: a hinge loss is often 0.
         silent = losses == 0
         sizes = jnp.maximum(jnp.abs(losses), self.floor)
-        known = num_seen > 0
+        known = num_seen > 0 if present is None else (num_seen > 0) & present
         high = known & (sizes / self.limit > means)  # the product might overflow
         low = known & (sizes < means / self.limit)
         if not self.two_sided:
@@ -89,11 +103,12 @@ class OutlierRule:
         longer = running_mean(
             means, sizes, num_seen, self.decay / (1 - self.decay), self.decay
         ).astype(means.dtype)
-        return ok, LossScales(
+        new = LossScales(
             jnp.where(restart, sizes, jnp.where(usual, longer, means)),
             jnp.where(restart, jnp.where(silent, 0, 1), num_seen + usual),
             jnp.where(restart, 0, jnp.where(sound, streaks, scales.streaks)),
         )
+        return ok, new if present is None else choose(present, new, scales)
 
 
 class SkipOutliersState(NamedTuple):
@@ -188,18 +203,33 @@ def skip_outliers(
         return SkipOutliersState(scales, jnp.ones((), jnp.bool_), inner)
 
     def update(
-        losses: PyTree, state: SkipOutliersState, **statistics: Any
+        losses: PyTree,
+        state: SkipOutliersState,
+        *,
+        present: PyTree | None = None,
+        **statistics: Any,
     ) -> tuple[PyTree, SkipOutliersState]:
         held = _weights(state.inner)
-        values = loss_vector(losses, jax.tree.structure(held), state.loss_scales)
-        ok, scales = rule.judge(values, state.loss_scales, all_finite(statistics))
+        structure = jax.tree.structure(held)
+        values = loss_vector(losses, structure, state.loss_scales)
+        mask = None
+        if present is not None:
+            mask = stack_present(present, structure)
+            statistics = {
+                name: without_absent(x, mask) for name, x in statistics.items()
+            }
+        sound = all_finite(statistics)
+        if present is not None:
+            statistics = statistics | {"present": present}
+        ok, scales = rule.judge(values, state.loss_scales, sound, mask)
         # What is thrown away is computed from ones: no complaint about a bad loss.
         tame = jax.tree.map(
             lambda x: jnp.where(ok, x, jnp.ones_like(x)),
             jax.tree.map(jnp.asarray, losses),
         )
         weights, inner = weighting.update(tame, state.inner, **statistics)
-        weights, inner = choose(ok, (weights, inner), (held, _skip(state.inner)))
+        unused = mask_weights(held, mask), _skip(state.inner)
+        weights, inner = choose(ok, (weights, inner), unused)
         return weights, SkipOutliersState(scales, ok, inner)
 
     def observe(state: SkipOutliersState, **seen: Any) -> SkipOutliersState:
@@ -207,12 +237,16 @@ def skip_outliers(
         inner = weighting.observe(state.inner, **seen)
         return state._replace(inner=choose(state.accepted, inner, state.inner))
 
-    def observe_step(losses: PyTree, state: SkipOutliersState) -> SkipOutliersState:
+    def observe_step(
+        losses: PyTree, state: SkipOutliersState, *, present: PyTree | None = None
+    ) -> SkipOutliersState:
         assert weighting.observe_step is not None
         structure = jax.tree.structure(_weights(state.inner))
         values = loss_vector(losses, structure, state.loss_scales)
-        ok, _ = rule.judge(values, state.loss_scales, state.accepted)
-        inner = weighting.observe_step(losses, state.inner)
+        known = {} if present is None else {"present": present}
+        mask = None if present is None else stack_present(present, structure)
+        ok, _ = rule.judge(values, state.loss_scales, state.accepted, mask)
+        inner = weighting.observe_step(losses, state.inner, **known)
         return state._replace(inner=choose(ok, inner, state.inner))
 
     due = weighting.due

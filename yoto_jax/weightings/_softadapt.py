@@ -18,7 +18,7 @@ class SoftAdaptState(NamedTuple):
     """What :func:`softadapt` remembers of the losses."""
 
     last_losses: jax.Array  # (K,)
-    has_last: jax.Array  # bool scalar
+    has_last: jax.Array  # bool (K,)
 
 
 def softadapt(
@@ -81,7 +81,7 @@ def softadapt(
     check_not_negative(eps=eps)
 
     def init(layout: Layout) -> SoftAdaptState:
-        return SoftAdaptState(layout.full(1.0), jnp.zeros((), jnp.bool_))
+        return SoftAdaptState(layout.full(1.0), jnp.zeros((layout.size,), jnp.bool_))
 
     def update(
         losses: jax.Array, learned: SoftAdaptState, layout: Layout
@@ -90,11 +90,14 @@ def softadapt(
             change = jnp.minimum(losses / (learned.last_losses + eps), LARGEST_RATIO)
         else:
             change = losses - learned.last_losses
+        # A loss without a past has not changed.
+        change = jnp.where(learned.has_last, change, 1.0 if form == "ratio" else 0.0)
         exponents = beta * change
         if loss_weighted:
             exponents += jnp.log(losses)
-        softmax = layout.size * jax.nn.softmax(exponents)
-        weights = jnp.where(learned.has_last, softmax, 1.0)
-        return weights, SoftAdaptState(losses, jnp.ones((), jnp.bool_))
+        softmax = layout.count * layout.softmax(exponents)
+        some = jnp.any(layout.of_present(learned.has_last, False))
+        weights = jnp.where(some, softmax, 1.0)
+        return weights, SoftAdaptState(losses, jnp.ones_like(learned.has_last))
 
     return make_weighting(init, update, positive=form == "ratio" or loss_weighted)

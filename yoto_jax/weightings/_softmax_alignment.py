@@ -19,6 +19,7 @@ from yoto_jax.weightings._protocol import (
     LossWeighting,
     check_decay,
     descend,
+    init_each,
     make_weighting,
     running_mean,
 )
@@ -30,9 +31,9 @@ class SoftmaxAlignmentState(NamedTuple):
     mu: LossLogits  # of the K losses
     cosines: jax.Array  # (K + 1, K + 1), running mean of those between all gradients
     gradient_norms: jax.Array  # (K + 1,), running means
-    optimizer: optax.OptState
+    optimizer: optax.OptState  # with counters for each loss
     num_seen: jax.Array  # int32 (K + 1, K + 1), batches with both gradients
-    num_batches: jax.Array  # int32 scalar
+    num_batches: jax.Array  # int32 (K + 1,), batches with that loss
 
 
 def softmax_alignment(
@@ -114,7 +115,10 @@ def softmax_alignment(
 
     def weights(mu: LossLogits, layout: Layout) -> jax.Array:
         _, others = layout.apart(downstream)
-        return layout.full(0.0).at[others].set(jnp.stack(loss_weights(mu)))
+        values = layout.full(0.0).at[others].set(jnp.stack(loss_weights(mu)))
+        if layout.present is None:
+            return values
+        return safe_divide(values, layout.sum(values))
 
     def init(layout: Layout) -> SoftmaxAlignmentState:
         mu: Any = logits(layout)
@@ -123,9 +127,9 @@ def softmax_alignment(
             mu,
             jnp.zeros((n, n), layout.dtype),
             layout.full(0.0),
-            tx.init(mu),
+            init_each(tx, mu),
             jnp.zeros((n, n), jnp.int32),
-            jnp.zeros((), jnp.int32),
+            jnp.zeros((n,), jnp.int32),
         )
 
     def update(
@@ -144,7 +148,7 @@ def softmax_alignment(
         nu = mean(learned.gradient_norms, norms, learned.num_batches)
 
         def objective(mu: LossLogits) -> jax.Array:
-            share = jnp.stack(loss_weights(mu)) * nu[others]
+            share = jnp.stack(loss_weights(mu)) * layout.of_present(nu)[others]
             share = safe_divide(share, jnp.sum(share))
             squared = dot(share, dot(angles[others][:, others], share))
             rounding = jnp.finfo(layout.dtype).eps
@@ -152,11 +156,13 @@ def softmax_alignment(
             return -dot(share, angles[others, place]) / length
 
         slope = jax.grad(objective)(learned.mu)
-        stepped = descend(tx, slope, learned.optimizer, learned.mu)
-        mu, optimizer = jax.tree.map(
-            lambda new, old: jnp.where(norms[place] > 0, new, old),
-            stepped,
-            (learned.mu, learned.optimizer),
+        moves = jnp.full((len(others),), norms[place] > 0)
+        there = None
+        if layout.present is not None:
+            moves &= layout.present[others]
+            there = [layout.present[k] for k in others]
+        mu, optimizer = descend(
+            tx, slope, learned.optimizer, learned.mu, moves, present=there
         )
         return weights(learned.mu, layout), SoftmaxAlignmentState(
             mu,

@@ -77,7 +77,7 @@ def equal(reduction: Literal["mean", "sum"] = "mean") -> LossWeighting:
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
 
     def weight(layout: Layout) -> jax.Array:
-        return layout.full(1.0 / layout.size if reduction == "mean" else 1.0)
+        return layout.equal() if reduction == "mean" else layout.full(1.0)
 
     return make_weighting(
         lambda layout: (),

@@ -19,7 +19,7 @@ class StchState(NamedTuple):
     """What :func:`stch` remembers of its first updates."""
 
     warmup_sum: jax.Array  # (K,) losses
-    warmup_count: jax.Array  # int32 scalar
+    warmup_count: jax.Array  # int32 (K,)
 
 
 def stch(
@@ -115,7 +115,7 @@ def _linear(smoothing: float, preference: PyTree, ideal: PyTree) -> LossWeightin
     ) -> tuple[jax.Array, tuple[()]]:
         p = preferences(layout)
         distances = p * (losses - ideals(layout))
-        return p * jax.nn.softmax(distances / smoothing), learned
+        return p * layout.softmax(distances / smoothing), learned
 
     return make_weighting(
         init,
@@ -126,16 +126,16 @@ def _linear(smoothing: float, preference: PyTree, ideal: PyTree) -> LossWeightin
 
 def _logarithmic(smoothing: float, warmup: int) -> LossWeighting:
     def init(layout: Layout) -> StchState:
-        return StchState(layout.full(0.0), jnp.zeros((), jnp.int32))
+        return StchState(layout.full(0.0), jnp.zeros((layout.size,), jnp.int32))
 
     def update(
         losses: jax.Array, learned: StchState, layout: Layout
     ) -> tuple[jax.Array, StchState]:
         logs, count = jnp.log(losses), learned.warmup_count
         nadir = jnp.where(count > 0, learned.warmup_sum / jnp.maximum(count, 1), 1.0)
-        shares = jax.nn.log_softmax((logs - jnp.log(nadir)) / smoothing)
+        shares = layout.log_softmax((logs - jnp.log(nadir)) / smoothing)
         warm = count < warmup
-        weights = jnp.where(warm, 1.0, layout.size * jnp.exp(shares)) / losses
+        weights = jnp.where(warm, 1.0, layout.count * jnp.exp(shares)) / losses
         return weights, StchState(
             warmup_sum=learned.warmup_sum + jnp.where(warm, losses, 0.0),
             warmup_count=count + warm,

@@ -11,6 +11,7 @@ from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
     descend,
+    init_each,
     make_weighting,
 )
 
@@ -24,7 +25,7 @@ class UncertaintyState(NamedTuple):
     """What :func:`uncertainty` has learned."""
 
     log_variances: jax.Array  # (K,)
-    optimizer: optax.OptState
+    optimizer: optax.OptState  # with counters for each loss
 
 
 def uncertainty(
@@ -93,7 +94,7 @@ def uncertainty(
 
     def init(layout: Layout) -> UncertaintyState:
         log_variances = variances(layout)
-        return UncertaintyState(log_variances, tx.init(log_variances))
+        return UncertaintyState(log_variances, init_each(tx, log_variances))
 
     def update(
         losses: jax.Array, learned: UncertaintyState, layout: Layout

@@ -13,11 +13,13 @@ from yoto_jax._loss_logits import (
     find_loss,
     loss_names,
     scalar_losses,
+    stack_present,
 )
 from yoto_jax.weightings._protocol import (
     GRADIENT_STATISTICS,
     LossWeighting,
     check_decay,
+    mask_weights,
 )
 
 
@@ -60,8 +62,9 @@ def every(weighting: LossWeighting, steps: jax.typing.ArrayLike) -> LossWeightin
 
     .. note::
       A batch that is skipped because it is not finite does not count: the next one is
-      looked at instead. Under ``vmap`` both cases are computed at every step, as
-      ``jax.lax.cond`` has it.
+      looked at instead. The weight of a loss that is absent from the batch looked at is
+      held until the next one with it. Under ``vmap`` both cases are computed at every
+      step, as ``jax.lax.cond`` has it.
     """
     if isinstance(steps, int) and steps < 1:
         raise ValueError(f"steps must be positive, got {steps}.")
@@ -74,12 +77,22 @@ def every(weighting: LossWeighting, steps: jax.typing.ArrayLike) -> LossWeightin
         return EveryState(jnp.zeros((), jnp.int32), weighting.init(losses))
 
     def update_fn(
-        losses: PyTree, state: EveryState, **statistics: Any
+        losses: PyTree,
+        state: EveryState,
+        *,
+        present: PyTree | None = None,
+        **statistics: Any,
     ) -> tuple[PyTree, EveryState]:
-        update = lambda: weighting.update(losses, state.inner, **statistics)
-        hold = lambda: (_weights(state.inner), state.inner)
+        mask = _mask(present, state.inner)
+        update = lambda: weighting.update(
+            losses, state.inner, **_and_present(statistics, present)
+        )
+        hold = lambda: (mask_weights(_weights(state.inner), mask), state.inner)
         weights, inner = lax.cond(state.step % steps == 0, update, hold)
-        return weights, EveryState(state.step + 1 - _skipped(state.inner, inner), inner)
+        counts = 1 - _skipped(state.inner, inner)
+        if mask is not None:  # A batch without any loss is no step.
+            counts *= jnp.any(mask)
+        return weights, EveryState(state.step + counts, inner)
 
     return _observing_inner(weighting)._replace(init=init, update=update_fn, due=due)
 
@@ -89,7 +102,7 @@ class SmoothState(NamedTuple):
 
     inner: Any  # with the average in its ``loss_weights``
     unsmoothed: PyTree  # what the weighting inside has there
-    started: jax.Array  # bool scalar
+    started: PyTree  # bool scalars, a tree like the losses
 
 
 def smooth(
@@ -126,24 +139,39 @@ def smooth(
     def init(losses: PyTree) -> SmoothState:
         inner = weighting.init(losses)
         own = jax.tree.map(jnp.copy, _weights(inner))
-        return SmoothState(inner, own, jnp.zeros((), jnp.bool_))
+        started = jax.tree.map(lambda x: jnp.zeros((), jnp.bool_), own)
+        return SmoothState(inner, own, started)
 
     def update(
-        losses: PyTree, state: SmoothState, **statistics: Any
+        losses: PyTree,
+        state: SmoothState,
+        *,
+        present: PyTree | None = None,
+        **statistics: Any,
     ) -> tuple[PyTree, SmoothState]:
         before = _weights(state.inner)
+        mask = _mask(present, state.inner)
         inner = _with_weights(state.inner, state.unsmoothed)
-        new, after = weighting.update(losses, inner, **statistics)
+        new, after = weighting.update(
+            losses, inner, **_and_present(statistics, present)
+        )
         taken = _taken(inner, after)
+        takes = jax.tree.map(
+            lambda there: taken & there, _present_or_all(present, before)
+        )
 
-        def average(old: jax.Array, new: jax.Array) -> jax.Array:
+        def average(
+            old: jax.Array, new: jax.Array, started: jax.Array, takes: jax.Array
+        ) -> jax.Array:
             mixed = decay * old + (1 - decay) * new
-            chosen = jnp.where(state.started, mixed, new)
-            return jnp.where(taken, chosen, old).astype(old.dtype)
+            chosen = jnp.where(started, mixed, new)
+            return jnp.where(takes, chosen, old).astype(old.dtype)
 
-        weights = jax.tree.map(average, before, new)
-        return weights, SmoothState(
-            _with_weights(after, weights), _weights(after), state.started | taken
+        weights = jax.tree.map(average, before, new, state.started, takes)
+        return mask_weights(weights, mask), SmoothState(
+            _with_weights(after, weights),
+            _weights(after),
+            jax.tree.map(jnp.logical_or, state.started, takes),
         )
 
     return _observing_inner(weighting)._replace(init=init, update=update)
@@ -205,15 +233,22 @@ def normalize(
         return NormalizeState(optax.tree.zeros_like(own), inner, own)
 
     def update(
-        losses: PyTree, state: NormalizeState, **statistics: Any
+        losses: PyTree,
+        state: NormalizeState,
+        *,
+        present: PyTree | None = None,
+        **statistics: Any,
     ) -> tuple[PyTree, NormalizeState]:
         before = _weights(state.inner)
+        mask = _mask(present, state.inner)
         structure = jax.tree.structure(before)
         _, leaves, given = scalar_losses(losses)
         check_structure(given, structure, "the loss weights")
         old = jnp.stack(jax.tree.leaves(state.loss_scales))
         values = jnp.stack([jnp.asarray(x, old.dtype) for x in leaves])
         values = lax.stop_gradient(values)
+        if mask is not None:
+            values = jnp.where(mask, values, 0)
         size = jnp.abs(values)
         running = jnp.where(old > 0, decay * old + (1 - decay) * size, size)
         running = jnp.where(size == 0, old, running)
@@ -230,31 +265,38 @@ def normalize(
             if name in known
         }
         inner = _with_weights(state.inner, state.normalized)
-        new, after = weighting.update(as_tree(values / scales), inner, **seen)
+        new, after = weighting.update(
+            as_tree(values / scales), inner, **_and_present(seen, present)
+        )
         # What is held is for the losses as they come already.
         taken = _taken(inner, after)
         weights = jax.tree.map(
-            lambda w, scale, held: jnp.where(
-                taken, (w / scale).astype(held.dtype), held
+            lambda w, scale, held, there: jnp.where(
+                taken & there, (w / scale).astype(held.dtype), held
             ),
             new,
             as_tree(scales),
             before,
+            _present_or_all(present, before),
         )
-        return weights, NormalizeState(
+        return mask_weights(weights, mask), NormalizeState(
             as_tree(jnp.where(taken, running, old)),
             _with_weights(after, weights),
             _weights(after),
         )
 
-    def observe_step(losses: PyTree, state: NormalizeState) -> NormalizeState:
+    def observe_step(
+        losses: PyTree, state: NormalizeState, **kwargs: Any
+    ) -> NormalizeState:
         assert weighting.observe_step is not None
         scaled = jax.tree.map(
             lambda x, scale: lax.stop_gradient(x) / jnp.where(scale > 0, scale, 1),
             losses,
             state.loss_scales,
         )
-        return state._replace(inner=weighting.observe_step(scaled, state.inner))
+        return state._replace(
+            inner=weighting.observe_step(scaled, state.inner, **kwargs)
+        )
 
     return _observing_inner(weighting)._replace(
         init=init,
@@ -275,6 +317,22 @@ def _unscaled(name: str, value: Any, scales: jax.Array, downstream: int | None) 
         assert downstream is not None
         return value / scales[downstream]
     return value  # That of the tangent kernel is of a residual, the root of a loss.
+
+
+def _mask(present: PyTree | None, state: Any) -> jax.Array | None:
+    """``present`` as a vector, checked against the losses of the state."""
+    if present is None:
+        return None
+    return stack_present(present, jax.tree.structure(_weights(state)))
+
+
+def _and_present(statistics: dict[str, Any], present: PyTree | None) -> dict[str, Any]:
+    """Keywords for ``update``: a weighting without absent losses needs no such one."""
+    return statistics if present is None else statistics | {"present": present}
+
+
+def _present_or_all(present: PyTree | None, weights: PyTree) -> PyTree:
+    return jax.tree.map(lambda _: True, weights) if present is None else present
 
 
 def _weights(state: Any) -> PyTree:
@@ -310,9 +368,9 @@ def _observing_inner(weighting: LossWeighting) -> LossWeighting:
         assert observe is not None
         return state._replace(inner=observe(state.inner, **seen))
 
-    def observe_step_inner(losses: PyTree, state: Any) -> Any:
+    def observe_step_inner(losses: PyTree, state: Any, **kwargs: Any) -> Any:
         assert observe_step is not None
-        return state._replace(inner=observe_step(losses, state.inner))
+        return state._replace(inner=observe_step(losses, state.inner, **kwargs))
 
     return weighting._replace(
         due=None if due is None else lambda state: due(state.inner),

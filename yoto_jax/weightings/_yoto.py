@@ -12,6 +12,7 @@ from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
     descend,
+    init_each,
     make_weighting,
 )
 
@@ -20,7 +21,7 @@ class YotoState(NamedTuple):
     """What :func:`yoto` has learned."""
 
     mu: LossLogits  # (K,) logits, primary loss left out
-    optimizer: optax.OptState
+    optimizer: optax.OptState  # with counters for each loss
 
 
 def yoto(
@@ -75,17 +76,21 @@ def yoto(
 
     def init(layout: Layout) -> YotoState:
         mu: Any = logits(layout)
-        return YotoState(mu, tx.init(mu))
+        return YotoState(mu, init_each(tx, mu))
 
     def weights(mu: LossLogits, layout: Layout) -> jax.Array:
-        return layout.vector("weights", loss_weights(mu))
+        values = layout.vector("weights", loss_weights(mu))
+        return values if layout.present is None else values / layout.sum(values)
 
     def update(
         losses: jax.Array, learned: YotoState, layout: Layout
     ) -> tuple[jax.Array, YotoState]:
         tree: Any = layout.structure.unflatten(list(losses))
-        slope = jax.grad(composite_loss, argnums=1)(tree, learned.mu)
-        mu, state = descend(tx, slope, learned.optimizer, learned.mu)
+        there = layout.presence
+        slope = jax.grad(composite_loss, argnums=1)(tree, learned.mu, present=there)
+        mu, state = descend(
+            tx, slope, learned.optimizer, learned.mu, layout.present, present=there
+        )
         return weights(learned.mu, layout), YotoState(mu, state)
 
     return make_weighting(
