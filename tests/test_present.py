@@ -6,9 +6,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from tests.test_contract_weightings import ROWS, unkeyed
+import yoto_jax as yoto
+from tests.test_contract_weightings import MESH, ROWS, unkeyed
+from yoto_jax import weightings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -304,11 +307,6 @@ def test_a_downstream_loss_that_only_the_validation_batch_has():
     _, _, after = train(PARAMS, state, X, unlabelled)
     assert after.learned.num_aligned == 0
     assert (after.learned.num_batches == 1).all()
-
-
-MESH = None
-if jax.device_count() >= 8:
-    MESH = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 @pytest.mark.skipif(MESH is None, reason="needs eight (virtual) devices")
