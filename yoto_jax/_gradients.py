@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from yoto_jax._jaxlib import check_jaxlib
 from yoto_jax._loss_logits import (
     PyTree,
     find_loss,
+    listed,
     loss_names,
     path_name,
     scalar_losses,
@@ -220,6 +221,7 @@ def value_and_grad(
         present: PyTree | None = None,
         **kwargs: Any,
     ) -> tuple[Any, PyTree, Any]:
+        _check_axes(axes)
         _check_validation(align, aligned, validation, direction)
         training = run(params, args, kwargs, trains=True, present=present)
         steering = training
@@ -331,8 +333,10 @@ def value_and_jacobian(
        [ 0.  4.]]
     """
     axes = named_axes(axis_name)
+    _check_chunk_size(chunk_size)
 
     def fn(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+        _check_axes(axes)
         f = lambda p: _split(loss_fn(p, *args, **kwargs), has_aux, axes)
         spread = spread_of(params, param_specs, axes)
         losses, pullback, (aux, there) = jax.vjp(f, _vary(params, axes), has_aux=True)
@@ -439,8 +443,7 @@ def _encoded(
     """Gradients of the representation: one backward pass through the encoder."""
     axes, spread = place
     z, encoder_pullback = jax.vjp(encode, params)
-    shapes = jax.eval_shape(lambda p, z: decode(p, z)[0], params, z)
-    structure = jax.tree.structure(shapes)
+    structure = _losses_of(lambda z: decode(params, z)[0], z)
     count = structure.num_leaves
 
     def each_from_its_copy(p: PyTree, copies: list[PyTree]) -> tuple[PyTree, Any]:
@@ -510,6 +513,29 @@ def _encoded(
         return add(through_encoder, own), state
 
     return _Pass(averaged, aux, present, statistics, direction, along, combine)
+
+
+def _losses_of(decode: Callable[[PyTree], PyTree], z: PyTree) -> Any:
+    """The structure of the losses, each of which must depend on the representation."""
+    traced, shapes = jax.make_jaxpr(decode, return_shape=True)(z)
+    reached = set(traced.jaxpr.invars)
+    for equation in traced.jaxpr.eqns:
+        if any(x in reached for x in equation.invars if not hasattr(x, "val")):
+            reached.update(equation.outvars)
+    structure = jax.tree.structure(shapes)
+    outputs = traced.jaxpr.outvars
+    unmoved = [
+        name
+        for name, x in zip(loss_names(structure), outputs, strict=True)
+        if hasattr(x, "val") or x not in reached
+    ]
+    if unmoved:
+        raise ValueError(
+            f"{listed(unmoved)} do not depend on z, the output of encoder=: their "
+            "gradients are zero there and mean nothing to a weighting. Compute every "
+            "loss from z, or leave encoder= out."
+        )
+    return structure
 
 
 def _spread_z(x: jax.Array, place: "Placement", checked: bool) -> Axes:
@@ -970,6 +996,11 @@ def _split(
             "with has_aux=True, loss_fn must return (losses, aux), got a "
             f"{type(out).__name__}."
         )
+    if not has_aux and _looks_like_aux(out):
+        raise TypeError(
+            "loss_fn returned a pair that begins with a dict of losses: if the rest is "
+            "auxiliary, give has_aux=True; if it is losses too, put both in one dict."
+        )
     losses, aux = out if has_aux else (out, None)
     own = None
     if isinstance(losses, MaskedLosses):
@@ -991,6 +1022,13 @@ def _split(
         for k, x in enumerate(map(jnp.asarray, jax.tree.leaves(losses)))
     ]
     return structure.unflatten(leaves), (aux, there)
+
+
+def _looks_like_aux(out: Any) -> bool:
+    """Whether this is ``(losses, aux)``, not a tree of losses."""
+    if type(out) is not tuple or len(out) != 2:
+        return False
+    return isinstance(out[0], Mapping | MaskedLosses)
 
 
 def _like(losses: PyTree, values: jax.Array) -> PyTree:
@@ -1042,6 +1080,7 @@ def _check_options(
         )
     if encoder is not None and chunk_size is not None:
         raise ValueError("chunk_size= is for gradients of parameters, not of encoder=.")
+    _check_chunk_size(chunk_size)
     if weigh_heads and encoder is None:
         raise ValueError("weigh_heads= is about the heads of encoder=: give both.")
     if align not in ("train", "validation", "train-validation"):
@@ -1059,6 +1098,25 @@ def _check_options(
                 f"this weighting needs {name!r}, which losses and gradients do not "
                 f"tell: give statistics={{{name!r}: function}}."
             )
+
+
+def _check_chunk_size(chunk_size: int | None) -> None:
+    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
+        raise ValueError(
+            f"chunk_size must be a positive integer or None, got {chunk_size!r}."
+        )
+
+
+def _check_axes(axes: Axes) -> None:
+    """Raise unless a ``pmap`` or ``shard_map`` around this has these axes."""
+    for axis in axes:
+        try:
+            _axis_size((axis,))
+        except NameError:
+            raise ValueError(
+                f"axis_name={axis!r} is no axis of a pmap or shard_map around this "
+                "call. On one device, and under jit alone, leave axis_name out."
+            ) from None
 
 
 def _check_validation(

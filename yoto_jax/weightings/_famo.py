@@ -15,6 +15,7 @@ from yoto_jax.weightings._protocol import (
     descend,
     init_each,
     make_weighting,
+    refuse_losses,
 )
 
 
@@ -69,13 +70,13 @@ def famo(
       optimizer: What steps on the logits in place of ``optax.adam(learning_rate)``.
 
     Returns:
-      A :class:`yoto_jax.LossWeighting`; its weights are positive and sum to 1. A batch
-      with a loss below its bound leaves the weights as they were, and counts in
-      ``num_skipped``.
+      A :class:`yoto_jax.LossWeighting`; its weights are positive and sum to 1. Inside
+      ``jit`` a batch with a loss below its bound leaves the weights as they were, and
+      counts in ``num_skipped``.
 
     Raises:
       ValueError: ``gamma`` is negative. In ``init``: ``lower_bounds`` does not fit the
-        losses.
+        losses. In ``update`` outside ``jit``: a loss is below its bound.
 
     Examples:
       >>> import yoto_jax as yoto
@@ -118,6 +119,13 @@ def famo(
 
     def log_gaps(losses: jax.Array, layout: Layout) -> jax.Array:
         gaps = losses - bounds(layout)
+        refuse_losses(
+            gaps < 0,
+            losses,
+            layout,
+            "losses above their lower bounds",
+            "Give famo(lower_bounds=...), or choose another weighting.",
+        )
         # A result that is not finite makes the caller hold weights and state.
         gaps = jnp.where(gaps >= 0, gaps + 1e-8, jnp.nan)
         return jnp.log(layout.of_present(gaps, 1))

@@ -241,6 +241,24 @@ def make_weighting(
     """
     statistics_needed = tuple(name for name in needs if name != "losses")
 
+    @functools.lru_cache(maxsize=16)
+    def expected(structure: Any, dtype: Any) -> Any:
+        shapes = jax.eval_shape(lambda: init(Layout(structure, dtype)))
+        return jax.tree.structure(shapes)
+
+    def check(state: Any) -> None:
+        """Raise unless ``init`` made this state."""
+        check_state(state, WeightingState)
+        layout = _layout_of(state)
+        wanted = expected(layout.structure, layout.dtype)
+        if jax.tree.structure(state.learned) != wanted:
+            raise TypeError(
+                "state is that of another weighting: expected "
+                f"{wanted} in its field learned, got "
+                f"{jax.tree.structure(state.learned)}. Take it from the init of the "
+                "weighting that is updated."
+            )
+
     def init_fn(losses: PyTree) -> WeightingState:
         layout = _layout(losses)
         # Copies: what the caller gave must outlive a state that is donated.
@@ -257,6 +275,7 @@ def make_weighting(
         present: PyTree | None = None,
         **statistics: Any,
     ) -> tuple[PyTree, WeightingState]:
+        check(state)
         layout, values = _values(losses, state, present)
         if positive:
             _check_positive_losses(values, layout)
@@ -304,6 +323,15 @@ def make_weighting(
         observe=observe_fn if observe else None,
         observe_step=observe_step_fn if observe_step else None,
     )
+
+
+def check_state(state: Any, kind: type) -> None:
+    """Raise unless the state is of this kind."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"state must be the {kind.__name__} that init of this weighting returns, "
+            f"got {type(state).__name__}."
+        )
 
 
 def _layout(losses: PyTree) -> Layout:
@@ -359,21 +387,31 @@ def _statistic(name: str, value: Any, layout: Layout) -> jax.Array:
 
 
 def _check_positive_losses(values: jax.Array, layout: Layout) -> None:
+    refuse_losses(
+        values <= 0,
+        values,
+        layout,
+        "positive losses",
+        "Shift it, or choose a weighting for losses of any sign.",
+    )
+
+
+def refuse_losses(
+    bad: jax.Array, values: jax.Array, layout: Layout, needs: str, remedy: str
+) -> None:
     """Outside ``jit`` an error, inside one for ``checkify`` alone."""
-    bad = jnp.isfinite(values) & (values <= 0)
+    bad = layout.of_present(bad & jnp.isfinite(values), False)
     if isinstance(bad, jax.core.Tracer):
         checkify.debug_check(
             ~jnp.any(bad),
-            f"this weighting needs positive losses; {listed(layout.names)} are "
-            "{values}",
+            f"this weighting needs {needs}; {listed(layout.names)} are {{values}}",
             values=values,
         )
         return
     for name, value, is_bad in zip(layout.names, values, bad, strict=True):
         if is_bad:
             raise ValueError(
-                f"this weighting needs positive losses, loss {name!r} is {value:.4g}. "
-                "Shift it, or choose a weighting for losses of any sign."
+                f"this weighting needs {needs}, loss {name!r} is {value:.4g}. {remedy}"
             )
 
 

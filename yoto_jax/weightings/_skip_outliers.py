@@ -19,6 +19,7 @@ from yoto_jax.weightings._protocol import (
     all_finite,
     check_decay,
     check_not_negative,
+    check_state,
     mask_weights,
     running_mean,
     without_absent,
@@ -209,6 +210,7 @@ def skip_outliers(
         present: PyTree | None = None,
         **statistics: Any,
     ) -> tuple[PyTree, SkipOutliersState]:
+        check_state(state, SkipOutliersState)
         held = _weights(state.inner)
         structure = jax.tree.structure(held)
         values = loss_vector(losses, structure, state.loss_scales)

@@ -19,6 +19,7 @@ from yoto_jax.weightings._protocol import (
     GRADIENT_STATISTICS,
     LossWeighting,
     check_decay,
+    check_state,
     mask_weights,
 )
 
@@ -70,6 +71,7 @@ def every(weighting: LossWeighting, steps: jax.typing.ArrayLike) -> LossWeightin
         raise ValueError(f"steps must be positive, got {steps}.")
 
     def due(state: EveryState) -> jax.Array:
+        check_state(state, EveryState)
         now = state.step % steps == 0
         return now if weighting.due is None else now & weighting.due(state.inner)
 
@@ -83,6 +85,7 @@ def every(weighting: LossWeighting, steps: jax.typing.ArrayLike) -> LossWeightin
         present: PyTree | None = None,
         **statistics: Any,
     ) -> tuple[PyTree, EveryState]:
+        check_state(state, EveryState)
         mask = _mask(present, state.inner)
         update = lambda: weighting.update(
             losses, state.inner, **_and_present(statistics, present)
@@ -149,6 +152,7 @@ def smooth(
         present: PyTree | None = None,
         **statistics: Any,
     ) -> tuple[PyTree, SmoothState]:
+        check_state(state, SmoothState)
         before = _weights(state.inner)
         mask = _mask(present, state.inner)
         inner = _with_weights(state.inner, state.unsmoothed)
@@ -239,6 +243,7 @@ def normalize(
         present: PyTree | None = None,
         **statistics: Any,
     ) -> tuple[PyTree, NormalizeState]:
+        check_state(state, NormalizeState)
         before = _weights(state.inner)
         mask = _mask(present, state.inner)
         structure = jax.tree.structure(before)

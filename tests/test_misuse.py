@@ -1,0 +1,117 @@
+"""Misuse of weightings and engine that would otherwise go unnoticed."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import yoto_jax as yoto
+from yoto_jax import weightings
+
+LOSSES = {"a": 1.0, "b": 2.0}
+
+
+def loss_fn(w):
+    return {"a": jnp.sum(w**2), "b": jnp.sum((w - 1) ** 2)}
+
+
+W = jnp.array([0.5, -1.0])
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        None,
+        optax.adam(0.1).init(W),
+        weightings.gradnorm().init(LOSSES),
+        weightings.every(weightings.famo(), 2).init(LOSSES),
+    ],
+    ids=["None", "of an optimizer", "of another weighting", "of a wrapper"],
+)
+@pytest.mark.parametrize("wrap", [False, True])
+def test_the_state_of_something_else(state, wrap):
+    weighting = weightings.famo()
+    if wrap:
+        weighting = weightings.every(weightings.smooth(weighting), 3)
+    for call in (
+        lambda: weighting.update(LOSSES, state),
+        lambda: yoto.value_and_grad(loss_fn, weighting)(W, state),
+        lambda: jax.jit(yoto.value_and_grad(loss_fn, weighting))(W, state),
+    ):
+        with pytest.raises(TypeError, match="state"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [weightings.smooth, weightings.normalize, weightings.skip_outliers],
+)
+def test_the_state_inside_a_wrapper(wrap):
+    weighting = weightings.famo()
+    with pytest.raises(TypeError, match=r"State that init of this weighting returns"):
+        wrap(weighting).update(LOSSES, weighting.init(LOSSES))
+
+
+def test_the_message_names_both_states():
+    state = weightings.gradnorm().init(LOSSES)
+    with pytest.raises(TypeError, match=r"FamoState.*GradNormState"):
+        weightings.famo().update(LOSSES, state)
+
+
+def test_losses_below_their_bounds():
+    weighting = weightings.famo(lower_bounds=1.5)
+    state = weighting.init(LOSSES)
+    with pytest.raises(ValueError, match="'a' is 1.*lower_bounds"):
+        weighting.update(LOSSES, state)
+    _, after = jax.jit(weighting.update)(LOSSES, state)
+    assert (after.num_updates, after.num_skipped) == (0, 1)
+
+
+def test_auxiliary_output_that_is_not_announced():
+    weighting = weightings.equal()
+    with_aux = lambda w: (loss_fn(w), jnp.mean(w))
+    state = weighting.init(jax.eval_shape(with_aux, W))  # aux as a third loss
+    with pytest.raises(TypeError, match="has_aux=True"):
+        yoto.value_and_grad(with_aux, weighting)(W, state)
+    with pytest.raises(TypeError, match="has_aux=True"):
+        yoto.value_and_jacobian(with_aux)(W)
+
+
+def test_auxiliary_output_that_is_missing():
+    weighting = weightings.equal()
+    state = weighting.init(LOSSES)
+    with pytest.raises(TypeError, match=r"must return \(losses, aux\), got a dict"):
+        yoto.value_and_grad(loss_fn, weighting, has_aux=True)(W, state)
+    pair = lambda w: list(loss_fn(w).values())
+    with pytest.raises(TypeError, match=r"must return \(losses, aux\), got a list"):
+        yoto.value_and_jacobian(pair, has_aux=True)(W)
+
+
+@pytest.mark.parametrize("chunk_size", [0, -1, 1.5, "2"])
+def test_chunk_sizes(chunk_size):
+    with pytest.raises(ValueError, match="chunk_size must be a positive integer"):
+        yoto.value_and_grad(loss_fn, weightings.upgrad(), chunk_size=chunk_size)
+    with pytest.raises(ValueError, match="chunk_size must be a positive integer"):
+        yoto.value_and_jacobian(loss_fn, chunk_size=chunk_size)
+
+
+def test_an_axis_that_is_not_there():
+    weighting = weightings.equal()
+    step = yoto.value_and_grad(loss_fn, weighting, axis_name="d")
+    with pytest.raises(ValueError, match="axis_name='d' is no axis"):
+        jax.jit(step)(W, weighting.init(LOSSES))
+    with pytest.raises(ValueError, match="axis_name='d' is no axis"):
+        yoto.value_and_jacobian(loss_fn, axis_name="d")(W)
+
+
+def test_heads_that_do_not_use_the_representation():
+    weighting = weightings.mgda()
+    encoder = lambda w: jnp.tanh(w)
+    heads = lambda w, z: {"a": jnp.sum(z**2), "b": jnp.sum(w**2)}
+    step = yoto.value_and_grad(heads, weighting, encoder=encoder)
+    with pytest.raises(ValueError, match="'b' do not depend on z"):
+        step(W, weighting.init(LOSSES))
+    constant = lambda w, z: {"a": jnp.sum(z**2), "b": jnp.float32(1)}
+    step = yoto.value_and_grad(constant, weighting, encoder=encoder)
+    with pytest.raises(ValueError, match="'b' do not depend on z"):
+        jax.jit(step)(W, weighting.init(LOSSES))
