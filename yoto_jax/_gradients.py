@@ -19,6 +19,7 @@ from yoto_jax._loss_logits import (
     scalar_losses,
     upcast,
 )
+from yoto_jax._params import check_params
 from yoto_jax.weightings._protocol import GRADIENT_STATISTICS, LossWeighting
 
 Align = Literal["train", "validation", "train-validation"]
@@ -203,6 +204,7 @@ def value_and_grad(
         direction: PyTree | None = None,
         **kwargs: Any,
     ) -> tuple[Any, PyTree, Any]:
+        check_params(params)
         _check_validation(align, aligned, validation, direction)
         training = run(params, args, kwargs, trains=True)
         steering = training
@@ -298,6 +300,7 @@ def value_and_jacobian(
     axes = named_axes(axis_name)
 
     def fn(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+        check_params(params)
         f = lambda p: _split(loss_fn(p, *args, **kwargs), has_aux, axes)
         spread = spread_of(params, param_specs, axes)
         losses, pullback, aux = jax.vjp(f, _vary(params, axes), has_aux=True)
