@@ -1,6 +1,7 @@
 """What may stand in a tree of parameters."""
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,13 +16,13 @@ _NNX = (
     "params, rest, copy=True), whose new state can be handed out as aux."
 )
 _EQUINOX = (
-    "parameter {path!r} is no array but a {kind}, as Equinox modules may hold. "
-    "Differentiate their arrays alone: params, static = eqx.partition(model, "
-    "eqx.is_inexact_array), and in loss_fn model = eqx.combine(params, static)."
+    "{what} is no array but a {kind}, as Equinox modules may hold. Differentiate their "
+    "arrays alone: params, static = eqx.partition(model, eqx.is_inexact_array), and in "
+    "loss_fn model = eqx.combine(params, static)."
 )
 _OTHER = (
-    "parameter {path!r} is no array but a {kind}. Keep what is not differentiated out "
-    "of params: loss_fn may get it as another argument, or know it already."
+    "{what} is no array but a {kind}. Keep what is not differentiated out of params: "
+    "loss_fn may get it as another argument, or know it already."
 )
 
 
@@ -31,19 +32,25 @@ def check_params(params: PyTree) -> None:
     Flax and Equinox are looked up among what is imported: a module of theirs cannot
     come from anywhere else.
     """
-    found = _modules(params, "flax.nnx")
-    if found:
-        raise TypeError(_NNX.format(name=type(found[0]).__name__))
-    for path, x in jax.tree.leaves_with_path(params):
-        if not (hasattr(x, "dtype") or isinstance(x, bool | int | float | complex)):
-            message = _EQUINOX if _modules(params, "equinox") else _OTHER
-            kind = type(x).__name__
-            raise TypeError(message.format(path=path_name(path), kind=kind))
+    is_nnx, is_equinox = _is_module_of("flax.nnx"), _is_module_of("equinox")
+    for path, node in jax.tree.leaves_with_path(
+        params, is_leaf=lambda x: is_nnx(x) or is_equinox(x)
+    ):
+        if is_nnx(node):
+            raise TypeError(_NNX.format(name=type(node).__name__))
+        # A number in an Equinox module says how to compute, such as whether to drop.
+        plain = () if is_equinox(node) else (bool, int, float, complex)
+        for rest, x in jax.tree.leaves_with_path(node):
+            if not (hasattr(x, "dtype") or isinstance(x, plain)):
+                name = path_name((*path, *rest))
+                raise TypeError(
+                    (_EQUINOX if is_equinox(node) else _OTHER).format(
+                        what=f"parameter {name!r}" if name else "params",
+                        kind=type(x).__name__,
+                    )
+                )
 
 
-def _modules(params: PyTree, package: str) -> list[Any]:
-    kind = getattr(sys.modules.get(package), "Module", None)
-    if kind is None:
-        return []
-    is_module = lambda x: isinstance(x, kind)
-    return [x for x in jax.tree.leaves(params, is_leaf=is_module) if is_module(x)]
+def _is_module_of(package: str) -> Callable[[Any], bool]:
+    kind = getattr(sys.modules.get(package), "Module", ())
+    return lambda x: isinstance(x, kind)

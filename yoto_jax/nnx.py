@@ -399,19 +399,19 @@ def _call(f: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
 def _update(model: Any, changed: nnx.State) -> None:
     """Assign what has changed, if the module belongs to the current trace."""
     live = dict(nnx.to_flat_state(nnx.state(model)))
-    for path, _ in nnx.to_flat_state(changed):
-        variable = live.get(path)
-        if isinstance(variable, nnx.Variable):
-            try:
+    try:
+        for path, _ in nnx.to_flat_state(changed):
+            variable = live.get(path)
+            if isinstance(variable, nnx.Variable):  # nnx.update would not check it
                 variable.set_raw_value(variable.get_raw_value())
-            except errors.TraceContextError as error:
-                error.add_note(
-                    "The module comes from outside of a jax.jit or another "
-                    "transformation. Give it to nnx.jit as an argument, or nnx.split "
-                    "it outside and nnx.merge it inside."
-                )
-                raise
-    nnx.update(model, changed)
+        nnx.update(model, changed)
+    except errors.TraceContextError as error:
+        error.add_note(
+            "The module comes from outside of a jax.jit or another transformation. "
+            "Give it to nnx.jit as an argument, or nnx.split it outside and nnx.merge "
+            "it inside."
+        )
+        raise
 
 
 # Batch statistics on their way from the encoder to the losses: as bits they have no
