@@ -23,6 +23,7 @@ from yoto_jax._loss_logits import (
     upcast,
 )
 from yoto_jax._masked_mean import MaskedLosses
+from yoto_jax._params import check_params
 from yoto_jax.weightings._protocol import (
     GRADIENT_STATISTICS,
     LossWeighting,
@@ -222,6 +223,7 @@ def value_and_grad(
         **kwargs: Any,
     ) -> tuple[Any, PyTree, Any]:
         _check_axes(axes)
+        check_params(params)
         _check_validation(align, aligned, validation, direction)
         training = run(params, args, kwargs, trains=True, present=present)
         steering = training
@@ -337,6 +339,7 @@ def value_and_jacobian(
 
     def fn(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
         _check_axes(axes)
+        check_params(params)
         f = lambda p: _split(loss_fn(p, *args, **kwargs), has_aux, axes)
         spread = spread_of(params, param_specs, axes)
         losses, pullback, (aux, there) = jax.vjp(f, _vary(params, axes), has_aux=True)

@@ -1,19 +1,23 @@
-"""Layers for Flax NNX. Needs ``pip install yoto_jax[flax]``."""
+"""Layers and gradients for Flax NNX. Needs ``pip install yoto_jax[flax]``."""
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 try:
-    from flax import nnx
+    from flax import errors, nnx
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "yoto_jax.nnx needs Flax: pip install 'yoto_jax[flax]'"
     ) from error
 
+from yoto_jax import _gradients
 from yoto_jax._composite_loss import composite_loss
 from yoto_jax._loss_logits import PyTree, init_loss_logits, loss_weights
 from yoto_jax._optimizers import unwrap_loss_logits as unwrap_loss_logits
@@ -25,6 +29,7 @@ from yoto_jax.conditional._film import (
     modulate,
     open_gate,
 )
+from yoto_jax.weightings._protocol import LossWeighting
 
 
 class CompositeLoss(nnx.Module):
@@ -224,3 +229,217 @@ class Gate(nnx.Module):
         if is_empty(encoding, self.encoding_size):
             return x
         return open_gate(x, self.linear(encoding))
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any],
+    weighting: LossWeighting,
+    *,
+    wrt: Any = nnx.Param,
+    encoder: Callable[..., PyTree] | None = None,
+    has_aux: bool = False,
+    statistics: dict[str, Callable[..., Any]] | None = None,
+    **options: Any,
+) -> Callable[..., Any]:
+    r"""Losses, the gradient of their weighted sum, and the weighting's next state.
+
+    :func:`yoto_jax.value_and_grad` for NNX modules. Whatever the forward pass changes
+    in the module (batch statistics, counts of random streams, caches) is updated in
+    place, as by ``nnx.value_and_grad``: once in a call, with the values of one forward
+    pass on ``args``, however many gradients the weighting looks at. What is run for
+    ``validation``, ``lookahead`` and ``statistics`` leaves no trace.
+
+    Args:
+      loss_fn: ``loss_fn(model, *args) -> losses``, any tree of scalars. With
+        ``encoder``, ``loss_fn(model, z, *args) -> losses``. Random streams or other
+        modules that it changes must be part of ``model``.
+      weighting: Any :class:`yoto_jax.LossWeighting`.
+      wrt: Filter of the variables to differentiate, as that of the ``nnx.Optimizer``.
+      encoder: ``encoder(model, *args) -> z``. ``loss_fn`` sees the module as the
+        encoder left it. Batch statistics are passed on as they are; any other variable
+        that the encoder changes, such as an ``nnx.Cache``, is part of z.
+      has_aux: Whether ``loss_fn`` returns ``(losses, aux)``.
+      statistics: Functions ``(model, *args) -> (K,)``, see there.
+      **options: The others of :func:`yoto_jax.value_and_grad`. What is a part of the
+        parameters there is one of the ``nnx.State`` of ``wrt`` here:
+        ``select=lambda params: params.encoder``.
+
+    Returns:
+      ``fn(model, state, *args, validation=None, direction=None, **kwargs)``, giving
+      ``(losses, grads, state)`` as there. ``grads`` is an ``nnx.State``, for
+      ``optimizer.update(model, grads)``.
+
+    Raises:
+      ValueError: ``wrt`` finds nothing in the module, or ``loss_fn`` changes more of it
+        than its variables and arrays.
+
+    Examples:
+      >>> import jax.numpy as jnp, yoto_jax as yoto
+      >>> from flax import nnx
+      >>> from yoto_jax.nnx import value_and_grad
+      >>> def loss_fn(model, x):
+      ...     y = model(x)
+      ...     return {"fit": jnp.mean((y - 1) ** 2), "size": jnp.mean(y**2)}
+      >>> model = nnx.BatchNorm(2, momentum=0.5, rngs=nnx.Rngs(0))
+      >>> weighting = yoto.weightings.upgrad()
+      >>> state = weighting.init({"fit": 0.0, "size": 0.0})
+      >>> step = nnx.jit(value_and_grad(loss_fn, weighting))
+      >>> losses, grads, state = step(model, state, 4 * jnp.eye(2))
+      >>> print(grads.bias[...], model.mean[...])
+      [-0.5 -0.5] [1. 1.]
+    """
+
+    def pure_loss(
+        params: nnx.State, rest: "_Rest", *args: Any, **kwargs: Any
+    ) -> tuple[PyTree, Any]:
+        return of_model(rest.merge(params), params, rest, *args, **kwargs)
+
+    def pure_heads(
+        params: nnx.State, passed: Any, rest: "_Rest", *args: Any, **kwargs: Any
+    ) -> tuple[PyTree, Any]:
+        z, changed = passed
+        model = rest.merge(params)
+        nnx.update(model, _show(changed))
+        return of_model(model, params, rest, z, *args, **kwargs)
+
+    def of_model(
+        model: Any, params: nnx.State, rest: "_Rest", *args: Any, **kwargs: Any
+    ) -> tuple[PyTree, Any]:
+        out = _call(loss_fn, model, *args, **kwargs)
+        losses, aux = out if has_aux else (out, None)
+        return losses, (aux, rest.changes(params, model))
+
+    def pure_encoder(
+        params: nnx.State, rest: "_Rest", *args: Any, **kwargs: Any
+    ) -> tuple[PyTree, nnx.State]:
+        model = rest.merge(params)
+        z = _call(encoder, model, *args, **kwargs)
+        return z, _hide(rest.changes(params, model))
+
+    def pure(statistic: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda params, rest, *args, **kwargs: _call(
+            statistic, rest.merge(params), *args, **kwargs
+        )
+
+    engine = _gradients.value_and_grad(
+        pure_loss if encoder is None else pure_heads,
+        weighting,
+        encoder=None if encoder is None else pure_encoder,
+        has_aux=True,
+        statistics={name: pure(f) for name, f in (statistics or {}).items()},
+        **options,
+    )
+
+    def fn(
+        model: Any, state: Any, *args: Any, validation: Any = None, **kwargs: Any
+    ) -> tuple[Any, nnx.State, Any]:
+        graphdef, params, others = nnx.split(model, wrt, ...)
+        if not jax.tree.leaves(params):
+            raise ValueError(f"wrt={wrt} finds no variable in {type(model).__name__}.")
+        rest = _Rest(graphdef, others)
+        if isinstance(validation, tuple):
+            validation = (rest, *validation)
+        (losses, (aux, changed)), grads, state = engine(
+            params, state, rest, *args, validation=validation, **kwargs
+        )
+        _update(model, changed)
+        return ((losses, aux) if has_aux else losses), grads, state
+
+    return fn
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rest:
+    """All of a module but what is differentiated."""
+
+    graphdef: Any
+    others: nnx.State
+
+    def merge(self, params: nnx.State) -> Any:
+        """The module, in a copy."""
+        return nnx.merge(self.graphdef, params, self.others, copy=True)
+
+    def changes(self, params: nnx.State, model: Any) -> nnx.State:
+        """What in a module has another value than at first, or is new."""
+        old = dict(nnx.to_flat_state(nnx.merge_state(params, self.others)))
+        changed = nnx.from_flat_state(
+            (path, value)
+            for path, value in nnx.to_flat_state(nnx.state(model))
+            if path not in old or not _is_same(old[path], value)
+        )
+        updated = self.merge(params)
+        nnx.update(updated, changed)
+        if nnx.graphdef(updated) != nnx.graphdef(model):
+            raise ValueError(
+                f"the forward pass changes {type(model).__name__} in more than the "
+                "values of its variables and arrays: it removes or replaces a part, or "
+                "sets an attribute that is no array. Keep what changes in an "
+                "nnx.Variable."
+            )
+        return changed
+
+
+def _is_same(old: Any, new: Any) -> bool:
+    old, new = jax.tree.leaves(old), jax.tree.leaves(new)
+    return len(old) == len(new) and all(map(operator.is_, old, new))
+
+
+def _call(f: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return f(model, *args, **kwargs)
+    except errors.TraceContextError as error:
+        error.add_note(
+            "yoto_jax.nnx.value_and_grad keeps the state of its first argument alone. "
+            "Make random streams and other modules that change a part of that: "
+            "nnx.Dict(model=model, rngs=rngs)."
+        )
+        raise
+
+
+def _update(model: Any, changed: nnx.State) -> None:
+    """Assign what has changed, if the module belongs to the current trace."""
+    live = dict(nnx.to_flat_state(nnx.state(model)))
+    try:
+        for path, _ in nnx.to_flat_state(changed):
+            variable = live.get(path)
+            if isinstance(variable, nnx.Variable):  # nnx.update would not check it
+                variable.set_raw_value(variable.get_raw_value())
+        nnx.update(model, changed)
+    except errors.TraceContextError as error:
+        error.add_note(
+            "The module comes from outside of a jax.jit or another transformation. "
+            "Give it to nnx.jit as an argument, or nnx.split it outside and nnx.merge "
+            "it inside."
+        )
+        raise
+
+
+# Batch statistics on their way from the encoder to the losses: as bits they have no
+# gradient, and are not counted with the entries of the representation.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Bits:
+    bits: jax.Array
+    dtype: Any = dataclasses.field(metadata={"static": True})
+
+
+def _hide(changed: nnx.State) -> nnx.State:
+    def hide(x: Any) -> Any:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+        return _Bits(lax.bitcast_convert_type(x, unsigned), x.dtype)
+
+    return jax.tree.map(
+        lambda v: jax.tree.map(hide, v) if isinstance(v, nnx.BatchStat) else v,
+        changed,
+        is_leaf=lambda v: isinstance(v, nnx.Variable),
+    )
+
+
+def _show(changed: nnx.State) -> nnx.State:
+    is_hidden = lambda x: isinstance(x, _Bits)
+    show = lambda x: lax.bitcast_convert_type(x.bits, x.dtype) if is_hidden(x) else x
+    return jax.tree.map(show, changed, is_leaf=is_hidden)
