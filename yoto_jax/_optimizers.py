@@ -87,9 +87,10 @@ def sgdw(
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``.
 
     Raises:
-      TypeError: A decay is neither a number, nor a scalar array, nor a schedule.
-      ValueError: A decay is negative or not finite, or ``entropy`` is unknown. In
-        ``update``: ``params`` is missing, or holds no loss logits where the updates do.
+      TypeError: A rate is neither a number, nor a scalar array, nor a schedule.
+      ValueError: A rate is negative or not finite, ``momentum`` is not in [0, 1), or
+        ``entropy`` is unknown. In ``update``: ``params`` is missing, or holds no loss
+        logits where the updates do.
 
     Examples:
       >>> import jax, optax, yoto_jax as yoto
@@ -118,7 +119,9 @@ def sgdw(
       oscillates where the learning rate times rho passes 9 (one auxiliary loss) and
       from about 20 on throws the logits so far down that nothing brings them back.
     """
+    check_rate("learning_rate", learning_rate)
     check_rate("weight_decay", weight_decay)
+    check_rate("momentum", momentum, below=1)
     decays = optax.chain(
         add_hyperparameter_decay(hyperparameter_decay, entropy=entropy),
         optax.add_decayed_weights(weight_decay, _but_loss_logits(mask)),
@@ -155,7 +158,7 @@ def adamw(
 
     where :math:`\hat g, \hat h` are Adam's normalised gradients of the composite loss.
     Weight decay never touches loss logits; hyperparameter decay touches nothing else.
-    Without loss logits among the parameters this is ``optax.adamw``.
+    Without loss logits among the parameters this is ``optax.adamw``, and ``init`` warns.
 
     Args:
       learning_rate: :math:`\eta`, a scalar or a schedule.
@@ -176,9 +179,10 @@ def adamw(
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``.
 
     Raises:
-      TypeError: A decay is neither a number, nor a scalar array, nor a schedule.
-      ValueError: A decay is negative or not finite, or ``entropy`` is unknown. In
-        ``update``: ``params`` is missing, or holds no loss logits where the updates do.
+      TypeError: A rate is neither a number, nor a scalar array, nor a schedule.
+      ValueError: A rate, ``eps`` or ``eps_root`` is negative or not finite, ``b1`` or
+        ``b2`` is not in [0, 1), or ``entropy`` is unknown. In ``update``: ``params`` is
+        missing, or holds no loss logits where the updates do.
 
     Examples:
       >>> import jax, optax, yoto_jax as yoto
@@ -211,7 +215,11 @@ def adamw(
       to 1.4 times up; for very long runs or many losses take 20 or more, where the
       weights hardly move.
     """
-    check_rate("weight_decay", weight_decay)
+    rates = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+    for name, value in {**rates, "eps": eps, "eps_root": eps_root}.items():
+        check_rate(name, value)
+    for name, value in {"b1": b1, "b2": b2}.items():
+        check_rate(name, value, below=1)
     return unwrap_loss_logits(
         optax.chain(
             optax.scale_by_adam(
