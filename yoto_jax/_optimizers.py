@@ -158,7 +158,7 @@ def adamw(
 
     where :math:`\hat g, \hat h` are Adam's normalised gradients of the composite loss.
     Weight decay never touches loss logits; hyperparameter decay touches nothing else.
-    Without loss logits among the parameters this is ``optax.adamw``, and ``init`` warns.
+    Without loss logits among the parameters this is ``optax.adamw``; ``init`` warns.
 
     Args:
       learning_rate: :math:`\eta`, a scalar or a schedule.

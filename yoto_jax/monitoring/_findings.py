@@ -62,9 +62,9 @@ def check(
       With learned logits that is about the losses themselves, which the weights follow;
       with any other weighting about the weighted losses, which it should have evened
       out.
-    - ``"gradient"``: in nine of ten rows, the gradient of the logits that :func:`record`
-      saw was ten times larger or smaller than that of the composite loss: it is not the
-      first link of the chain, or was given other losses.
+    - ``"gradient"``: in nine of ten rows, the gradient of the logits that reached
+      :func:`record` was ten times larger or smaller than that of the composite loss: it
+      is not the first link of the chain, or was given other losses.
 
     Args:
       history: From :func:`history`.
