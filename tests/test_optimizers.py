@@ -390,6 +390,11 @@ def test_errors(factory):
         factory(0.1, weight_decay=float("inf"))
     with pytest.raises(ValueError, match="entropy must be"):
         factory(0.1, entropy="none")
+    of_moments = "mu_dtype" if factory is yoto.adamw else "accumulator_dtype"
+    with pytest.raises(TypeError, match=f"{of_moments} must be a floating-point"):
+        factory(0.1, **{of_moments: jnp.int32})
+    with pytest.raises(TypeError, match="mask must hold True and False, got 'w'"):
+        factory(0.1, mask="w").init(with_logits())
     with pytest.raises(TypeError, match="hyperparameter_decay must be.*None"):
         factory(0.1, hyperparameter_decay=None)
     params = {"mu": yoto.init_loss_logits((0.0, 0.0), 0)}

@@ -572,6 +572,11 @@ def test_other_losses_are_refused():
     with pytest.raises(ValueError, match="2 sets of losses"):
         skip_outliers(optax.sgd(1.0)).init({"one": MU, "other": other})
     skip_outliers(optax.sgd(1.0), losses=3).init({"one": MU, "other": other})
+    state = skip_outliers(optax.sgd(1.0), losses=np.int64(3)).init(PARAMS)
+    assert state.loss_scales.means.shape == (3,)
+    for number in (0, -1, True):
+        with pytest.raises(ValueError, match=f"number, which is positive.*{number}"):
+            skip_outliers(optax.sgd(1.0), losses=number)
 
 
 @pytest.mark.parametrize(

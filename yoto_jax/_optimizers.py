@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from yoto_jax._hyperparameter_decay import (
@@ -87,7 +88,8 @@ def sgdw(
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``.
 
     Raises:
-      TypeError: A rate is neither a number, nor a scalar array, nor a schedule.
+      TypeError: A rate is neither a number, nor a scalar array, nor a schedule; a dtype
+        is none of floating point; or ``mask`` holds text.
       ValueError: A rate is negative or not finite, ``momentum`` is not in [0, 1), or
         ``entropy`` is unknown. In ``update``: ``params`` is missing, or holds no loss
         logits where the updates do.
@@ -122,6 +124,7 @@ def sgdw(
     check_rate("learning_rate", learning_rate)
     check_rate("weight_decay", weight_decay)
     check_rate("momentum", momentum, below=1)
+    _check_dtype("accumulator_dtype", accumulator_dtype)
     decays = optax.chain(
         add_hyperparameter_decay(hyperparameter_decay, entropy=entropy),
         optax.add_decayed_weights(weight_decay, _but_loss_logits(mask)),
@@ -179,7 +182,8 @@ def adamw(
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``.
 
     Raises:
-      TypeError: A rate is neither a number, nor a scalar array, nor a schedule.
+      TypeError: A rate is neither a number, nor a scalar array, nor a schedule; a dtype
+        is none of floating point; or ``mask`` holds text.
       ValueError: A rate, ``eps`` or ``eps_root`` is negative or not finite, ``b1`` or
         ``b2`` is not in [0, 1), or ``entropy`` is unknown. In ``update``: ``params`` is
         missing, or holds no loss logits where the updates do.
@@ -220,6 +224,7 @@ def adamw(
         check_rate(name, value)
     for name, value in {"b1": b1, "b2": b2}.items():
         check_rate(name, value, below=1)
+    _check_dtype("mu_dtype", mu_dtype)
     return unwrap_loss_logits(
         optax.chain(
             optax.scale_by_adam(
@@ -237,11 +242,19 @@ def adamw(
     )
 
 
+def _check_dtype(name: str, dtype: Any) -> None:
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(f"{name} must be a floating-point dtype, got {dtype!r}.")
+
+
 def _but_loss_logits(mask: Mask | None) -> Callable[[optax.Params], PyTree]:
     """``mask`` with every ``LossLogits`` taken out."""
 
     def but_loss_logits(params: optax.Params) -> PyTree:
         chosen = True if mask is None else mask(params) if callable(mask) else mask
+        for choice in jax.tree.leaves(chosen):
+            if isinstance(choice, str):
+                raise TypeError(f"mask must hold True and False, got {choice!r}.")
         return jax.tree.map(
             lambda choice, subtree: jax.tree.map(
                 lambda x: not is_loss_logits(x) and choice,
