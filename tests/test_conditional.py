@@ -1067,7 +1067,7 @@ HOSTILE = {
         "center must be finite",
     ),
     "narrow none": (
-        lambda: conditional.narrow(None, {"a": 1.0}, 0.5),
+        lambda: conditional.narrow(None, {"a": 1.0}, 0.5),  # type: ignore
         TypeError,
         "got NoneType",
     ),

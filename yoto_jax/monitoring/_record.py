@@ -320,8 +320,8 @@ def _write(state: HistoryState, row: Sequence[Any], every: Any) -> HistoryState:
     )
 
 
-def nodes(tree: PyTree, kind: type) -> list[tuple[str, Any]]:
-    """All nodes of this type, with their paths."""
+def nodes(tree: PyTree, kind: type | tuple[type, ...]) -> list[tuple[str, Any]]:
+    """All nodes of this type, or one of these, with their paths."""
     is_kind = lambda x: isinstance(x, kind)
     flat = jax.tree.leaves_with_path(tree, is_leaf=is_kind)
     return [(path_name(path), x) for path, x in flat if is_kind(x)]
