@@ -1191,6 +1191,21 @@ HOSTILE = {
         TypeError,
         "key must be .*got 'key'",
     ),
+    "complex points": (
+        lambda: conditional.pareto_front(np.ones((3, 2), np.complex64)),
+        TypeError,
+        "points must be real numbers",
+    ),
+    "no objectives": (
+        lambda: conditional.pareto_front(np.ones((3, 0))),
+        ValueError,
+        r"points must be a tree of arrays \(n,\)",
+    ),
+    "text reference": (
+        lambda: conditional.hypervolume(np.ones((3, 2)), "4"),
+        ValueError,
+        "one number for each objective, got '4'",
+    ),
     "two metrics": (
         lambda: conditional.select(
             {"a/b": np.ones(2), "a": {"b": np.ones(2)}}, minimize="a/b"
