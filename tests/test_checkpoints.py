@@ -299,7 +299,18 @@ def test_arguments_are_checked(tmp_path):
         Checkpoints(tmp_path, every=0)
     with pytest.raises(ValueError, match="keep must be positive, got -1"):
         Checkpoints(tmp_path, keep=-1)
+    for wrong in ({"every": 2.5}, {"every": True}, {"every": None}, {"keep": "3"}):
+        (name,) = wrong
+        with pytest.raises(TypeError, match=f"{name} must be an integer, got"):
+            Checkpoints(tmp_path, **wrong)
+    with pytest.raises(TypeError, match="asynchronous must be True or False, got 'no'"):
+        Checkpoints(tmp_path, asynchronous="no")
+    with pytest.raises(ValueError, match="folder must be the path of a folder"):
+        Checkpoints("")
     with Checkpoints(tmp_path) as checkpoints:
+        for nothing in (None, {}):
+            with pytest.raises(ValueError, match="like holds no arrays"):
+                checkpoints.restore(nothing, missing="ok")
         with pytest.raises(ValueError, match="step must not be negative, got -2"):
             checkpoints.save(-2, small())
         with pytest.raises(ValueError, match="nothing to save"):

@@ -1004,3 +1004,219 @@ def test_an_example_that_cannot_be_wrong_has_no_focal_loss():
     for gamma in (0.0, 2.0):
         loss = conditional.focal_loss(logits, jnp.array([0]), gamma)
         np.testing.assert_array_equal(loss, [0.0])
+
+
+def test_a_seed_stands_for_its_key():
+    support = log_uniform(2)
+    typed = support.sample(jax.random.key(3), 4)
+    for key in (3, np.int64(3), np.uint32(3), jax.random.PRNGKey(3)):
+        for name, found in support.sample(key, 4).items():
+            np.testing.assert_array_equal(found, typed[name])
+    made = [conditional.init_film(key, 1, 2) for key in (3, jax.random.key(3))]
+    jax.tree.map(np.testing.assert_array_equal, *made)
+
+
+def test_what_is_not_known_under_jit_arrives_as_nan():
+    logits, nan = jnp.zeros((3, 2)), np.isnan
+    loss = jax.jit(conditional.focal_loss)(logits, jnp.array([1, 2, -1]), 1.0)
+    assert nan(loss).tolist() == [False, True, True]
+    gamma = jnp.array([0.0, -1.0, jnp.nan])
+    loss = jax.jit(conditional.focal_loss)(logits, jnp.array([0, 1, 1]), gamma)
+    assert nan(loss).tolist() == [False, True, True]
+    weights = {"a": jnp.array([1.0, jnp.nan])}
+    assert nan(jax.jit(conditional.conditional_loss)({"a": jnp.ones(2)}, weights))
+
+
+PAIR = conditional.LogUniform({"a": 1.0, "b": 0.1}, {"a": 1.0, "b": 1.0})
+SHARES = conditional.Dirichlet({str(k): 1.0 for k in range(12)})
+KEY = np.uint32([0, 0])
+LOSSES = {"a": np.float32([1, 2]), "b": np.float32([3, 4])}
+LEVELS = {"a": np.float32([1, 1]), "b": np.float32([0.5, 1])}
+LABELS = np.array([0, 1])
+loss_of = conditional.conditional_loss
+HOSTILE = {
+    "key float": (lambda: PAIR.sample(1.0, 2), TypeError, "key must be .*got 1.0"),
+    "key none": (lambda: PAIR.sample(None, 2), TypeError, "key must be .*got None"),
+    "key bool": (lambda: PAIR.sample(True, 2), TypeError, "key must be .*got True"),
+    "n float": (lambda: PAIR.sample(KEY, 2.0), TypeError, "n must be an integer"),
+    "n bool": (lambda: PAIR.sample(KEY, True), TypeError, "n must be an integer"),
+    "n text": (lambda: PAIR.sample(KEY, "2"), TypeError, "n must be an integer"),
+    "groups": (
+        lambda: PAIR.sample(KEY, 4, groups=2.0),
+        TypeError,
+        "groups must be an integer",
+    ),
+    "grid": (lambda: PAIR.grid(2.5), TypeError, "n must be an integer, got 2.5"),
+    "large grid": (lambda: SHARES.grid(40), ValueError, "use sample instead.*random"),
+    "few columns": (lambda: PAIR.tree(np.ones((3, 1))), ValueError, "last axis of 2"),
+    "more columns": (lambda: PAIR.tree(np.ones((3, 5))), ValueError, "last axis of 2"),
+    "no columns": (lambda: PAIR.tree(1.0), ValueError, "last axis of 2"),
+    "text bound": (
+        lambda: conditional.Uniform({"a": "1"}, 2.0),
+        TypeError,
+        "bound of loss 'a' must be a number",
+    ),
+    "text alpha": (
+        lambda: conditional.Dirichlet({"a": "1", "b": 1.0}),
+        TypeError,
+        "concentration of loss 'a' must be a number",
+    ),
+    "center": (
+        lambda: conditional.narrow(PAIR, {"a": 1.0, "b": np.nan}, 0.5),
+        ValueError,
+        "center must be finite",
+    ),
+    "narrow none": (
+        lambda: conditional.narrow(None, {"a": 1.0}, 0.5),  # type: ignore
+        TypeError,
+        "got NoneType",
+    ),
+    "swapped": (
+        lambda: conditional.encode(PAIR, LEVELS),
+        TypeError,
+        "support must be a distribution.*got dict",
+    ),
+    "support": (
+        lambda: conditional.encoding_size(None),
+        TypeError,
+        "support must be a distribution.*got NoneType",
+    ),
+    "fourier": (
+        lambda: conditional.encoding_size(PAIR, fourier=1.5),
+        TypeError,
+        "fourier must be an integer",
+    ),
+    "nan weight": (
+        lambda: loss_of(LOSSES, {**LEVELS, "b": np.float32([np.nan, 1])}),
+        ValueError,
+        "weight of loss 'b' must be non-negative and finite, got nan for 1 of 2",
+    ),
+    "negative weight": (
+        lambda: loss_of(LOSSES, {**LEVELS, "b": np.float32([-1, -1])}),
+        ValueError,
+        "weight of loss 'b' must be non-negative and finite, got -1 for 2 of 2",
+    ),
+    "text scalarization": (
+        lambda: loss_of(LOSSES, LEVELS, scalarization="cosmos"),
+        TypeError,
+        "scalarization must be a function.*got 'cosmos'",
+    ),
+    "normalize": (
+        lambda: loss_of(LOSSES, LEVELS, normalize=np.ones(2)),
+        ValueError,
+        "normalize must be None",
+    ),
+    "geometric": (
+        lambda: loss_of(
+            LOSSES, {**LEVELS, "b": np.float32([0, 1])}, normalize="geometric"
+        ),
+        ValueError,
+        "normalize='geometric' must give a positive number.*got 0",
+    ),
+    "float groups": (
+        lambda: loss_of(LOSSES, LEVELS, groups=2.0),
+        TypeError,
+        "groups must be an integer",
+    ),
+    "complex": (
+        lambda: loss_of({**LOSSES, "a": np.complex64([1j, 1])}, LEVELS),
+        TypeError,
+        "losses must be real numbers",
+    ),
+    "nothing": (lambda: loss_of(None, None), ValueError, "no losses to weigh"),
+    "no weights": (lambda: loss_of(LOSSES, None), ValueError, "unexpected: 'a', 'b'"),
+    "cosmos": (
+        lambda: conditional.cosmos(LOSSES, LEVELS, -2.0),
+        ValueError,
+        "penalty must not be negative",
+    ),
+    "pbi": (
+        lambda: conditional.pbi(LOSSES, LEVELS, np.nan),
+        ValueError,
+        "penalty must not be negative, got nan",
+    ),
+    "chebyshev": (
+        lambda: conditional.smooth_chebyshev(LOSSES, LEVELS, 0.0),
+        ValueError,
+        "smoothing must be positive",
+    ),
+    "quantile": (
+        lambda: conditional.pinball_loss(np.zeros(2), np.ones(2), 90.0),
+        ValueError,
+        r"quantile must be in \(0, 1\), got 90",
+    ),
+    "float labels": (
+        lambda: conditional.focal_loss(np.zeros((2, 2)), np.ones(2), 1.0),
+        TypeError,
+        "labels must be integers, got dtype float",
+    ),
+    "labels": (
+        lambda: conditional.focal_loss(np.zeros((2, 2)), LABELS + 4, 1.0),
+        ValueError,
+        "labels must be from 0 to 1, got 4 to 5",
+    ),
+    "gamma": (
+        lambda: conditional.focal_loss(np.zeros((2, 2)), LABELS, -1.0),
+        ValueError,
+        "gamma must not be negative",
+    ),
+    "film key": (lambda: conditional.init_film(None, 1, 3), TypeError, "key must be"),
+    "no features": (
+        lambda: conditional.init_film(KEY, 1, 0),
+        ValueError,
+        "features and hidden must be positive",
+    ),
+    "no encoding": (
+        lambda: conditional.init_gate(KEY, -1, 3),
+        ValueError,
+        "encoding_size must not be negative",
+    ),
+    "float size": (
+        lambda: conditional.init_gate(KEY, 1.0, 3),
+        TypeError,
+        "encoding_size must be an integer",
+    ),
+    "hidden": (
+        lambda: conditional.init_film(KEY, 1, 3, hidden=64),
+        TypeError,
+        "hidden must be a sequence of widths, got 64",
+    ),
+    "gain": (
+        lambda: conditional.init_film(KEY, 1, 3, gain=np.nan),
+        ValueError,
+        "gain must not be negative, got nan",
+    ),
+    "modulation": (
+        lambda: conditional.init_modulation("key", 1, {"w": np.ones((2, 3))}),
+        TypeError,
+        "key must be .*got 'key'",
+    ),
+    "complex points": (
+        lambda: conditional.pareto_front(np.ones((3, 2), np.complex64)),
+        TypeError,
+        "points must be real numbers",
+    ),
+    "no objectives": (
+        lambda: conditional.pareto_front(np.ones((3, 0))),
+        ValueError,
+        r"points must be a tree of arrays \(n,\)",
+    ),
+    "text reference": (
+        lambda: conditional.hypervolume(np.ones((3, 2)), "4"),
+        ValueError,
+        "one number for each objective, got '4'",
+    ),
+    "two metrics": (
+        lambda: conditional.select(
+            {"a/b": np.ones(2), "a": {"b": np.ones(2)}}, minimize="a/b"
+        ),
+        ValueError,
+        "two metrics have the same path 'a/b'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_what_would_go_wrong_in_silence_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

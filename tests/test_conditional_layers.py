@@ -648,3 +648,18 @@ def test_training_in_bfloat16():
     assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
     assert np.isfinite(losses).all()
     assert losses[-20:].mean() < 0.8 * losses[:20].mean()
+
+
+@pytest.mark.parametrize("kind", ["film", "reference", "gate"])
+def test_no_encoding_for_a_layer_that_has_learned_from_one_is_refused(kind):
+    x, none = jnp.ones((2, 3)), jnp.ones((2, 0))
+    if kind == "gate":
+        layers = gate_layers(conditional.init_gate(KEY, 1, 3))
+    else:
+        ways = {"film": "identity", "reference": "reference"}
+        params = conditional.init_film(KEY, 1, 3, (), initialization=ways[kind])
+        layers = film_layers(params, (), initialization=ways[kind])
+    for name, layer in layers.items():
+        message = "and got none" if name == "linen" else r"must have shape \(n, 1\)"
+        with pytest.raises(ValueError, match=message):
+            layer(x, none)

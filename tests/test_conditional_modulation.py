@@ -161,3 +161,5 @@ def test_an_encoding_of_another_size_is_refused(params):
         made = conditional.init_modulation(jax.random.key(0), 2, params, hidden)
         with pytest.raises(ValueError, match="for encodings of size 2, got 3"):
             conditional.modulated(params, made, jnp.ones(3))
+        with pytest.raises(ValueError, match="for encodings of size 2, got 0"):
+            conditional.modulated(params, made, jnp.ones(0))

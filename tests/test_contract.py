@@ -101,6 +101,9 @@ TREES: dict[str, Any] = {
 rows = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 trees = pytest.mark.parametrize("params", TREES.values(), ids=TREES)
+# What the optimizers warn of is tested with them; here they are to work all the same.
+without_logits = pytest.mark.filterwarnings("ignore:the parameters hold no LossLogits")
+in_16_bits = pytest.mark.filterwarnings("ignore:the loss logits are")
 
 
 def gradients(params, scale=0.1):
@@ -112,6 +115,7 @@ def types(tree):
     return structure, [(x.shape, x.dtype, x.weak_type) for x in leaves]
 
 
+@without_logits
 @rows
 @forms
 @trees
@@ -161,6 +165,7 @@ def test_unknown_extra_arguments_are_tolerated(row):
     ]
 
 
+@without_logits
 @rows
 @trees
 def test_map_params(row, params):
@@ -217,6 +222,7 @@ def test_schedules_wherever_they_are_annotated(row):
         chex.assert_trees_all_close(*results, rtol=1e-6)
 
 
+@in_16_bits
 @rows
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_updates_keep_their_dtype(row, dtype):
@@ -239,6 +245,7 @@ def test_gradient_accumulation_waits(row):
         assert zero == (step < 3)
 
 
+@in_16_bits
 @rows
 @pytest.mark.parametrize(
     ("dtype", "x64"),

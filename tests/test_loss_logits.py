@@ -290,6 +290,23 @@ def test_the_number_of_logits_must_fit_the_losses(learned):
             f(wrong)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"learned": jnp.zeros(2, int)}, TypeError, "floating-point logits, got.*int"),
+        ({"primary": -1}, ValueError, "primary of mu must be.*'a', 'b', 'c', got -1"),
+        ({"primary": 3}, ValueError, "primary of mu must be.*got 3"),
+        ({"primary": "b"}, ValueError, "primary of mu must be.*got 'b'"),
+    ],
+)
+def test_what_is_made_by_hand_is_checked(change, error, message):
+    mu = yoto.init_loss_logits({"a": 0.0, "b": 0.0, "c": 0.0}, "b")
+    wrong = dataclasses.replace(mu, **change)
+    for f in (yoto.loss_weights, yoto.regularizer):
+        with pytest.raises(error, match=message):
+            f(wrong)
+
+
 def test_only_loss_logits_are_loss_logits():
     plain: Any = {"a": 0.0}
     for f in (

@@ -762,6 +762,121 @@ def test_alarms_and_their_limits():
     assert "and 34 more" in monitoring.check(many)[0].message
 
 
+def run_recorded(weighting, curves, **options):
+    """The history of a weighting that is shown these losses in one compiled loop."""
+    recorded = monitoring.recorded(weighting, **options)
+    losses = {name: np.float32(x) for name, x in curves.items()}
+    first = jax.tree.map(lambda x: x[0], losses)
+    step = lambda state, losses: (recorded.update(losses, state)[1], None)
+    run = jax.jit(lambda s: jax.lax.scan(step, s, losses)[0])
+    state = run(recorded.init(first))
+    return monitoring.history(state), optax.tree.get(state, "num_updates")
+
+
+@pytest.mark.parametrize(
+    ("weighting", "bad", "losses", "words"),
+    [
+        (weightings.famo(), -1.0, ("a",), "0 or less: 'a' in 39. If the method"),
+        (weightings.uncertainty(), 0.0, ("a",), "0 or less: 'a' in 39. If the method"),
+        (
+            weightings.every(weightings.dwa(), 3),
+            -1.0,
+            ("a",),
+            "0 or less: 'a' in 39. If the method",
+        ),
+        (weightings.scale_invariant(), np.inf, ("a",), "infinite: 'a' in 39. Compute"),
+        (weightings.famo(lower_bounds=1.5), 1.0, ("a", "b"), "below its bound"),
+    ],
+    ids=["famo", "uncertainty", "every dwa", "infinite", "below the bound"],
+)
+def test_a_weighting_that_learns_nothing_is_reported(weighting, bad, losses, words):
+    seen, updates = run_recorded(weighting, {"a": [bad] * 40, "b": [2.0] * 40})
+    assert updates == 0
+    assert seen.num_skipped.tolist() == list(range(1, 41))
+    finding = next(x for x in monitoring.check(seen) if x.kind == "skipped")
+    assert finding.losses == losses
+    assert "39 of the 39 batches of steps 1 to 39 (since the start: 40 of 40)" in (
+        finding.message
+    )
+    assert words in finding.message
+
+
+def test_skipped_batches_are_judged_by_the_recent_ones_and_by_their_share():
+    steps = np.arange(200)
+    show = lambda bad, **more: run_recorded(
+        weightings.uncertainty(),
+        {"a": np.where(bad, -1.0, 1.0), "b": 1.0 + steps},
+        **more,
+    )[0]
+    seldom = show(steps % 20 == 3)
+    assert seldom.num_skipped[-1] == 10
+    assert kinds(seldom) == []
+    early = show(steps < 50)
+    assert kinds(early) == []
+    assert kinds(early, last=200) == ["skipped"]
+    # Rows that lie apart count the batches between them as well.
+    sparse = show(steps % 5 == 1, every=5)
+    assert (sparse.losses["a"] > 0).all()
+    assert sparse.num_skipped.tolist() == list(range(40))
+    assert kinds(sparse) == ["skipped"]
+    # One that counts nothing is left alone.
+    plain = weightings.equal()
+    silent = plain._replace(
+        init=lambda losses: (), update=lambda losses, state: (losses, state)
+    )
+    recorded = monitoring.recorded(silent)
+    _, state = recorded.update(STEPS[0], recorded.init(STEPS[0]))
+    assert monitoring.history(state).num_skipped is None
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda w: weightings.every(w, 2),
+        weightings.smooth,
+        weightings.normalize,
+        weightings.skip_outliers,
+    ],
+)
+def test_recorded_inside_another_wrapper_is_warned_of(wrap):
+    inside = wrap(monitoring.recorded(weightings.equal()))
+    state = {"weighting": inside.init(STEPS[0])}
+    with pytest.warns(UserWarning, match="recorded inside another wrapper.*'weighting"):
+        monitoring.history(state)
+    monitoring.history(monitoring.recorded(wrap(weightings.equal())).init(STEPS[0]))
+
+
+def test_a_gradient_of_something_else_is_reported():
+    losses = {"a": np.float32(2.0), "b": np.float32(1.0), "c": np.float32(0.5)}
+
+    def run(tx, scale=1.0):
+        params = {"mu": yoto.init_loss_logits(losses, "a")}
+        objective = lambda p: scale * yoto.composite_loss(losses, p["mu"])
+
+        def step(carry, _):
+            params, state = carry
+            grads = jax.grad(objective)(params)
+            updates, state = tx.update(grads, state, params, losses=losses)
+            return (optax.apply_updates(params, updates), state), None
+
+        run = jax.jit(lambda x: jax.lax.scan(step, x, length=20)[0])
+        return monitoring.history(run((params, tx.init(params)))[1])
+
+    record, optimizer = monitoring.record(20), yoto.adamw(1e-3)
+    first = run(optax.chain(record, optimizer))
+    assert kinds(first) == []
+    behind = run(optax.chain(optimizer, record))
+    (finding,) = monitoring.check(behind)
+    assert finding.kind == "gradient"
+    ratio = np.median(behind.data_gradient / first.data_gradient)
+    assert 1e-3 < ratio < 0.1
+    for words in ("must be the first link", "averaged over devices"):
+        assert words in finding.message
+    np.testing.assert_array_equal(behind.loss_weights["b"], first.loss_weights["b"])
+    assert kinds(run(optax.chain(record, optimizer), scale=64.0)) == ["gradient"]
+    assert kinds(run(optax.chain(record, optimizer), scale=3.0)) == []
+
+
 def test_warnings_come_once_for_each_kind_and_set_of_losses():
     seen = made({"a": 1.0, "b": 1e-6, "c": 0.5}, {"a": 1.0, "b": 1.0, "c": 1e5})
     said: set = set()
@@ -939,6 +1054,55 @@ def test_errors_name_what_is_wrong():
         jax.jit(lambda s: monitoring.history(s).steps)(state)
     with pytest.raises(ValueError, match="record has seen no LossLogits"):
         monitoring.history(tx.init({}))
+
+
+STATE = monitoring.recorded(weightings.equal()).init({"a": 0.0})
+SEEN = made({"a": 0.5, "b": 0.5})
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        monitoring.check,
+        monitoring.warn,
+        monitoring.plot_loss_weights,
+        lambda history: monitoring.write_scalars(history, None),
+    ],
+    ids=["check", "warn", "plot_loss_weights", "write_scalars"],
+)
+@pytest.mark.parametrize("history", [STATE, None, {"a": np.ones(20)}, [], tuple(SEEN)])
+def test_what_is_no_history_is_refused(call, history):
+    with pytest.raises(TypeError, match=r"history\(state\) returns, got \w+\.$"):
+        call(history)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: monitoring.record(every=2.5), TypeError, "every must be an integer"),
+        (lambda: monitoring.record(every="2"), TypeError, "every must be an integer"),
+        (lambda: monitoring.record(every=True), TypeError, "every must be an integer"),
+        (lambda: monitoring.record(every=None), TypeError, "every must be an integer"),
+        (lambda: monitoring.record(every=np.int64(0)), ValueError, "every must be pos"),
+        (lambda: monitoring.record(True), TypeError, "length must be an integer"),
+        (lambda: monitoring.record(hyperparameter_decay=[1.0]), TypeError, "a number"),
+        (lambda: monitoring.recorded(None), TypeError, "be a LossWeighting.*None"),
+        (
+            lambda: monitoring.recorded(weightings.famo),
+            TypeError,
+            r"must be a LossWeighting, such as yoto.weightings.equal\(\), got <func",
+        ),
+        (lambda: monitoring.check(SEEN, collapsed=-1.0), ValueError, "collapsed must"),
+        (lambda: monitoring.check(SEEN, prior=np.nan), ValueError, "prior must be pos"),
+        (lambda: monitoring.check(SEEN, last=0), ValueError, "last must be positive"),
+        (lambda: monitoring.warn(SEEN, last=-5), ValueError, "last must be positive"),
+        (lambda: monitoring.write_scalars(SEEN, None), TypeError, "add_scalar.*None"),
+        (lambda: monitoring.history(None), ValueError, "no history in this state"),
+    ],
+)
+def test_what_would_go_wrong_in_silence_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
 
 
 def test_losses_of_one_path_are_refused():

@@ -1,6 +1,8 @@
 import dataclasses
+import inspect
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -140,13 +142,81 @@ def test_without_loss_logits_they_are_the_optimizers_of_optax():
     ]
     for ours, theirs in pairs:
         results = []
-        for tx in (ours, theirs):
-            p, state = params, tx.init(params)
+        with pytest.warns(UserWarning, match="hold no LossLogits"):
+            starts = [(tx, tx.init(params)) for tx in (ours, theirs)]
+        for tx, state in starts:
+            p = params
             for _ in range(5):
                 updates, state = tx.update(grads, state, p)
                 p = optax.apply_updates(p, updates)
             results.append(p["w"])
         np.testing.assert_allclose(*results, rtol=1e-6)
+
+
+LINKS = {
+    "adamw": yoto.adamw(0.1),
+    "sgdw": yoto.sgdw(0.1),
+    "link": optax.chain(yoto.add_hyperparameter_decay(0.5), optax.sgd(0.1)),
+}
+
+
+def with_logits():
+    return {"w": jnp.ones(2), "mu": yoto.init_loss_logits((0.0, 0.0), 0)}
+
+
+@pytest.mark.parametrize("tx", LINKS.values(), ids=LINKS)
+def test_logits_that_nothing_would_decay_are_warned_of(tx):
+    params = with_logits()
+    flat, _ = jax.flatten_util.ravel_pytree(params)
+    for lost in (
+        lambda: optax.flatten(tx).init(params),
+        lambda: tx.init(flat),
+        lambda: tx.init({"w": params["w"]}),
+        lambda: jax.eval_shape(tx.init, {"w": params["w"]}),
+    ):
+        with pytest.warns(UserWarning, match="hold no LossLogits") as caught:
+            lost()
+        assert len(caught) == 1
+        for words in ("optax.flatten", "label_loss_logits", "hyperparameter_decay=0"):
+            assert words in str(caught[0].message)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("tx", LINKS.values(), ids=LINKS)
+def test_logits_that_cannot_take_small_steps_are_warned_of(tx, dtype):
+    low = jax.tree.map(lambda x: x.astype(dtype), with_logits())
+    with pytest.warns(UserWarning, match=f"logits are {jnp.dtype(dtype).name}.*cast"):
+        state = tx.init(low)
+    # It is true: a step of an optimizer at 1e-3 leaves them where they are.
+    updates, _ = tx.update(jax.tree.map(lambda x: 3e-3 * x, low), state, low)
+    small = jax.tree.map(lambda u: (1e-4 * jnp.sign(u)).astype(u.dtype), updates)
+    moved = optax.apply_updates(low, small)
+    np.testing.assert_array_equal(moved["mu"].learned, low["mu"].learned)
+
+
+def test_parts_of_the_parameters_are_not_warned_of():
+    """Pytest makes an error of every warning."""
+    params = with_logits()
+    model = {"w": params["w"]}
+    halves = lambda params: {"w": "a", "mu": "b"}
+    leafwise = {"w": True, "mu": jax.tree.map(lambda _: False, params["mu"])}
+    for tx in (
+        optax.partition({"a": yoto.adamw(0.1), "b": yoto.sgdw(0.1)}, halves),
+        optax.masked(yoto.adamw(0.1), {"w": True, "mu": False}),
+        optax.masked(yoto.adamw(0.1), leafwise),
+        optax.partition(
+            {"model": optax.flatten(optax.adam(0.1)), "loss_logits": yoto.adamw(0.1)},
+            yoto.label_loss_logits,
+        ),
+        optax.inject_hyperparams(yoto.adamw)(0.1),
+    ):
+        tx.init(params)
+    for factory in (yoto.adamw, yoto.sgdw):
+        factory(0.1, hyperparameter_decay=0).init(model)
+        factory(0.1).init({})
+        optax.tree.map_params(factory(0.1), lambda x: x, factory(0.1).init(params))
+    low = {"w": params["w"].astype(jnp.bfloat16), "mu": params["mu"]}
+    yoto.adamw(0.1).init(low)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +233,8 @@ def test_every_option_of_optax_arrives(ours, theirs, kwargs):
     params = {"w": jnp.linspace(-1, 1, 6)}
     results = []
     for factory, options in ((ours, kwargs), (theirs, kwargs), (ours, {})):
-        tx = factory(0.1, **options)
+        ours_only = {} if factory is theirs else {"hyperparameter_decay": 0.0}
+        tx = factory(0.1, **options, **ours_only)
         p, state = params, tx.init(params)
         for _ in range(5):
             grads = jax.tree.map(lambda x: x**2 - 0.3, p)
@@ -292,6 +363,26 @@ def test_exponential_weights_collapse_and_softmax_does_not():
 
 
 @pytest.mark.parametrize("factory", [yoto.sgdw, yoto.adamw])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {name: value}
+        for name in ("learning_rate", "weight_decay", "hyperparameter_decay")
+        for value in (-0.1, np.nan, np.float32(np.inf), "0.1", [0.1], np.ones(2))
+    ]
+    + [{"momentum": x, "b1": x} for x in (1.0, -0.1, np.float32(np.nan), None)]
+    + [{"b2": 1.0, "momentum": 2}, {"eps": -1e-8, "momentum": "0.9"}],
+    ids=str,
+)
+def test_rates_that_cannot_be(factory, options):
+    taken = inspect.signature(factory).parameters
+    options = {name: value for name, value in options.items() if name in taken}
+    (name, _) = next(iter(options.items()))
+    with pytest.raises((TypeError, ValueError), match=f"{name} must be .*, got"):
+        factory(**{"learning_rate": 0.1, **options})
+
+
+@pytest.mark.parametrize("factory", [yoto.sgdw, yoto.adamw])
 def test_errors(factory):
     with pytest.raises(ValueError, match="hyperparameter_decay must be.*-1"):
         factory(0.1, hyperparameter_decay=-1.0)
@@ -299,6 +390,11 @@ def test_errors(factory):
         factory(0.1, weight_decay=float("inf"))
     with pytest.raises(ValueError, match="entropy must be"):
         factory(0.1, entropy="none")
+    of_moments = "mu_dtype" if factory is yoto.adamw else "accumulator_dtype"
+    with pytest.raises(TypeError, match=f"{of_moments} must be a floating-point"):
+        factory(0.1, **{of_moments: jnp.int32})
+    with pytest.raises(TypeError, match="mask must hold True and False, got 'w'"):
+        factory(0.1, mask="w").init(with_logits())
     with pytest.raises(TypeError, match="hyperparameter_decay must be.*None"):
         factory(0.1, hyperparameter_decay=None)
     params = {"mu": yoto.init_loss_logits((0.0, 0.0), 0)}

@@ -341,6 +341,7 @@ def gradients(params):
     return jax.tree.map(lambda x: jnp.cos(x).astype(x.dtype), params)
 
 
+@pytest.mark.filterwarnings("ignore:the parameters hold no LossLogits")
 @pytest.mark.parametrize(
     ("form", "params"),
     [
@@ -373,6 +374,7 @@ def test_every_form_keeps_types_and_traces_once(form, params):
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
 
 
+@pytest.mark.filterwarnings("ignore:the loss logits are bfloat16")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_dtypes_inside_cond(dtype):
     with jax.enable_x64(dtype == "float64"):
@@ -572,6 +574,11 @@ def test_other_losses_are_refused():
     with pytest.raises(ValueError, match="2 sets of losses"):
         skip_outliers(optax.sgd(1.0)).init({"one": MU, "other": other})
     skip_outliers(optax.sgd(1.0), losses=3).init({"one": MU, "other": other})
+    state = skip_outliers(optax.sgd(1.0), losses=np.int64(3)).init(PARAMS)
+    assert state.loss_scales.means.shape == (3,)
+    for number in (0, -1, True):
+        with pytest.raises(ValueError, match=f"number, which is positive.*{number}"):
+            skip_outliers(optax.sgd(1.0), losses=number)
 
 
 @pytest.mark.parametrize(

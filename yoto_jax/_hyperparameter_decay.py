@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -168,7 +169,10 @@ def add_hyperparameter_decay(
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``.
       With ``present=``, a tree of booleans like the losses, the regulariser is that of
-      the losses that are there.
+      the losses that are there. Its ``init`` warns of parameters without loss logits,
+      as ``optax.flatten`` around it leaves them (but not of a part that
+      ``optax.partition`` or ``optax.masked`` picks, nor if rho is 0), and of loss logits
+      of less than 32 bits, which small steps do not move.
 
     Raises:
       TypeError: rho is neither a number, nor a scalar array, nor a schedule.
@@ -197,7 +201,7 @@ def add_hyperparameter_decay(
     _check_entropy(entropy)
 
     def init_fn(params: PyTree) -> optax.OptState:
-        del params
+        _warn_of_logits(params, hyperparameter_decay)
         if callable(hyperparameter_decay):
             return HyperparameterDecayState(count=jnp.zeros((), jnp.int32))
         return optax.EmptyState()
@@ -249,18 +253,54 @@ def add_hyperparameter_decay(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _warn_of_logits(params: PyTree, rho: Any) -> None:
+    """Warn if there are no loss logits, or if they cannot take small steps."""
+    nodes = jax.tree.leaves(
+        params, is_leaf=lambda x: isinstance(x, LossLogits | optax.MaskedNode)
+    )
+    logits = [x for x in nodes if is_loss_logits(x)]
+    # Of a part of the parameters, the loss logits may be in another.
+    whole = not any(isinstance(x, optax.MaskedNode) for x in nodes)
+    unused = isinstance(rho, int | float) and rho == 0
+    if nodes and whole and not logits and not unused:
+        warnings.warn(
+            "the parameters hold no LossLogits: hyperparameter decay does nothing. "
+            "Give the whole tree with its LossLogits (see init_loss_logits), not an "
+            "array made of it: optax.flatten and ravel_pytree lose them and belong "
+            "around the model's optimizer alone, inside optax.partition by "
+            "label_loss_logits. If there are none on purpose, use Optax's own "
+            "optimizer, or hyperparameter_decay=0.",
+            stacklevel=3,
+        )
+    for mu in logits:
+        dtype = getattr(mu.learned, "dtype", jnp.float32)
+        if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+            warnings.warn(
+                f"the loss logits are {dtype}: steps of less than about "
+                f"{float(jnp.finfo(dtype).eps) / 2:.1g} of a logit are rounded away, "
+                "and the loss weights may never move. Keep the logits in float32: cast "
+                "the model alone, not the whole tree of parameters.",
+                stacklevel=3,
+            )
+
+
 def _check_entropy(entropy: str) -> None:
     if entropy not in ("all", "auxiliary"):
         raise ValueError(f"entropy must be 'all' or 'auxiliary', got {entropy!r}.")
 
 
-def check_rate(name: str, value: Any) -> None:
-    """Reject a number that is negative or not finite; schedules and tracers pass."""
+def check_rate(name: str, value: Any, below: float = math.inf) -> None:
+    """Reject a number that is negative or too large; schedules and tracers pass."""
     if callable(value) or isinstance(value, jax.core.Tracer):
         return
-    if value is None or isinstance(value, str) or getattr(value, "shape", ()):
+    try:
+        if isinstance(value, str) or getattr(value, "shape", ()):
+            raise TypeError
+        number = float(value)
+    except TypeError:
         raise TypeError(
             f"{name} must be a number, a scalar array or a schedule, got {value!r}."
-        )
-    if not 0 <= float(value) < math.inf:
-        raise ValueError(f"{name} must be non-negative and finite, got {value}.")
+        ) from None
+    if not 0 <= number < below:
+        limit = "finite" if below == math.inf else f"smaller than {below:g}"
+        raise ValueError(f"{name} must be non-negative and {limit}, got {value}.")

@@ -281,6 +281,15 @@ def check_loss_logits(mu: Any) -> None:
         raise TypeError(
             f"mu must hold an array of logits, got {type(mu.learned).__name__}."
         )
+    if not jnp.issubdtype(mu.learned.dtype, jnp.floating):
+        raise TypeError(
+            f"mu must hold floating-point logits, got dtype {mu.learned.dtype}."
+        )
+    if mu.primary is not None and mu.primary not in range(mu.structure.num_leaves):
+        raise ValueError(
+            f"the primary of mu must be the position of one of the losses "
+            f"{listed(mu.names)}, got {mu.primary!r}."
+        )
     needed = mu.structure.num_leaves - (mu.primary is not None)
     if mu.learned.shape[-1:] != (needed,):
         raise ValueError(

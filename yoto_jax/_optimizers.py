@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from yoto_jax._hyperparameter_decay import (
@@ -89,9 +90,11 @@ def sgdw(
       losses and their moments stay what they are (steps are counted for all alike).
 
     Raises:
-      TypeError: A decay is neither a number, nor a scalar array, nor a schedule.
-      ValueError: A decay is negative or not finite, or ``entropy`` is unknown. In
-        ``update``: ``params`` is missing, or holds no loss logits where the updates do.
+      TypeError: A rate is neither a number, nor a scalar array, nor a schedule; a dtype
+        is none of floating point; or ``mask`` holds text.
+      ValueError: A rate is negative or not finite, ``momentum`` is not in [0, 1), or
+        ``entropy`` is unknown. In ``update``: ``params`` is missing, or holds no loss
+        logits where the updates do.
 
     Examples:
       >>> import jax, optax, yoto_jax as yoto
@@ -120,7 +123,10 @@ def sgdw(
       oscillates where the learning rate times rho passes 9 (one auxiliary loss) and
       from about 20 on throws the logits so far down that nothing brings them back.
     """
+    check_rate("learning_rate", learning_rate)
     check_rate("weight_decay", weight_decay)
+    check_rate("momentum", momentum, below=1)
+    _check_dtype("accumulator_dtype", accumulator_dtype)
     decays = optax.chain(
         add_hyperparameter_decay(hyperparameter_decay, entropy=entropy),
         optax.add_decayed_weights(weight_decay, _but_loss_logits(mask)),
@@ -159,7 +165,7 @@ def adamw(
 
     where :math:`\hat g, \hat h` are Adam's normalised gradients of the composite loss.
     Weight decay never touches loss logits; hyperparameter decay touches nothing else.
-    Without loss logits among the parameters this is ``optax.adamw``.
+    Without loss logits among the parameters this is ``optax.adamw``; ``init`` warns.
 
     Args:
       learning_rate: :math:`\eta`, a scalar or a schedule.
@@ -182,9 +188,11 @@ def adamw(
       losses and their moments stay what they are (steps are counted for all alike).
 
     Raises:
-      TypeError: A decay is neither a number, nor a scalar array, nor a schedule.
-      ValueError: A decay is negative or not finite, or ``entropy`` is unknown. In
-        ``update``: ``params`` is missing, or holds no loss logits where the updates do.
+      TypeError: A rate is neither a number, nor a scalar array, nor a schedule; a dtype
+        is none of floating point; or ``mask`` holds text.
+      ValueError: A rate, ``eps`` or ``eps_root`` is negative or not finite, ``b1`` or
+        ``b2`` is not in [0, 1), or ``entropy`` is unknown. In ``update``: ``params`` is
+        missing, or holds no loss logits where the updates do.
 
     Examples:
       >>> import jax, optax, yoto_jax as yoto
@@ -217,7 +225,12 @@ def adamw(
       to 1.4 times up; for very long runs or many losses take 20 or more, where the
       weights hardly move.
     """
-    check_rate("weight_decay", weight_decay)
+    rates = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+    for name, value in {**rates, "eps": eps, "eps_root": eps_root}.items():
+        check_rate(name, value)
+    for name, value in {"b1": b1, "b2": b2}.items():
+        check_rate(name, value, below=1)
+    _check_dtype("mu_dtype", mu_dtype)
     return unwrap_loss_logits(
         _hold_absent(
             optax.chain(
@@ -259,11 +272,19 @@ def _hold_absent(
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
 
 
+def _check_dtype(name: str, dtype: Any) -> None:
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(f"{name} must be a floating-point dtype, got {dtype!r}.")
+
+
 def _but_loss_logits(mask: Mask | None) -> Callable[[optax.Params], PyTree]:
     """``mask`` with every ``LossLogits`` taken out."""
 
     def but_loss_logits(params: optax.Params) -> PyTree:
         chosen = True if mask is None else mask(params) if callable(mask) else mask
+        for choice in jax.tree.leaves(chosen):
+            if isinstance(choice, str):
+                raise TypeError(f"mask must hold True and False, got {choice!r}.")
         return jax.tree.map(
             lambda choice, subtree: jax.tree.map(
                 lambda x: not is_loss_logits(x) and choice,

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from yoto_jax._loss_logits import (
@@ -85,10 +86,11 @@ def skip_outliers(
       are all good it does what ``inner`` does.
 
     Raises:
-      ValueError: ``limit`` is not larger than 1, ``decay`` is not in [0, 1), or
-        ``patience`` or ``floor`` is negative. In ``init``: loss logits of different
-        losses among the parameters, and no ``losses``. In ``update``: the losses are
-        missing, or are not those of ``init``, or their number was not known there.
+      ValueError: ``limit`` is not larger than 1, ``decay`` is not in [0, 1),
+        ``patience`` or ``floor`` is negative, or a number of losses not positive. In
+        ``init``: loss logits of different losses among the parameters, and no
+        ``losses``. In ``update``: the losses are missing, or are not those of ``init``,
+        or their number was not known there.
 
     Examples:
       >>> import jax, optax, yoto_jax as yoto
@@ -134,6 +136,13 @@ def skip_outliers(
     rule = OutlierRule(limit, decay, patience, positive, two_sided, floor)
     inner = optax.with_extra_args_support(inner)
     expected = losses
+    if isinstance(losses, int | np.integer):
+        if isinstance(losses, bool) or losses < 1:
+            raise ValueError(
+                "losses must be a tree of the losses or their number, which is "
+                f"positive, got {losses!r}."
+            )
+        expected = int(losses)
 
     def init_fn(params: PyTree) -> SkipOutliersState:
         if isinstance(expected, int):

@@ -76,7 +76,9 @@ class Checkpoints:
         and files are written while training goes on.
 
     Raises:
-      ValueError: ``every`` or ``keep`` is not positive.
+      TypeError: ``every`` or ``keep`` is no integer, ``asynchronous`` no bool, or
+        ``folder`` no path.
+      ValueError: ``every`` or ``keep`` is not positive, or ``folder`` is empty.
       CheckpointError: The folder can be neither found nor made.
 
     Examples:
@@ -112,10 +114,18 @@ class Checkpoints:
         keep: int | None = 3,
         asynchronous: bool = True,
     ):
-        for name, value in (("every", every), ("keep", keep)):
-            if value is not None and operator.index(value) < 1:
+        for name, value in (("every", every), ("keep", 1 if keep is None else keep)):
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise TypeError(f"{name} must be an integer, got {value!r}.")
+            if operator.index(value) < 1:
                 raise ValueError(f"{name} must be positive, got {value}.")
+        if not isinstance(asynchronous, bool):
+            raise TypeError(
+                f"asynchronous must be True or False, got {asynchronous!r}."
+            )
         place = os.fspath(folder)
+        if not place:
+            raise ValueError("folder must be the path of a folder, got an empty one.")
         self.folder = epath.Path(place if "://" in place else os.path.abspath(place))
         self._every, self._keep, self._asynchronous = every, keep, asynchronous
         self._manager: ocp.CheckpointManager | None = None
@@ -247,7 +257,7 @@ class Checkpoints:
         Raises:
           TypeError: A leaf of ``like`` is no array.
           ValueError: ``missing`` is unknown, or ``"ok"`` where ``like`` is no state to
-            start with.
+            start with; or ``like`` holds no arrays.
           CheckpointError: There is no such checkpoint; it is damaged, of another
             program or of a newer version; or it holds other losses, another primary
             loss, or arrays of other names, shapes or dtypes than ``like``.
@@ -267,6 +277,10 @@ class Checkpoints:
         if missing not in ("raise", "ok"):
             raise ValueError(f"missing must be 'raise' or 'ok', got {missing!r}.")
         wanted = _leaves(like)
+        if not wanted:
+            raise ValueError(
+                "like holds no arrays: give a state as training starts with."
+            )
         abstract = [name for name, x in wanted.items() if _is_abstract(x)]
         if missing == "ok" and abstract:
             raise ValueError(

@@ -108,6 +108,17 @@ class CompositeLoss(nn.Module):
         return composite_loss(losses, mu)
 
 
+def _is_empty(layer: nn.Module, encoding: jax.Array) -> bool:
+    """Whether no weight is encoded; raise if the layer has learned from some."""
+    empty = is_empty(encoding)
+    if empty and layer.variables.get("params"):
+        raise ValueError(
+            f"this layer was initialised with encoded loss weights and got none, of "
+            f"shape {encoding.shape}: encode with the same support."
+        )
+    return empty
+
+
 class FiLM(nn.Module):
     r"""Scale and shift every feature by what the loss weights say.
 
@@ -151,7 +162,7 @@ class FiLM(nn.Module):
     def __call__(self, x: jax.Array, encoding: jax.Array) -> jax.Array:
         """Modulated features ``(n, ..., C)``, for an encoding ``(n, E)``."""
         check_initialization(self.initialization)
-        if is_empty(encoding):
+        if _is_empty(self, encoding):
             return x
         features = x.shape[-1]
         if self.initialization == "identity":
@@ -206,7 +217,7 @@ class Gate(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, encoding: jax.Array) -> jax.Array:
         """Gated features ``(n, ..., C)``, for an encoding ``(n, E)``."""
-        if is_empty(encoding):
+        if _is_empty(self, encoding):
             return x
         logits = nn.Dense(
             x.shape[-1],

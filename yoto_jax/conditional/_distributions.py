@@ -40,7 +40,7 @@ class Distribution:
 
     def sample(
         self,
-        key: jax.Array,
+        key: jax.Array | int,
         n: int,
         *,
         groups: int | None = None,
@@ -52,7 +52,7 @@ class Distribution:
         :class:`Dirichlet`, which have a sum).
 
         Args:
-          key: A random key.
+          key: A random key, or an integer seed.
           n: Number of examples.
           groups: How many draws: one per example if ``None``; ``1`` is one for the
             whole batch; ``G`` gives each ``n / G`` consecutive examples their own.
@@ -66,16 +66,20 @@ class Distribution:
           A tree like the losses, of float32 arrays ``(n,)``.
 
         Raises:
+          TypeError: ``key`` is neither a key nor a seed, or a number is no integer.
           ValueError: ``n`` is not positive, ``groups`` does not divide it, or there is
             no such method for this distribution.
         """
         draws = n if groups is None else groups
+        check_integers(n=n, groups=draws)
         if n < 1 or draws < 1 or n % draws:
             raise ValueError(
                 "n and groups must be positive, and groups must divide n; got "
                 f"n = {n}, groups = {groups}."
             )
-        weights = jnp.repeat(self._draw(key, draws, method), n // draws, axis=0)
+        weights = jnp.repeat(
+            self._draw(_points.random_key(key), draws, method), n // draws, axis=0
+        )
         return self.tree(weights)
 
     def grid(self, n: int) -> PyTree:
@@ -90,14 +94,22 @@ class Distribution:
           A tree like the losses, of float32 arrays.
 
         Raises:
-          ValueError: ``n`` is less than 2.
+          TypeError: ``n`` is no integer.
+          ValueError: ``n`` is less than 2, or the grid would have more than ten million
+            entries.
         """
+        check_integers(n=n)
         if n < 2:
             raise ValueError(f"a grid needs at least 2 values per weight, got {n}.")
         return self.tree(self._lattice(n))
 
     def tree(self, vectors: jax.Array) -> PyTree:
         """Weights ``(..., K)`` as a tree like the losses."""
+        if jnp.shape(vectors)[-1:] != (self.structure.num_leaves,):
+            raise ValueError(
+                f"vectors must have a last axis of {self.structure.num_leaves}, one "
+                f"entry for each loss, got shape {jnp.shape(vectors)}."
+            )
         return self.structure.unflatten(
             vectors[..., k] for k in range(self.structure.num_leaves)
         )
@@ -219,11 +231,7 @@ class Box(Distribution):
 
     def _lattice(self, n: int) -> jax.Array:
         varying = sum(self.free)
-        if n**varying > _LARGEST_GRID:
-            raise ValueError(
-                f"{n} values of each of {varying} weights make {n**varying} models; "
-                "use sample instead, by method 'sobol' or 'stratified'."
-            )
+        _check_grid(n**varying, "sobol")
         digits = n ** np.arange(varying)[::-1]
         steps = np.arange(n**varying)[:, None] // digits[None] % n
         return self.at(self._spread(jnp.asarray(steps / (n - 1), jnp.float32)))
@@ -445,6 +453,7 @@ class Dirichlet(Distribution):
     def _lattice(self, n: int) -> jax.Array:
         # n - 1 stars between K - 1 bars: how many are left of each bar, and at the end.
         places = n + len(self.free) - 2
+        _check_grid(math.comb(places, len(self.free) - 1), "random")
         bars = itertools.combinations(range(places), len(self.free) - 1)
         stars = np.diff([(-1, *b, places) for b in bars], axis=-1) - 1
         return jnp.asarray(stars / (n - 1), jnp.float32)
@@ -475,8 +484,9 @@ def narrow(
 
     Raises:
       TypeError: The distribution has no ranges (:class:`Dirichlet`).
-      ValueError: The trees do not match, ``center`` is not made of scalars, or
-        ``factor`` is not between 0 and 1.
+      ValueError: The trees do not match, ``center`` is not made of finite scalars, or
+        ``factor`` is not between 0 and 1. Under ``jit``, where values are not known, a
+        ``center`` of NaN makes bounds of NaN.
 
     Examples:
       >>> from yoto_jax import conditional
@@ -502,6 +512,8 @@ def narrow(
     center = support.vectors(center)
     if center.ndim > 1:
         raise ValueError(f"center must be a tree of scalars, got {center.shape[:-1]}.")
+    if not _traced(center) and not np.isfinite(center).all():
+        raise ValueError(f"center must be finite, got {support.tree(center)}.")
     middle = support.positions(center)
     width = support.positions(distribution.high) - support.positions(distribution.low)
     width = jnp.asarray(factor, jnp.float32) * width
@@ -513,6 +525,21 @@ def narrow(
 
 
 # Checks.
+
+
+def check_integers(**values: Any) -> None:
+    """Raise unless these are integers."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be an integer, got {value!r}.")
+
+
+def _check_grid(size: int, method: str) -> None:
+    if size > _LARGEST_GRID:
+        raise ValueError(
+            f"this grid has {size} weightings, more than {_LARGEST_GRID}: use sample "
+            f"instead, by method {method!r}."
+        )
 
 
 def check_weights(weights: PyTree, structure: jax.tree_util.PyTreeDef) -> None:
@@ -548,6 +575,8 @@ def _bounds(
 
 def _check_scalars(what: str, names: Sequence[str], leaves: Sequence[Any]) -> None:
     for name, x in zip(names, leaves, strict=True):
+        if isinstance(x, str):
+            raise TypeError(f"the {what} of loss {name!r} must be a number, got {x!r}.")
         if jnp.shape(x):
             raise ValueError(
                 f"the {what} of loss {name!r} must be a scalar, got shape "

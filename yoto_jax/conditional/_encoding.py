@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from yoto_jax._loss_logits import PyTree
-from yoto_jax.conditional._distributions import Box, Distribution
+from yoto_jax.conditional._distributions import (
+    Box,
+    Distribution,
+    check_integers,
+)
 
 Transform = Literal["standardize", "log"]
 
@@ -42,6 +46,7 @@ def encode(
       :func:`encoding_size`. Within [-1, 1] if standardised.
 
     Raises:
+      TypeError: ``support`` is no distribution, or ``fourier`` no integer.
       ValueError: The weights do not match the support, have different shapes, or lie
         outside: a model knows nothing of weights it was not trained for. Under ``jit``
         and ``vmap``, where values are not known, each weight outside counts as the
@@ -98,6 +103,7 @@ def encoding_size(
       The number E, an ``int``.
 
     Raises:
+      TypeError: ``support`` is no distribution, or ``fourier`` no integer.
       ValueError: Unknown options; or ``"log"`` for weights that can be 0.
 
     Examples:
@@ -127,6 +133,12 @@ def _check_known(weights: PyTree, vectors: jax.Array, support: Distribution) -> 
 
 
 def _check_options(support: Distribution, fourier: int, transform: str) -> None:
+    if not isinstance(support, Distribution):
+        raise TypeError(
+            "support must be a distribution, such as conditional.LogUniform(...), got "
+            f"{type(support).__name__}."
+        )
+    check_integers(fourier=fourier)
     if fourier < 0:
         raise ValueError(f"fourier must not be negative, got {fourier}.")
     if transform not in ("standardize", "log"):

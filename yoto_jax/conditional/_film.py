@@ -8,12 +8,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from yoto_jax.conditional._distributions import check_integers
+from yoto_jax.conditional._points import random_key
+from yoto_jax.weightings._protocol import check_not_negative
+
 Initialization = Literal["identity", "reference"]
 SLOPE = 0.2  # of leaky ReLU in the reference
 
 
 def init_film(
-    key: jax.Array,
+    key: jax.Array | int,
     encoding_size: int,
     features: int,
     hidden: Sequence[int] = (256,),
@@ -24,7 +28,7 @@ def init_film(
     r"""Parameters of :func:`film`: feature-wise scale and shift, by a small network.
 
     Args:
-      key: A random key.
+      key: A random key, or an integer seed.
       encoding_size: Size E of the encoding of loss weights.
       features: Number C of features to modulate.
       hidden: Widths of the hidden layers. ``()`` makes scale and shift linear in the
@@ -39,7 +43,9 @@ def init_film(
       A dict of lists of layers, each with ``"kernel"`` and ``"bias"``.
 
     Raises:
-      ValueError: Unknown initialisation.
+      TypeError: ``key`` is neither a key nor a seed, or a size is no integer.
+      ValueError: Unknown initialisation, a size that cannot be, or a negative
+        ``gain``.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -59,6 +65,9 @@ def init_film(
       here their last layer starts smaller. The function at the start is the same.
     """
     check_initialization(initialization)
+    check_sizes(encoding_size, features, hidden)
+    check_not_negative(gain=gain)
+    key = random_key(key)
     widths = (encoding_size, *hidden)
     if initialization == "identity":
         return {"film": init_mlp(key, (*widths, 2 * features), 0.0)}
@@ -84,7 +93,7 @@ def film(params: dict[str, Any], x: jax.Array, encoding: jax.Array) -> jax.Array
         ``vmap`` over examples, those of one: ``(..., C)`` with an encoding ``(E,)``.
       encoding: From :func:`encode`: ``(n, E)``, one row per example; ``(1, E)`` or
         ``(E,)`` if all examples have the same weights, which costs least. With E = 0
-        (no weight varies), ``x`` comes back.
+        (no weight varies, and the parameters are of that size), ``x`` comes back.
 
     Returns:
       Array like ``x``, in its dtype.
@@ -103,7 +112,8 @@ def film(params: dict[str, Any], x: jax.Array, encoding: jax.Array) -> jax.Array
     References:
       Perez et al., `FiLM <https://arxiv.org/abs/1709.07871>`_, 2018.
     """
-    if is_empty(encoding):
+    first = params["film" if "film" in params else "scale"][0]
+    if is_empty(encoding, first["kernel"].shape[0]):
         return x
     if "film" in params:
         scale, shift = jnp.split(mlp(params["film"], encoding), 2, axis=-1)
@@ -151,6 +161,10 @@ def init_gate(key: jax.Array, encoding_size: int, features: int) -> dict[str, An
     Returns:
       A dict with ``"kernel"`` ``(E, C)`` and ``"bias"`` ``(C,)``.
 
+    Raises:
+      TypeError: A size is no integer.
+      ValueError: A size that cannot be.
+
     Examples:
       >>> import jax
       >>> from yoto_jax import conditional
@@ -159,6 +173,7 @@ def init_gate(key: jax.Array, encoding_size: int, features: int) -> dict[str, An
       {'bias': (3,), 'kernel': (1, 3)}
     """
     del key
+    check_sizes(encoding_size, features)
     kernel = jnp.zeros((encoding_size, features), jnp.float32)
     return {"kernel": kernel, "bias": jnp.zeros((features,), jnp.float32)}
 
@@ -193,7 +208,7 @@ def gate(params: dict[str, Any], x: jax.Array, encoding: jax.Array) -> jax.Array
       Bae et al., `Multi-Rate VAE <https://arxiv.org/abs/2212.03905>`_, 2023. Their
       gates are not scaled by 2; here a gate is exactly 1 at the start.
     """
-    if is_empty(encoding):
+    if is_empty(encoding, params["kernel"].shape[0]):
         return x
     return open_gate(x, affine(params, encoding))
 
@@ -226,6 +241,20 @@ def concatenate(x: jax.Array, encoding: jax.Array) -> jax.Array:
     aligned = beside(x, encoding, "the encoding", features=encoding.shape[-1])
     aligned = jnp.broadcast_to(aligned, (*x.shape[:-1], encoding.shape[-1]))
     return jnp.concatenate([x, aligned.astype(x.dtype)], axis=-1)
+
+
+def check_sizes(encoding_size: int, features: int, hidden: Sequence[int] = ()) -> None:
+    """Raise unless layers can have these sizes."""
+    if not isinstance(hidden, list | tuple):
+        raise TypeError(f"hidden must be a sequence of widths, got {hidden!r}.")
+    check_integers(encoding_size=encoding_size, features=features)
+    for width in hidden:
+        check_integers(hidden=width)
+    if encoding_size < 0 or min(features, *hidden, 1) < 1:
+        raise ValueError(
+            "encoding_size must not be negative, features and hidden must be positive; "
+            f"got {encoding_size}, {features} and {hidden}."
+        )
 
 
 def check_initialization(initialization: str) -> None:

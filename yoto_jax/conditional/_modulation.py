@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._loss_logits import PyTree, path_name
-from yoto_jax.conditional._film import SLOPE, affine, init_mlp, mlp
+from yoto_jax.conditional._film import SLOPE, affine, check_sizes, init_mlp, mlp
+from yoto_jax.conditional._points import random_key
 
 Where = Callable[[tuple[Any, ...], jax.Array], bool]
 
 
 def init_modulation(
-    key: jax.Array,
+    key: jax.Array | int,
     encoding_size: int,
     params: PyTree,
     hidden: Sequence[int] = (64,),
@@ -24,7 +25,7 @@ def init_modulation(
     """Parameters of :func:`modulated` for a model, which changes nothing at the start.
 
     Args:
-      key: A random key.
+      key: A random key, or an integer seed.
       encoding_size: Size E of the encoding of loss weights.
       params: The parameters of the model, or their shapes.
       hidden: Widths of the hidden layers that all modulations share.
@@ -36,7 +37,8 @@ def init_modulation(
       at the start, for each modulated parameter, by its path.
 
     Raises:
-      ValueError: No parameter is modulated.
+      TypeError: ``key`` is neither a key nor a seed, or a size is no integer.
+      ValueError: No parameter is modulated, or a size that cannot be.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -46,6 +48,7 @@ def init_modulation(
       >>> sorted(modulation["heads"])
       ['bias', 'kernel']
     """
+    check_sizes(encoding_size, 1, hidden)
     chosen = _chosen(params, where)
     if not chosen:
         raise ValueError("no parameter is modulated: params has no arrays, or where.")
@@ -57,7 +60,7 @@ def init_modulation(
         }
         for name, leaf in chosen.items()
     }
-    trunk = init_mlp(key, (encoding_size, *hidden), 1.0)
+    trunk = init_mlp(random_key(key), (encoding_size, *hidden), 1.0)
     return {"trunk": trunk, "heads": heads}
 
 
@@ -107,14 +110,14 @@ def modulated(
             "modulated takes the encoding of one weighting, of shape (E,); got shape "
             f"{encoding.shape}. Use vmap for several."
         )
-    if encoding.shape[0] == 0:
-        return params
     heads = modulation["heads"]
     first = (*modulation["trunk"], *heads.values())[0]["kernel"].shape[0]
     if encoding.shape != (first,):
         raise ValueError(
             f"the modulation is for encodings of size {first}, got {encoding.shape[0]}."
         )
+    if first == 0:
+        return params
     hidden = encoding
     if modulation["trunk"]:
         hidden = jax.nn.leaky_relu(mlp(modulation["trunk"], encoding), SLOPE)

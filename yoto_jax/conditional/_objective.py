@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from yoto_jax._loss_logits import (
     PyTree,
@@ -14,6 +15,8 @@ from yoto_jax._loss_logits import (
     loss_names,
     upcast,
 )
+from yoto_jax.conditional._distributions import check_integers
+from yoto_jax.weightings._protocol import check_not_negative, check_positive
 
 Normalization = Literal["sum", "geometric", "max"] | Callable[[PyTree], jax.Array]
 
@@ -52,8 +55,11 @@ def conditional_loss(
       Scalar in float32, or in float64 if an input is.
 
     Raises:
+      TypeError: A loss is complex, or ``scalarization`` no function.
       ValueError: Missing or unexpected losses, losses or weights that are not arrays of
-        one shape ``(n,)``, an unknown normalisation, or ``groups`` not dividing n.
+        one shape ``(n,)``, an unknown normalisation, or ``groups`` not dividing n. A
+        weight that is negative or not finite, or a divisor that is not positive, where
+        values are known; under ``jit`` NaN and infinity arrive in the objective.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -77,6 +83,12 @@ def conditional_loss(
       over 128 have three quarters of it).
     """
     check_per_example(losses, weights)
+    _check_known_weights(weights)
+    if scalarization is not None and not callable(scalarization):
+        raise TypeError(
+            "scalarization must be a function of losses and weights, such as "
+            f"conditional.cosmos, got {scalarization!r}."
+        )
     if groups is not None:
         losses, weights = group_mean(losses, groups), group_mean(weights, groups)
     scalarize = weighted_sum if scalarization is None else scalarization
@@ -89,6 +101,12 @@ def conditional_loss(
                 f"the {what} must give one value per example, shape {n}; got shape "
                 f"{given.shape}."
             )
+    known = _known(divisor)
+    if known is not None and not (known > 0).all():
+        raise ValueError(
+            f"normalize={normalize!r} must give a positive number for every example, "
+            f"got {float(known.min()):g}."
+        )
     return jnp.mean(values / divisor.astype(values.dtype))
 
 
@@ -103,7 +121,7 @@ def _divisor(normalize: Normalization | None, weights: PyTree) -> jax.Array:
         "geometric": lambda w: jnp.exp(jnp.mean(jnp.log(w), axis=-1)),
         "max": functools.partial(jnp.max, axis=-1),
     }
-    if normalize not in ways:
+    if not isinstance(normalize, str) or normalize not in ways:
         raise ValueError(
             f"normalize must be None, a function, or one of {', '.join(ways)}; got "
             f"{normalize!r}."
@@ -122,6 +140,7 @@ def group_mean(tree: PyTree, groups: int) -> PyTree:
       Tree of arrays ``(groups, ...)`` in float32, or in float64 if they come in that.
 
     Raises:
+      TypeError: ``groups`` is no integer.
       ValueError: ``groups`` does not divide n.
 
     Examples:
@@ -130,6 +149,7 @@ def group_mean(tree: PyTree, groups: int) -> PyTree:
       >>> print(conditional.group_mean({"fit": jnp.arange(4.0)}, 2)["fit"])
       [0.5 2.5]
     """
+    check_integers(groups=groups)
 
     def of_one(x: Any) -> jax.Array:
         x = upcast(jnp.asarray(x))
@@ -191,7 +211,7 @@ def cosmos(losses: PyTree, weights: PyTree, penalty: float = 2.0) -> jax.Array:
       Array of that shape. Where all losses are 0, the cosine counts as 0.
 
     Raises:
-      ValueError: The trees do not match.
+      ValueError: The trees do not match, or ``penalty`` is negative.
 
     Examples:
       >>> from yoto_jax import conditional
@@ -203,6 +223,7 @@ def cosmos(losses: PyTree, weights: PyTree, penalty: float = 2.0) -> jax.Array:
       Ruchte and Grabocka, `Scalable Pareto Front Approximation for Deep Multi-Objective
       Learning <https://arxiv.org/abs/2103.13392>`_, 2021, Eq. 5.
     """
+    check_not_negative(penalty=penalty)
     values, w = _pair(losses, weights)
     product = jnp.sum(w * values, axis=-1)
     length = _norm(w) * _norm(values)
@@ -233,7 +254,7 @@ def smooth_chebyshev(
       Array of that shape.
 
     Raises:
-      ValueError: The trees do not match.
+      ValueError: The trees do not match, or ``smoothing`` is not positive.
 
     Examples:
       >>> from yoto_jax import conditional
@@ -245,6 +266,7 @@ def smooth_chebyshev(
       Lin et al., `Smooth Tchebycheff Scalarization for Multi-Objective Optimization
       <https://arxiv.org/abs/2402.19078>`_, 2024.
     """
+    check_positive(smoothing=smoothing)
     values, w = _pair(losses, weights)
     weighted = w * (values - _ideal(ideal, losses, values))
     return smoothing * jax.nn.logsumexp(weighted / smoothing, axis=-1)
@@ -273,7 +295,7 @@ def pbi(
       Array of that shape.
 
     Raises:
-      ValueError: The trees do not match.
+      ValueError: The trees do not match, or ``penalty`` is negative.
 
     Examples:
       >>> from yoto_jax import conditional
@@ -284,6 +306,7 @@ def pbi(
     References:
       Zhang and Li, `MOEA/D <https://doi.org/10.1109/TEVC.2007.892759>`_, 2007.
     """
+    check_not_negative(penalty=penalty)
     values, w = _pair(losses, weights)
     values = values - _ideal(ideal, losses, values)
     length = _norm(w)[..., None]
@@ -312,7 +335,7 @@ def pinball_loss(
       Array ``(n,)``: means over the further axes.
 
     Raises:
-      ValueError: Shapes do not match.
+      ValueError: Shapes do not match, or a level that is known is not in (0, 1).
 
     Examples:
       >>> import jax.numpy as jnp
@@ -331,6 +354,9 @@ def pinball_loss(
             f"{jnp.shape(predictions)} and {jnp.shape(targets)}."
         )
     error = upcast(jnp.asarray(targets)) - upcast(jnp.asarray(predictions))
+    known = _known(quantile)
+    if known is not None and not ((known > 0) & (known < 1)).all():
+        raise ValueError(f"quantile must be in (0, 1), got {quantile}.")
     tau = _per_example("quantile", quantile, error)
     values = jnp.maximum(tau * error, (tau - 1) * error)
     return jnp.mean(values.reshape(len(values), -1), axis=-1)
@@ -351,10 +377,12 @@ def focal_loss(
         plain cross-entropy.
 
     Returns:
-      Array ``(n,)``.
+      Array ``(n,)``. Under ``jit``, where values are not known, it is NaN for a label
+      that is no class and for a negative ``gamma``.
 
     Raises:
-      ValueError: Shapes do not match.
+      TypeError: The labels are no integers.
+      ValueError: Shapes do not match, a label is no class, or ``gamma`` is negative.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -375,6 +403,10 @@ def focal_loss(
         )
     if logits.shape[-1] < 2:
         raise ValueError("a classification needs at least two classes, got one.")
+    _check_labels(labels, logits.shape[-1])
+    known = _known(gamma)
+    if known is not None and not (known >= 0).all():
+        raise ValueError(f"gamma must not be negative, got {gamma}.")
     log_p = jax.nn.log_softmax(upcast(jnp.asarray(logits)), axis=-1)
     right = jax.nn.one_hot(labels, log_p.shape[-1], dtype=bool)
     log_right = jnp.sum(jnp.where(right, log_p, 0), axis=-1)
@@ -383,7 +415,8 @@ def focal_loss(
     focus = _per_example("gamma", gamma, log_right)
     # An example that cannot be wrong has log(1 - p) = -inf, and 0 times that is NaN.
     log_wrong = jnp.where(focus > 0, log_wrong, 0)
-    return -jnp.exp(focus * log_wrong) * log_right
+    loss = -jnp.exp(focus * log_wrong) * log_right
+    return jnp.where(jnp.any(right, axis=-1) & (focus >= 0), loss, jnp.nan)
 
 
 # Checks and small arithmetic.
@@ -404,6 +437,39 @@ def check_per_example(losses: PyTree, weights: PyTree) -> None:
                 f"n of the weights; got shape {shape}, beside {n}. Losses of whole "
                 "groups of examples need one weighting per group: see group_mean."
             )
+
+
+def _known(x: Any) -> np.ndarray | None:
+    """The values, unless they are being traced or lie in other processes."""
+    traced = isinstance(x, jax.core.Tracer)
+    if traced or not getattr(x, "is_fully_addressable", True):
+        return None
+    return np.asarray(x)
+
+
+def _check_known_weights(weights: PyTree) -> None:
+    names = loss_names(jax.tree.structure(weights))
+    for name, leaf in zip(names, jax.tree.leaves(weights), strict=True):
+        if (known := _known(leaf)) is None:
+            continue
+        bad = known[~((known >= 0) & (known < np.inf))]
+        if bad.size:
+            raise ValueError(
+                f"the weight of loss {name!r} must be non-negative and finite, got "
+                f"{float(bad[0]):g} for {bad.size} of {known.size} examples."
+            )
+
+
+def _check_labels(labels: Any, classes: int) -> None:
+    dtype = jnp.result_type(labels)
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"labels must be integers, got dtype {dtype}.")
+    known = _known(labels)
+    if known is not None and not ((known >= 0) & (known < classes)).all():
+        raise ValueError(
+            f"labels must be from 0 to {classes - 1}, got {known.min()} to "
+            f"{known.max()}."
+        )
 
 
 def check_match(losses: PyTree, weights: PyTree) -> None:
@@ -432,6 +498,8 @@ def _stack(tree: PyTree, what: str) -> jax.Array:
     if len(shapes) > 1:
         raise ValueError(f"all {what} must have one shape, got {shapes}.")
     arrays = [jnp.asarray(x) for x in leaves]
+    if any(jnp.iscomplexobj(x) for x in arrays):
+        raise TypeError(f"{what} must be real numbers, got complex ones.")
     dtype = float_type(x.dtype for x in arrays)
     return jnp.stack([x.astype(dtype) for x in arrays], axis=-1)
 

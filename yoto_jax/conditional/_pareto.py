@@ -182,8 +182,8 @@ def _objectives(
             f"{points.shape}."
         )
     names = tuple(map(str, range(points.shape[1])))
-    columns = jnp.asarray(points, float_type([points]))
-    return [columns[:, k] for k in range(len(names))], None, names
+    columns = arrays("points", [points[:, k] for k in range(len(names))])
+    return columns, None, names
 
 
 def arrays(what: str, tree: PyTree) -> list[jax.Array]:
@@ -199,6 +199,8 @@ def arrays(what: str, tree: PyTree) -> list[jax.Array]:
             f"{what} must be a tree of arrays (n,), with one n for all, got "
             f"{_shown(shapes)}."
         )
+    if any(jnp.iscomplexobj(leaf) for leaf in leaves):
+        raise TypeError(f"{what} must be real numbers, got complex ones.")
     dtype = float_type(leaves)
     return [jnp.asarray(leaf, dtype) for leaf in leaves]
 
@@ -238,10 +240,9 @@ def _reference(
             f"got {reference!r}."
         )
     for leaf in leaves:
-        if np.shape(leaf) != ():
+        if np.shape(leaf) != () or isinstance(leaf, str):
             raise ValueError(
-                "the reference must hold one number for each objective, got shape "
-                f"{np.shape(leaf)}."
+                f"the reference must hold one number for each objective, got {leaf!r}."
             )
     return leaves
 

@@ -267,7 +267,8 @@ def select(
     Raises:
       TypeError: The values are not known, as under ``jit``.
       ValueError: A metric is unknown, a constraint cannot be met (it is named, with how
-        far the weightings get), or the arrays are not all of one shape ``(n,)``.
+        far the weightings get), the arrays are not all of one shape ``(n,)``, or two
+        have the same path.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -323,6 +324,10 @@ def _known(metrics: PyTree) -> dict[str, np.ndarray]:
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(metrics)):
         raise TypeError("select needs known values: call it outside of jit and vmap.")
     names = loss_names(jax.tree.structure(metrics))
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(
+            f"two metrics have the same path {listed(sorted(twice))}: rename one."
+        )
     return dict(zip(names, map(np.asarray, arrays("metrics", metrics)), strict=True))
 
 

@@ -6,10 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from yoto_jax.monitoring._history import History, weighed
+from yoto_jax.monitoring._history import History, check_history, weighed
+from yoto_jax.weightings._protocol import check_positive
 
 _FEWEST_ROWS = 10  # Fewer say nothing of a run.
 _NEARLY_ALL = 0.9  # Of the rows: some methods have a weight of 0 now and then.
+_SELDOM = 0.1  # Of the rows or steps: batches that are bad by chance are far fewer.
+_OTHER_GRADIENT = 10.0  # Times larger or smaller: no noise of batches makes that.
 _SAID: set[tuple[str, tuple[str, ...]]] = set()  # In this process, by warn.
 
 
@@ -17,7 +20,8 @@ class Finding(NamedTuple):
     """Something that looks wrong.
 
     Attributes:
-      kind: ``"not finite"``, ``"collapsed"``, ``"prior"`` or ``"scale"``.
+      kind: ``"not finite"``, ``"skipped"``, ``"collapsed"``, ``"prior"``, ``"scale"``
+        or ``"gradient"``.
       losses: Names of the losses it is about.
       message: What it is, the numbers, and what to do.
     """
@@ -46,6 +50,9 @@ def check(
 
     - ``"not finite"``: in more than one of ten rows a loss was NaN or infinite, or a
       weight is now.
+    - ``"skipped"``: of the steps from the first to the last row, the weighting learned
+      nothing from more than one in ten: a loss was not positive where it has to be, or
+      something was not finite. Bad batches that come by chance are far fewer.
     - ``"collapsed"``: in nine of ten rows, the share of a weight in all of them was
       below ``collapsed``, and so was the share of the weighted loss, if losses are
       known. A small weight on a large loss is as it should be.
@@ -55,6 +62,9 @@ def check(
       With learned logits that is about the losses themselves, which the weights follow;
       with any other weighting about the weighted losses, which it should have evened
       out.
+    - ``"gradient"``: in nine of ten rows, the gradient of the logits that reached
+      :func:`record` was ten times larger or smaller than that of the composite loss: it
+      is not the first link of the chain, or was given other losses.
 
     Args:
       history: From :func:`history`.
@@ -66,6 +76,10 @@ def check(
     Returns:
       Findings, each with a message that names losses and numbers. Empty if all is well.
 
+    Raises:
+      TypeError: ``history`` is something else, such as the state.
+      ValueError: A limit, or ``last``, is not positive.
+
     Examples:
       >>> import numpy as np
       >>> from yoto_jax import monitoring
@@ -76,15 +90,19 @@ def check(
       ...     print(kind, losses)
       collapsed ('camera',)
     """
+    check_history(history)
+    check_positive(collapsed=collapsed, prior=prior, scale=scale, last=last)
     if len(history.steps) < _FEWEST_ROWS:
         return []
     recent = _recent(history, last)
     with np.errstate(all="ignore"):
         return [
             *_not_finite(recent),
+            *_skipped(recent),
             *_collapsed(recent, collapsed),
             *_prior_alone(recent, prior),
             *_unlike_scales(recent, scale),
+            *_another_gradient(recent),
         ]
 
 
@@ -136,12 +154,13 @@ def _recent(history: History, last: int) -> History:
         losses=each(history.losses),
         data_gradient=cut(history.data_gradient),
         prior_gradient=cut(history.prior_gradient),
+        num_skipped=cut(history.num_skipped),
     )
 
 
 def _not_finite(seen: History) -> Iterator[Finding]:
     bad = {name: int(np.sum(~np.isfinite(x))) for name, x in seen.losses.items()}
-    bad = {name: n for name, n in bad.items() if n > len(seen.steps) / 10}
+    bad = {name: n for name, n in bad.items() if n > len(seen.steps) * _SELDOM}
     if bad:
         counts = ", ".join(f"{name!r} in {n}" for name, n in bad.items())
         yield Finding(
@@ -163,6 +182,54 @@ def _not_finite(seen: History) -> Iterator[Finding]:
             f"{since}: nothing trains any more. Go back to a checkpoint from before, "
             "and skip batches that are not finite (yoto.skip_outliers).",
         )
+
+
+_CAUSES = (  # Of a batch that changes nothing: what losses are, and what to do.
+    (
+        "0 or less",
+        lambda x: x <= 0,
+        "If the method needs positive losses, add a constant to such a loss (its "
+        "gradient stays the same), give famo lower_bounds, or take a weighting for "
+        "losses of any sign, such as yoto.weightings.upgrad.",
+    ),
+    (
+        "NaN or infinite",
+        lambda x: ~np.isfinite(x),
+        "Compute such a loss in float32, or lower the learning rate.",
+    ),
+)
+
+
+def _skipped(seen: History) -> Iterator[Finding]:
+    if seen.num_skipped is None:
+        return
+    skipped = seen.num_skipped[-1] - seen.num_skipped[0]
+    steps = seen.steps[-1] - seen.steps[0]
+    if not skipped > steps * _SELDOM:
+        return
+    held = np.flatnonzero(np.diff(seen.num_skipped)) + 1
+    about, advice = {}, ""
+    for what, is_bad, cure in _CAUSES:
+        counts = {name: np.sum(is_bad(x[held])) for name, x in seen.losses.items()}
+        if bad := {name: n for name, n in counts.items() if n}:
+            about |= bad
+            listing = _some(f"{name!r} in {n}" for name, n in bad.items())
+            advice += f" Losses in the {len(held)} rows with such batches were {what}: "
+            advice += f"{listing}. {cure}"
+    yield Finding(
+        "skipped",
+        tuple(about or seen.losses),
+        f"The weighting learned nothing from {skipped} of the {steps} batches of steps "
+        f"{seen.steps[0] + 1} to {seen.steps[-1]} (since the start: "
+        f"{seen.num_skipped[-1]} of {seen.steps[-1] + 1}), and its weights stayed as "
+        "they were."
+        + (
+            advice
+            or " The losses in their rows are positive and finite: a statistic of the "
+            "gradients was not finite, a loss was below its bound (lower_bounds of "
+            "famo), or skip_outliers took the batches for outliers (raise its limit)."
+        ),
+    )
 
 
 def _collapsed(seen: History, limit: float) -> Iterator[Finding]:
@@ -254,6 +321,34 @@ def _unlike_scales(seen: History, limit: float) -> Iterator[Finding]:
         f"{large!r} is {sizes[large]:.3g}, {small!r} is {sizes[small]:.3g} in the "
         f"median of the {_rows(seen)}. {cure} If {small!r} is small because it is "
         "solved, drop it or leave this be.",
+    )
+
+
+def _another_gradient(seen: History) -> Iterator[Finding]:
+    weights = np.array(list(seen.loss_weights.values()))
+    if seen.data_gradient is None or not seen.losses or np.any(weights.sum(0) > 1.1):
+        return  # Not known, or of several LossLogits together.
+    terms = weights * np.array([seen.losses[name] for name in seen.loss_weights])
+    slopes = terms - weights * terms.sum(axis=0)
+    squares = slopes**2
+    # The primary loss, which is not known here, has no slope of its own.
+    left_out = np.sum(squares, axis=0) - np.array([0 * squares[0], *squares])
+    sizes = np.sqrt(np.maximum(left_out, 0))
+    ratios = seen.data_gradient / np.where(
+        sizes > 1e-4 * np.max(np.abs(terms), axis=0), sizes, np.nan
+    )
+    distance = np.min(np.abs(np.log(ratios)), axis=0)
+    if not _nearly_all(-distance) < -np.log(_OTHER_GRADIENT):
+        return
+    yield Finding(
+        "gradient",
+        tuple(seen.loss_weights),
+        f"The gradient of the loss logits that arrives is {np.median(ratios[0]):.2g} "
+        "times that of the composite loss of the recorded losses, in the median of the "
+        f"{_rows(seen)}. monitoring.record must be the first link of the chain, where "
+        "updates are gradients still; its losses= must be those that are "
+        "differentiated, averaged over devices as the gradients are. If the loss is "
+        "scaled on purpose, leave this be.",
     )
 
 

@@ -1,6 +1,7 @@
 """Recorded loss weights, read on the host."""
 
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,8 @@ from yoto_jax.monitoring._record import (
     Weighed,
     nodes,
 )
+from yoto_jax.weightings._skip_outliers import SkipOutliersState
+from yoto_jax.weightings._wrappers import EveryState, NormalizeState, SmoothState
 
 
 class History(NamedTuple):
@@ -29,6 +32,8 @@ class History(NamedTuple):
       prior_weights: For each ``LossLogits``, the weights by name that the regulariser
         alone would choose. Empty if that is not known.
       downstream: The loss that steers the weights without one of its own, or None.
+      num_skipped: (n,) batches that changed nothing, up to and with that of the row, or
+        None if the weighting does not count them.
     """
 
     steps: np.ndarray
@@ -38,6 +43,7 @@ class History(NamedTuple):
     prior_gradient: np.ndarray | None = None
     prior_weights: tuple[dict[str, float], ...] = ()
     downstream: str | None = None
+    num_skipped: np.ndarray | None = None
 
 
 def history(state: PyTree, index: int | tuple[int, ...] | None = None) -> History:
@@ -60,6 +66,9 @@ def history(state: PyTree, index: int | tuple[int, ...] | None = None) -> Histor
       TypeError: The state is being traced.
       ValueError: No history in the state, or several; one that saw no loss logits, or
         is spread over processes; or leading axes and ``index`` do not go together.
+
+    Warns:
+      UserWarning: :func:`recorded` was put inside another wrapper.
 
     Examples:
       >>> import yoto_jax as yoto
@@ -86,6 +95,9 @@ def history(state: PyTree, index: int | tuple[int, ...] | None = None) -> Histor
     return _as_history(steps[order], rows[order], found.columns)
 
 
+_WRAPPERS = (EveryState, NormalizeState, SkipOutliersState, SmoothState)
+
+
 def _find(state: PyTree) -> HistoryState:
     found = nodes(state, HistoryState)
     if not found:
@@ -100,6 +112,16 @@ def _find(state: PyTree) -> HistoryState:
             f"{listed(path for path, _ in found)}: give the part of it with the one to "
             "read."
         )
+    for path, wrapper in nodes(state, _WRAPPERS):
+        if nodes(wrapper, HistoryState):
+            name = type(wrapper).__name__.removesuffix("State")
+            warnings.warn(
+                f"this history was recorded inside another wrapper ({name}, at "
+                f"{path!r}): its steps, losses and weights are those that the wrapper "
+                "lets through, not those of the run. Put monitoring.recorded around "
+                "all other wrappers.",
+                stacklevel=3,
+            )
     ((_, only),) = found
     if not isinstance(only.columns, tuple):
         raise ValueError("this history is empty: record has seen no LossLogits.")
@@ -133,10 +155,16 @@ def _as_history(
     by_name = lambda values: dict(zip(names, values, strict=True))
     each, count = rows.T.copy(), len(names)
     weights, losses, rest = each[:count], each[count : 2 * count], each[2 * count :]
-    if not len(rest):
+    if len(rest) < 2:  # Of a weighting.
         steers = [name for name, role in named if isinstance(role, Downstream)]
-        seen = History(steps, by_name(weights), by_name(losses))
-        return seen._replace(downstream=steers[0] if steers else None)
+        counted = len(rest) and (rest[0] >= 0).all()
+        return History(
+            steps,
+            by_name(weights),
+            by_name(losses),
+            downstream=steers[0] if steers else None,
+            num_skipped=rest[0].astype(int) if counted else None,
+        )
     given, data, *prior = rest
     return History(
         steps,
@@ -171,6 +199,15 @@ def _best_logit(auxiliary: int) -> float:
         middle = (low + high) / 2
         low, high = (low, middle) if slope(middle) > 0 else (middle, high)
     return (low + high) / 2
+
+
+def check_history(history: Any) -> None:
+    """Raise unless this is what :func:`history` returns."""
+    if not isinstance(history, History):
+        raise TypeError(
+            "history must be a History, what monitoring.history(state) returns, got "
+            f"{type(history).__name__}."
+        )
 
 
 def weighed(seen: History) -> list[str]:

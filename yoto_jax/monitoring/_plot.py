@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from yoto_jax.monitoring._history import History, weighed
+from yoto_jax.monitoring._history import History, check_history, weighed
 
 _LABELLED = 15  # With more lines than this, a legend.
 _FLOOR = 1e-8  # Of the largest weight: where a logarithmic axis ends.
@@ -36,6 +36,7 @@ def plot_loss_weights(history: History, ax: Any = None) -> Any:
 
     Raises:
       ModuleNotFoundError: Matplotlib is not installed.
+      TypeError: ``history`` is something else, such as the state.
       ValueError: There is nothing to draw yet.
 
     Examples:
@@ -49,6 +50,7 @@ def plot_loss_weights(history: History, ax: Any = None) -> Any:
       >>> print(ax.get_xlabel(), ax.get_ylabel(), ax.get_yscale())
       step loss weight linear
     """
+    check_history(history)
     try:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError as error:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -61,7 +62,8 @@ class HistoryState(NamedTuple):
     calls: jax.Array  # int32 scalar
     row_steps: jax.Array  # int32 (length + 1,), -1 where nothing has been written
     rows: jax.Array  # float32 (length + 1, columns): weights, losses; with logits, too,
-    # whether losses were given, the data's gradient, the prior's if rho is known
+    # whether losses were given, the data's gradient, the prior's if rho is known; of a
+    # weighting, how many batches it has skipped, -1 if it does not count them
     columns: tuple[Columns, ...]  # no arrays: names, by LossLogits
 
 
@@ -103,7 +105,8 @@ def record(
 
     Raises:
       TypeError: ``length`` is not an integer (with ``optax.inject_hyperparams`` make
-        it one of the ``static_args``), or rho is no number and no schedule.
+        it one of the ``static_args``), ``every`` is not one, or rho is no number and no
+        schedule.
       ValueError: ``length`` or ``every`` is not positive, rho is negative or not
         finite, or ``entropy`` is unknown. In ``init``: the parameters hold no
         ``LossLogits``. In ``update``: ``params`` is missing, or the updates or the
@@ -129,6 +132,10 @@ def record(
       [200 299] [0.29 0.29]
 
     .. note::
+      Behind other links it sees updates where it should see gradients: weights and
+      losses are the same, ``data_gradient`` is the norm of an update, and :func:`check`
+      says so where the losses are known. Only :func:`yoto_jax.aggregate` goes first.
+
       The losses must be averaged over devices, as the gradients are. Around
       ``optax.MultiSteps``, each mini-batch is a step; inside it, the rows are copied at
       every one. ``flax.training.TrainState.apply_gradients`` takes no ``losses=``.
@@ -226,7 +233,8 @@ def recorded(
       needs the losses, whether or not the one inside does.
 
     Raises:
-      TypeError: ``length`` is not an integer.
+      TypeError: ``length`` or ``every`` is not an integer, or ``weighting`` is no
+        weighting.
       ValueError: ``length`` or ``every`` is not positive.
 
     Examples:
@@ -241,6 +249,11 @@ def recorded(
       [2. 4.]
     """
     _check_size(length, every)
+    if not isinstance(weighting, LossWeighting):
+        raise TypeError(
+            "weighting must be a LossWeighting, such as yoto.weightings.equal(), got "
+            f"{weighting!r}."
+        )
 
     def init(losses: PyTree) -> RecordedState:
         structure = jax.tree.structure(losses)
@@ -249,14 +262,16 @@ def recorded(
             place = find_loss("downstream", name, losses, loss_names(structure))
             special[place] = Downstream()
         columns = (_columns(structure, Weighed(), special),)
-        history = _empty(length, 2 * structure.num_leaves, columns)
+        history = _empty(length, 2 * structure.num_leaves + 1, columns)
         return RecordedState(history, weighting.init(losses))
 
     def update(
         losses: PyTree, state: RecordedState, **statistics: Any
     ) -> tuple[PyTree, RecordedState]:
         weights, inner = weighting.update(losses, state.inner, **statistics)
-        row = [*jax.tree.leaves(weights), *jax.tree.leaves(losses)]
+        skipped = [x for _, x in optax.tree.get_all_with_path(inner, "num_skipped")]
+        count = sum(skipped) if skipped else -1
+        row = [*jax.tree.leaves(weights), *jax.tree.leaves(losses), count]
         return weights, RecordedState(_write(state.history, row, every), inner)
 
     return _observing_inner(weighting)._replace(
@@ -305,8 +320,8 @@ def _write(state: HistoryState, row: Sequence[Any], every: Any) -> HistoryState:
     )
 
 
-def nodes(tree: PyTree, kind: type) -> list[tuple[str, Any]]:
-    """All nodes of this type, with their paths."""
+def nodes(tree: PyTree, kind: type | tuple[type, ...]) -> list[tuple[str, Any]]:
+    """All nodes of this type, or one of these, with their paths."""
     is_kind = lambda x: isinstance(x, kind)
     flat = jax.tree.leaves_with_path(tree, is_leaf=is_kind)
     return [(path_name(path), x) for path, x in flat if is_kind(x)]
@@ -372,6 +387,8 @@ def _check_size(length: Any, every: Any) -> None:
             f"length must be an integer, got {length!r}; with inject_hyperparams make "
             "it one of the static_args."
         )
+    if not isinstance(every, int | np.integer | jax.Array) or isinstance(every, bool):
+        raise TypeError(f"every must be an integer, got {every!r}.")
     for name, value in (("length", length), ("every", every)):
-        if isinstance(value, int) and value < 1:
+        if isinstance(value, int | np.integer) and value < 1:
             raise ValueError(f"{name} must be positive, got {value}.")

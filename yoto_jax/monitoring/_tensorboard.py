@@ -2,7 +2,7 @@
 
 from typing import Any, Protocol
 
-from yoto_jax.monitoring._history import History
+from yoto_jax.monitoring._history import History, check_history
 
 
 class Writer(Protocol):
@@ -29,6 +29,10 @@ def write_scalars(
     Returns:
       The last step written, or ``since`` if there was nothing new.
 
+    Raises:
+      TypeError: ``history`` is something else, such as the state, or ``writer`` has no
+        ``add_scalar``.
+
     Examples:
       >>> import numpy as np
       >>> from yoto_jax import monitoring
@@ -46,6 +50,12 @@ def write_scalars(
       Rows that the ring has dropped in the meantime are lost: call it at least once in
       every ``length * every`` steps.
     """
+    check_history(history)
+    if not callable(getattr(writer, "add_scalar", None)):
+        raise TypeError(
+            "writer must have add_scalar(tag, value, step), as a SummaryWriter has, "
+            f"got {type(writer).__name__}."
+        )
     groups = {
         prefix: history.loss_weights,
         f"{prefix}_losses": history.losses,
