@@ -171,8 +171,8 @@ def add_hyperparameter_decay(
       With ``present=``, a tree of booleans like the losses, the regulariser is that of
       the losses that are there. Its ``init`` warns of parameters without loss logits,
       as ``optax.flatten`` around it leaves them (but not of a part that
-      ``optax.partition`` or ``optax.masked`` picks, nor if rho is 0), and of loss logits
-      of less than 32 bits, which small steps do not move.
+      ``optax.partition`` or ``optax.masked`` picks, nor if rho is 0), and of logits of
+      less than 32 bits, which small steps do not move.
 
     Raises:
       TypeError: rho is neither a number, nor a scalar array, nor a schedule.
