@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.experimental import checkify
 
 from yoto_jax._loss_logits import (
     PyTree,
@@ -297,6 +296,8 @@ def _check_positive_losses(values: jax.Array, layout: Layout) -> None:
     """Outside ``jit`` an error, inside one for ``checkify`` alone."""
     bad = jnp.isfinite(values) & (values <= 0)
     if isinstance(bad, jax.core.Tracer):
+        from jax.experimental import checkify  # Slow to import, and seldom needed.
+
         checkify.debug_check(
             ~jnp.any(bad),
             f"this weighting needs positive losses; {listed(layout.names)} are "
