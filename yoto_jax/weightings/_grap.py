@@ -242,7 +242,9 @@ def grap(
             num_batches=learned.num_batches + 1,
         )
         w, learned = step(learned, aligned)
-        learned = learned._replace(num_aligned=learned.num_aligned + aligned)
+        learned = learned._replace(
+            num_aligned=learned.num_aligned + aligned.astype(jnp.int32)
+        )
 
         size = learned.encoder_gain * scale
         weights = safe_divide(size * w, nu)
@@ -329,7 +331,7 @@ def grap(
         telling = (cotangent_norm > 0) & (gradient_norm > 0)
         return learned._replace(
             encoder_gain=jnp.where(telling, gain, learned.encoder_gain),
-            num_observed=learned.num_observed + telling,
+            num_observed=learned.num_observed + telling.astype(jnp.int32),
         )
 
     def first_weights(layout: Layout) -> jax.Array:

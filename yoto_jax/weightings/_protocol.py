@@ -393,7 +393,7 @@ def running_mean(
 ) -> jax.Array:
     """The first as it is; the plain mean of all during the warmup; then with decay."""
     number = count.astype(x.dtype)
-    early = (count == 0) | (count < warmup)
+    early = (count == 0) | (number < warmup)
     return jnp.where(
         early, (mean * number + x) / (number + 1), decay * mean + (1 - decay) * x
     )
@@ -403,5 +403,7 @@ def descend(
     tx: optax.GradientTransformation, gradient: Any, state: Any, params: Any
 ) -> tuple[Any, Any]:
     """One step of an optimizer: the new parameters and its new state."""
-    updates, state = tx.update(gradient, state, params)
+    # Optax's Adam mixes integers and floats, which strict promotion would refuse.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, state = tx.update(gradient, state, params)
     return optax.apply_updates(params, updates), state
