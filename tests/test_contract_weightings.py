@@ -348,3 +348,35 @@ def on_replicas(step):
 def on_shards(step):
     in_specs = jax.P(), jax.P(), jax.P("d")
     return jax.jit(jax.shard_map(step, mesh=MESH, in_specs=in_specs, out_specs=jax.P()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_nothing_is_promoted_in_silence(row, dtype):
+    weighting = row.make("a")
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, dtype)
+
+    def run(losses, gramian, numbers, norm):
+        given = {
+            name: gramian if name == "gramian" else numbers
+            for name in weighting.needs
+            if name != "losses"
+        }
+        first = weighting.init(losses)
+        weights, state = weighting.update(losses, first, **given)
+        if weighting.due:
+            weighting.due(state)
+        if weighting.observe:
+            norms = {"cotangent_norm": norm, "gradient_norm": norm}
+            state = weighting.observe(state, **norms)
+        if weighting.observe_step:
+            state = weighting.observe_step(losses, state)
+        return weights, first, state
+
+    with jax.enable_x64(dtype == "float64"), jax.numpy_dtype_promotion("strict"):
+        losses = {name: shape() for name in "abc"}
+        traced = (losses, shape(3, 3), shape(3), shape())
+        weights, first, state = jax.eval_shape(run, *traced)
+    wide = jnp.float64 if dtype == "float64" else jnp.float32
+    assert all(weight.dtype == wide for weight in weights.values())
+    dtypes = lambda tree: [leaf.dtype for leaf in jax.tree.leaves(tree)]
+    assert dtypes(first) == dtypes(state)

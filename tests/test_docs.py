@@ -57,8 +57,8 @@ def test_public_names_are_documented(module, name):
 def test_all_is_what_a_package_shows(module):
     shown = {
         name
-        for name, thing in vars(module).items()
-        if not name.startswith("_") and not inspect.ismodule(thing)
+        for name in dir(module)
+        if not name.startswith("_") and not inspect.ismodule(getattr(module, name))
     }
     assert shown | NAMES == {*module.__all__} | NAMES
 
@@ -78,6 +78,29 @@ def test_the_core_imports_jax_and_optax_alone():
         "print(new - {'jax', 'optax'})"
     )
     assert run(code).stdout.strip() == "{'yoto_jax'}"
+
+
+def test_importing_the_package_imports_no_more_than_it_has_to():
+    code = (
+        "import sys, optax; before = set(sys.modules); import yoto_jax; "
+        "print(*set(sys.modules) - before)"
+    )
+    new = run(code).stdout.split()
+    # All else is there with Optax: checkify alone would double the time.
+    assert {name.split(".")[0] for name in new} == {"yoto_jax"}
+    for name in ("conditional", "monitoring", "checkpoints", "weightings._grap"):
+        assert f"yoto_jax.{name}" not in new
+
+
+def test_what_is_imported_late_is_there_all_the_same():
+    code = (
+        "from yoto_jax.weightings import *; from yoto_jax import *; "
+        "import pickle, yoto_jax as yoto; assert monitoring is yoto.monitoring; "
+        "assert pickle.loads(pickle.dumps(ntk_diagonal)) is ntk_diagonal; "
+        "assert yoto.conditional.film and 'upgrad' in dir(yoto.weightings); "
+        "print(hasattr(yoto, 'random'), hasattr(yoto.weightings, 'film'))"
+    )
+    assert run(code).stdout.split() == ["False", "False"]
 
 
 @pytest.mark.parametrize("layer", ["linen", "nnx"])

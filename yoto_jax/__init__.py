@@ -1,7 +1,8 @@
 """Train once: loss weights learned with the model, for JAX and Optax."""
 
-from yoto_jax import conditional as conditional
-from yoto_jax import monitoring as monitoring
+import importlib
+import typing
+
 from yoto_jax import weightings as weightings
 from yoto_jax._aggregate import aggregate as aggregate
 from yoto_jax._composite_loss import composite_loss as composite_loss
@@ -25,6 +26,10 @@ from yoto_jax._optimizers import sgdw as sgdw
 from yoto_jax._skip_outliers import skip_outliers as skip_outliers
 from yoto_jax.weightings._protocol import LossWeighting as LossWeighting
 from yoto_jax.weightings._protocol import WeightingState as WeightingState
+
+if typing.TYPE_CHECKING:
+    from yoto_jax import conditional as conditional
+    from yoto_jax import monitoring as monitoring
 
 __version__ = "0.1.0"
 
@@ -51,3 +56,14 @@ __all__ = [
     "value_and_jacobian",
     "weightings",
 ]
+
+
+def __getattr__(name: str) -> typing.Any:
+    """The parts that few programs need are imported when they are asked for."""
+    if name not in ("conditional", "monitoring"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,48 +3,52 @@
 A weighting goes into :func:`yoto_jax.value_and_grad` or :func:`yoto_jax.aggregate`.
 """
 
-from yoto_jax.weightings._aligned_mtl import aligned_mtl as aligned_mtl
-from yoto_jax.weightings._auto_lambda import auto_lambda as auto_lambda
-from yoto_jax.weightings._cagrad import cagrad as cagrad
-from yoto_jax.weightings._causal import causal as causal
-from yoto_jax.weightings._config import config as config
-from yoto_jax.weightings._dual_proj import dual_proj as dual_proj
-from yoto_jax.weightings._dwa import dwa as dwa
-from yoto_jax.weightings._fair_grad import fair_grad as fair_grad
-from yoto_jax.weightings._famo import famo as famo
-from yoto_jax.weightings._geometric import geometric as geometric
-from yoto_jax.weightings._grad_norm_balance import (
-    grad_norm_balance as grad_norm_balance,
-)
-from yoto_jax.weightings._gradnorm import gradnorm as gradnorm
-from yoto_jax.weightings._gradvac import gradvac as gradvac
-from yoto_jax.weightings._grap import grap as grap
-from yoto_jax.weightings._imtl_g import imtl_g as imtl_g
-from yoto_jax.weightings._imtl_l import imtl_l as imtl_l
-from yoto_jax.weightings._lr_annealing import lr_annealing as lr_annealing
-from yoto_jax.weightings._mgda import mgda as mgda
-from yoto_jax.weightings._nash_mtl import nash_mtl as nash_mtl
-from yoto_jax.weightings._ntk import ntk as ntk
-from yoto_jax.weightings._ntk import ntk_diagonal as ntk_diagonal
-from yoto_jax.weightings._ntk import ntk_surrogate as ntk_surrogate
-from yoto_jax.weightings._pcgrad import pcgrad as pcgrad
-from yoto_jax.weightings._random import random as random
-from yoto_jax.weightings._relobralo import relobralo as relobralo
-from yoto_jax.weightings._scale_invariant import scale_invariant as scale_invariant
-from yoto_jax.weightings._skip_outliers import skip_outliers as skip_outliers
-from yoto_jax.weightings._softadapt import softadapt as softadapt
-from yoto_jax.weightings._softmax_alignment import (
-    softmax_alignment as softmax_alignment,
-)
-from yoto_jax.weightings._static import equal as equal
-from yoto_jax.weightings._static import static as static
-from yoto_jax.weightings._stch import stch as stch
-from yoto_jax.weightings._uncertainty import uncertainty as uncertainty
-from yoto_jax.weightings._upgrad import upgrad as upgrad
-from yoto_jax.weightings._wrappers import every as every
-from yoto_jax.weightings._wrappers import normalize as normalize
-from yoto_jax.weightings._wrappers import smooth as smooth
-from yoto_jax.weightings._yoto import yoto as yoto
+import importlib
+import typing
+
+if typing.TYPE_CHECKING:
+    from yoto_jax.weightings._aligned_mtl import aligned_mtl as aligned_mtl
+    from yoto_jax.weightings._auto_lambda import auto_lambda as auto_lambda
+    from yoto_jax.weightings._cagrad import cagrad as cagrad
+    from yoto_jax.weightings._causal import causal as causal
+    from yoto_jax.weightings._config import config as config
+    from yoto_jax.weightings._dual_proj import dual_proj as dual_proj
+    from yoto_jax.weightings._dwa import dwa as dwa
+    from yoto_jax.weightings._fair_grad import fair_grad as fair_grad
+    from yoto_jax.weightings._famo import famo as famo
+    from yoto_jax.weightings._geometric import geometric as geometric
+    from yoto_jax.weightings._grad_norm_balance import (
+        grad_norm_balance as grad_norm_balance,
+    )
+    from yoto_jax.weightings._gradnorm import gradnorm as gradnorm
+    from yoto_jax.weightings._gradvac import gradvac as gradvac
+    from yoto_jax.weightings._grap import grap as grap
+    from yoto_jax.weightings._imtl_g import imtl_g as imtl_g
+    from yoto_jax.weightings._imtl_l import imtl_l as imtl_l
+    from yoto_jax.weightings._lr_annealing import lr_annealing as lr_annealing
+    from yoto_jax.weightings._mgda import mgda as mgda
+    from yoto_jax.weightings._nash_mtl import nash_mtl as nash_mtl
+    from yoto_jax.weightings._ntk import ntk as ntk
+    from yoto_jax.weightings._ntk import ntk_diagonal as ntk_diagonal
+    from yoto_jax.weightings._ntk import ntk_surrogate as ntk_surrogate
+    from yoto_jax.weightings._pcgrad import pcgrad as pcgrad
+    from yoto_jax.weightings._random import random as random
+    from yoto_jax.weightings._relobralo import relobralo as relobralo
+    from yoto_jax.weightings._scale_invariant import scale_invariant as scale_invariant
+    from yoto_jax.weightings._skip_outliers import skip_outliers as skip_outliers
+    from yoto_jax.weightings._softadapt import softadapt as softadapt
+    from yoto_jax.weightings._softmax_alignment import (
+        softmax_alignment as softmax_alignment,
+    )
+    from yoto_jax.weightings._static import equal as equal
+    from yoto_jax.weightings._static import static as static
+    from yoto_jax.weightings._stch import stch as stch
+    from yoto_jax.weightings._uncertainty import uncertainty as uncertainty
+    from yoto_jax.weightings._upgrad import upgrad as upgrad
+    from yoto_jax.weightings._wrappers import every as every
+    from yoto_jax.weightings._wrappers import normalize as normalize
+    from yoto_jax.weightings._wrappers import smooth as smooth
+    from yoto_jax.weightings._yoto import yoto as yoto
 
 __all__ = [
     "aligned_mtl",
@@ -86,3 +90,26 @@ __all__ = [
     "upgrad",
     "yoto",
 ]
+
+_SHARED = {
+    "equal": "_static",
+    "every": "_wrappers",
+    "normalize": "_wrappers",
+    "ntk_diagonal": "_ntk",
+    "ntk_surrogate": "_ntk",
+    "smooth": "_wrappers",
+}
+"""Modules that hold more than the function they are named after."""
+
+
+def __getattr__(name: str) -> typing.Any:
+    """A method is imported when it is first asked for: there are many of them."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_SHARED.get(name, '_' + name)}")
+    globals()[name] = getattr(module, name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

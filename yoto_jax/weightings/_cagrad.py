@@ -83,7 +83,9 @@ def cagrad(c: float = 0.5, *, rescale: Literal[0, 1, 2] = 0) -> LossWeighting:
         w = minimise_on_simplex(derivatives, layout.size, layout.dtype)
         square = jnp.maximum(jnp.vdot(w, dot(g, w)), 0)
         stationary = square <= layout.size * eps
-        pull = jnp.where(stationary, 0, radius / jnp.sqrt(square + stationary))
+        pull = jnp.where(
+            stationary, 0, radius / jnp.sqrt(jnp.where(stationary, 1, square))
+        )
         weights = mean + pull * w
         return weights / (1, 1 + c**2, 1 + c)[rescale], learned
 

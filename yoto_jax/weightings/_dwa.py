@@ -89,14 +89,15 @@ def dwa(temperature: float = 2.0, *, window: int = 1) -> LossWeighting:
 
         total, count = learned.window_sum + losses, learned.window_count + 1
         done = count >= window
+        average = total / count.astype(total.dtype)
         return weights, DwaState(
             window_sum=jnp.where(done, 0.0, total),
             window_count=jnp.where(done, 0, count),
-            last_average=jnp.where(done, total / count, learned.last_average),
+            last_average=jnp.where(done, average, learned.last_average),
             earlier_average=jnp.where(
                 done, learned.last_average, learned.earlier_average
             ),
-            num_windows=jnp.minimum(learned.num_windows + done, 2),
+            num_windows=jnp.minimum(learned.num_windows + done.astype(jnp.int32), 2),
         )
 
     return make_weighting(init, update, positive=True)

@@ -252,11 +252,13 @@ def grap(
             gradient_norms=nu,
             cosines=cosines,
             alignments=alignments,
-            num_batches=learned.num_batches + both,
-            num_compared=learned.num_compared + (aligned & there),
+            num_batches=learned.num_batches + both.astype(jnp.int32),
+            num_compared=learned.num_compared + (aligned & there).astype(jnp.int32),
         )
         w, learned = step(learned, aligned, there)
-        learned = learned._replace(num_aligned=learned.num_aligned + aligned)
+        learned = learned._replace(
+            num_aligned=learned.num_aligned + aligned.astype(jnp.int32)
+        )
 
         size = learned.encoder_gain * scale
         weights = safe_divide(size * w, nu)
@@ -351,7 +353,7 @@ def grap(
         telling = (cotangent_norm > 0) & (gradient_norm > 0)
         return learned._replace(
             encoder_gain=jnp.where(telling, gain, learned.encoder_gain),
-            num_observed=learned.num_observed + telling,
+            num_observed=learned.num_observed + telling.astype(jnp.int32),
         )
 
     def first_weights(layout: Layout) -> jax.Array:

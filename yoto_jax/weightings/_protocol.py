@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.experimental import checkify
 
 from yoto_jax._loss_logits import (
     PyTree,
@@ -402,6 +401,8 @@ def refuse_losses(
     """Outside ``jit`` an error, inside one for ``checkify`` alone."""
     bad = layout.of_present(bad & jnp.isfinite(values), False)
     if isinstance(bad, jax.core.Tracer):
+        from jax.experimental import checkify  # Slow to import, and seldom needed.
+
         checkify.debug_check(
             ~jnp.any(bad),
             f"this weighting needs {needs}; {listed(layout.names)} are {{values}}",
@@ -537,7 +538,7 @@ def running_mean(
 ) -> jax.Array:
     """The first as it is; the plain mean of all during the warmup; then with decay."""
     number = count.astype(x.dtype)
-    early = (count == 0) | (count < warmup)
+    early = (count == 0) | (number < warmup)
     return jnp.where(
         early, (mean * number + x) / (number + 1), decay * mean + (1 - decay) * x
     )
@@ -576,7 +577,9 @@ def descend(
     def one(leaves: list[Any]) -> tuple[Any, list[Any]]:
         """The step with the counters of one entry."""
         old = structure.unflatten(leaves)
-        updates, new = tx.update(gradient, old, params, **extra_args)
+        # Optax's Adam mixes integers and floats, which strict promotion would refuse.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, new = tx.update(gradient, old, params, **extra_args)
         return optax.apply_updates(params, updates), jax.tree.leaves(new)
 
     axes = [None if whole else 0 for whole in once]

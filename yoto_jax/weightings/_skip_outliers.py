@@ -106,7 +106,9 @@ class OutlierRule:
         ).astype(means.dtype)
         new = LossScales(
             jnp.where(restart, sizes, jnp.where(usual, longer, means)),
-            jnp.where(restart, jnp.where(silent, 0, 1), num_seen + usual),
+            jnp.where(
+                restart, jnp.where(silent, 0, 1), num_seen + usual.astype(jnp.int32)
+            ),
             jnp.where(restart, 0, jnp.where(sound, streaks, scales.streaks)),
         )
         return ok, new if present is None else choose(present, new, scales)

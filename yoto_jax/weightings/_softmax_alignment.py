@@ -169,7 +169,7 @@ def softmax_alignment(
             angles,
             nu,
             optimizer,
-            learned.num_seen + some,
+            learned.num_seen + some.astype(jnp.int32),
             learned.num_batches + 1,
         )
 

@@ -315,6 +315,7 @@ def _unscaled(name: str, value: Any, scales: jax.Array, downstream: int | None) 
     """A statistic of the gradients of losses divided by their scales."""
     if jax.tree.structure(value) != jax.tree.structure(0):
         value = jnp.stack([jnp.asarray(x) for x in jax.tree.leaves(value)])
+    value = jnp.asarray(value, scales.dtype)
     if name == "gramian":  # One at a time: the product of two scales may underflow.
         return value / scales[:, None] / scales[None, :]
     value = value / scales
