@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from yoto_jax._serialization import register_node
+
 PyTree = Any
 """Any nesting of containers that JAX knows."""
 
@@ -279,6 +281,13 @@ def check_loss_logits(mu: Any) -> None:
             f"mu must hold {needed} logits for the losses {listed(mu.names)} with "
             f"primary {mu.primary}, got shape {mu.learned.shape}."
         )
+
+
+register_node(
+    LossLogits,
+    lambda static, children: LossLogits(*children, *static),
+    check=check_loss_logits,
+)
 
 
 def losses_in_order(losses: PyTree, mu: LossLogits) -> list[Any]:

@@ -20,6 +20,7 @@ from yoto_jax._loss_logits import (
     loss_names,
     scalar_losses,
 )
+from yoto_jax._serialization import serializable_state
 
 GRADIENT_STATISTICS = ("gramian", "norms", "max_abs", "mean_abs")
 """What :func:`yoto_jax.value_and_grad` can tell of per-loss gradients, see there."""
@@ -71,6 +72,7 @@ class LossWeighting(NamedTuple):
     observe_step: Callable[[PyTree, Any], Any] | None = None
 
 
+@serializable_state
 class WeightingState(NamedTuple):
     """State of a weighting; ``optax.tree.get`` finds the fields by their names."""
 

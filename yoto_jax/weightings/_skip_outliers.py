@@ -9,6 +9,7 @@ import optax
 from jax import lax
 
 from yoto_jax._loss_logits import PyTree, check_structure, scalar_losses
+from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._protocol import (
     LossWeighting,
     all_finite,
@@ -18,6 +19,7 @@ from yoto_jax.weightings._protocol import (
 )
 
 
+@serializable_state
 class LossScales(NamedTuple):
     """What is known of the usual size of every loss."""
 
@@ -96,6 +98,7 @@ class OutlierRule:
         )
 
 
+@serializable_state
 class SkipOutliersState(NamedTuple):
     """State of :func:`skip_outliers`; the batches skipped are counted inside."""
 

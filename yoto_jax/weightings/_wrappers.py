@@ -14,6 +14,7 @@ from yoto_jax._loss_logits import (
     loss_names,
     scalar_losses,
 )
+from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._protocol import (
     GRADIENT_STATISTICS,
     LossWeighting,
@@ -21,6 +22,7 @@ from yoto_jax.weightings._protocol import (
 )
 
 
+@serializable_state
 class EveryState(NamedTuple):
     """State of :func:`every`."""
 
@@ -84,6 +86,7 @@ def every(weighting: LossWeighting, steps: jax.typing.ArrayLike) -> LossWeightin
     return _observing_inner(weighting)._replace(init=init, update=update_fn, due=due)
 
 
+@serializable_state
 class SmoothState(NamedTuple):
     """State of :func:`smooth`."""
 
@@ -149,6 +152,7 @@ def smooth(
     return _observing_inner(weighting)._replace(init=init, update=update)
 
 
+@serializable_state
 class NormalizeState(NamedTuple):
     """State of :func:`normalize`."""
 
