@@ -335,10 +335,14 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def _show(learned: Any, index: int) -> str:
+    """One logit; its dtype and leading axes if it has no value, or one for each run."""
+    if not hasattr(learned, "dtype"):
+        return str(learned)  # A label, a mask: anything can be a leaf.
     try:
+        (_,) = learned.shape
         return format(float(learned[index]), ".4g")
-    except Exception:  # A tracer, a batch of logits, a label: anything can be a leaf.
-        return str(learned)
+    except Exception:  # A tracer, a batch of logits, a shape without an array.
+        return f"{learned.dtype}[{','.join(map(str, learned.shape[:-1]))}]"
 
 
 def scalar_losses(
