@@ -5,6 +5,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -64,6 +65,34 @@ def test_links_of_the_pages_lead_somewhere():
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if "://" not in link:
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_the_source_distribution_holds_what_the_readme_names():
+    text = (ROOT / "README.md").read_text()
+    links = {link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link}
+    named = {link.split("/")[0] for link in links} | {"Makefile", "README.md"}
+    assert {"docs", "notebooks", "benchmarks"} < named
+    included = PYPROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    assert named <= set(included)
+    assert all((ROOT / name).exists() for name in included)
+
+
+def test_links_of_the_readme_on_pypi_lead_to_the_repository():
+    text = (ROOT / "README.md").read_text()
+    count = len(re.findall(r"\]\((?!https?:|#)", text))
+    hook = PYPROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    for rule in hook["substitutions"]:
+        text = re.sub(rule["pattern"], rule["replacement"], text)
+    assert not re.findall(r"\]\((?!https?:|#)", text)
+    source = PYPROJECT["project"]["urls"]["Source"]
+    pages, files = f"]({source}/blob/main/", source.replace("//", "//raw.", 1)
+    files = f"]({files.replace('github.com', 'githubusercontent.com')}/main/"
+    assert text.count(pages) + text.count(files) == count
+    assert text.count(files) == text.count(".png)")
+    assert f"repository-code: {source}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 PACKAGES = (yoto.conditional, yoto.monitoring, yoto.weightings)
