@@ -1,4 +1,4 @@
-"""The README runs, the public face is whole, and the core stays light."""
+"""The pages run, the public face and the package are whole, the core stays light."""
 
 import inspect
 import pathlib

@@ -20,9 +20,9 @@ _state_dicts: dict[type, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 
 def serializable_state(kind: Kind) -> Kind:
     """Let ``jax.export`` write programs that take or return this named tuple."""
-    public = [part for part in kind.__module__.split(".") if not part.startswith("_")]
-    name = ".".join([*public, kind.__name__])
-    jax.export.register_namedtuple_serialization(kind, serialized_name=name)
+    jax.export.register_namedtuple_serialization(
+        kind, serialized_name=_public_name(kind)
+    )
     return kind
 
 
@@ -55,7 +55,7 @@ def register_node(
     """
     jax.export.register_pytree_node_serialization(
         kind,
-        serialized_name=f"yoto_jax.{kind.__name__}",
+        serialized_name=_public_name(kind),
         serialize_auxdata=_write_static,
         deserialize_auxdata=_read_static,
         from_children=from_children,
@@ -77,6 +77,12 @@ def register_node(
     _state_dicts[kind] = (_named_leaves, from_state_dict)
     if _FLAX in sys.modules:
         _tell_flax(sys.modules[_FLAX], kind)
+
+
+def _public_name(kind: type) -> str:
+    """Where users find a class, so that files stay readable when modules change."""
+    public = [part for part in kind.__module__.split(".") if not part.startswith("_")]
+    return ".".join([*public, kind.__name__])
 
 
 def _named_leaves(node: Any) -> dict[str, Any]:
