@@ -19,9 +19,12 @@ UNKNOWN = "not known"
 
 PURPOSES = {
     "jax": "arrays, derivatives, compilation",
+    "jaxlib": "the compiler of JAX; one version is excluded, see `pyproject.toml`",
+    "numpy": "arrays on the host",
     "optax": "the optimizers that loss weights are learned with",
     "flax": "`yoto_jax.linen`, `yoto_jax.nnx`",
     "orbax-checkpoint": "`yoto_jax.checkpoints`",
+    "tensorboardX": "loss weights in TensorBoard",
     "constriction": "entropy coder of the compression benchmark",
     "matplotlib": "figures",
     "moocore": "hypervolumes of more than two objectives",
@@ -40,14 +43,15 @@ PURPOSES = {
     "nbmake": "notebooks as tests",
     "chex": "comparisons of trees in the tests",
     "equinox": "tests that its models work",
+    "flatbuffers": "programs in files, of `jax.export`",
     "hypothesis": "tests of properties on drawn inputs",
     "pre-commit": "checks before a commit",
     "pyrefly": "types",
     "pytest": "tests",
     "pytest-xdist": "tests on several cores",
     "ruff": "style",
-    "tensorboardX": "tests of the export to TensorBoard",
     "hatchling": "builds the package",
+    "hatch-fancy-pypi-readme": "links of the README on PyPI",
 }
 
 

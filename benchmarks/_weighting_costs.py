@@ -256,7 +256,7 @@ def _cell(records: list[_common.Record], **wanted: Any) -> float:
 
 
 def _number(value: float, digits: int) -> str:
-    return "" if np.isnan(value) else f"{value:,.{digits}f}"
+    return "" if np.isnan(value) else f"{value:z,.{digits}f}"  # z: no minus zero
 
 
 def step_table(result: _common.Result) -> _common.Table:
@@ -342,6 +342,11 @@ def peer_table(result: _common.Result) -> _common.Table:
             row += [_number(taken, 0), _number(taken / plain, 2)]
         rows.append(row)
     meta = result["meta"]
+    versions = [
+        f"{name} {meta[key]}"
+        for key, name in (("torch", "PyTorch"), ("torchjd", "TorchJD"))
+        if key in meta
+    ]
     return _common.Table(
         [
             "method",
@@ -356,6 +361,6 @@ def peer_table(result: _common.Result) -> _common.Table:
         f"A step of the {model}, four losses, {meta['device']} ({meta['cpu_count']} "
         "cores), median. Ours: `encoder=`. TorchJD: `mtl_backward` to the shared "
         "parameters, as it is documented, or to the features alone, written by hand. "
-        "Overhead: ratio to the plain step of the same framework. "
-        f"PyTorch {meta.get('torch')}, TorchJD {meta.get('torchjd')}.",
+        "Overhead: ratio to the plain step of the same framework."
+        + (f" {', '.join(versions)}." if versions else ""),
     )

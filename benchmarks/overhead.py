@@ -211,6 +211,9 @@ def main(options: _common.Options) -> None:
             k: before["meta"].get(k) for k in ("command", "commit", "date")
         }
         records = stay + records
+        if "peers" in map(section, stay):
+            kept = ("torch", "torchjd")
+            meta |= {k: before["meta"][k] for k in kept if k in before["meta"]}
     result = _common.write_json(path, meta, records)
     for shown in {"overhead": table(result), **tables(result)}.values():
         if shown.rows:

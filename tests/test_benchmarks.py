@@ -1,6 +1,7 @@
 """The benchmarks run, their records are complete, and pages follow from records."""
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command_line
-from benchmarks import _common, digits, overhead, properties, rho
+from benchmarks import _common, _weighting_costs, digits, overhead, properties, rho
 from benchmarks import _digits_task as task
 
+ROOT = pathlib.Path(__file__).parent.parent
 SEEDS, STEPS = 2, 10  # throughout, to share compiled programs
 
 pytestmark = pytest.mark.usefixtures("any_rank", "quick_compilation")
@@ -288,6 +290,17 @@ def test_sections_of_the_overhead_are_measured_apart(overhead_folder):
     assert float(rows["upgrad"][1].split()[0]) > 0
     assert rows["fixed"][1].endswith("ms")
     assert result["meta"]["before"]["command"].endswith(str(overhead_folder.name))
+
+
+def test_tables_of_costs_show_no_minus_zero_and_name_versions_that_are_known():
+    assert _weighting_costs._number(-0.04, 1) == "0.0"
+    assert _weighting_costs._number(-1234.5, 1) == "-1,234.5"
+    result = _common.read_json(ROOT / "benchmarks" / "results" / "overhead.json")
+    for versions in ({}, {"torch": "2.9.1", "torchjd": "0.17.0"}):
+        result["meta"] = result["meta"] | versions
+        caption = _weighting_costs.peer_table(result).caption
+        named = " PyTorch 2.9.1, TorchJD 0.17.0." if versions else ""
+        assert caption.endswith(f"the same framework.{named}")
 
 
 def test_properties_have_a_row_for_each_method(tmp_path):

@@ -1,10 +1,11 @@
-"""The README runs, the public face is whole, and the core stays light."""
+"""The pages run, the public face and the package are whole, the core stays light."""
 
 import inspect
 import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -19,14 +20,44 @@ def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_snippet_of_the_pages_runs(page):
-    text = page.read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 5
-    namespace: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, page.name, "exec"), namespace)
+def snippets():
+    """Each Python block of the pages, at its line."""
+    for page in PAGES:
+        text = page.read_text()
+        for block in re.finditer(r"^```python\n(.*?)^```", text, re.M | re.S):
+            line = text[: block.start(1)].count("\n")
+            yield pytest.param(line * "\n" + block[1], id=f"{page.name}:{line + 1}")
+
+
+def agree(printed, promised):
+    """Whether the line is as promised: decimals to one of the last digit."""
+    parts = re.split(r"(\d+\.\d+)", promised)  # Text and decimals in turns.
+    text = (re.escape(part).replace(re.escape("..."), ".*") for part in parts[::2])
+    found = re.fullmatch(r"(\d+\.\d+)".join(text), printed)
+    return found is not None and all(
+        abs(float(x) - float(y)) < 1.5 * 0.1 ** len(y.partition(".")[2])
+        for x, y in zip(found.groups(), parts[1::2], strict=True)
+    )
+
+
+@pytest.mark.usefixtures("quick_compilation", "any_rank")
+@pytest.mark.parametrize("code", list(snippets()))
+def test_every_snippet_runs_alone_and_prints_what_it_says(code, capsys):
+    if "jax.export" in code:
+        pytest.importorskip("flatbuffers")
+    exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
+    promises = re.findall(r"^ *print\(.*\) +# (.*)$", code, re.MULTILINE)
+    for line, promise in zip(
+        capsys.readouterr().out.splitlines(), promises, strict=True
+    ):
+        assert agree(line, promise), f"{line!r} was to be {promise!r}"
+
+
+def test_what_a_snippet_prints_is_compared():
+    assert agree("{'a': 0.79}, 12 of 3", "{'a': 0.80}, 12 of 3")
+    assert agree("run/20: is for others; and so on", "...20: is for others; ...")
+    for printed in ("{'a': 0.77}, 12 of 3", "{'a': 0.80}, 13 of 3", "{'b': 0.80}"):
+        assert not agree(printed, "{'a': 0.80}, 12 of 3")
 
 
 def test_links_of_the_pages_lead_somewhere():
@@ -34,6 +65,34 @@ def test_links_of_the_pages_lead_somewhere():
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if "://" not in link:
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_the_source_distribution_holds_what_the_readme_names():
+    text = (ROOT / "README.md").read_text()
+    links = {link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link}
+    named = {link.split("/")[0] for link in links} | {"Makefile", "README.md"}
+    assert {"docs", "notebooks", "benchmarks"} < named
+    included = PYPROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    assert named <= set(included)
+    assert all((ROOT / name).exists() for name in included)
+
+
+def test_links_of_the_readme_on_pypi_lead_to_the_repository():
+    text = (ROOT / "README.md").read_text()
+    count = len(re.findall(r"\]\((?!https?:|#)", text))
+    hook = PYPROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    for rule in hook["substitutions"]:
+        text = re.sub(rule["pattern"], rule["replacement"], text)
+    assert not re.findall(r"\]\((?!https?:|#)", text)
+    source = PYPROJECT["project"]["urls"]["Source"]
+    pages, files = f"]({source}/blob/main/", source.replace("//", "//raw.", 1)
+    files = f"]({files.replace('github.com', 'githubusercontent.com')}/main/"
+    assert text.count(pages) + text.count(files) == count
+    assert text.count(files) == text.count(".png)")
+    assert f"repository-code: {source}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 PACKAGES = (yoto.conditional, yoto.monitoring, yoto.weightings)

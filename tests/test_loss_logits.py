@@ -227,6 +227,22 @@ def test_repr_survives_tracers_and_labels():
     assert repr(yoto.init_loss_logits(0.0, None)) == "LossLogits(loss=-2.303)"
 
 
+def test_stacked_logits_are_shown_in_one_line():
+    mu = yoto.init_loss_logits({"a": 0.0, "b": 0.0, "c": 0.0}, "a")
+    stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (100, 3, 2)), mu)
+    expected = "LossLogits(a=None, b=float32[100,3], c=float32[100,3])"
+    assert repr(stacked) == expected
+    assert repr(jax.eval_shape(lambda: stacked)) == expected
+    two = yoto.init_loss_logits({"a": 0.0, "b": 0.0}, "a")
+    alone = jax.tree.map(lambda x: np.ones((1, *x.shape), x.dtype), two)
+    assert repr(alone) == "LossLogits(a=None, b=float32[1])"
+    shown = []
+    jax.vmap(lambda mu: shown.append(repr(mu)))(stacked)
+    assert shown == ["LossLogits(a=None, b=float32[3], c=float32[3])"]
+    jax.jit(lambda mu: shown.append(repr(mu)))(mu)
+    assert shown[1:] == ["LossLogits(a=None, b=float32[], c=float32[])"]
+
+
 def test_structure_survives_tree_operations_and_copies():
     mu = yoto.init_loss_logits({"a": 0.0, "b": 0.0}, "a")
     pickled = pickle.loads(pickle.dumps(mu))

@@ -954,7 +954,9 @@ def test_plot_on_given_axes_and_of_odd_weights(pyplot):
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"pip install 'yoto_jax\[monitoring\]'"
+    ):
         monitoring.plot_loss_weights(made({"a": 1.0}))
 
 

@@ -7,7 +7,6 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental import checkify
 
 from tests import _oracles_losses as oracles
 from yoto_jax.weightings._causal import causal
@@ -709,11 +708,8 @@ def test_a_loss_that_is_not_positive_is_an_error_or_held(name, value):
     ):
         assert jnp.all(new == old)
 
-    checked = jax.jit(checkify.checkify(weighting.update))
-    error, _ = checked(bad, state, **statistics)
-    assert "needs positive losses" in str(error.get())
-    error, _ = checked(good, state, **statistics)
-    assert error.get() is None
+    # An effect would keep compiled calls from their fast path, and from jax.export.
+    assert not jax.make_jaxpr(weighting.update)(bad, state, **statistics).effects
 
 
 @pytest.mark.parametrize("name", ANY_SIGN)

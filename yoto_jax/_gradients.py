@@ -938,9 +938,7 @@ def _varying(x: Any) -> frozenset[Hashable]:
 
 
 def _to_varying(x: jax.Array, axes: Axes) -> jax.Array:
-    if hasattr(lax, "pcast"):
-        return lax.pcast(x, axes, to="varying")
-    return getattr(lax, "pvary")(x, axes)  # noqa: B009 (jax < 0.9)
+    return lax.pcast(x, axes, to="varying")
 
 
 def _axis_size(axes: Axes) -> int:

@@ -21,6 +21,7 @@ from yoto_jax._loss_logits import (
     upcast,
     with_primary,
 )
+from yoto_jax._serialization import serializable_state
 
 Entropy = Literal["all", "auxiliary"]
 
@@ -141,6 +142,7 @@ def _entropy_spans_primary(mu: LossLogits, entropy: Entropy) -> bool:
     return mu.primary is not None and entropy == "all"
 
 
+@serializable_state
 class HyperparameterDecayState(NamedTuple):
     """State of :func:`add_hyperparameter_decay` when rho is a schedule."""
 

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from yoto_jax._serialization import register_node
+
 PyTree = Any
 """Any nesting of containers that JAX knows."""
 
@@ -322,6 +324,13 @@ def choose_present(present: PyTree, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(choose, new, old, is_leaf=is_loss_logits)
 
 
+register_node(
+    LossLogits,
+    lambda static, children: LossLogits(*children, *static),
+    check=check_loss_logits,
+)
+
+
 def losses_in_order(losses: PyTree, mu: LossLogits) -> list[Any]:
     """The leaves of ``losses``, checked against ``mu``, primary loss first."""
     check_loss_logits(mu)
@@ -367,10 +376,14 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def _show(learned: Any, index: int) -> str:
+    """One logit; its dtype and leading axes if it has no value, or one for each run."""
+    if not hasattr(learned, "dtype"):
+        return str(learned)  # A label, a mask: anything can be a leaf.
     try:
+        (_,) = learned.shape
         return format(float(learned[index]), ".4g")
-    except Exception:  # A tracer, a batch of logits, a label: anything can be a leaf.
-        return str(learned)
+    except Exception:  # A tracer, a batch of logits, a shape without an array.
+        return f"{learned.dtype}[{','.join(map(str, learned.shape[:-1]))}]"
 
 
 def scalar_losses(

@@ -17,6 +17,7 @@ from yoto_jax._loss_logits import (
     upcast,
 )
 from yoto_jax._optimizers import unwrap_loss_logits
+from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._protocol import all_finite
 from yoto_jax.weightings._skip_outliers import (
     LossScales,
@@ -26,6 +27,7 @@ from yoto_jax.weightings._skip_outliers import (
 )
 
 
+@serializable_state
 class SkipOutliersState(NamedTuple):
     """State of :func:`skip_outliers`."""
 

@@ -1,6 +1,5 @@
 """Layers for Flax Linen. Needs ``pip install yoto_jax[flax]``."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +8,6 @@ import jax.numpy as jnp
 
 try:
     from flax import linen as nn
-    from flax import serialization
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "yoto_jax.linen needs Flax: pip install 'yoto_jax[flax]'"
@@ -17,13 +15,10 @@ except ModuleNotFoundError as error:
 
 from yoto_jax._composite_loss import composite_loss
 from yoto_jax._loss_logits import (
-    LossLogits,
     PyTree,
-    check_loss_logits,
     init_loss_logits,
     loss_weights,
 )
-from yoto_jax.conditional import Dirichlet, Distribution, Fixed, LogUniform, Uniform
 from yoto_jax.conditional._film import (
     SLOPE,
     Initialization,
@@ -32,30 +27,6 @@ from yoto_jax.conditional._film import (
     modulate,
     open_gate,
 )
-
-
-def _from_state_dict(mu: LossLogits, state: dict[str, jax.Array]) -> LossLogits:
-    restored = dataclasses.replace(mu, learned=state["learned"])
-    check_loss_logits(restored)
-    return restored
-
-
-serialization.register_serialization_state(
-    LossLogits, lambda mu: {"learned": mu.learned}, _from_state_dict
-)
-
-
-def _arrays(distribution: Distribution) -> dict[str, jax.Array]:
-    return {path[0].name: x for path, x in jax.tree.leaves_with_path(distribution)}
-
-
-def _with_arrays(distribution: Distribution, state: dict[str, Any]) -> Distribution:
-    structure = jax.tree.structure(distribution)
-    return structure.unflatten([state[name] for name in _arrays(distribution)])
-
-
-for _kind in (Dirichlet, Fixed, LogUniform, Uniform):
-    serialization.register_serialization_state(_kind, _arrays, _with_arrays)
 
 
 class CompositeLoss(nn.Module):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from yoto_jax._loss_logits import PyTree, check_structure, loss_names
+from yoto_jax._serialization import register_node
 from yoto_jax.conditional import _points
 
 Method = Literal["random", "stratified", "sobol"]
@@ -457,6 +458,10 @@ class Dirichlet(Distribution):
         bars = itertools.combinations(range(places), len(self.free) - 1)
         stars = np.diff([(-1, *b, places) for b in bars], axis=-1) - 1
         return jnp.asarray(stars / (n - 1), jnp.float32)
+
+
+for _kind in (LogUniform, Uniform, Fixed, Dirichlet):
+    register_node(_kind, _kind.tree_unflatten)
 
 
 def narrow(

@@ -55,7 +55,7 @@ def plot_loss_weights(history: History, ax: Any = None) -> Any:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "plot_loss_weights needs Matplotlib: pip install matplotlib"
+            "plot_loss_weights needs Matplotlib: pip install 'yoto_jax[monitoring]'"
         ) from error
     curves = {name: history.loss_weights[name] for name in weighed(history)}
     curves = {name: y for name, y in curves.items() if np.isfinite(y).any()}

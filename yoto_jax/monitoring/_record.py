@@ -29,6 +29,7 @@ from yoto_jax._loss_logits import (
     upcast,
 )
 from yoto_jax._optimizers import unwrap_loss_logits
+from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._protocol import LossWeighting
 from yoto_jax.weightings._wrappers import _observing_inner
 
@@ -36,18 +37,22 @@ from yoto_jax.weightings._wrappers import _observing_inner
 # state, as optax.EmptyState does, so that names cost nothing and pass every checkpoint.
 
 
+@serializable_state
 class Weighed(NamedTuple):
     """A loss with a weight of which nothing more is known."""
 
 
+@serializable_state
 class Primary(NamedTuple):
     """A loss whose logit is 0."""
 
 
+@serializable_state
 class Auxiliary(NamedTuple):
     """A loss whose logit is learned under the whole regulariser."""
 
 
+@serializable_state
 class Downstream(NamedTuple):
     """A loss that steers the weights without one of its own."""
 
@@ -56,6 +61,7 @@ Role = Weighed | Primary | Auxiliary | Downstream
 Columns = tuple[dict[str, Role], ...]  # Of one name each: JAX sorts those of a dict.
 
 
+@serializable_state
 class HistoryState(NamedTuple):
     """A ring of rows, and one spare row behind it for what is not to be kept."""
 
@@ -67,6 +73,7 @@ class HistoryState(NamedTuple):
     columns: tuple[Columns, ...]  # no arrays: names, by LossLogits
 
 
+@serializable_state
 class RecordedState(NamedTuple):
     """State of :func:`recorded`."""
 

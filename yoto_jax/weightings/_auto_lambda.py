@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from yoto_jax._loss_logits import PyTree
+from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
@@ -16,6 +17,7 @@ from yoto_jax.weightings._protocol import (
 )
 
 
+@serializable_state
 class AutoLambdaState(NamedTuple):
     """What :func:`auto_lambda` has learned."""
 

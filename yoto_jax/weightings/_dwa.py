@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
@@ -16,6 +17,7 @@ LARGEST_RATIO = 1e30
 """Ratios of losses stay below this: a softmax of an infinite one would be NaN."""
 
 
+@serializable_state
 class DwaState(NamedTuple):
     """What :func:`dwa` remembers of the losses."""
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from yoto_jax._loss_logits import PyTree
+from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
@@ -19,6 +20,7 @@ from yoto_jax.weightings._protocol import (
 )
 
 
+@serializable_state
 class FamoState(NamedTuple):
     """What :func:`famo` has learned, and the losses it waits to see improved."""
 

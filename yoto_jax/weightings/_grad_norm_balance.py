@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
@@ -15,6 +16,7 @@ from yoto_jax.weightings._protocol import (
 )
 
 
+@serializable_state
 class AverageState(NamedTuple):
     """A moving average of weights."""
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._dwa import LARGEST_RATIO
 from yoto_jax.weightings._protocol import (
     Layout,
@@ -16,6 +17,7 @@ from yoto_jax.weightings._protocol import (
 )
 
 
+@serializable_state
 class GradNormState(NamedTuple):
     """What :func:`gradnorm` has learned."""
 

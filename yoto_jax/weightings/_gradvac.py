@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from yoto_jax._serialization import serializable_state
 from yoto_jax._solvers import cosines, dot, safe_divide, surgery, weights_of_rows
 from yoto_jax.weightings._protocol import (
     Layout,
@@ -14,6 +15,7 @@ from yoto_jax.weightings._protocol import (
 )
 
 
+@serializable_state
 class GradVacState(NamedTuple):
     """What :func:`gradvac` has learned."""
 

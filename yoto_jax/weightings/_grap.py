@@ -9,6 +9,7 @@ import optax
 from jax import lax
 
 from yoto_jax._loss_logits import PyTree
+from yoto_jax._serialization import serializable_state
 from yoto_jax._solvers import dot, safe_divide, solve_bounded_qp
 from yoto_jax.weightings._protocol import (
     Layout,
@@ -27,6 +28,7 @@ Transform = Literal["abs", "linear"]
 Normalization = Literal["gradient", "sum", "none"]
 
 
+@serializable_state
 class GrapState(NamedTuple):
     """What :func:`grap` has learned; K counts the losses without the downstream one."""
 

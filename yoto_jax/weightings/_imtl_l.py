@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
@@ -16,6 +17,7 @@ from yoto_jax.weightings._protocol import (
 from yoto_jax.weightings._uncertainty import LOG_LIMIT
 
 
+@serializable_state
 class ImtlLState(NamedTuple):
     """What :func:`imtl_l` has learned."""
 

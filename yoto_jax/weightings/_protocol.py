@@ -22,6 +22,7 @@ from yoto_jax._loss_logits import (
     scalar_losses,
     stack_present,
 )
+from yoto_jax._serialization import serializable_state
 
 GRADIENT_STATISTICS = ("gramian", "norms", "max_abs", "mean_abs")
 """What :func:`yoto_jax.value_and_grad` can tell of per-loss gradients, see there."""
@@ -76,6 +77,7 @@ class LossWeighting(NamedTuple):
     observe_step: Callable[[PyTree, Any], Any] | None = None
 
 
+@serializable_state
 class WeightingState(NamedTuple):
     """State of a weighting; ``optax.tree.get`` finds the fields by their names."""
 
@@ -398,16 +400,13 @@ def _check_positive_losses(values: jax.Array, layout: Layout) -> None:
 def refuse_losses(
     bad: jax.Array, values: jax.Array, layout: Layout, needs: str, remedy: str
 ) -> None:
-    """Outside ``jit`` an error, inside one for ``checkify`` alone."""
+    """Raise outside ``jit``. Inside, the batch is skipped and counted, no more.
+
+    A check of ``checkify`` would be an effect: it makes calls of a compiled step ten
+    times as slow, and keeps ``jax.export`` from writing it.
+    """
     bad = layout.of_present(bad & jnp.isfinite(values), False)
     if isinstance(bad, jax.core.Tracer):
-        from jax.experimental import checkify  # Slow to import, and seldom needed.
-
-        checkify.debug_check(
-            ~jnp.any(bad),
-            f"this weighting needs {needs}; {listed(layout.names)} are {{values}}",
-            values=values,
-        )
         return
     for name, value, is_bad in zip(layout.names, values, bad, strict=True):
         if is_bad:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 
+from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
@@ -12,6 +13,7 @@ from yoto_jax.weightings._protocol import (
 )
 
 
+@serializable_state
 class RandomState(NamedTuple):
     """What :func:`random` carries from one update to the next."""
 

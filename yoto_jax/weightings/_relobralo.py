@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._dwa import LARGEST_RATIO
 from yoto_jax.weightings._protocol import (
     Layout,
@@ -16,6 +17,7 @@ from yoto_jax.weightings._protocol import (
 )
 
 
+@serializable_state
 class RelobraloState(NamedTuple):
     """What :func:`relobralo` remembers of the losses."""
 

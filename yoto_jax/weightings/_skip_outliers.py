@@ -14,6 +14,7 @@ from yoto_jax._loss_logits import (
     scalar_losses,
     stack_present,
 )
+from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._protocol import (
     LossWeighting,
     all_finite,
@@ -26,6 +27,7 @@ from yoto_jax.weightings._protocol import (
 )
 
 
+@serializable_state
 class LossScales(NamedTuple):
     """What is known of the usual size of every loss."""
 
@@ -114,6 +116,7 @@ class OutlierRule:
         return ok, new if present is None else choose(present, new, scales)
 
 
+@serializable_state
 class SkipOutliersState(NamedTuple):
     """State of :func:`skip_outliers`; the batches skipped are counted inside."""
 

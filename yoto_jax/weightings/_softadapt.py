@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._dwa import LARGEST_RATIO
 from yoto_jax.weightings._protocol import (
     Layout,
@@ -14,6 +15,7 @@ from yoto_jax.weightings._protocol import (
 )
 
 
+@serializable_state
 class SoftAdaptState(NamedTuple):
     """What :func:`softadapt` remembers of the losses."""
 

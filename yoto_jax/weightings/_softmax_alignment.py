@@ -13,6 +13,7 @@ from yoto_jax._loss_logits import (
     loss_weights,
 )
 from yoto_jax._optimizers import adamw
+from yoto_jax._serialization import serializable_state
 from yoto_jax._solvers import cosines, dot, safe_divide
 from yoto_jax.weightings._protocol import (
     Layout,
@@ -25,6 +26,7 @@ from yoto_jax.weightings._protocol import (
 )
 
 
+@serializable_state
 class SoftmaxAlignmentState(NamedTuple):
     """What :func:`softmax_alignment` has learned; K leaves out the downstream loss."""
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._loss_logits import PyTree
+from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
@@ -15,6 +16,7 @@ from yoto_jax.weightings._protocol import (
 )
 
 
+@serializable_state
 class StchState(NamedTuple):
     """What :func:`stch` remembers of its first updates."""
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from yoto_jax._loss_logits import PyTree, listed
+from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
@@ -21,6 +22,7 @@ LOG_LIMIT = 20.0
 _FACTORS = {"regression": 0.5, "classification": 1.0}
 
 
+@serializable_state
 class UncertaintyState(NamedTuple):
     """What :func:`uncertainty` has learned."""
 

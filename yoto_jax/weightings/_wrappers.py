@@ -15,6 +15,7 @@ from yoto_jax._loss_logits import (
     scalar_losses,
     stack_present,
 )
+from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._protocol import (
     GRADIENT_STATISTICS,
     LossWeighting,
@@ -24,6 +25,7 @@ from yoto_jax.weightings._protocol import (
 )
 
 
+@serializable_state
 class EveryState(NamedTuple):
     """State of :func:`every`."""
 
@@ -100,6 +102,7 @@ def every(weighting: LossWeighting, steps: jax.typing.ArrayLike) -> LossWeightin
     return _observing_inner(weighting)._replace(init=init, update=update_fn, due=due)
 
 
+@serializable_state
 class SmoothState(NamedTuple):
     """State of :func:`smooth`."""
 
@@ -181,6 +184,7 @@ def smooth(
     return _observing_inner(weighting)._replace(init=init, update=update)
 
 
+@serializable_state
 class NormalizeState(NamedTuple):
     """State of :func:`normalize`."""
 

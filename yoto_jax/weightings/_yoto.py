@@ -8,6 +8,7 @@ import optax
 from yoto_jax._composite_loss import composite_loss
 from yoto_jax._loss_logits import LossLogits, PyTree, init_loss_logits, loss_weights
 from yoto_jax._optimizers import adamw
+from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
@@ -17,6 +18,7 @@ from yoto_jax.weightings._protocol import (
 )
 
 
+@serializable_state
 class YotoState(NamedTuple):
     """What :func:`yoto` has learned."""
 
