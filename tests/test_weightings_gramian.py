@@ -255,3 +255,29 @@ def test_properties_hold_where_claimed_and_fail_where_not(name):
     weighting = EXACT.get(name, METHODS[name])
     held = {p for p, check in PROPERTIES.items() if check(weighting)}
     assert held == {KEYWORDS[word] for word in CLAIMS[name].split()}
+
+
+@pytest.mark.parametrize("c", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("count", [2, 3, 10, 40])
+def test_cagrad_at_pareto_stationary_gradients_is_the_mean(c, count):
+    """And elsewhere as far from it as it may be, without conflict from c = 1 on."""
+    rng = np.random.default_rng(count)
+    weighting = yoto.weightings.cagrad(c)
+    losses = [0.0] * count
+    state, update = weighting.init(losses), jax.jit(weighting.update)
+    for scale in (1e-4, 1.0, 1e4):
+        typical = scale * rng.normal(size=(count, 50))
+        positive = rng.uniform(0.1, 1, count)
+        # A positive combination of these is zero.
+        low = typical @ rng.normal(size=(50, 5)) @ rng.normal(size=(5, 50))
+        strong = low - np.outer(positive, positive @ low) / (positive @ positive)
+        for jacobian, expected in ((typical, c), (strong, 0)):
+            gramian = jnp.asarray(jacobian @ jacobian.T, jnp.float32)
+            weights, _ = update(losses, state, gramian=gramian)
+            direction = np.asarray(weights, float) @ jacobian
+            mean = jacobian.mean(0)
+            distance = np.linalg.norm(direction - mean) / np.linalg.norm(mean)
+            np.testing.assert_allclose(distance, expected, rtol=1e-5, atol=1e-6)
+            if expected >= 1:
+                gains = jacobian @ direction / np.sum(jacobian**2, axis=1)
+                assert gains.min() > -1e-5

@@ -5,12 +5,19 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from yoto_jax._solvers import dot, minimise_on_simplex, unit_trace
+from yoto_jax._solvers import (
+    dot,
+    minimise_on_simplex,
+    safe_divide,
+    smallest_convex_combination,
+    unit_trace,
+)
 from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
     check_not_negative,
     make_weighting,
+    where_rows,
 )
 
 
@@ -55,7 +62,8 @@ def cagrad(c: float = 0.5, *, rescale: Literal[0, 1, 2] = 0) -> LossWeighting:
 
     .. warning::
       For c below 1 the direction may still increase a loss. At Pareto stationary
-      points, where :math:`\|g_w\|` vanishes, the direction is the mean gradient.
+      points, where some :math:`g_w` vanishes, the direction is the mean gradient.
+      Taken literally, Eq. 3 shortens it there, by the factor :math:`1 - c` or to 0.
     """
     check_not_negative(c=c)
     if rescale not in (0, 1, 2):
@@ -68,8 +76,14 @@ def cagrad(c: float = 0.5, *, rescale: Literal[0, 1, 2] = 0) -> LossWeighting:
         eps = jnp.finfo(layout.dtype).eps
         g = unit_trace(gramian)
         mean = layout.equal()
+        radius = c * _norm(g, mean)
+        # In the place of an absent gradient the mean one, which lies between the others
+        # anyway: it changes nothing, and no weight is left over.
+        basis = jnp.eye(layout.size, dtype=layout.dtype)
+        if layout.present is not None:
+            basis = where_rows(layout.present, basis, mean[None, :])
+            g = dot(basis, dot(g, basis.T))
         to_mean = dot(g, mean)
-        radius = c * jnp.sqrt(jnp.maximum(jnp.vdot(mean, to_mean), 0))
 
         def derivatives(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             gw = dot(g, w)
@@ -81,13 +95,16 @@ def cagrad(c: float = 0.5, *, rescale: Literal[0, 1, 2] = 0) -> LossWeighting:
             return value, to_mean + radius * slope, radius * hessian
 
         w = minimise_on_simplex(derivatives, layout.size, layout.dtype)
-        square = jnp.maximum(jnp.vdot(w, dot(g, w)), 0)
-        stationary = square <= layout.size * eps
-        pull = jnp.where(
-            stationary, 0, radius / jnp.sqrt(jnp.where(stationary, 1, square))
-        )
-        weights = mean + pull * w
-        return weights / (1, 1 + c**2, 1 + c)[rescale], learned
+        # Close to the kink its steps are short; there the shortest combination is best.
+        shortest = smallest_convex_combination(g)
+        w = jnp.where(derivatives(shortest)[0] < derivatives(w)[0], shortest, w)
+        pull = safe_divide(radius, _norm(g, w))
+        # Some combination of the gradients is zero, up to the rounding of the Gramian.
+        stationary = _norm(g, shortest) <= jnp.sqrt(8 * layout.size * eps)
+        weights = mean + jnp.where(stationary, 0, pull) * dot(w, basis)
+        return weights / jnp.asarray(
+            (1, 1 + c**2, 1 + c)[rescale], layout.dtype
+        ), learned
 
     return make_weighting(
         lambda layout: (),
@@ -95,3 +112,8 @@ def cagrad(c: float = 0.5, *, rescale: Literal[0, 1, 2] = 0) -> LossWeighting:
         needs=("gramian",),
         first_weights=Layout.equal,
     )
+
+
+def _norm(gramian: jax.Array, w: jax.Array) -> jax.Array:
+    """The norm of a combination of gradients."""
+    return jnp.sqrt(jnp.maximum(jnp.vdot(w, dot(gramian, w)), 0))
