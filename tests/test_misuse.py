@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -115,3 +116,35 @@ def test_heads_that_do_not_use_the_representation():
     step = yoto.value_and_grad(constant, weighting, encoder=encoder)
     with pytest.raises(ValueError, match="'b' do not depend on z"):
         jax.jit(step)(W, weighting.init(LOSSES))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        weightings.dwa,
+        weightings.cagrad,
+        weightings.fair_grad,
+        weightings.nash_mtl,
+        lambda x: weightings.smooth(weightings.equal(), x),
+        lambda x: weightings.normalize(weightings.equal(), x),
+        lambda x: weightings.skip_outliers(weightings.equal(), x),
+        lambda x: weightings.relobralo(alpha=x),
+        lambda x: weightings.grap("a", regularization=x),
+        weightings.gradvac,
+    ],
+)
+def test_hyperparameters_that_are_no_good_numbers(make):
+    for bad in (np.float32(-1), jnp.float32(-1), float("nan"), -1):
+        with pytest.raises(ValueError, match="must"):
+            make(bad)
+    with pytest.raises(TypeError, match="must be a number, got '0.5'"):
+        make("0.5")
+
+
+def test_keys():
+    losses = {"a": 1.0}
+    raw = weightings.random(jax.random.PRNGKey(3)).init(losses)
+    typed = weightings.random(jax.random.key(3)).init(losses)
+    assert raw.learned.key == typed.learned.key
+    with pytest.raises(TypeError, match="key must be"):
+        weightings.random(0.5).init(losses)

@@ -262,7 +262,7 @@ def test_properties_hold_where_claimed_and_fail_where_not(name):
 def test_cagrad_at_pareto_stationary_gradients_is_the_mean(c, count):
     """And elsewhere as far from it as it may be, without conflict from c = 1 on."""
     rng = np.random.default_rng(count)
-    weighting = yoto.weightings.cagrad(c)
+    weighting = cagrad(c)
     losses = [0.0] * count
     state, update = weighting.init(losses), jax.jit(weighting.update)
     for scale in (1e-4, 1.0, 1e4):

@@ -9,6 +9,7 @@ from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
+    check_hyperparameter,
     check_positive,
     make_weighting,
 )
@@ -67,8 +68,7 @@ def dwa(temperature: float = 2.0, *, window: int = 1) -> LossWeighting:
       <https://arxiv.org/abs/1803.10704>`_, 2019, Eq. 7.
     """
     check_positive(temperature=temperature)
-    if isinstance(window, int | float) and not window >= 1:
-        raise ValueError(f"window must be at least 1, got {window}.")
+    check_hyperparameter("window", window, lambda x: x >= 1, "be at least 1")
 
     def init(layout: Layout) -> DwaState:
         zero = jnp.zeros((layout.size,), jnp.int32)

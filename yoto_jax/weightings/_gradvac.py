@@ -11,6 +11,7 @@ from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
     as_key,
+    check_fraction,
     make_weighting,
 )
 
@@ -72,8 +73,7 @@ def gradvac(decay: float = 0.99, *, key: jax.Array | int = 0) -> LossWeighting:
       The gradients are those of all parameters that the Gramian is made of. The paper
       has one set of targets per layer or block of parameters.
     """
-    if isinstance(decay, int | float) and not 0 <= decay <= 1:
-        raise ValueError(f"decay must be between 0 and 1, got {decay}.")
+    check_fraction(decay=decay)
     key = as_key(key)
 
     def init(layout: Layout) -> GradVacState:

@@ -15,6 +15,7 @@ from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
     check_decay,
+    check_hyperparameter,
     descend,
     init_each,
     make_weighting,
@@ -457,5 +458,5 @@ def _check(
         )
     check_decay(**decays)
     for name, value in sizes.items():
-        if isinstance(value, int | float) and not value >= 0:
-            raise ValueError(f"{name} must be at least 0, got {value}.")
+        if value is not None:
+            check_hyperparameter(name, value, lambda x: x >= 0, "be at least 0")

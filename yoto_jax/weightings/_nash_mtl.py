@@ -8,6 +8,7 @@ from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
     check_not_negative,
+    check_positive,
     make_weighting,
 )
 
@@ -61,8 +62,8 @@ def nash_mtl(
       their gradients. To update the weights every few steps only, as the paper does to
       save time, use :func:`yoto_jax.weightings.every`.
     """
-    if isinstance(max_norm, int | float) and not max_norm > 0:
-        raise ValueError(f"max_norm must be positive or None, got {max_norm}.")
+    if max_norm is not None:
+        check_positive(max_norm=max_norm)
     check_not_negative(regularization=regularization)
 
     def update(

@@ -502,31 +502,52 @@ def _is_key(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
+def check_hyperparameter(
+    name: str, value: Any, holds: Callable[[float], bool], what: str
+) -> None:
+    """Raise unless this is a number for which ``holds``; tracers pass."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        number = float(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a number, got {value!r}.") from None
+    if not holds(number):
+        raise ValueError(f"{name} must {what}, got {value}.")
+
+
 def check_positive(**values: Any) -> None:
     """Raise unless these hyperparameters are positive, as far as that is known."""
     for name, value in values.items():
-        if isinstance(value, int | float) and not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}.")
+        check_hyperparameter(name, value, lambda x: x > 0, "be positive")
 
 
 def check_not_negative(**values: Any) -> None:
     """Raise if one of these hyperparameters is negative, as far as that is known."""
     for name, value in values.items():
-        if isinstance(value, int | float) and not value >= 0:
-            raise ValueError(f"{name} must not be negative, got {value}.")
+        check_hyperparameter(name, value, lambda x: x >= 0, "not be negative")
 
 
 def check_decay(**values: Any) -> None:
     """Raise unless these decays are in [0, 1), as far as that is known."""
     for name, value in values.items():
-        if isinstance(value, int | float) and not 0 <= value < 1:
-            raise ValueError(f"{name} must be in [0, 1), got {value}.")
+        check_hyperparameter(name, value, lambda x: 0 <= x < 1, "be in [0, 1)")
+
+
+def check_fraction(**values: Any) -> None:
+    """Raise unless these hyperparameters are in [0, 1], as far as that is known."""
+    for name, value in values.items():
+        check_hyperparameter(name, value, lambda x: 0 <= x <= 1, "be in [0, 1]")
 
 
 def as_key(key: Any) -> jax.Array:
     """A typed key from a typed key or a seed."""
     if hasattr(key, "dtype") and _is_key(key):
         return key
+    if hasattr(key, "dtype") and key.dtype == jnp.uint32 and jnp.ndim(key):
+        return jax.random.wrap_key_data(key)  # of jax.random.PRNGKey
     if hasattr(key, "__index__") and not isinstance(key, bool):
         return jax.random.key(operator.index(key))
     raise TypeError(f"key must be jax.random.key(...) or an integer seed, got {key!r}.")

@@ -11,6 +11,7 @@ from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
     as_key,
+    check_fraction,
     check_not_negative,
     check_positive,
     make_weighting,
@@ -85,9 +86,7 @@ def relobralo(
       Both terms :math:`b` carry the factor K, and the past weights take part in the
       average; some well-known implementations drop one or the other.
     """
-    for name, value in (("alpha", alpha), ("beta", beta)):
-        if isinstance(value, int | float) and not 0 <= value <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {value}.")
+    check_fraction(alpha=alpha, beta=beta)
     check_positive(temperature=temperature)
     check_not_negative(eps=eps)
 

@@ -19,6 +19,7 @@ from yoto_jax.weightings._protocol import (
     LossWeighting,
     all_finite,
     check_decay,
+    check_hyperparameter,
     check_not_negative,
     check_state,
     mask_weights,
@@ -48,8 +49,7 @@ class OutlierRule:
     floor: Any
 
     def __post_init__(self) -> None:
-        if isinstance(self.limit, int | float) and not self.limit > 1:
-            raise ValueError(f"limit must be larger than 1, got {self.limit}.")
+        check_hyperparameter("limit", self.limit, lambda x: x > 1, "be larger than 1")
         check_decay(decay=self.decay)
         check_not_negative(patience=self.patience, floor=self.floor)
 

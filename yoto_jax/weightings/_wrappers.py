@@ -20,6 +20,7 @@ from yoto_jax.weightings._protocol import (
     GRADIENT_STATISTICS,
     LossWeighting,
     check_decay,
+    check_fraction,
     check_state,
     mask_weights,
 )
@@ -229,8 +230,7 @@ def normalize(
       A loss of exactly 0 tells nothing of its scale and leaves it as it was, at 1 if no
       other has come yet.
     """
-    if isinstance(decay, int | float) and not 0 <= decay <= 1:
-        raise ValueError(f"decay must be in [0, 1], got {decay}.")
+    check_fraction(decay=decay)
     known = {*GRADIENT_STATISTICS, "losses", "alignment", "ntk_diagonal"}
     if strange := sorted({*weighting.needs} - known):
         raise ValueError(f"normalize cannot tell the unit of {', '.join(strange)}.")
