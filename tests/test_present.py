@@ -516,3 +516,16 @@ def test_masked_losses_for_losses():
     masked = yoto.masked_mean({"a": jnp.ones(2)}, {"a": jnp.ones(2, bool)})
     with pytest.raises(TypeError, match="give the losses"):
         weightings.equal().init(masked)
+
+
+def test_composite_loss_layers():
+    linen = pytest.importorskip("yoto_jax.linen")
+    nnx = pytest.importorskip("yoto_jax.nnx")
+    losses = {"a": 2.0, "b": 7.0, "c": 5.0}
+    present = {"a": True, "b": False, "c": True}
+    epsilon = {"b": 0.7, "c": 0.25}
+    layer = nnx.CompositeLoss(losses, "a", epsilon)
+    np.testing.assert_allclose(layer(losses, present=present), 2.6, rtol=1e-6)
+    module = linen.CompositeLoss("a", epsilon)
+    value, _ = module.init_with_output(jax.random.key(0), losses, present=present)
+    np.testing.assert_allclose(value, 2.6, rtol=1e-6)

@@ -992,17 +992,7 @@ def _split(
     Returns:
       The losses, and ``(aux, present)`` with a vector of booleans, or None for all.
     """
-    if has_aux and not (isinstance(out, tuple) and len(out) == 2):
-        raise TypeError(
-            "with has_aux=True, loss_fn must return (losses, aux), got a "
-            f"{type(out).__name__}."
-        )
-    if not has_aux and _looks_like_aux(out):
-        raise TypeError(
-            "loss_fn returned a pair that begins with a dict of losses: if the rest is "
-            "auxiliary, give has_aux=True; if it is losses too, put both in one dict."
-        )
-    losses, aux = out if has_aux else (out, None)
+    losses, aux = split_aux(out, has_aux)
     own = None
     if isinstance(losses, MaskedLosses):
         losses, own = losses
@@ -1025,11 +1015,20 @@ def _split(
     return structure.unflatten(leaves), (aux, there)
 
 
-def _looks_like_aux(out: Any) -> bool:
-    """Whether this is ``(losses, aux)``, not a tree of losses."""
-    if type(out) is not tuple or len(out) != 2:
-        return False
-    return isinstance(out[0], Mapping | MaskedLosses)
+def split_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
+    """Losses and auxiliary output of ``loss_fn``, as it was said to return them."""
+    if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+        raise TypeError(
+            "with has_aux=True, loss_fn must return (losses, aux), got a "
+            f"{type(out).__name__}."
+        )
+    first = out[0] if type(out) is tuple and len(out) == 2 else None
+    if not has_aux and isinstance(first, Mapping | MaskedLosses):
+        raise TypeError(
+            "loss_fn returned a pair that begins with a dict of losses: if the rest is "
+            "auxiliary, give has_aux=True; if it is losses too, put both in one dict."
+        )
+    return out if has_aux else (out, None)
 
 
 def _like(losses: PyTree, values: jax.Array) -> PyTree:

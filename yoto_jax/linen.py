@@ -64,7 +64,7 @@ class CompositeLoss(nn.Module):
     epsilon: PyTree = 0.1
 
     @nn.compact
-    def __call__(self, losses: PyTree) -> jax.Array:
+    def __call__(self, losses: PyTree, *, present: PyTree | None = None) -> jax.Array:
         """Composite loss of a tree of scalar losses."""
         if self.has_variable("params", "loss_logits"):
             # Not self.param, which would compare shapes first and hide our message
@@ -76,7 +76,7 @@ class CompositeLoss(nn.Module):
                 lambda _: init_loss_logits(losses, self.primary, self.epsilon),
             )
         self.sow("intermediates", "loss_weights", loss_weights(mu))
-        return composite_loss(losses, mu)
+        return composite_loss(losses, mu, present=present)
 
 
 def _is_empty(layer: nn.Module, encoding: jax.Array) -> bool:

@@ -74,9 +74,9 @@ class CompositeLoss(nnx.Module):
         del rngs  # Accepted as all NNX modules do; nothing here is random.
         self.loss_logits = nnx.Param(init_loss_logits(losses, primary, epsilon))
 
-    def __call__(self, losses: PyTree) -> jax.Array:
-        """Composite loss of a tree of scalar losses."""
-        return composite_loss(losses, self.loss_logits.get_value())
+    def __call__(self, losses: PyTree, *, present: PyTree | None = None) -> jax.Array:
+        """Composite loss of a tree of scalar losses, of those that are present."""
+        return composite_loss(losses, self.loss_logits.get_value(), present=present)
 
     @property
     def loss_weights(self) -> PyTree:
@@ -306,7 +306,7 @@ def value_and_grad(
         model: Any, params: nnx.State, rest: "_Rest", *args: Any, **kwargs: Any
     ) -> tuple[PyTree, Any]:
         out = _call(loss_fn, model, *args, **kwargs)
-        losses, aux = out if has_aux else (out, None)
+        losses, aux = _gradients.split_aux(out, has_aux)
         return losses, (aux, rest.changes(params, model))
 
     def pure_encoder(
