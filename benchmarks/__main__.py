@@ -240,6 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
             benchmark = load(name)
             if given["resume"] and not getattr(benchmark, "RESUMABLE", False):
                 raise _common.UsageError(f"{name} cannot be resumed: drop --resume")
+            _common.refuse_miscompiling()
             benchmark.main(_common.Options(name, **given, extra=extra))
     except _common.UsageError as error:
         command_line.error(str(error))

@@ -75,6 +75,23 @@ def test_bad_options_exit_with_2_and_say_why(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_jaxlib_that_miscompiles_is_refused_on_a_cpu(monkeypatch, capsys, tmp_path):
+    installed = _common.importlib.metadata.version
+    monkeypatch.setattr(
+        _common.importlib.metadata,
+        "version",
+        lambda package: "0.10.2" if package == "jaxlib" else installed(package),
+    )
+    with pytest.raises(SystemExit) as stop:
+        command_line.main(f"toy --preset quick --out {tmp_path}".split())
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "jaxlib 0.10.2" in message
+    assert "pip install 'jaxlib!=0.10.2'" in message
+    assert not list(tmp_path.iterdir())
+    _common.refuse_miscompiling("gpu")  # right there
+
+
 # Data and corruptions.
 
 
