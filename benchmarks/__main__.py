@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _common
+from benchmarks import _common, _kept
 
 BENCHMARKS = {
     "digits": "learned against searched loss weights on digits under shift",
@@ -91,7 +91,8 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks",
         description=f"benchmarks:\n{listing}\n\nupkeep:\n"
         "  tables     rewrite the tables of the READMEs from the stored results\n"
-        "  figures    redraw the figures from the stored results",
+        "  figures    redraw the figures from the stored results\n"
+        "  merge DIR  put results of some methods into the stored ones",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s NAME [options]; %(prog)s NAME --help",
     )
@@ -105,6 +106,8 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument(flag, **settings)
     for name in ("tables", "figures"):
         names.add_parser(name, help=argparse.SUPPRESS)
+    merge = names.add_parser("merge", help=argparse.SUPPRESS)
+    merge.add_argument("folder", type=_folder, metavar="DIR")
     return top
 
 
@@ -236,6 +239,9 @@ def main(arguments: list[str] | None = None) -> None:
             update_tables(PAGES, RESULTS)
         elif name == "figures":
             draw_figures(RESULTS)
+        elif name == "merge":
+            merged = _kept.merge_folder(tuple(BENCHMARKS), given["folder"], RESULTS)
+            _common.say(f"Merged: {', '.join(path.name for path in merged)}")
         else:
             benchmark = load(name)
             if given["resume"] and not getattr(benchmark, "RESUMABLE", False):
