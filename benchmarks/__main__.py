@@ -92,7 +92,8 @@ def parser() -> argparse.ArgumentParser:
         description=f"benchmarks:\n{listing}\n\nupkeep:\n"
         "  tables     rewrite the tables of the READMEs from the stored results\n"
         "  figures    redraw the figures from the stored results\n"
-        "  merge DIR  put results of some methods into the stored ones",
+        "  merge DIR  put results of some methods into the stored ones; with --drop,\n"
+        "             old ones of methods that look at gradients go",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s NAME [options]; %(prog)s NAME --help",
     )
@@ -108,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
         names.add_parser(name, help=argparse.SUPPRESS)
     merge = names.add_parser("merge", help=argparse.SUPPRESS)
     merge.add_argument("folder", type=_folder, metavar="DIR")
+    merge.add_argument("--drop", action="store_true")
     return top
 
 
@@ -240,7 +242,8 @@ def main(arguments: list[str] | None = None) -> None:
         elif name == "figures":
             draw_figures(RESULTS)
         elif name == "merge":
-            merged = _kept.merge_folder(tuple(BENCHMARKS), given["folder"], RESULTS)
+            names = tuple(BENCHMARKS)
+            merged = _kept.merge_folder(names, given["folder"], RESULTS, given["drop"])
             _common.say(f"Merged: {', '.join(path.name for path in merged)}")
         else:
             benchmark = load(name)

@@ -30,7 +30,7 @@ TIMED = ("choosing", "error at equal time")
 """Metrics of runs that depend on how fast they were, which no comparison is about."""
 
 
-def merge(name: str, before: Result, now: Result) -> Result:
+def merge(name: str, before: Result, now: Result, drop: bool = False) -> Result:
     """The new result, and what it does not have from the one before.
 
     A new one with fewer seeds is a sample: all of before stays, compared with it.
@@ -39,6 +39,7 @@ def merge(name: str, before: Result, now: Result) -> Result:
       name: Of the benchmark.
       before: The stored result.
       now: Of some of its methods, with the same settings.
+      drop: Whether methods that look at gradients and were not measured again go.
 
     Raises:
       UsageError: if nothing would stay, or something of two measurements before;
@@ -55,10 +56,17 @@ def merge(name: str, before: Result, now: Result) -> Result:
     sample = now["meta"].get("seeds", 0) < before["meta"].get("seeds", 0)
     records = [] if sample else now["records"]
     replaced = {(r["method"], r["metric"]) for r in records}
-    stay = [r for r in before["records"] if (r["method"], r["metric"]) not in replaced]
-    again = {r["method"] for r in records if r["seed"] is not None}
-    methods = [m for m in dict.fromkeys(r["method"] for r in stay) if m not in again]
-    wrong = [m for m in methods if m in PER_LOSS_GRADIENTS.get(name, ())]
+    gradients = PER_LOSS_GRADIENTS.get(name, ())
+    gone = {m for m in gradients if drop and m not in {r["method"] for r in records}}
+    stay = [
+        r
+        for r in before["records"]
+        if (r["method"], r["metric"]) not in replaced and r["method"] not in gone
+    ]
+    again = {r["method"] for r in records if _counts(r, before)}
+    every = dict.fromkeys(r["method"] for r in stay)
+    methods = [m for m in every if "seeds" not in before["meta"] or m not in again]
+    wrong = [m for m in methods if m in gradients]
     if wrong or not methods:
         what = f"without {', '.join(wrong)}" if wrong else "with all of its methods"
         raise _common.UsageError(f"{name} was measured again {what}")
@@ -66,14 +74,18 @@ def merge(name: str, before: Result, now: Result) -> Result:
     meta = before["meta"] | {k: now["meta"][k] for k in of_run}
     meta["kept"] = {
         "methods": methods,
+        "metrics": list(dict.fromkeys(r["metric"] for r in stay)),
         **{k: before["meta"][k] for k in of_run},
-        "checked": compare(name, before["records"], now["records"]),
+        "checked": compare(name, before, now),
     }
+    if gone:
+        meta["dropped"] = sorted(gone)
     merged = {**before, "meta": meta, "records": stay + records}
-    if "history" in before and not sample:
-        drawn = {entry["method"] for entry in now["history"]}
+    if "history" in before:
+        new = [] if sample else now["history"]
+        drawn = {entry["method"] for entry in new} | gone
         old = [e for e in before["history"] if e["method"] not in drawn]
-        merged["history"] = old + now["history"]
+        merged["history"] = old + new
     return merged
 
 
@@ -82,9 +94,12 @@ def _settings(result: Result) -> set[str]:
     return {f"{k}: {result['meta'].get(k)}" for k in sizes}
 
 
-def compare(
-    name: str, before: Sequence[Record], now: Sequence[Record]
-) -> dict[str, Any]:
+def _counts(record: Record, result: Result) -> bool:
+    """Whether it is of a run, if the benchmark has runs, and not of a comparison."""
+    return record["seed"] is not None or "seeds" not in result["meta"]
+
+
+def compare(name: str, before: Result, now: Result) -> dict[str, Any]:
     """How far methods without per-loss gradients differ between two measurements.
 
     Returns:
@@ -94,10 +109,10 @@ def compare(
     """
     key = lambda r: (r["method"], r["config"], r["seed"], r["domain"], r["metric"])
     gradients = PER_LOSS_GRADIENTS.get(name, ())
-    old = {key(r): r["value"] for r in before if r["seed"] is not None}
+    old = {key(r): r["value"] for r in before["records"] if _counts(r, before)}
     pairs: dict[str, dict[tuple, list[tuple[float, float]]]] = {}
     methods: dict[str, None] = {}
-    for r in now:
+    for r in now["records"]:
         if r["method"] in gradients or r["metric"] in TIMED or key(r) not in old:
             continue
         methods[r["method"]] = None
@@ -137,14 +152,16 @@ def complaints(name: str, result: Result) -> list[str]:
     return found
 
 
-def merge_folder(names: Sequence[str], folder: Path, results: Path) -> list[Path]:
+def merge_folder(
+    names: Sequence[str], folder: Path, results: Path, drop: bool = False
+) -> list[Path]:
     """Put every result in a folder into the stored one of the same name."""
     merged = []
     for path in sorted(folder.glob("*.json")):
         stored = results / path.name
         name = benchmark_of(path.stem, names)
         now = _common.read_json(path)
-        result = merge(name, _common.read_json(stored), now)
+        result = merge(name, _common.read_json(stored), now, drop)
         extra = {k: v for k, v in result.items() if k not in ("meta", "records")}
         _common.write_json(stored, result["meta"], result["records"], **extra)
         merged.append(stored)
