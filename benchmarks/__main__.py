@@ -176,7 +176,14 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
+_ROUNDS: dict[str, Any] = {
+    "type": int,
+    "metavar": "N",
+    "help": "rounds of timed steps, 0 for none (default: what the preset says)",
+}
 EXTRA: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "depth": [("--rounds", _ROUNDS)],
+    "segmentation": [("--rounds", _ROUNDS)],
     "scaling": [
         (
             "--processes",
