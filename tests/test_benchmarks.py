@@ -105,7 +105,6 @@ def test_a_jaxlib_that_miscompiles_is_refused_on_a_cpu(monkeypatch, capsys, tmp_
 
 NOT_AGAIN = (
     "ablations",
-    "beta_vae",
     "compression",
     "compression_camvid",
     "depth",
