@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _common
+from benchmarks import _common, _kept
 
 BENCHMARKS = {
     "digits": "learned against searched loss weights on digits under shift",
@@ -91,7 +91,9 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks",
         description=f"benchmarks:\n{listing}\n\nupkeep:\n"
         "  tables     rewrite the tables of the READMEs from the stored results\n"
-        "  figures    redraw the figures from the stored results",
+        "  figures    redraw the figures from the stored results\n"
+        "  merge DIR  put results of some methods into the stored ones; with --drop,\n"
+        "             old ones of methods that look at gradients go",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s NAME [options]; %(prog)s NAME --help",
     )
@@ -105,6 +107,9 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument(flag, **settings)
     for name in ("tables", "figures"):
         names.add_parser(name, help=argparse.SUPPRESS)
+    merge = names.add_parser("merge", help=argparse.SUPPRESS)
+    merge.add_argument("folder", type=_folder, metavar="DIR")
+    merge.add_argument("--drop", action="store_true")
     return top
 
 
@@ -171,7 +176,14 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
+_ROUNDS: dict[str, Any] = {
+    "type": int,
+    "metavar": "N",
+    "help": "rounds of timed steps, 0 for none (default: what the preset says)",
+}
 EXTRA: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "depth": [("--rounds", _ROUNDS)],
+    "segmentation": [("--rounds", _ROUNDS)],
     "scaling": [
         (
             "--processes",
@@ -236,10 +248,15 @@ def main(arguments: list[str] | None = None) -> None:
             update_tables(PAGES, RESULTS)
         elif name == "figures":
             draw_figures(RESULTS)
+        elif name == "merge":
+            names = tuple(BENCHMARKS)
+            merged = _kept.merge_folder(names, given["folder"], RESULTS, given["drop"])
+            _common.say(f"Merged: {', '.join(path.name for path in merged)}")
         else:
             benchmark = load(name)
             if given["resume"] and not getattr(benchmark, "RESUMABLE", False):
                 raise _common.UsageError(f"{name} cannot be resumed: drop --resume")
+            _common.refuse_miscompiling()
             benchmark.main(_common.Options(name, **given, extra=extra))
     except _common.UsageError as error:
         command_line.error(str(error))

@@ -28,6 +28,8 @@ import rich.console
 import rich.progress
 import rich.table
 
+from yoto_jax._jaxlib import MISCOMPILING
+
 T = TypeVar("T")
 Record = dict[str, Any]
 Result = dict[str, Any]
@@ -39,6 +41,25 @@ WIDTH_OF_A_FILE = 160
 
 class UsageError(ValueError):
     """Options that cannot be honoured: the command line reports it and exits with 2."""
+
+
+def refuse_miscompiling(platform: str | None = None) -> None:
+    """Refuse to measure where gradients are silently wrong.
+
+    Args:
+      platform: What the benchmark runs on (default: that of the first device).
+
+    Raises:
+      UsageError: if jaxlib is one that miscompiles pullbacks on a CPU, and this is one.
+    """
+    version = importlib.metadata.version("jaxlib")
+    if version not in MISCOMPILING:
+        return
+    if (platform or jax.devices()[0].platform) == "cpu":
+        raise UsageError(
+            f"jaxlib {version} computes wrong per-loss gradients on a CPU, silently: "
+            f"pip install 'jaxlib!={version}'"
+        )
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"factors": (1.0, 1000.0, 1.0), "normalize": 1.0},
     ),
 }
+METHODS = ("parts", "equal", "rho", "epsilon", "losses", "aligned")
+"""What can be measured apart; together they are the table and the figure."""
 REPLAYED = {
     "yoto": "constant, YOTO's final weights",
     "weak": "constant, final weights of rho 0.1",
@@ -57,8 +59,7 @@ REPLAYED = {
 
 def main(options: Options) -> None:
     options.refuse_data()
-    if options.methods is not None:
-        raise _common.UsageError("ablations are one set: drop --methods")
+    options.choose(METHODS)
     size = task.SIZES[options.preset]
     size = size._replace(steps=options.steps or size.steps)
     quick = options.preset == "quick"
@@ -70,10 +71,11 @@ def main(options: Options) -> None:
         records,
         history=history,
     )
-    figure(result, path.with_suffix(".png"))
-    _common.show(table(result))
-    _common.show(losses_table(result))
-    _common.say(f"Written: {path}, {path.with_suffix('.png')}")
+    if options.methods is None:  # else what they are compared with is missing
+        figure(result, path.with_suffix(".png"))
+        _common.show(table(result))
+        _common.show(losses_table(result))
+    _common.say(f"Written: {path}")
 
 
 # Runs.
@@ -83,6 +85,8 @@ def ablate(
     options: Options, size: task.Size, quick: bool
 ) -> tuple[list[Record], list[dict[str, Any]]]:
     seeds = range(options.seeds)
+    chosen = options.choose(METHODS)
+    steered = "aligned" in chosen and not quick  # its programs take long to compile
     rhos = RHOS[::4] if quick else RHOS
     epsilons = EPSILONS[::5] if quick else EPSILONS
     extra = EXTRA[-1:] if quick else EXTRA
@@ -119,7 +123,7 @@ def ablate(
         config = experiment.settings(ratios=ratios, learn=0.0)
         return Run(_contest.SOFTMAX, seed, config)
 
-    for name, (_, config) in VARIANTS.items():
+    for name, (_, config) in VARIANTS.items() if "parts" in chosen else ():
         finished = add(name, "", [learned(seed, **config) for seed in seeds])
         history += [
             {"method": name, "seed": seed, **done.history}
@@ -131,27 +135,31 @@ def ablate(
                 for seed, done in zip(seeds, finished, strict=True)
             ]
             add(f"{name} replayed", "", wanted)
-    add("equal", "", [constant(seed, (1.0, 1.0)) for seed in seeds])
-    for rho in rhos:
+    if "equal" in chosen:
+        add("equal", "", [constant(seed, (1.0, 1.0)) for seed in seeds])
+    for rho in rhos if "rho" in chosen else ():
         config = _common.describe(rho=rho)
         add("rho", config, [learned(seed, rho=rho) for seed in seeds])
     pairs = list(itertools.product(epsilons, repeat=2))
+    pairs = pairs if "epsilon" in chosen else []
     wanted = [learned(0, ratios=pair, rho=EPSILON_RHO) for pair in pairs]
     for pair, run, done in zip(
         pairs, wanted, runs.finish(wanted, "epsilon"), strict=True
     ):
         config = _common.describe(camera=pair[0], invariance=pair[1])
         records += _records("epsilon", config, run.seed, done)
-    for count in extra:
+    for count in extra if steered or "losses" in chosen else ():
         k = len(task.AUXILIARY) + count
         of_more = open_runs(count, f"ablations_{k}_losses", of_each * options.seeds)
         config = _common.describe(auxiliary=k)
         relative = (0.1,) * k
-        add("K yoto", config, [learned(s, ratios=relative) for s in seeds], of_more)
-        add("K equal", config, [constant(s, (1.0,) * k) for s in seeds], of_more)
-        if not quick:  # Its programs take the longest to compile.
+        if "losses" in chosen:
+            more = [learned(s, ratios=relative) for s in seeds]
+            add("K yoto", config, more, of_more)
+            add("K equal", config, [constant(s, (1.0,) * k) for s in seeds], of_more)
+        if steered:
             add("K aligned", config, [Run("aligned", s) for s in seeds], of_more)
-    if not quick:
+    if steered:
         config = _common.describe(auxiliary=2)
         add("K aligned", config, [Run("aligned", seed) for seed in seeds])
     return records, history

@@ -657,11 +657,11 @@ def ablated(tmp_path_factory):
         every_runs.clear()
         words = f"ablations --preset quick --seeds {SEEDS} --out {folder}"
         command_line.main(words.split())
-    return folder, list(every_runs)
+    return folder, list(every_runs), make
 
 
 def test_ablations_plan_as_many_runs_as_they_train(ablated):
-    _, every = ablated
+    _, every, _ = ablated
     assert [runs.task.name for runs in every] == ["ablations", "ablations_8_losses"]
     for runs in every:
         assert len(runs.runs) == runs.planned
@@ -669,7 +669,7 @@ def test_ablations_plan_as_many_runs_as_they_train(ablated):
 
 
 def test_ablations_are_read_from_the_file(ablated, tmp_path):
-    folder, _ = ablated
+    folder, *_ = ablated
     result = _common.read_json(folder / "ablations.json")
     table = ablations.table(result)
     rows = {row[0]: row[1:] for row in table.rows}
@@ -689,10 +689,16 @@ def test_ablations_are_read_from_the_file(ablated, tmp_path):
     assert (tmp_path / "again.png").read_bytes() == written
 
 
-def test_ablations_take_no_methods(capsys):
-    with pytest.raises(SystemExit):
-        command_line.main(["ablations", "--preset", "quick", "--methods", "yoto"])
-    assert "drop --methods" in capsys.readouterr().err
+def test_ablations_have_parts(ablated, monkeypatch, tmp_path):
+    monkeypatch.setattr(ablations, "Runs", Made)
+    monkeypatch.setattr(ablations.task, "make", ablated[2])
+    words = f"ablations --seeds {SEEDS} --methods equal,aligned --out {tmp_path}"
+    command_line.main(words.split())
+    result = _common.read_json(tmp_path / "ablations.json")
+    assert {r["method"] for r in result["records"]} == {"equal", "K aligned"}
+    numbers = ["auxiliary=4", "auxiliary=6", "auxiliary=8", "auxiliary=2"]
+    assert ablations.configs(result, "K aligned") == numbers
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_the_range_test_of_two_points_is_the_paired_t_test():
