@@ -18,6 +18,7 @@ from yoto_jax._loss_logits import PyTree, listed, loss_names, stack_present
 from yoto_jax.weightings._protocol import (
     GRADIENT_STATISTICS,
     LossWeighting,
+    check_knows_present,
     where_rows,
 )
 
@@ -106,6 +107,7 @@ def aggregate(
         if present is not None:
             mask = stack_present(present, jax.tree.structure(losses))
             updates = jax.tree.map(functools.partial(_without_absent, mask), updates)
+            check_knows_present(weighting)
             extra_args = extra_args | {"present": present}
         seen = extra_args | if_due(weighting, state, lambda: statistics(updates))
         weights, state = weighting.update(losses, state, **seen)

@@ -27,6 +27,7 @@ from yoto_jax._params import check_params
 from yoto_jax.weightings._protocol import (
     GRADIENT_STATISTICS,
     LossWeighting,
+    check_knows_present,
     mask_weights,
 )
 
@@ -44,6 +45,7 @@ class _Pass(NamedTuple):
     losses: PyTree  # scalars, averaged over the devices
     aux: Any
     present: jax.Array | None  # bool (K,), whether a device has the loss; None: all
+    returned: bool  # whether loss_fn has said so, in MaskedLosses
     statistics: Callable[[Sequence[str]], dict[str, jax.Array]]
     direction: Callable[[int], PyTree]  # gradient of one loss, where weights act
     along: Callable[[PyTree], tuple[jax.Array, jax.Array]]  # (K,) derivatives, |v|^2
@@ -211,7 +213,9 @@ def value_and_grad(
         decode = lambda p, z: _split(
             loss_fn(p, z, *args, **kwargs), has_aux, axes, present
         )
-        return _encoded(encode, decode, local, place, weigh_heads, trains)
+        # An absent loss may be a constant.
+        looks = present is None and weighting.needs != ("losses",)
+        return _encoded(encode, decode, local, place, weigh_heads, trains, looks)
 
     def fn(
         params: PyTree,
@@ -283,17 +287,21 @@ def value_and_grad(
         steers = seen.pop(_STEERS, None)
         there = steering.present
         if there is not None:
+            check_knows_present(weighting)
             if steers is not None:
                 place = place_of(weighting.downstream, training.losses)
-                there = there.at[place].set(steers)
+                due = True if weighting.due is None else weighting.due(state)
+                there = there.at[place].set(jnp.where(due, steers, there[place]))
             seen["present"] = _like(steering.losses, there)
         weights, state = weighting.update(steering.losses, state, **seen)
-        if align == "validation" and there is not None:
-            # What it holds for losses that only the training batch has.
+        if there is not None and (steers is not None or align == "validation"):
+            # With what it holds for losses that the training batch alone has.
             weights = optax.tree.get(state, "loss_weights")
         weights = mask_weights(weights, training.present)
         grads, state = training.combine(weights, state, weighting)
-        losses = _with_presence(training.losses, training.present, present is None)
+        losses = training.losses
+        if training.returned:
+            losses = MaskedLosses(losses, _like(losses, training.present))
         return ((losses, training.aux) if has_aux else losses), grads, state
 
     return fn
@@ -342,10 +350,12 @@ def value_and_jacobian(
         check_params(params)
         f = lambda p: _split(loss_fn(p, *args, **kwargs), has_aux, axes)
         spread = spread_of(params, param_specs, axes)
-        losses, pullback, (aux, there) = jax.vjp(f, _vary(params, axes), has_aux=True)
+        losses, pullback, told = jax.vjp(f, _vary(params, axes), has_aux=True)
         rows = _rows(lambda cotangents: pullback(cotangents)[0], losses, chunk_size)
         jacobian = mean_over(rows, axes, spread)
-        losses = _with_presence(mean_losses(losses, axes), there)
+        losses, (aux, there, _) = mean_losses(losses, axes), told
+        if there is not None:
+            losses = MaskedLosses(losses, _like(losses, there))
         return ((losses, aux) if has_aux else losses), jacobian
 
     return fn
@@ -366,7 +376,7 @@ def _direct(
 ) -> _Pass:
     """Gradients of the parameters."""
     axes, spread = place
-    losses, pullback, (aux, present) = jax.vjp(f, params, has_aux=True)
+    losses, pullback, (aux, present, mark) = jax.vjp(f, params, has_aux=True)
     keep = keep and select is None and weighting.due is None
     local = lambda ct: pullback(ct)[0]
     average = lambda tree: mean_over(tree, axes, spread)
@@ -432,7 +442,8 @@ def _direct(
         return grads, state
 
     averaged = mean_losses(losses, axes)
-    return _Pass(averaged, aux, present, statistics, direction, along, combine)
+    told = present, mark is not None
+    return _Pass(averaged, aux, *told, statistics, direction, along, combine)
 
 
 def _encoded(
@@ -442,11 +453,12 @@ def _encoded(
     place: "Placement",
     weigh_heads: bool,
     trains: bool,
+    looks: bool,
 ) -> _Pass:
     """Gradients of the representation: one backward pass through the encoder."""
     axes, spread = place
     z, encoder_pullback = jax.vjp(encode, params)
-    structure = _losses_of(lambda z: decode(params, z)[0], z)
+    structure = _losses_of(lambda z: decode(params, z)[0], z, looks)
     count = structure.num_leaves
 
     def each_from_its_copy(p: PyTree, copies: list[PyTree]) -> tuple[PyTree, Any]:
@@ -455,7 +467,7 @@ def _encoded(
         leaves = [jax.tree.leaves(losses)[k] for k, (losses, _) in enumerate(outs)]
         return structure.unflatten(leaves), outs[0][1]
 
-    losses, pullback, (aux, present) = jax.vjp(
+    losses, pullback, (aux, present, mark) = jax.vjp(
         each_from_its_copy, params, [z] * count, has_aux=True
     )
     plain = _cotangents(jax.tree.map(jnp.ones_like, losses), losses)
@@ -515,11 +527,15 @@ def _encoded(
         )
         return add(through_encoder, own), state
 
-    return _Pass(averaged, aux, present, statistics, direction, along, combine)
+    told = present, mark is not None
+    return _Pass(averaged, aux, *told, statistics, direction, along, combine)
 
 
-def _losses_of(decode: Callable[[PyTree], PyTree], z: PyTree) -> Any:
-    """The structure of the losses, each of which must depend on the representation."""
+def _losses_of(decode: Callable[[PyTree], PyTree], z: PyTree, looks: bool) -> Any:
+    """The structure of the losses.
+
+    Where the weighting ``looks`` at gradients, each must depend on the representation.
+    """
     traced, shapes = jax.make_jaxpr(decode, return_shape=True)(z)
     reached = set(traced.jaxpr.invars)
     for equation in traced.jaxpr.eqns:
@@ -527,6 +543,8 @@ def _losses_of(decode: Callable[[PyTree], PyTree], z: PyTree) -> Any:
             reached.update(equation.outvars)
     structure = jax.tree.structure(shapes)
     outputs = traced.jaxpr.outvars
+    if not looks:
+        return structure
     unmoved = [
         name
         for name, x in zip(loss_names(structure), outputs, strict=True)
@@ -983,14 +1001,15 @@ def mean_losses(losses: PyTree, axes: Axes) -> PyTree:
 
 def _split(
     out: Any, has_aux: bool, axes: Axes, present: PyTree | None = None
-) -> tuple[PyTree, tuple[Any, jax.Array | None]]:
+) -> tuple[PyTree, tuple[Any, jax.Array | None, tuple[()] | None]]:
     """Losses, checked and each device's own, and what comes with them.
 
     A loss that is the same on all devices, as after a ``pmean``, is made their own too:
     its gradient is then that of a mean of such losses.
 
     Returns:
-      The losses, and ``(aux, present)`` with a vector of booleans, or None for all.
+      The losses, and ``(aux, present, mark)`` with a vector of booleans, or None for
+      all, and ``()`` if ``loss_fn`` returned it, else None: told apart in a trace too.
     """
     losses, aux = split_aux(out, has_aux)
     own = None
@@ -1001,7 +1020,7 @@ def _split(
     structure = jax.tree.structure(losses)
     masks = [stack_present(x, structure) for x in (own, present) if x is not None]
     if not masks:
-        return losses, (aux, None)
+        return losses, (aux, None, None)
     there = functools.reduce(jnp.logical_and, masks)
     share = there.astype(jnp.float32)
     if axes:  # The mean over the devices that have the loss.
@@ -1012,11 +1031,16 @@ def _split(
         jnp.where(share[k] > 0, x * share[k].astype(x.dtype), 0)
         for k, x in enumerate(map(jnp.asarray, jax.tree.leaves(losses)))
     ]
-    return structure.unflatten(leaves), (aux, there)
+    return structure.unflatten(leaves), (aux, there, None if own is None else ())
 
 
 def split_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
     """Losses and auxiliary output of ``loss_fn``, as it was said to return them."""
+    if has_aux and isinstance(out, MaskedLosses):
+        raise TypeError(
+            "with has_aux=True, loss_fn must return (losses, aux), got MaskedLosses "
+            "alone: return (masked_losses, aux), or leave has_aux out."
+        )
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
         raise TypeError(
             "with has_aux=True, loss_fn must return (losses, aux), got a "
@@ -1034,13 +1058,6 @@ def split_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
 def _like(losses: PyTree, values: jax.Array) -> PyTree:
     structure = jax.tree.structure(losses)
     return structure.unflatten([values[k] for k in range(structure.num_leaves)])
-
-
-def _with_presence(losses: PyTree, present: jax.Array | None, told: bool = True) -> Any:
-    """The losses in the form that ``loss_fn`` has given them."""
-    if present is None or not told:
-        return losses
-    return MaskedLosses(losses, _like(losses, present))
 
 
 def place_of(downstream: Any, losses: PyTree) -> int:

@@ -183,7 +183,9 @@ def skip_outliers(
             lambda u: u if _is_float0(u) else jnp.where(ok, u, jnp.zeros_like(u)), new
         )
         inner_state = choose(ok, inner_state, state.inner_state)
-        return new, SkipOutliersState(state.num_skipped + ~ok, scales, inner_state)
+        return new, SkipOutliersState(
+            state.num_skipped + (~ok).astype(jnp.int32), scales, inner_state
+        )
 
     return unwrap_loss_logits(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 

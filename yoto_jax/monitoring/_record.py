@@ -31,7 +31,7 @@ from yoto_jax._loss_logits import (
 from yoto_jax._optimizers import unwrap_loss_logits
 from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._protocol import LossWeighting
-from yoto_jax.weightings._wrappers import _observing_inner
+from yoto_jax.weightings._wrappers import _observing_inner, and_present
 
 # What a loss is to its weight. These are empty nodes: they live in the structure of the
 # state, as optax.EmptyState does, so that names cost nothing and pass every checkpoint.
@@ -273,9 +273,14 @@ def recorded(
         return RecordedState(history, weighting.init(losses))
 
     def update(
-        losses: PyTree, state: RecordedState, **statistics: Any
+        losses: PyTree,
+        state: RecordedState,
+        *,
+        present: PyTree | None = None,
+        **statistics: Any,
     ) -> tuple[PyTree, RecordedState]:
-        weights, inner = weighting.update(losses, state.inner, **statistics)
+        seen = and_present(weighting, statistics, present)
+        weights, inner = weighting.update(losses, state.inner, **seen)
         skipped = [x for _, x in optax.tree.get_all_with_path(inner, "num_skipped")]
         count = sum(skipped) if skipped else -1
         row = [*jax.tree.leaves(weights), *jax.tree.leaves(losses), count]

@@ -105,7 +105,7 @@ def gradnorm(
         # The norms do not depend on w, so that no second derivative is needed. At 0 the
         # slope of |w| is taken as 1: a weight must be able to leave 0.
         slope = jnp.sign(weighted - target) * norms * jnp.where(w < 0, -1.0, 1.0)
-        new, state = descend(tx, slope, learned.optimizer, w)
+        new, state = descend(tx, slope, learned.optimizer, w, layout.present)
         total = layout.sum(jnp.abs(new))
         new = jnp.where(total > 0, layout.count * new / total, 1.0) * scale
         return jnp.abs(w), GradNormState(

@@ -79,7 +79,11 @@ def imtl_l(optimizer: optax.GradientTransformation | None = None) -> LossWeighti
     ) -> tuple[jax.Array, ImtlLState]:
         weights = jnp.exp(learned.log_scales)
         log_scales, state = descend(
-            tx, weights * losses - 1.0, learned.optimizer, learned.log_scales
+            tx,
+            weights * losses - 1.0,
+            learned.optimizer,
+            learned.log_scales,
+            layout.present,
         )
         log_scales = jnp.clip(log_scales, -LOG_LIMIT, LOG_LIMIT)
         return weights, ImtlLState(log_scales, state)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -421,16 +422,19 @@ def _accept(
     """The new weights and state, or the old ones if anything is amiss."""
     weights = jnp.asarray(weights, layout.dtype)
     learned = _hold_absent(learned, state.learned, layout)
-    some: Any = True if layout.present is None else jnp.any(layout.present)
+    some = (
+        jnp.ones((), jnp.bool_) if layout.present is None else jnp.any(layout.present)
+    )
+    one = some.astype(jnp.int32)
     if layout.present is not None:
         before = jnp.stack(jax.tree.leaves(state.loss_weights))
         weights = layout.of_present(weights, before)
         learned = _select(some, learned, state.learned)
     ok &= all_finite((weights, learned))
     new = WeightingState(
-        _as_tree(weights, layout), learned, state.num_updates + some, state.num_skipped
+        _as_tree(weights, layout), learned, state.num_updates + one, state.num_skipped
     )
-    old = state._replace(num_skipped=state.num_skipped + some)
+    old = state._replace(num_skipped=state.num_skipped + one)
     chosen = _select(ok, new, old)
     return mask_weights(chosen.loss_weights, layout.present), chosen
 
@@ -464,6 +468,15 @@ def without_absent(statistic: Any, present: jax.Array) -> Any:
         return structure.unflatten(leaves)
     statistic = where_rows(present, statistic, 0)
     return where_rows(present, statistic.T, 0).T if statistic.ndim > 1 else statistic
+
+
+def check_knows_present(weighting: LossWeighting) -> None:
+    """Raise if a weighting would take ``present=`` for something else."""
+    if "present" not in inspect.signature(weighting.update).parameters:
+        raise TypeError(
+            "this weighting does not know of absent losses: its update must take "
+            "present=, a tree of booleans like the losses."
+        )
 
 
 def where_rows(chosen: jax.Array, x: jax.Array, y: Any) -> jax.Array:
@@ -591,15 +604,24 @@ def descend(
     if moves is not None and is_loss_logits(params) and params.primary is not None:
         moves = jnp.delete(moves, params.primary, assume_unique_indices=True)
     size = jax.tree.leaves(params)[0].shape
-    once = [x.shape == size for x in jax.tree.leaves(jax.eval_shape(tx.init, params))]
+    shapes = [x.shape for x in jax.tree.leaves(jax.eval_shape(tx.init, params))]
+    once = [shape == size for shape in shapes]
     leaves, structure = jax.tree.flatten(state)
+    leaves = [  # What has been set for all entries, such as an injected learning rate.
+        x if x.shape != shape or whole else jnp.broadcast_to(x, size + shape)
+        for x, shape, whole in zip(leaves, shapes, once, strict=True)
+    ]
+    shown = params
+    if moves is not None:  # Absent losses have no part in norms and decays.
+        none = functools.partial(where_rows, moves, y=0)
+        gradient, shown = jax.tree.map(none, (gradient, params))
 
     def one(leaves: list[Any]) -> tuple[Any, list[Any]]:
         """The step with the counters of one entry."""
         old = structure.unflatten(leaves)
         # Optax's Adam mixes integers and floats, which strict promotion would refuse.
         with jax.numpy_dtype_promotion("standard"):
-            updates, new = tx.update(gradient, old, params, **extra_args)
+            updates, new = tx.update(gradient, old, shown, **extra_args)
         return optax.apply_updates(params, updates), jax.tree.leaves(new)
 
     axes = [None if whole else 0 for whole in once]

@@ -20,6 +20,7 @@ from yoto_jax.weightings._protocol import (
     all_finite,
     check_decay,
     check_hyperparameter,
+    check_knows_present,
     check_not_negative,
     check_state,
     mask_weights,
@@ -227,6 +228,7 @@ def skip_outliers(
             }
         sound = all_finite(statistics)
         if present is not None:
+            check_knows_present(weighting)
             statistics = statistics | {"present": present}
         ok, scales = rule.judge(values, state.loss_scales, sound, mask)
         # What is thrown away is computed from ones: no complaint about a bad loss.

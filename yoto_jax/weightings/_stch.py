@@ -140,7 +140,7 @@ def _logarithmic(smoothing: float, warmup: int) -> LossWeighting:
         weights = jnp.where(warm, 1.0, layout.count * jnp.exp(shares)) / losses
         return weights, StchState(
             warmup_sum=learned.warmup_sum + jnp.where(warm, losses, 0.0),
-            warmup_count=count + warm,
+            warmup_count=count + warm.astype(jnp.int32),
         )
 
     return make_weighting(init, update, positive=True)

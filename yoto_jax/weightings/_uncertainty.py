@@ -103,7 +103,11 @@ def uncertainty(
     ) -> tuple[jax.Array, UncertaintyState]:
         used = weights(learned.log_variances, layout)
         log_variances, state = descend(
-            tx, 0.5 - used * losses, learned.optimizer, learned.log_variances
+            tx,
+            0.5 - used * losses,
+            learned.optimizer,
+            learned.log_variances,
+            layout.present,
         )
         log_variances = jnp.clip(log_variances, -LOG_LIMIT, LOG_LIMIT)
         return used, UncertaintyState(log_variances, state)

@@ -21,6 +21,7 @@ from yoto_jax.weightings._protocol import (
     LossWeighting,
     check_decay,
     check_fraction,
+    check_knows_present,
     check_state,
     mask_weights,
 )
@@ -91,13 +92,13 @@ def every(weighting: LossWeighting, steps: jax.typing.ArrayLike) -> LossWeightin
         check_state(state, EveryState)
         mask = _mask(present, state.inner)
         update = lambda: weighting.update(
-            losses, state.inner, **_and_present(statistics, present)
+            losses, state.inner, **and_present(weighting, statistics, present)
         )
         hold = lambda: (mask_weights(_weights(state.inner), mask), state.inner)
         weights, inner = lax.cond(state.step % steps == 0, update, hold)
         counts = 1 - _skipped(state.inner, inner)
         if mask is not None:  # A batch without any loss is no step.
-            counts *= jnp.any(mask)
+            counts *= jnp.any(mask).astype(jnp.int32)
         return weights, EveryState(state.step + counts, inner)
 
     return _observing_inner(weighting)._replace(init=init, update=update_fn, due=due)
@@ -161,7 +162,7 @@ def smooth(
         mask = _mask(present, state.inner)
         inner = _with_weights(state.inner, state.unsmoothed)
         new, after = weighting.update(
-            losses, inner, **_and_present(statistics, present)
+            losses, inner, **and_present(weighting, statistics, present)
         )
         taken = _taken(inner, after)
         takes = jax.tree.map(
@@ -275,7 +276,7 @@ def normalize(
         }
         inner = _with_weights(state.inner, state.normalized)
         new, after = weighting.update(
-            as_tree(values / scales), inner, **_and_present(seen, present)
+            as_tree(values / scales), inner, **and_present(weighting, seen, present)
         )
         # What is held is for the losses as they come already.
         taken = _taken(inner, after)
@@ -336,9 +337,14 @@ def _mask(present: PyTree | None, state: Any) -> jax.Array | None:
     return stack_present(present, jax.tree.structure(_weights(state)))
 
 
-def _and_present(statistics: dict[str, Any], present: PyTree | None) -> dict[str, Any]:
+def and_present(
+    weighting: LossWeighting, statistics: dict[str, Any], present: PyTree | None
+) -> dict[str, Any]:
     """Keywords for ``update``: a weighting without absent losses needs no such one."""
-    return statistics if present is None else statistics | {"present": present}
+    if present is None:
+        return statistics
+    check_knows_present(weighting)
+    return statistics | {"present": present}
 
 
 def _present_or_all(present: PyTree | None, weights: PyTree) -> PyTree:
