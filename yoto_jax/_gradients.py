@@ -300,7 +300,7 @@ def value_and_grad(
         weights = mask_weights(weights, training.present)
         grads, state = training.combine(weights, state, weighting)
         losses = training.losses
-        if training.returned:
+        if training.returned and training.present is not None:
             losses = MaskedLosses(losses, _like(losses, training.present))
         return ((losses, training.aux) if has_aux else losses), grads, state
 
