@@ -18,13 +18,10 @@ def conflicting(losses, seed):
 
 @functools.cache
 def upgrad_solver(losses, dtype):
-    lower = np.eye(losses) / losses
-
     def solve(gramian):
         matrix = _solvers.unit_trace(gramian) + 1e-4 * jnp.eye(losses, dtype=dtype)
-        rows = jnp.asarray(lower, dtype)
-        one = lambda u: _solvers.solve_bounded_qp(matrix, jnp.zeros_like(u), u)
-        return jnp.sum(jax.vmap(one)(rows), axis=0)
+        lengths = jnp.full((losses,), 1 / losses, dtype)
+        return jnp.sum(_solvers.solve_axis_qps(matrix, lengths), axis=0)
 
     return jax.jit(solve)
 
@@ -45,6 +42,30 @@ def test_bounded_qp_agrees_with_an_active_set_method(losses, dtype, bound):
             found = upgrad_solver(losses, dtype)(jnp.asarray(gramian))
             error = np.abs(np.float64(found) - expected).max() / expected.max()
             assert error <= bound
+
+
+def test_what_is_not_solved_together_is_solved_one_by_one():
+    rng = np.random.default_rng(0)
+    lengths = rng.uniform(0.5, 2, 20).astype("float32")
+    jacobian = rng.normal(size=(20, 3))
+    flat = jacobian @ jacobian.T / np.trace(jacobian @ jacobian.T)
+    jacobian[::3] = 0  # losses without a gradient
+    ridged = jacobian @ jacobian.T + np.eye(20)
+    lanes = np.float32([flat, ridged, np.zeros((20, 20))])
+
+    def solve(matrix):
+        together = _solvers._axis_qps_together(matrix, jnp.asarray(lengths))
+        return together[1], _solvers.solve_axis_qps(matrix, jnp.asarray(lengths))
+
+    exact, found = map(np.asarray, jax.jit(jax.vmap(solve))(lanes))
+    np.testing.assert_array_equal(exact, [False, True, True])
+    assert (found >= np.diag(lengths)).all()
+    slack = found[0] @ flat
+    assert slack.min() >= -1e-5
+    assert np.abs((found[0] - np.diag(lengths)) * slack).max() <= 1e-4
+    expected = [oracles.bounded_qp(ridged, np.zeros(20), u) for u in np.diag(lengths)]
+    np.testing.assert_allclose(found[1], expected, atol=1e-5)
+    np.testing.assert_array_equal(found[2], np.diag(lengths))
 
 
 def test_non_negative_least_squares_has_exact_zeros_and_float64_accuracy():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._loss_logits import PyTree
-from yoto_jax._solvers import solve_bounded_qp, unit_trace
+from yoto_jax._solvers import solve_axis_qps, unit_trace
 from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
@@ -64,9 +64,7 @@ def upgrad(preference: PyTree = None, *, regularization: float = 1e-4) -> LossWe
         del losses
         eye = jnp.eye(layout.size, dtype=layout.dtype)
         matrix = unit_trace(gramian) + regularization * eye
-        lower = jnp.diag(preferred(layout))
-        project = lambda u: solve_bounded_qp(matrix, jnp.zeros_like(u), u)
-        return jnp.sum(jax.vmap(project)(lower), axis=0), learned
+        return jnp.sum(solve_axis_qps(matrix, preferred(layout)), axis=0), learned
 
     return make_weighting(
         lambda layout: (), update, needs=("gramian",), first_weights=preferred
