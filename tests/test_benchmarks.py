@@ -111,7 +111,6 @@ NOT_AGAIN = (
     "compression",
     "compression_camvid",
     "depth",
-    "digits",
     "overhead",
     "pareto",
     "pinn",

@@ -174,7 +174,8 @@ def test_raw_weights_of_the_mixture_go_to_their_optimal_ratio():
     assert distance[1900:2100].max() < 2e-2
     assert distance[-1] < 5e-5
     raw = seen["phi"][-1]
-    np.testing.assert_allclose(raw, [0.629650, 1.469188], rtol=2e-3)
+    # Their length is up to that phase too: 0.5 % between two versions of jaxlib.
+    np.testing.assert_allclose(raw, [0.629650, 1.469188], rtol=1e-2)
     np.testing.assert_allclose(raw[1] / raw[0], 7 / 3, rtol=3e-4)
 
 
