@@ -18,7 +18,7 @@ from yoto_jax._loss_logits import PyTree, listed, loss_names, stack_present
 from yoto_jax.weightings._protocol import (
     GRADIENT_STATISTICS,
     LossWeighting,
-    check_knows_present,
+    and_present,
     where_rows,
 )
 
@@ -104,11 +104,10 @@ def aggregate(
                     "params, losses=losses)."
                 )
             losses = optax.tree.ones_like(optax.tree.get(state, "loss_weights"))
-        if present is not None:
-            mask = stack_present(present, jax.tree.structure(losses))
-            updates = jax.tree.map(functools.partial(_without_absent, mask), updates)
-            check_knows_present(weighting)
-            extra_args = extra_args | {"present": present}
+        mask = stack_present(present, jax.tree.structure(losses))
+        if mask is not None:
+            updates = jax.tree.map(functools.partial(_present_rows, mask), updates)
+        extra_args = and_present(weighting, extra_args, present)
         seen = extra_args | if_due(weighting, state, lambda: statistics(updates))
         weights, state = weighting.update(losses, state, **seen)
         return combine_rows(updates, stacked(weights)), state
@@ -124,6 +123,6 @@ def aggregate(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _without_absent(present: jax.Array, rows: jax.Array) -> jax.Array:
+def _present_rows(present: jax.Array, rows: jax.Array) -> jax.Array:
     """The rows, 0 for absent losses, whatever stands there."""
     return rows if rows.dtype == jax.dtypes.float0 else where_rows(present, rows, 0)

@@ -19,6 +19,7 @@ from yoto_jax._loss_logits import (
     loss_names,
     path_name,
     scalar_losses,
+    split,
     stack_present,
     upcast,
 )
@@ -27,7 +28,7 @@ from yoto_jax._params import check_params
 from yoto_jax.weightings._protocol import (
     GRADIENT_STATISTICS,
     LossWeighting,
-    check_knows_present,
+    and_present,
     mask_weights,
 )
 
@@ -287,12 +288,12 @@ def value_and_grad(
         steers = seen.pop(_STEERS, None)
         there = steering.present
         if there is not None:
-            check_knows_present(weighting)
             if steers is not None:
                 place = place_of(weighting.downstream, training.losses)
                 due = True if weighting.due is None else weighting.due(state)
                 there = there.at[place].set(jnp.where(due, steers, there[place]))
-            seen["present"] = _like(steering.losses, there)
+            told = split(there, jax.tree.structure(steering.losses))
+            seen = and_present(weighting, seen, told)
         weights, state = weighting.update(steering.losses, state, **seen)
         if there is not None and (steers is not None or align == "validation"):
             # With what it holds for losses that the training batch alone has.
@@ -301,7 +302,9 @@ def value_and_grad(
         grads, state = training.combine(weights, state, weighting)
         losses = training.losses
         if training.returned and training.present is not None:
-            losses = MaskedLosses(losses, _like(losses, training.present))
+            losses = MaskedLosses(
+                losses, split(training.present, jax.tree.structure(losses))
+            )
         return ((losses, training.aux) if has_aux else losses), grads, state
 
     return fn
@@ -355,7 +358,7 @@ def value_and_jacobian(
         jacobian = mean_over(rows, axes, spread)
         losses, (aux, there, _) = mean_losses(losses, axes), told
         if there is not None:
-            losses = MaskedLosses(losses, _like(losses, there))
+            losses = MaskedLosses(losses, split(there, jax.tree.structure(losses)))
         return ((losses, aux) if has_aux else losses), jacobian
 
     return fn
@@ -1018,7 +1021,8 @@ def _split(
     scalar_losses(losses)
     losses = _vary(jax.tree.map(jnp.asarray, losses) if axes else losses, axes)
     structure = jax.tree.structure(losses)
-    masks = [stack_present(x, structure) for x in (own, present) if x is not None]
+    given = (stack_present(x, structure) for x in (own, present))
+    masks = [mask for mask in given if mask is not None]
     if not masks:
         return losses, (aux, None, None)
     there = functools.reduce(jnp.logical_and, masks)
@@ -1053,11 +1057,6 @@ def split_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
             "auxiliary, give has_aux=True; if it is losses too, put both in one dict."
         )
     return out if has_aux else (out, None)
-
-
-def _like(losses: PyTree, values: jax.Array) -> PyTree:
-    structure = jax.tree.structure(losses)
-    return structure.unflatten([values[k] for k in range(structure.num_leaves)])
 
 
 def place_of(downstream: Any, losses: PyTree) -> int:

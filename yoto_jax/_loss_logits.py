@@ -302,10 +302,10 @@ def check_loss_logits(mu: Any) -> None:
 
 def present_in_order(present: PyTree | None, mu: LossLogits) -> jax.Array | None:
     """Which losses are there as a vector, the primary loss first; None for all."""
-    if present is None:
-        return None
     check_loss_logits(mu)
     mask = stack_present(present, mu.structure)
+    if mask is None:
+        return None
     return jnp.stack(primary_first(list(mask), mu.primary))
 
 
@@ -407,8 +407,12 @@ def scalar_losses(
     return [path_name(path) for path, _ in flat], [leaf for _, leaf in flat], structure
 
 
-def stack_present(present: PyTree, structure: jax.tree_util.PyTreeDef) -> jax.Array:
-    """A tree of booleans like the losses as a vector (K,), True for what is there."""
+def stack_present(
+    present: PyTree | None, structure: jax.tree_util.PyTreeDef
+) -> jax.Array | None:
+    """A tree of booleans like the losses as a vector (K,); None, all, stays None."""
+    if present is None:
+        return None
     flat, given = jax.tree.flatten_with_path(present)
     check_structure(given, structure, "the losses", "the entries of present")
     for path, leaf in flat:
@@ -420,6 +424,11 @@ def stack_present(present: PyTree, structure: jax.tree_util.PyTreeDef) -> jax.Ar
                 f"dtype {dtype} for {name!r}. Of a mask over examples take jnp.any."
             )
     return jnp.stack([jnp.asarray(leaf) for _, leaf in flat])
+
+
+def split(vector: jax.Array, structure: jax.tree_util.PyTreeDef) -> PyTree:
+    """A vector (K,) as a tree like the losses."""
+    return structure.unflatten([vector[k] for k in range(structure.num_leaves)])
 
 
 def _shape_and_dtype(what: str, value: Any) -> tuple[tuple[int, ...], Any]:

@@ -170,9 +170,8 @@ def skip_outliers(
     ) -> tuple[PyTree, SkipOutliersState]:
         structure = _structure(expected, params)
         values = _values(losses, structure, state.loss_scales)
-        mask = None
+        mask = stack_present(present, jax.tree.structure(losses))
         if present is not None:
-            mask = stack_present(present, jax.tree.structure(losses))
             extra_args = extra_args | {"present": present}
         sound = all_finite([_squared(x) for x in jax.tree.leaves(updates)])
         ok, scales = rule.judge(values, state.loss_scales, sound, mask)

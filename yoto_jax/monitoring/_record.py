@@ -30,8 +30,8 @@ from yoto_jax._loss_logits import (
 )
 from yoto_jax._optimizers import unwrap_loss_logits
 from yoto_jax._serialization import serializable_state
-from yoto_jax.weightings._protocol import LossWeighting
-from yoto_jax.weightings._wrappers import _observing_inner, and_present
+from yoto_jax.weightings._protocol import LossWeighting, and_present
+from yoto_jax.weightings._wrappers import _observing_inner
 
 # What a loss is to its weight. These are empty nodes: they live in the structure of the
 # state, as optax.EmptyState does, so that names cost nothing and pass every checkpoint.

@@ -21,6 +21,7 @@ from yoto_jax._loss_logits import (
     listed,
     loss_names,
     scalar_losses,
+    split,
     stack_present,
 )
 from yoto_jax._serialization import serializable_state
@@ -119,9 +120,7 @@ class Layout:
     @property
     def presence(self) -> PyTree | None:
         """The tree of booleans that ``present`` came from."""
-        if self.present is None:
-            return None
-        return self.structure.unflatten([self.present[k] for k in range(self.size)])
+        return None if self.present is None else split(self.present, self.structure)
 
     def of_present(self, x: jax.Array, other: Any = 0) -> jax.Array:
         """``x``, one entry or row per loss, with ``other`` for absent losses."""
@@ -268,7 +267,7 @@ def make_weighting(
         first = first_weights(layout) if callable(first_weights) else first_weights
         weights = layout.vector("loss_weights", first)
         counts = [jnp.zeros((), jnp.int32) for _ in range(2)]  # apart, for donation
-        return WeightingState(_as_tree(weights, layout), learned, *counts)
+        return WeightingState(split(weights, layout.structure), learned, *counts)
 
     def update_fn(
         losses: PyTree,
@@ -359,9 +358,8 @@ def _values(
     _, leaves, structure = scalar_losses(losses)
     check_structure(structure, layout.structure, "the loss weights")
     values = jnp.stack([_constant(leaf, layout.dtype) for leaf in leaves])
-    if present is not None:
-        mask = stack_present(present, layout.structure)
-        layout = dataclasses.replace(layout, present=mask)
+    mask = stack_present(present, layout.structure)
+    layout = dataclasses.replace(layout, present=mask)
     return layout, layout.of_present(values, 1)
 
 
@@ -432,7 +430,10 @@ def _accept(
         learned = _select(some, learned, state.learned)
     ok &= all_finite((weights, learned))
     new = WeightingState(
-        _as_tree(weights, layout), learned, state.num_updates + one, state.num_skipped
+        split(weights, layout.structure),
+        learned,
+        state.num_updates + one,
+        state.num_skipped,
     )
     old = state._replace(num_skipped=state.num_skipped + one)
     chosen = _select(ok, new, old)
@@ -462,30 +463,32 @@ def mask_weights(weights: PyTree, present: jax.Array | None) -> PyTree:
 
 def without_absent(statistic: Any, present: jax.Array) -> Any:
     """A statistic of K losses, 0 for absent ones, whatever stands there."""
-    leaves, structure = jax.tree.flatten(statistic)
-    if jnp.ndim(leaves[0]) == 0:  # a tree like the losses
-        leaves = [jnp.where(present[k], x, 0) for k, x in enumerate(leaves)]
-        return structure.unflatten(leaves)
+    if jnp.ndim(jax.tree.leaves(statistic)[0]) == 0:  # a tree like the losses
+        return mask_weights(statistic, present)
     statistic = where_rows(present, statistic, 0)
     return where_rows(present, statistic.T, 0).T if statistic.ndim > 1 else statistic
 
 
-def check_knows_present(weighting: LossWeighting) -> None:
-    """Raise if a weighting would take ``present=`` for something else."""
+def and_present(
+    weighting: LossWeighting, statistics: dict[str, Any], present: PyTree | None
+) -> dict[str, Any]:
+    """Keywords for ``update``: a weighting without absent losses needs no such one.
+
+    Raises if it would take ``present=`` for something else.
+    """
+    if present is None:
+        return statistics
     if "present" not in inspect.signature(weighting.update).parameters:
         raise TypeError(
             "this weighting does not know of absent losses: its update must take "
             "present=, a tree of booleans like the losses."
         )
+    return statistics | {"present": present}
 
 
 def where_rows(chosen: jax.Array, x: jax.Array, y: Any) -> jax.Array:
     """Row k of ``x`` if entry k is chosen, else that of ``y``."""
     return jnp.where(chosen.reshape(chosen.shape + (1,) * (x.ndim - 1)), x, y)
-
-
-def _as_tree(weights: jax.Array, layout: Layout) -> PyTree:
-    return layout.structure.unflatten([weights[k] for k in range(layout.size)])
 
 
 def all_finite(tree: PyTree) -> jax.Array:

@@ -18,9 +18,9 @@ from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._protocol import (
     LossWeighting,
     all_finite,
+    and_present,
     check_decay,
     check_hyperparameter,
-    check_knows_present,
     check_not_negative,
     check_state,
     mask_weights,
@@ -220,23 +220,20 @@ def skip_outliers(
         held = _weights(state.inner)
         structure = jax.tree.structure(held)
         values = loss_vector(losses, structure, state.loss_scales)
-        mask = None
-        if present is not None:
-            mask = stack_present(present, structure)
+        mask = stack_present(present, structure)
+        if mask is not None:
             statistics = {
                 name: without_absent(x, mask) for name, x in statistics.items()
             }
         sound = all_finite(statistics)
-        if present is not None:
-            check_knows_present(weighting)
-            statistics = statistics | {"present": present}
         ok, scales = rule.judge(values, state.loss_scales, sound, mask)
         # What is thrown away is computed from ones: no complaint about a bad loss.
         tame = jax.tree.map(
             lambda x: jnp.where(ok, x, jnp.ones_like(x)),
             jax.tree.map(jnp.asarray, losses),
         )
-        weights, inner = weighting.update(tame, state.inner, **statistics)
+        seen = and_present(weighting, statistics, present)
+        weights, inner = weighting.update(tame, state.inner, **seen)
         unused = mask_weights(held, mask), _skip(state.inner)
         weights, inner = choose(ok, (weights, inner), unused)
         return weights, SkipOutliersState(scales, ok, inner)
@@ -247,15 +244,14 @@ def skip_outliers(
         return state._replace(inner=choose(state.accepted, inner, state.inner))
 
     def observe_step(
-        losses: PyTree, state: SkipOutliersState, *, present: PyTree | None = None
+        losses: PyTree, state: SkipOutliersState, **kwargs: Any
     ) -> SkipOutliersState:
         assert weighting.observe_step is not None
         structure = jax.tree.structure(_weights(state.inner))
         values = loss_vector(losses, structure, state.loss_scales)
-        known = {} if present is None else {"present": present}
-        mask = None if present is None else stack_present(present, structure)
+        mask = stack_present(kwargs.get("present"), structure)
         ok, _ = rule.judge(values, state.loss_scales, state.accepted, mask)
-        inner = weighting.observe_step(losses, state.inner, **known)
+        inner = weighting.observe_step(losses, state.inner, **kwargs)
         return state._replace(inner=choose(ok, inner, state.inner))
 
     due = weighting.due

@@ -13,15 +13,16 @@ from yoto_jax._loss_logits import (
     find_loss,
     loss_names,
     scalar_losses,
+    split,
     stack_present,
 )
 from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._protocol import (
     GRADIENT_STATISTICS,
     LossWeighting,
+    and_present,
     check_decay,
     check_fraction,
-    check_knows_present,
     check_state,
     mask_weights,
 )
@@ -263,7 +264,6 @@ def normalize(
         running = jnp.where(old > 0, decay * old + (1 - decay) * size, size)
         running = jnp.where(size == 0, old, running)
         scales = jnp.where(running > 0, running, 1)
-        as_tree = lambda x: structure.unflatten([x[k] for k in range(len(leaves))])
 
         place = None
         if weighting.downstream is not None:
@@ -276,7 +276,9 @@ def normalize(
         }
         inner = _with_weights(state.inner, state.normalized)
         new, after = weighting.update(
-            as_tree(values / scales), inner, **and_present(weighting, seen, present)
+            split(values / scales, structure),
+            inner,
+            **and_present(weighting, seen, present),
         )
         # What is held is for the losses as they come already.
         taken = _taken(inner, after)
@@ -285,12 +287,12 @@ def normalize(
                 taken & there, (w / scale).astype(held.dtype), held
             ),
             new,
-            as_tree(scales),
+            split(scales, structure),
             before,
             _present_or_all(present, before),
         )
         return mask_weights(weights, mask), NormalizeState(
-            as_tree(jnp.where(taken, running, old)),
+            split(jnp.where(taken, running, old), structure),
             _with_weights(after, weights),
             _weights(after),
         )
@@ -332,19 +334,7 @@ def _unscaled(name: str, value: Any, scales: jax.Array, downstream: int | None) 
 
 def _mask(present: PyTree | None, state: Any) -> jax.Array | None:
     """``present`` as a vector, checked against the losses of the state."""
-    if present is None:
-        return None
     return stack_present(present, jax.tree.structure(_weights(state)))
-
-
-def and_present(
-    weighting: LossWeighting, statistics: dict[str, Any], present: PyTree | None
-) -> dict[str, Any]:
-    """Keywords for ``update``: a weighting without absent losses needs no such one."""
-    if present is None:
-        return statistics
-    check_knows_present(weighting)
-    return statistics | {"present": present}
 
 
 def _present_or_all(present: PyTree | None, weights: PyTree) -> PyTree:
