@@ -29,6 +29,11 @@ def unit_trace(gramian: jax.Array) -> jax.Array:
     return safe_divide(gramian, jnp.trace(gramian))
 
 
+def combined_norm(gramian: jax.Array, weights: jax.Array) -> jax.Array:
+    """Norm of the weighted sum of the gradients."""
+    return jnp.sqrt(jnp.maximum(jnp.vdot(weights, dot(gramian, weights)), 0))
+
+
 def cosines(gramian: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosines between gradients, and the norms of the gradients.
 

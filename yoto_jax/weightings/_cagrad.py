@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._solvers import (
+    combined_norm,
     dot,
     minimise_on_simplex,
     safe_divide,
@@ -76,11 +77,12 @@ def cagrad(c: float = 0.5, *, rescale: Literal[0, 1, 2] = 0) -> LossWeighting:
         eps = jnp.finfo(layout.dtype).eps
         g = unit_trace(gramian)
         mean = layout.equal()
-        radius = c * _norm(g, mean)
-        # In the place of an absent gradient the mean one, which lies between the others
-        # anyway: it changes nothing, and no weight is left over.
-        basis = jnp.eye(layout.size, dtype=layout.dtype)
+        radius = c * combined_norm(g, mean)
+        basis = None
         if layout.present is not None:
+            # In the place of an absent gradient the mean one, which lies between the
+            # others anyway: it changes nothing, and no weight is left over.
+            basis = jnp.eye(layout.size, dtype=layout.dtype)
             basis = where_rows(layout.present, basis, mean[None, :])
             g = dot(basis, dot(g, basis.T))
         to_mean = dot(g, mean)
@@ -98,13 +100,13 @@ def cagrad(c: float = 0.5, *, rescale: Literal[0, 1, 2] = 0) -> LossWeighting:
         # Close to the kink its steps are short; there the shortest combination is best.
         shortest = smallest_convex_combination(g)
         w = jnp.where(derivatives(shortest)[0] < derivatives(w)[0], shortest, w)
-        pull = safe_divide(radius, _norm(g, w))
+        pull = safe_divide(radius, combined_norm(g, w))
         # Some combination of the gradients is zero, up to the rounding of the Gramian.
-        stationary = _norm(g, shortest) <= jnp.sqrt(8 * layout.size * eps)
-        weights = mean + jnp.where(stationary, 0, pull) * dot(w, basis)
-        return weights / jnp.asarray(
-            (1, 1 + c**2, 1 + c)[rescale], layout.dtype
-        ), learned
+        stationary = combined_norm(g, shortest) <= jnp.sqrt(8 * layout.size * eps)
+        w = w if basis is None else dot(w, basis)
+        weights = mean + jnp.where(stationary, 0, pull) * w
+        divisor = jnp.asarray((1, 1 + c**2, 1 + c)[rescale], layout.dtype)
+        return weights / divisor, learned
 
     return make_weighting(
         lambda layout: (),
@@ -112,8 +114,3 @@ def cagrad(c: float = 0.5, *, rescale: Literal[0, 1, 2] = 0) -> LossWeighting:
         needs=("gramian",),
         first_weights=Layout.equal,
     )
-
-
-def _norm(gramian: jax.Array, w: jax.Array) -> jax.Array:
-    """The norm of a combination of gradients."""
-    return jnp.sqrt(jnp.maximum(jnp.vdot(w, dot(gramian, w)), 0))

@@ -3,7 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from yoto_jax._solvers import cosines, dot, safe_divide, solve_power_equation
+from yoto_jax._solvers import (
+    combined_norm,
+    cosines,
+    safe_divide,
+    solve_power_equation,
+)
 from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
@@ -77,7 +82,7 @@ def nash_mtl(
         b = solve_power_equation(cosine + jnp.diag(ridge), one, 1.0, steps=12)
         b = jnp.where(some, b, 0)
         if max_norm is not None:
-            norm = jnp.sqrt(jnp.maximum(jnp.vdot(b, dot(cosine, b)), 0))
+            norm = combined_norm(cosine, b)
             b = b / jnp.maximum(norm / max_norm, 1)
         return safe_divide(b, norms), learned
 
