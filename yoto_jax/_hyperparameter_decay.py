@@ -1,7 +1,6 @@
 """The regulariser on loss logits, and its decoupled form as an Optax link."""
 
 import functools
-import math
 import warnings
 from typing import Any, Literal, NamedTuple
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from yoto_jax._checks import check_rate
 from yoto_jax._loss_logits import (
     LossLogits,
     PyTree,
@@ -289,20 +289,3 @@ def _warn_of_logits(params: PyTree, rho: Any) -> None:
 def _check_entropy(entropy: str) -> None:
     if entropy not in ("all", "auxiliary"):
         raise ValueError(f"entropy must be 'all' or 'auxiliary', got {entropy!r}.")
-
-
-def check_rate(name: str, value: Any, below: float = math.inf) -> None:
-    """Reject a number that is negative or too large; schedules and tracers pass."""
-    if callable(value) or isinstance(value, jax.core.Tracer):
-        return
-    try:
-        if isinstance(value, str) or getattr(value, "shape", ()):
-            raise TypeError
-        number = float(value)
-    except TypeError:
-        raise TypeError(
-            f"{name} must be a number, a scalar array or a schedule, got {value!r}."
-        ) from None
-    if not 0 <= number < below:
-        limit = "finite" if below == math.inf else f"smaller than {below:g}"
-        raise ValueError(f"{name} must be non-negative and {limit}, got {value}.")

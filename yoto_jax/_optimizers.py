@@ -7,11 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from yoto_jax._hyperparameter_decay import (
-    Entropy,
-    add_hyperparameter_decay,
-    check_rate,
-)
+from yoto_jax._checks import check_rate
+from yoto_jax._hyperparameter_decay import Entropy, add_hyperparameter_decay
 from yoto_jax._loss_logits import PyTree, choose_present, is_loss_logits
 
 Mask = PyTree | Callable[[optax.Params], PyTree]

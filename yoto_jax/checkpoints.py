@@ -31,6 +31,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 import yoto_jax
+from yoto_jax._checks import check_integers
 from yoto_jax._digests import digests
 from yoto_jax._loss_logits import LossLogits, PyTree, listed, loss_names
 from yoto_jax.weightings._protocol import WeightingState
@@ -115,8 +116,7 @@ class Checkpoints:
         asynchronous: bool = True,
     ):
         for name, value in (("every", every), ("keep", 1 if keep is None else keep)):
-            if isinstance(value, bool) or not hasattr(value, "__index__"):
-                raise TypeError(f"{name} must be an integer, got {value!r}.")
+            check_integers(**{name: value})
             if operator.index(value) < 1:
                 raise ValueError(f"{name} must be positive, got {value}.")
         if not isinstance(asynchronous, bool):

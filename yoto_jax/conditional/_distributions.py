@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from yoto_jax._checks import as_key, check_integers
 from yoto_jax._loss_logits import PyTree, check_structure, loss_names
 from yoto_jax._serialization import register_node
 from yoto_jax.conditional import _points
@@ -78,9 +79,7 @@ class Distribution:
                 "n and groups must be positive, and groups must divide n; got "
                 f"n = {n}, groups = {groups}."
             )
-        weights = jnp.repeat(
-            self._draw(_points.random_key(key), draws, method), n // draws, axis=0
-        )
+        weights = jnp.repeat(self._draw(as_key(key), draws, method), n // draws, axis=0)
         return self.tree(weights)
 
     def grid(self, n: int) -> PyTree:
@@ -530,13 +529,6 @@ def narrow(
 
 
 # Checks.
-
-
-def check_integers(**values: Any) -> None:
-    """Raise unless these are integers."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"{name} must be an integer, got {value!r}.")
 
 
 def _check_grid(size: int, method: str) -> None:

@@ -6,12 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from yoto_jax._checks import check_integers
 from yoto_jax._loss_logits import PyTree
-from yoto_jax.conditional._distributions import (
-    Box,
-    Distribution,
-    check_integers,
-)
+from yoto_jax.conditional._distributions import Box, Distribution
 
 Transform = Literal["standardize", "log"]
 

@@ -8,9 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from yoto_jax.conditional._distributions import check_integers
-from yoto_jax.conditional._points import random_key
-from yoto_jax.weightings._protocol import check_not_negative
+from yoto_jax._checks import as_key, check_integers, check_not_negative
 
 Initialization = Literal["identity", "reference"]
 SLOPE = 0.2  # of leaky ReLU in the reference
@@ -67,7 +65,7 @@ def init_film(
     check_initialization(initialization)
     check_sizes(encoding_size, features, hidden)
     check_not_negative(gain=gain)
-    key = random_key(key)
+    key = as_key(key)
     widths = (encoding_size, *hidden)
     if initialization == "identity":
         return {"film": init_mlp(key, (*widths, 2 * features), 0.0)}

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from yoto_jax._checks import as_key
 from yoto_jax._loss_logits import PyTree, path_name
 from yoto_jax.conditional._film import SLOPE, affine, check_sizes, init_mlp, mlp
-from yoto_jax.conditional._points import random_key
 
 Where = Callable[[tuple[Any, ...], jax.Array], bool]
 
@@ -60,7 +60,7 @@ def init_modulation(
         }
         for name, leaf in chosen.items()
     }
-    trunk = init_mlp(random_key(key), (encoding_size, *hidden), 1.0)
+    trunk = init_mlp(as_key(key), (encoding_size, *hidden), 1.0)
     return {"trunk": trunk, "heads": heads}
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from yoto_jax._checks import check_integers, check_not_negative, check_positive
 from yoto_jax._loss_logits import (
     PyTree,
     check_structure,
@@ -15,8 +16,6 @@ from yoto_jax._loss_logits import (
     loss_names,
     upcast,
 )
-from yoto_jax.conditional._distributions import check_integers
-from yoto_jax.weightings._protocol import check_not_negative, check_positive
 
 Normalization = Literal["sum", "geometric", "max"] | Callable[[PyTree], jax.Array]
 

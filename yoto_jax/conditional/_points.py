@@ -1,12 +1,8 @@
 """Points in the unit cube, at random or spread evenly."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from yoto_jax.weightings._protocol import as_key
 
 _BITS = 32
 # Primitive polynomials and first direction numbers of Sobol's sequence, for the second
@@ -30,12 +26,6 @@ _SOBOL = (
     (6, 16, 1, 3, 1, 13, 27, 49),
 )
 MOST_SOBOL = len(_SOBOL) + 1
-
-
-def random_key(key: Any) -> jax.Array:
-    """A random key from a typed key, one of ``jax.random.PRNGKey``, or a seed."""
-    is_raw = getattr(key, "dtype", None) == jnp.uint32 and jnp.ndim(key)
-    return key if is_raw else as_key(key)
 
 
 def draw(key: jax.Array, n: int, dimensions: int, method: str) -> jax.Array:

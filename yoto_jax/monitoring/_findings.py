@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from yoto_jax._checks import check_positive
 from yoto_jax.monitoring._history import History, check_history, weighed
-from yoto_jax.weightings._protocol import check_positive
 
 _FEWEST_ROWS = 10  # Fewer say nothing of a run.
 _NEARLY_ALL = 0.9  # Of the rows: some methods have a weight of 0 now and then.

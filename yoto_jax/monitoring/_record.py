@@ -9,12 +9,12 @@ import numpy as np
 import optax
 from jax import lax
 
+from yoto_jax._checks import check_rate
 from yoto_jax._hyperparameter_decay import (
     Entropy,
     _check_entropy,
     _entropy_spans_primary,
     _regularizer_gradient,
-    check_rate,
 )
 from yoto_jax._loss_logits import (
     LossLogits,

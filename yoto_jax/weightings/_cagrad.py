@@ -5,6 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from yoto_jax._checks import check_not_negative
 from yoto_jax._solvers import (
     combined_norm,
     dot,
@@ -16,7 +17,6 @@ from yoto_jax._solvers import (
 from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
-    check_not_negative,
     make_weighting,
     where_rows,
 )

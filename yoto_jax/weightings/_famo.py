@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from yoto_jax._checks import check_not_negative
 from yoto_jax._loss_logits import PyTree
 from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
-    check_not_negative,
     descend,
     init_each,
     make_weighting,

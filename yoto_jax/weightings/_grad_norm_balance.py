@@ -6,14 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from yoto_jax._checks import check_decay, check_positive
 from yoto_jax._serialization import serializable_state
-from yoto_jax.weightings._protocol import (
-    Layout,
-    LossWeighting,
-    check_decay,
-    check_positive,
-    make_weighting,
-)
+from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
 
 
 @serializable_state

@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from yoto_jax._checks import check_decay, check_hyperparameter
 from yoto_jax._loss_logits import PyTree
 from yoto_jax._serialization import serializable_state
 from yoto_jax._solvers import dot, safe_divide, solve_bounded_qp
 from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
-    check_decay,
-    check_hyperparameter,
     descend,
     init_each,
     make_weighting,

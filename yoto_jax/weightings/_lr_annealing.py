@@ -4,8 +4,9 @@ from typing import Literal
 
 import jax
 
+from yoto_jax._checks import check_positive
 from yoto_jax.weightings._grad_norm_balance import averaged, bounded_ratio
-from yoto_jax.weightings._protocol import Layout, LossWeighting, check_positive
+from yoto_jax.weightings._protocol import Layout, LossWeighting
 
 
 def lr_annealing(

@@ -3,19 +3,14 @@
 import jax
 import jax.numpy as jnp
 
+from yoto_jax._checks import check_not_negative, check_positive
 from yoto_jax._solvers import (
     combined_norm,
     cosines,
     safe_divide,
     solve_power_equation,
 )
-from yoto_jax.weightings._protocol import (
-    Layout,
-    LossWeighting,
-    check_not_negative,
-    check_positive,
-    make_weighting,
-)
+from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
 
 
 def nash_mtl(

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import inspect
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from yoto_jax._checks import is_key
 from yoto_jax._loss_logits import (
     PyTree,
     check_structure,
@@ -446,7 +446,7 @@ def _hold_absent(new: PyTree, old: PyTree, layout: Layout) -> PyTree:
         return new
 
     def hold(new: jax.Array, old: jax.Array) -> jax.Array:
-        one_row_each = old.shape[:1] == (layout.size,) and not _is_key(old)
+        one_row_each = old.shape[:1] == (layout.size,) and not is_key(old)
         return layout.of_present(new, old) if one_row_each else new
 
     return jax.tree.map(hold, new, old)
@@ -505,68 +505,13 @@ def _select(ok: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     """``new`` if ``ok`` else ``old``, in the dtypes of ``old``."""
 
     def select(new: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(ok, new if _is_key(old) else new.astype(old.dtype), old)
+        return jnp.where(ok, new if is_key(old) else new.astype(old.dtype), old)
 
     return jax.tree.map(select, new, old)
 
 
 def _constant(x: Any, dtype: Any) -> jax.Array:
     return lax.stop_gradient(jnp.asarray(x, dtype))
-
-
-def _is_key(x: jax.Array) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def check_hyperparameter(
-    name: str, value: Any, holds: Callable[[float], bool], what: str
-) -> None:
-    """Raise unless this is a number for which ``holds``; tracers pass."""
-    if isinstance(value, jax.core.Tracer):
-        return
-    try:
-        if isinstance(value, str):
-            raise TypeError
-        number = float(value)
-    except TypeError:
-        raise TypeError(f"{name} must be a number, got {value!r}.") from None
-    if not holds(number):
-        raise ValueError(f"{name} must {what}, got {value}.")
-
-
-def check_positive(**values: Any) -> None:
-    """Raise unless these hyperparameters are positive, as far as that is known."""
-    for name, value in values.items():
-        check_hyperparameter(name, value, lambda x: x > 0, "be positive")
-
-
-def check_not_negative(**values: Any) -> None:
-    """Raise if one of these hyperparameters is negative, as far as that is known."""
-    for name, value in values.items():
-        check_hyperparameter(name, value, lambda x: x >= 0, "not be negative")
-
-
-def check_decay(**values: Any) -> None:
-    """Raise unless these decays are in [0, 1), as far as that is known."""
-    for name, value in values.items():
-        check_hyperparameter(name, value, lambda x: 0 <= x < 1, "be in [0, 1)")
-
-
-def check_fraction(**values: Any) -> None:
-    """Raise unless these hyperparameters are in [0, 1], as far as that is known."""
-    for name, value in values.items():
-        check_hyperparameter(name, value, lambda x: 0 <= x <= 1, "be in [0, 1]")
-
-
-def as_key(key: Any) -> jax.Array:
-    """A typed key from a typed key or a seed."""
-    if hasattr(key, "dtype") and _is_key(key):
-        return key
-    if hasattr(key, "dtype") and key.dtype == jnp.uint32 and jnp.ndim(key):
-        return jax.random.wrap_key_data(key)  # of jax.random.PRNGKey
-    if hasattr(key, "__index__") and not isinstance(key, bool):
-        return jax.random.key(operator.index(key))
-    raise TypeError(f"key must be jax.random.key(...) or an integer seed, got {key!r}.")
 
 
 def running_mean(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from yoto_jax._checks import check_decay, check_hyperparameter, check_not_negative
 from yoto_jax._loss_logits import (
     PyTree,
     check_structure,
@@ -19,9 +20,6 @@ from yoto_jax.weightings._protocol import (
     LossWeighting,
     all_finite,
     and_present,
-    check_decay,
-    check_hyperparameter,
-    check_not_negative,
     check_state,
     mask_weights,
     running_mean,

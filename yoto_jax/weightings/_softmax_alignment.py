@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from yoto_jax._checks import check_decay
 from yoto_jax._loss_logits import (
     LossLogits,
     PyTree,
@@ -18,7 +19,6 @@ from yoto_jax._solvers import cosines, dot, safe_divide
 from yoto_jax.weightings._protocol import (
     Layout,
     LossWeighting,
-    check_decay,
     descend,
     init_each,
     make_weighting,

@@ -5,15 +5,10 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from yoto_jax._checks import check_not_negative, check_positive
 from yoto_jax._loss_logits import PyTree
 from yoto_jax._serialization import serializable_state
-from yoto_jax.weightings._protocol import (
-    Layout,
-    LossWeighting,
-    check_not_negative,
-    check_positive,
-    make_weighting,
-)
+from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
 
 
 @serializable_state

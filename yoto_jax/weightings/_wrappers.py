@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from yoto_jax._checks import check_decay, check_fraction
 from yoto_jax._loss_logits import (
     PyTree,
     check_structure,
@@ -21,8 +22,6 @@ from yoto_jax.weightings._protocol import (
     GRADIENT_STATISTICS,
     LossWeighting,
     and_present,
-    check_decay,
-    check_fraction,
     check_state,
     mask_weights,
 )

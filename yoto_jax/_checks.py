@@ -1,0 +1,90 @@
+"""Checks of arguments, on what is known of them outside of a trace."""
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def _known(name: str, value: Any, kinds: str) -> float | None:
+    """The value of a hyperparameter, or None if it is being traced."""
+    if isinstance(value, jax.core.Tracer):
+        return None
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        return float(value)
+    except TypeError:
+        raise TypeError(f"{name} must be {kinds}, got {value!r}.") from None
+
+
+def check_hyperparameter(
+    name: str, value: Any, holds: Callable[[float], bool], what: str
+) -> None:
+    """Raise unless this is a number for which ``holds``; tracers pass."""
+    number = _known(name, value, "a number")
+    if number is not None and not holds(number):
+        raise ValueError(f"{name} must {what}, got {value}.")
+
+
+def check_positive(**values: Any) -> None:
+    """Raise unless these hyperparameters are positive, as far as that is known."""
+    for name, value in values.items():
+        check_hyperparameter(name, value, lambda x: x > 0, "be positive")
+
+
+def check_not_negative(**values: Any) -> None:
+    """Raise if one of these hyperparameters is negative, as far as that is known."""
+    for name, value in values.items():
+        check_hyperparameter(name, value, lambda x: x >= 0, "not be negative")
+
+
+def check_decay(**values: Any) -> None:
+    """Raise unless these decays are in [0, 1), as far as that is known."""
+    for name, value in values.items():
+        check_hyperparameter(name, value, lambda x: 0 <= x < 1, "be in [0, 1)")
+
+
+def check_fraction(**values: Any) -> None:
+    """Raise unless these hyperparameters are in [0, 1], as far as that is known."""
+    for name, value in values.items():
+        check_hyperparameter(name, value, lambda x: 0 <= x <= 1, "be in [0, 1]")
+
+
+def check_rate(name: str, value: Any, below: float = math.inf) -> None:
+    """Reject a number that is negative or too large; schedules and tracers pass."""
+    if callable(value) or isinstance(value, jax.core.Tracer):
+        return
+    kinds = "a number, a scalar array or a schedule"
+    if getattr(value, "shape", ()):
+        raise TypeError(f"{name} must be {kinds}, got {value!r}.")
+    number = _known(name, value, kinds)
+    if number is not None and not 0 <= number < below:
+        limit = "finite" if below == math.inf else f"smaller than {below:g}"
+        raise ValueError(f"{name} must be non-negative and {limit}, got {value}.")
+
+
+def check_integers(**values: Any) -> None:
+    """Raise unless these are integers."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be an integer, got {value!r}.")
+
+
+def is_key(x: Any) -> bool:
+    """Whether this array holds typed random keys."""
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def as_key(key: Any) -> jax.Array:
+    """A typed key from a typed key, one of ``jax.random.PRNGKey``, or a seed."""
+    if hasattr(key, "dtype") and is_key(key):
+        return key
+    if hasattr(key, "dtype") and key.dtype == jnp.uint32 and jnp.ndim(key):
+        return jax.random.wrap_key_data(key)
+    if hasattr(key, "__index__") and not isinstance(key, bool):
+        return jax.random.key(operator.index(key))
+    raise TypeError(f"key must be jax.random.key(...) or an integer seed, got {key!r}.")
