@@ -1,7 +1,7 @@
 """What the benchmarks of the paper's tasks share: methods, table, sentences, figure."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -215,9 +215,17 @@ def check(contest: Contest, options: Options) -> tuple[str, ...]:
 
 
 def contend(
-    contest: Contest, options: Options, chosen: Sequence[str], rounds: int
+    contest: Contest,
+    options: Options,
+    chosen: Sequence[str],
+    rounds_of: Mapping[str, int],
 ) -> tuple[list[Record], list[dict[str, Any]]]:
-    """Train and measure these methods: records, and weights and losses over time."""
+    """Train and measure these methods: records, and weights and losses over time.
+
+    ``rounds_of`` tells how many rounds of steps a preset times unless told otherwise.
+    """
+    rounds = options.extra.get("rounds")
+    rounds = rounds_of[options.preset] if rounds is None else rounds
     budgets = {
         name: method.search(0).budget if method.search else 1
         for name, method in contest.methods.items()

@@ -51,9 +51,7 @@ def main(options: Options) -> None:
     size = size._replace(steps=options.steps or size.steps)
     made, tests, net = task.make(size)
     ours = contest(made, BUDGET.get(options.preset))
-    rounds = options.extra.get("rounds")
-    rounds = ROUNDS[options.preset] if rounds is None else rounds
-    records, history = _contest.contend(ours, options, chosen, rounds)
+    records, history = _contest.contend(ours, options, chosen, ROUNDS)
     constant = {
         (metric, domain): value
         for domain, data in tests.items()

@@ -50,9 +50,7 @@ def main(options: Options) -> None:
     source = task.load(size, options.data)
     made, net = task.make(size, source)
     ours = contest(made, BUDGET.get(options.preset))
-    rounds = options.extra.get("rounds")
-    rounds = ROUNDS[options.preset] if rounds is None else rounds
-    records, history = _contest.contend(ours, options, chosen, rounds)
+    records, history = _contest.contend(ours, options, chosen, ROUNDS)
     constant = {(METRIC, d): value for d, value in task.constant(source).items()}
     records += _contest.constant_records(task.UNSEEN, constant)
     settings = {
