@@ -237,7 +237,8 @@ def test_downstream_rows_and_directional_derivatives(align):
 
 def test_conditional_losses_per_example():
     params, batch, _ = problem(jnp.float32)
-    weights = {name: jnp.linspace(w, 2 * w, BATCH) for name, w in WEIGHTS.items()}
+    spread = lambda w: jnp.linspace(abs(w), 2 * abs(w), BATCH)
+    weights = {name: spread(w) for name, w in WEIGHTS.items()}
 
     def objective(params, batch):
         losses = per_example(params, encoder(params, batch), batch)
