@@ -25,7 +25,7 @@ saves those kernels, which is what a small model's step consists of.
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, init=False)
 class LossLogits:
     r"""Logits :math:`\mu` of the loss weights :math:`\lambda = \mathrm{Softmax}(\mu)`.
 
@@ -54,6 +54,19 @@ class LossLogits:
     learned: jax.Array
     structure: jax.tree_util.PyTreeDef = dataclasses.field(metadata={"static": True})
     primary: int | None = dataclasses.field(metadata={"static": True})
+
+    def __init__(
+        self,
+        learned: jax.Array,
+        structure: jax.tree_util.PyTreeDef,
+        primary: int | None,
+    ):
+        # Every compiled step makes three of these: the parameter and Adam's moments.
+        # This is faster than the ``__init__`` of a frozen dataclass.
+        values = self.__dict__
+        values["learned"] = learned
+        values["structure"] = structure
+        values["primary"] = primary
 
     @property
     def logits(self) -> PyTree:
