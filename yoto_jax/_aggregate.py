@@ -14,7 +14,7 @@ from yoto_jax._gradients import (
     stacked,
     statistics_of,
 )
-from yoto_jax._loss_logits import PyTree, listed, loss_names, stack_present
+from yoto_jax._losses import PyTree, listed, loss_names, stack_present
 from yoto_jax.weightings._protocol import (
     GRADIENT_STATISTICS,
     LossWeighting,

@@ -5,16 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from yoto_jax._loss_logits import (
-    LossLogits,
-    PyTree,
-    float_type,
-    losses_in_order,
-    present_in_order,
-    softmax,
-    stack,
-    sum_of_products,
-)
+from yoto_jax._loss_logits import LossLogits, losses_in_order, present_in_order
+from yoto_jax._losses import PyTree
+from yoto_jax._numerics import float_type, softmax, stack, sum_of_products
 
 
 def composite_loss(

@@ -12,7 +12,7 @@ import optax
 from jax import lax
 
 from yoto_jax._jaxlib import check_jaxlib
-from yoto_jax._loss_logits import (
+from yoto_jax._losses import (
     PyTree,
     find_loss,
     listed,
@@ -21,9 +21,9 @@ from yoto_jax._loss_logits import (
     scalar_losses,
     split,
     stack_present,
-    upcast,
 )
 from yoto_jax._masked_mean import MaskedLosses
+from yoto_jax._numerics import upcast
 from yoto_jax._params import check_params
 from yoto_jax.weightings._protocol import (
     GRADIENT_STATISTICS,

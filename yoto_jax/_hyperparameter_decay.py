@@ -11,16 +11,12 @@ import optax
 from yoto_jax._checks import check_rate
 from yoto_jax._loss_logits import (
     LossLogits,
-    PyTree,
     check_loss_logits,
     is_loss_logits,
     present_in_order,
-    softmax,
-    sum_of_products,
-    unstack,
-    upcast,
-    with_primary,
 )
+from yoto_jax._losses import PyTree
+from yoto_jax._numerics import softmax, sum_of_products, unstack, upcast, with_primary
 from yoto_jax._serialization import serializable_state
 
 Entropy = Literal["all", "auxiliary"]

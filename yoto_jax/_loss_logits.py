@@ -2,26 +2,28 @@
 
 import dataclasses
 import math
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from yoto_jax._losses import (
+    PyTree,
+    _shape_and_dtype,
+    check_structure,
+    find_loss,
+    listed,
+    loss_names,
+    path_name,
+    scalar_losses,
+    stack_present,
+)
+from yoto_jax._numerics import (
+    softmax,
+    upcast,
+)
 from yoto_jax._serialization import register_node
-
-PyTree = Any
-"""Any nesting of containers that JAX knows."""
-
-_UNROLL = 9
-"""Up to this many losses, small vectors are computed entry by entry.
-
-XLA fuses elementwise operations into one kernel but starts a new kernel at every
-reduction and concatenation. With few losses, writing the sums out costs nothing and
-saves those kernels, which is what a small model's step consists of.
-"""
 
 
 @jax.tree_util.register_dataclass
@@ -193,94 +195,10 @@ def loss_weights(mu: LossLogits) -> PyTree:
     return mu.structure.unflatten(by_leaf[leaf] for leaf in sorted(by_leaf))
 
 
-# Arithmetic on logits. Inside these functions the primary loss comes first, so that its
-# constant logit 0 is put in front of the learned ones wherever it stands in the tree.
-
-
-def upcast(x: jax.Array) -> jax.Array:
-    """``x`` in float32, or in float64 if it comes in that."""
-    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-
-
-def float_type(values: Iterable[Any]) -> Any:
-    """float64 if one of the values (numbers, arrays, dtypes) is, else float32."""
-    wide = jnp.float64 in map(jax.dtypes.result_type, values)
-    return jnp.float64 if wide else jnp.float32
-
-
 def primary_first(items: Sequence[Any], primary: int | None) -> list[Any]:
     """``items`` in the order of the leaves, but the primary one first."""
     items = list(items)
     return items if primary is None else [items.pop(primary), *items]
-
-
-def stack(entries: Sequence[jax.Array]) -> jax.Array:
-    """Stack arrays on a new last axis, as a fusible selection if they are few."""
-    if len(entries) > _UNROLL:
-        return jnp.stack(entries, axis=-1)
-    shape = (*entries[0].shape, len(entries))
-    place = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
-    stacked = jnp.broadcast_to(entries[-1][..., None], shape)
-    for index in reversed(range(len(entries) - 1)):
-        stacked = jnp.where(place == index, entries[index][..., None], stacked)
-    return stacked
-
-
-def sum_of_products(x: jax.Array, y: Sequence[jax.Array]) -> jax.Array:
-    """Sum of ``x[..., k] * y[k]``, written out for a few terms."""
-    if len(y) > _UNROLL:
-        return jnp.sum(x * stack(y), axis=-1)
-    terms = (x[..., k] * entry for k, entry in enumerate(y))
-    return sum(terms, jnp.zeros(x.shape[:-1], x.dtype))
-
-
-def unstack(x: jax.Array) -> list[jax.Array]:
-    """The entries along the last axis."""
-    return [x[..., k] for k in range(x.shape[-1])]
-
-
-@jax.custom_jvp
-def _softmax(logits: jax.Array) -> jax.Array:
-    if logits.shape[-1] > _UNROLL:
-        return jax.nn.softmax(logits)
-    # 1 / sum_j exp(x_j - x_i) needs neither a maximum nor a common denominator. An
-    # exponential that overflows leaves the weight 0, as it should; infinite logits
-    # must not meet as inf - inf.
-    entries = [entry[..., None] for entry in unstack(logits)]
-    ratios = [jnp.where(x == logits, 1.0, jnp.exp(x - logits)) for x in entries]
-    return 1.0 / sum(ratios[1:], ratios[0])
-
-
-@_softmax.defjvp
-def _softmax_jvp(
-    primals: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    (tangent,) = tangents
-    weights = _softmax(*primals)
-    return weights, weights * (
-        tangent - jnp.sum(weights * tangent, axis=-1, keepdims=True)
-    )
-
-
-def with_primary(learned: jax.Array, has_primary: bool) -> jax.Array:
-    """The learned logits, with the primary loss's constant 0 in front."""
-    if not has_primary:
-        return learned
-    zero = jnp.zeros(learned.shape[:-1], learned.dtype)
-    return stack([zero, *unstack(learned)])
-
-
-def softmax(
-    learned: jax.Array, has_primary: bool, present: jax.Array | None = None
-) -> jax.Array:
-    """Loss weights on the last axis, the primary loss (if there is one) first.
-
-    ``present``, in the same order, tells which losses share the weight.
-    """
-    logits = with_primary(learned, has_primary)
-    if present is None:
-        return _softmax(logits)
-    return jnp.where(present, _softmax(jnp.where(present, logits, -jnp.inf)), 0)
 
 
 # Checks, all on structure, shape and dtype alone: they cost nothing under jit.
@@ -352,42 +270,6 @@ def losses_in_order(losses: PyTree, mu: LossLogits) -> list[Any]:
     return primary_first(leaves, mu.primary)
 
 
-def check_structure(
-    structure: jax.tree_util.PyTreeDef,
-    expected: jax.tree_util.PyTreeDef,
-    owner: str,
-    what: str = "losses",
-) -> None:
-    """Raise unless ``what`` has the structure that ``owner`` was made with."""
-    if structure != expected:
-        difference = structure_difference(structure, expected)
-        raise ValueError(f"{what} do not match those of {owner}; {difference}.")
-
-
-def structure_difference(
-    structure: jax.tree_util.PyTreeDef, expected: jax.tree_util.PyTreeDef
-) -> str:
-    """Which leaves are missing or unexpected; if none, how the containers differ."""
-    got, wanted = set(loss_names(structure)), set(loss_names(expected))
-    difference = "; ".join(
-        f"{word}: {listed(sorted(which))}"
-        for word, which in (("missing", wanted - got), ("unexpected", got - wanted))
-        if which
-    )
-    return difference or f"containers: expected {expected}, got {structure}"
-
-
-def loss_names(structure: jax.tree_util.PyTreeDef) -> tuple[str, ...]:
-    """Path of every leaf of a tree structure."""
-    leaves = structure.unflatten(range(structure.num_leaves))
-    return tuple(path_name(path) for path, _ in jax.tree.leaves_with_path(leaves))
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """A path in a tree as text, such as ``"heads/depth"``."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def _show(learned: Any, index: int) -> str:
     """One logit; its dtype and leading axes if it has no value, or one for each run."""
     if not hasattr(learned, "dtype"):
@@ -397,98 +279,6 @@ def _show(learned: Any, index: int) -> str:
         return format(float(learned[index]), ".4g")
     except Exception:  # A tracer, a batch of logits, a shape without an array.
         return f"{learned.dtype}[{','.join(map(str, learned.shape[:-1]))}]"
-
-
-def scalar_losses(
-    losses: PyTree,
-) -> tuple[list[str], list[Any], jax.tree_util.PyTreeDef]:
-    """Names and leaves of a tree of losses, each a floating-point scalar."""
-    flat, structure = jax.tree.flatten_with_path(losses)
-    for path, leaf in flat:
-        name = path_name(path)
-        shape, dtype = _shape_and_dtype(f"loss {name!r}", leaf)
-        if shape:
-            raise ValueError(
-                f"loss {name!r} must be a scalar, got shape {shape}; reduce it first "
-                "(or use vmap, if the axis is a batch of runs)."
-            )
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"loss {name!r} must be a floating-point number, got dtype {dtype}."
-                + (" Of MaskedLosses give the losses." if dtype == jnp.bool_ else "")
-            )
-    return [path_name(path) for path, _ in flat], [leaf for _, leaf in flat], structure
-
-
-def stack_present(
-    present: PyTree | None, structure: jax.tree_util.PyTreeDef
-) -> jax.Array | None:
-    """A tree of booleans like the losses as a vector (K,); None, all, stays None."""
-    if present is None:
-        return None
-    flat, given = jax.tree.flatten_with_path(present)
-    check_structure(given, structure, "the losses", "the entries of present")
-    for path, leaf in flat:
-        name = path_name(path)
-        shape, dtype = _shape_and_dtype(f"present[{name!r}]", leaf)
-        if shape or dtype != jnp.bool_:
-            raise TypeError(
-                f"present must hold one boolean for each loss, got shape {shape} and "
-                f"dtype {dtype} for {name!r}. Of a mask over examples take jnp.any."
-            )
-    return jnp.stack([jnp.asarray(leaf) for _, leaf in flat])
-
-
-def split(vector: jax.Array, structure: jax.tree_util.PyTreeDef) -> PyTree:
-    """A vector (K,) as a tree like the losses."""
-    return structure.unflatten([vector[k] for k in range(structure.num_leaves)])
-
-
-def _shape_and_dtype(what: str, value: Any) -> tuple[tuple[int, ...], Any]:
-    try:
-        dtype = jax.dtypes.result_type(value)
-    except TypeError:
-        raise TypeError(f"{what} is a {type(value).__name__}, not a number.") from None
-    return getattr(value, "shape", ()), dtype
-
-
-def find_loss(role: str, chosen: Any, losses: PyTree, names: Sequence[str]) -> int:
-    """Position of the one loss that ``chosen`` names; ``role`` is for the messages."""
-    if hasattr(chosen, "__index__") and not isinstance(chosen, bool):
-        chosen = operator.index(chosen)
-    elif not isinstance(chosen, str):
-        alternative = ", or be None" if role == "primary" else ""
-        raise TypeError(
-            f"{role} must name exactly one loss, by its path or its index"
-            f"{alternative}; got {chosen!r}. The losses are: {listed(names)}."
-        )
-    wanted = str(chosen)
-    if isinstance(chosen, int) and isinstance(losses, list | tuple):
-        if not -len(losses) <= chosen < len(losses):
-            raise ValueError(
-                f"{role} {chosen} is out of range for {len(losses)} losses."
-            )
-        before = jax.tree.structure(losses[: chosen % len(losses)]).num_leaves
-        within = jax.tree.structure(losses[chosen]).num_leaves
-        found = list(range(before, before + within))
-    else:
-        found = [leaf for leaf, name in enumerate(names) if name == wanted]
-        found = found or [
-            leaf for leaf, name in enumerate(names) if name.endswith("/" + wanted)
-        ]
-        found = found or [
-            leaf for leaf, name in enumerate(names) if name.startswith(wanted + "/")
-        ]
-    if not found:
-        raise ValueError(
-            f"{role} {chosen!r} is unknown; the losses are: {listed(names)}."
-        )
-    if len(found) > 1:
-        matches = listed(names[leaf] for leaf in found)
-        raise ValueError(
-            f"{role} {chosen!r} is ambiguous; name one loss among {matches}."
-        )
-    return found[0]
 
 
 def _epsilon_per_loss(epsilon: PyTree, names: list[str]) -> list[Any]:
@@ -525,7 +315,3 @@ def _epsilon_per_loss(epsilon: PyTree, names: list[str]) -> list[Any]:
                 f"epsilon of loss {name!r} must be positive and finite, got {value}."
             )
     return values
-
-
-def listed(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names))

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from yoto_jax._loss_logits import PyTree, check_structure, path_name, upcast
+from yoto_jax._losses import PyTree, check_structure, path_name
+from yoto_jax._numerics import upcast
 
 
 class MaskedLosses(NamedTuple):

@@ -9,7 +9,8 @@ import optax
 
 from yoto_jax._checks import check_rate
 from yoto_jax._hyperparameter_decay import Entropy, add_hyperparameter_decay
-from yoto_jax._loss_logits import PyTree, choose_present, is_loss_logits
+from yoto_jax._loss_logits import choose_present, is_loss_logits
+from yoto_jax._losses import PyTree
 
 Mask = PyTree | Callable[[optax.Params], PyTree]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from yoto_jax._loss_logits import PyTree, path_name
+from yoto_jax._losses import PyTree, path_name
 
 _NNX = (
     "params holds an NNX module ({name}). Its batch statistics and random streams "

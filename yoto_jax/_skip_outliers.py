@@ -7,15 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from yoto_jax._loss_logits import (
-    LossLogits,
-    PyTree,
-    check_structure,
-    is_loss_logits,
-    scalar_losses,
-    stack_present,
-    upcast,
-)
+from yoto_jax._loss_logits import LossLogits, is_loss_logits
+from yoto_jax._losses import PyTree, check_structure, scalar_losses, stack_present
+from yoto_jax._numerics import upcast
 from yoto_jax._optimizers import unwrap_loss_logits
 from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._protocol import all_finite

@@ -33,7 +33,8 @@ except ModuleNotFoundError as error:
 import yoto_jax
 from yoto_jax._checks import check_integers
 from yoto_jax._digests import digests
-from yoto_jax._loss_logits import LossLogits, PyTree, listed, loss_names
+from yoto_jax._loss_logits import LossLogits
+from yoto_jax._losses import PyTree, listed, loss_names
 from yoto_jax.weightings._protocol import WeightingState
 
 __all__ = ["CheckpointError", "Checkpoints", "Restored"]

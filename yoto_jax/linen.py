@@ -14,11 +14,8 @@ except ModuleNotFoundError as error:
     ) from error
 
 from yoto_jax._composite_loss import composite_loss
-from yoto_jax._loss_logits import (
-    PyTree,
-    init_loss_logits,
-    loss_weights,
-)
+from yoto_jax._loss_logits import init_loss_logits, loss_weights
+from yoto_jax._losses import PyTree
 from yoto_jax.conditional._film import (
     SLOPE,
     Initialization,

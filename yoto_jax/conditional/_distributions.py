@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from yoto_jax._checks import as_key, check_integers
-from yoto_jax._loss_logits import PyTree, check_structure, loss_names
+from yoto_jax._losses import PyTree, check_structure, loss_names
 from yoto_jax._serialization import register_node
 from yoto_jax.conditional import _points
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from yoto_jax._checks import check_integers
-from yoto_jax._loss_logits import PyTree
+from yoto_jax._losses import PyTree
 from yoto_jax.conditional._distributions import Box, Distribution
 
 Transform = Literal["standardize", "log"]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._checks import as_key
-from yoto_jax._loss_logits import PyTree, path_name
+from yoto_jax._losses import PyTree, path_name
 from yoto_jax.conditional._film import SLOPE, affine, check_sizes, init_mlp, mlp
 
 Where = Callable[[tuple[Any, ...], jax.Array], bool]

@@ -9,13 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from yoto_jax._checks import check_integers, check_not_negative, check_positive
-from yoto_jax._loss_logits import (
-    PyTree,
-    check_structure,
-    float_type,
-    loss_names,
-    upcast,
-)
+from yoto_jax._losses import PyTree, check_structure, loss_names
+from yoto_jax._numerics import float_type, upcast
 
 Normalization = Literal["sum", "geometric", "max"] | Callable[[PyTree], jax.Array]
 

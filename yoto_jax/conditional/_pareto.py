@@ -8,12 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from yoto_jax._loss_logits import (
-    PyTree,
-    float_type,
-    loss_names,
-    structure_difference,
-)
+from yoto_jax._losses import PyTree, loss_names, structure_difference
+from yoto_jax._numerics import float_type
 
 
 def pareto_front(points: PyTree) -> jax.Array:

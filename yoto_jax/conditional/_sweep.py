@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from yoto_jax._loss_logits import PyTree, listed, loss_names
+from yoto_jax._losses import PyTree, listed, loss_names
 from yoto_jax._solvers import dot
 from yoto_jax.conditional._pareto import arrays, check_alike
 

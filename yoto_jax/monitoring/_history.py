@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from yoto_jax._loss_logits import PyTree, listed
+from yoto_jax._losses import PyTree, listed
 from yoto_jax.monitoring._record import (
     Columns,
     Downstream,

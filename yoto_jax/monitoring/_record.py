@@ -16,18 +16,17 @@ from yoto_jax._hyperparameter_decay import (
     _entropy_spans_primary,
     _regularizer_gradient,
 )
-from yoto_jax._loss_logits import (
-    LossLogits,
+from yoto_jax._loss_logits import LossLogits, loss_weights
+from yoto_jax._losses import (
     PyTree,
     check_structure,
     find_loss,
     listed,
     loss_names,
-    loss_weights,
     path_name,
     scalar_losses,
-    upcast,
 )
+from yoto_jax._numerics import upcast
 from yoto_jax._optimizers import unwrap_loss_logits
 from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._protocol import LossWeighting, and_present

@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from yoto_jax._loss_logits import PyTree
+from yoto_jax._losses import PyTree
 from yoto_jax._solvers import dot, spectrum, unit_trace
 from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._checks import check_not_negative
-from yoto_jax._loss_logits import PyTree
+from yoto_jax._losses import PyTree
 from yoto_jax._solvers import solve_bounded_qp, unit_trace
 from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
 

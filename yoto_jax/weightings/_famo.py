@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from yoto_jax._checks import check_not_negative
-from yoto_jax._loss_logits import PyTree
+from yoto_jax._losses import PyTree
 from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._protocol import (
     Layout,

@@ -9,7 +9,7 @@ import optax
 from jax import lax
 
 from yoto_jax._checks import check_decay, check_hyperparameter
-from yoto_jax._loss_logits import PyTree
+from yoto_jax._losses import PyTree
 from yoto_jax._serialization import serializable_state
 from yoto_jax._solvers import dot, safe_divide, solve_bounded_qp
 from yoto_jax.weightings._protocol import (

@@ -13,11 +13,11 @@ import optax
 from jax import lax
 
 from yoto_jax._checks import is_key
-from yoto_jax._loss_logits import (
+from yoto_jax._loss_logits import is_loss_logits
+from yoto_jax._losses import (
     PyTree,
     check_structure,
     find_loss,
-    is_loss_logits,
     listed,
     loss_names,
     scalar_losses,

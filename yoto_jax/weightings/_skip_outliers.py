@@ -9,12 +9,7 @@ import optax
 from jax import lax
 
 from yoto_jax._checks import check_decay, check_hyperparameter, check_not_negative
-from yoto_jax._loss_logits import (
-    PyTree,
-    check_structure,
-    scalar_losses,
-    stack_present,
-)
+from yoto_jax._losses import PyTree, check_structure, scalar_losses, stack_present
 from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._protocol import (
     LossWeighting,

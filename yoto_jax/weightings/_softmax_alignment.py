@@ -7,12 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from yoto_jax._checks import check_decay
-from yoto_jax._loss_logits import (
-    LossLogits,
-    PyTree,
-    init_loss_logits,
-    loss_weights,
-)
+from yoto_jax._loss_logits import LossLogits, init_loss_logits, loss_weights
+from yoto_jax._losses import PyTree
 from yoto_jax._optimizers import adamw
 from yoto_jax._serialization import serializable_state
 from yoto_jax._solvers import cosines, dot, safe_divide

@@ -4,7 +4,7 @@ from typing import Literal
 
 import jax
 
-from yoto_jax._loss_logits import PyTree
+from yoto_jax._losses import PyTree
 from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
 
 

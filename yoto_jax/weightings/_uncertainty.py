@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from yoto_jax._loss_logits import PyTree, listed
+from yoto_jax._losses import PyTree, listed
 from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._protocol import (
     Layout,

@@ -8,7 +8,7 @@ import optax
 from jax import lax
 
 from yoto_jax._checks import check_decay, check_fraction
-from yoto_jax._loss_logits import (
+from yoto_jax._losses import (
     PyTree,
     check_structure,
     find_loss,

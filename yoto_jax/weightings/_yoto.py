@@ -6,7 +6,8 @@ import jax
 import optax
 
 from yoto_jax._composite_loss import composite_loss
-from yoto_jax._loss_logits import LossLogits, PyTree, init_loss_logits, loss_weights
+from yoto_jax._loss_logits import LossLogits, init_loss_logits, loss_weights
+from yoto_jax._losses import PyTree
 from yoto_jax._optimizers import adamw
 from yoto_jax._serialization import serializable_state
 from yoto_jax.weightings._protocol import (

@@ -1,0 +1,143 @@
+"""Trees of losses: names, lookup and checks of structure."""
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+"""Any nesting of containers that JAX knows."""
+
+
+def check_structure(
+    structure: jax.tree_util.PyTreeDef,
+    expected: jax.tree_util.PyTreeDef,
+    owner: str,
+    what: str = "losses",
+) -> None:
+    """Raise unless ``what`` has the structure that ``owner`` was made with."""
+    if structure != expected:
+        difference = structure_difference(structure, expected)
+        raise ValueError(f"{what} do not match those of {owner}; {difference}.")
+
+
+def structure_difference(
+    structure: jax.tree_util.PyTreeDef, expected: jax.tree_util.PyTreeDef
+) -> str:
+    """Which leaves are missing or unexpected; if none, how the containers differ."""
+    got, wanted = set(loss_names(structure)), set(loss_names(expected))
+    difference = "; ".join(
+        f"{word}: {listed(sorted(which))}"
+        for word, which in (("missing", wanted - got), ("unexpected", got - wanted))
+        if which
+    )
+    return difference or f"containers: expected {expected}, got {structure}"
+
+
+def loss_names(structure: jax.tree_util.PyTreeDef) -> tuple[str, ...]:
+    """Path of every leaf of a tree structure."""
+    leaves = structure.unflatten(range(structure.num_leaves))
+    return tuple(path_name(path) for path, _ in jax.tree.leaves_with_path(leaves))
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A path in a tree as text, such as ``"heads/depth"``."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def scalar_losses(
+    losses: PyTree,
+) -> tuple[list[str], list[Any], jax.tree_util.PyTreeDef]:
+    """Names and leaves of a tree of losses, each a floating-point scalar."""
+    flat, structure = jax.tree.flatten_with_path(losses)
+    for path, leaf in flat:
+        name = path_name(path)
+        shape, dtype = _shape_and_dtype(f"loss {name!r}", leaf)
+        if shape:
+            raise ValueError(
+                f"loss {name!r} must be a scalar, got shape {shape}; reduce it first "
+                "(or use vmap, if the axis is a batch of runs)."
+            )
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"loss {name!r} must be a floating-point number, got dtype {dtype}."
+                + (" Of MaskedLosses give the losses." if dtype == jnp.bool_ else "")
+            )
+    return [path_name(path) for path, _ in flat], [leaf for _, leaf in flat], structure
+
+
+def stack_present(
+    present: PyTree | None, structure: jax.tree_util.PyTreeDef
+) -> jax.Array | None:
+    """A tree of booleans like the losses as a vector (K,); None, all, stays None."""
+    if present is None:
+        return None
+    flat, given = jax.tree.flatten_with_path(present)
+    check_structure(given, structure, "the losses", "the entries of present")
+    for path, leaf in flat:
+        name = path_name(path)
+        shape, dtype = _shape_and_dtype(f"present[{name!r}]", leaf)
+        if shape or dtype != jnp.bool_:
+            raise TypeError(
+                f"present must hold one boolean for each loss, got shape {shape} and "
+                f"dtype {dtype} for {name!r}. Of a mask over examples take jnp.any."
+            )
+    return jnp.stack([jnp.asarray(leaf) for _, leaf in flat])
+
+
+def split(vector: jax.Array, structure: jax.tree_util.PyTreeDef) -> PyTree:
+    """A vector (K,) as a tree like the losses."""
+    return structure.unflatten([vector[k] for k in range(structure.num_leaves)])
+
+
+def _shape_and_dtype(what: str, value: Any) -> tuple[tuple[int, ...], Any]:
+    try:
+        dtype = jax.dtypes.result_type(value)
+    except TypeError:
+        raise TypeError(f"{what} is a {type(value).__name__}, not a number.") from None
+    return getattr(value, "shape", ()), dtype
+
+
+def find_loss(role: str, chosen: Any, losses: PyTree, names: Sequence[str]) -> int:
+    """Position of the one loss that ``chosen`` names; ``role`` is for the messages."""
+    if hasattr(chosen, "__index__") and not isinstance(chosen, bool):
+        chosen = operator.index(chosen)
+    elif not isinstance(chosen, str):
+        alternative = ", or be None" if role == "primary" else ""
+        raise TypeError(
+            f"{role} must name exactly one loss, by its path or its index"
+            f"{alternative}; got {chosen!r}. The losses are: {listed(names)}."
+        )
+    wanted = str(chosen)
+    if isinstance(chosen, int) and isinstance(losses, list | tuple):
+        if not -len(losses) <= chosen < len(losses):
+            raise ValueError(
+                f"{role} {chosen} is out of range for {len(losses)} losses."
+            )
+        before = jax.tree.structure(losses[: chosen % len(losses)]).num_leaves
+        within = jax.tree.structure(losses[chosen]).num_leaves
+        found = list(range(before, before + within))
+    else:
+        found = [leaf for leaf, name in enumerate(names) if name == wanted]
+        found = found or [
+            leaf for leaf, name in enumerate(names) if name.endswith("/" + wanted)
+        ]
+        found = found or [
+            leaf for leaf, name in enumerate(names) if name.startswith(wanted + "/")
+        ]
+    if not found:
+        raise ValueError(
+            f"{role} {chosen!r} is unknown; the losses are: {listed(names)}."
+        )
+    if len(found) > 1:
+        matches = listed(names[leaf] for leaf in found)
+        raise ValueError(
+            f"{role} {chosen!r} is ambiguous; name one loss among {matches}."
+        )
+    return found[0]
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))

@@ -1,0 +1,100 @@
+"""Dtypes, stacking, sums and softmax of a few numbers."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_UNROLL = 9
+"""Up to this many losses, small vectors are computed entry by entry.
+
+XLA fuses elementwise operations into one kernel but starts a new kernel at every
+reduction and concatenation. With few losses, writing the sums out costs nothing and
+saves those kernels, which is what a small model's step consists of.
+"""
+
+
+# Arithmetic on logits. Inside these functions the primary loss comes first, so that its
+# constant logit 0 is put in front of the learned ones wherever it stands in the tree.
+
+
+def upcast(x: jax.Array) -> jax.Array:
+    """``x`` in float32, or in float64 if it comes in that."""
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
+def float_type(values: Iterable[Any]) -> Any:
+    """float64 if one of the values (numbers, arrays, dtypes) is, else float32."""
+    wide = jnp.float64 in map(jax.dtypes.result_type, values)
+    return jnp.float64 if wide else jnp.float32
+
+
+def stack(entries: Sequence[jax.Array]) -> jax.Array:
+    """Stack arrays on a new last axis, as a fusible selection if they are few."""
+    if len(entries) > _UNROLL:
+        return jnp.stack(entries, axis=-1)
+    shape = (*entries[0].shape, len(entries))
+    place = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+    stacked = jnp.broadcast_to(entries[-1][..., None], shape)
+    for index in reversed(range(len(entries) - 1)):
+        stacked = jnp.where(place == index, entries[index][..., None], stacked)
+    return stacked
+
+
+def sum_of_products(x: jax.Array, y: Sequence[jax.Array]) -> jax.Array:
+    """Sum of ``x[..., k] * y[k]``, written out for a few terms."""
+    if len(y) > _UNROLL:
+        return jnp.sum(x * stack(y), axis=-1)
+    terms = (x[..., k] * entry for k, entry in enumerate(y))
+    return sum(terms, jnp.zeros(x.shape[:-1], x.dtype))
+
+
+def unstack(x: jax.Array) -> list[jax.Array]:
+    """The entries along the last axis."""
+    return [x[..., k] for k in range(x.shape[-1])]
+
+
+@jax.custom_jvp
+def _softmax(logits: jax.Array) -> jax.Array:
+    if logits.shape[-1] > _UNROLL:
+        return jax.nn.softmax(logits)
+    # 1 / sum_j exp(x_j - x_i) needs neither a maximum nor a common denominator. An
+    # exponential that overflows leaves the weight 0, as it should; infinite logits
+    # must not meet as inf - inf.
+    entries = [entry[..., None] for entry in unstack(logits)]
+    ratios = [jnp.where(x == logits, 1.0, jnp.exp(x - logits)) for x in entries]
+    return 1.0 / sum(ratios[1:], ratios[0])
+
+
+@_softmax.defjvp
+def _softmax_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    (tangent,) = tangents
+    weights = _softmax(*primals)
+    return weights, weights * (
+        tangent - jnp.sum(weights * tangent, axis=-1, keepdims=True)
+    )
+
+
+def with_primary(learned: jax.Array, has_primary: bool) -> jax.Array:
+    """The learned logits, with the primary loss's constant 0 in front."""
+    if not has_primary:
+        return learned
+    zero = jnp.zeros(learned.shape[:-1], learned.dtype)
+    return stack([zero, *unstack(learned)])
+
+
+def softmax(
+    learned: jax.Array, has_primary: bool, present: jax.Array | None = None
+) -> jax.Array:
+    """Loss weights on the last axis, the primary loss (if there is one) first.
+
+    ``present``, in the same order, tells which losses share the weight.
+    """
+    logits = with_primary(learned, has_primary)
+    if present is None:
+        return _softmax(logits)
+    return jnp.where(present, _softmax(jnp.where(present, logits, -jnp.inf)), 0)
