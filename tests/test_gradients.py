@@ -12,7 +12,7 @@ import pytest
 
 import yoto_jax as yoto
 from yoto_jax import weightings
-from yoto_jax.weightings._protocol import make_weighting
+from yoto_jax._weighting import make_weighting
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -19,7 +19,7 @@ import yoto_jax as yoto
 from tests import helpers
 from tests.test_devices import data, loss_fn
 from yoto_jax import monitoring, weightings
-from yoto_jax.weightings._protocol import make_weighting
+from yoto_jax._weighting import make_weighting
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from yoto_jax import weightings
-from yoto_jax.weightings._protocol import make_weighting
+from yoto_jax._weighting import make_weighting
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -24,8 +24,8 @@ from yoto_jax._optimizers import adamw as adamw
 from yoto_jax._optimizers import label_loss_logits as label_loss_logits
 from yoto_jax._optimizers import sgdw as sgdw
 from yoto_jax._skip_outliers import skip_outliers as skip_outliers
-from yoto_jax.weightings._protocol import LossWeighting as LossWeighting
-from yoto_jax.weightings._protocol import WeightingState as WeightingState
+from yoto_jax._weighting import LossWeighting as LossWeighting
+from yoto_jax._weighting import WeightingState as WeightingState
 
 if typing.TYPE_CHECKING:
     from yoto_jax import conditional as conditional

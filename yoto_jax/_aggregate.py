@@ -15,12 +15,8 @@ from yoto_jax._gradients import (
     statistics_of,
 )
 from yoto_jax._losses import PyTree, listed, loss_names, stack_present
-from yoto_jax.weightings._protocol import (
-    GRADIENT_STATISTICS,
-    LossWeighting,
-    and_present,
-    where_rows,
-)
+from yoto_jax._numerics import where_rows
+from yoto_jax._weighting import GRADIENT_STATISTICS, LossWeighting, and_present
 
 
 def aggregate(

@@ -25,7 +25,7 @@ from yoto_jax._losses import (
 from yoto_jax._masked_mean import MaskedLosses
 from yoto_jax._numerics import upcast
 from yoto_jax._params import check_params
-from yoto_jax.weightings._protocol import (
+from yoto_jax._weighting import (
     GRADIENT_STATISTICS,
     LossWeighting,
     and_present,

@@ -1,11 +1,16 @@
 """Dtypes, stacking, sums and softmax of a few numbers."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from yoto_jax._losses import (
+    PyTree,
+)
 
 _UNROLL = 9
 """Up to this many losses, small vectors are computed entry by entry.
@@ -98,3 +103,29 @@ def softmax(
     if present is None:
         return _softmax(logits)
     return jnp.where(present, _softmax(jnp.where(present, logits, -jnp.inf)), 0)
+
+
+def where_rows(chosen: jax.Array, x: jax.Array, y: Any) -> jax.Array:
+    """Row k of ``x`` if entry k is chosen, else that of ``y``."""
+    return jnp.where(chosen.reshape(chosen.shape + (1,) * (x.ndim - 1)), x, y)
+
+
+def all_finite(tree: PyTree) -> jax.Array:
+    """Whether all floating-point numbers of a tree are finite."""
+    leaves = [
+        jnp.all(jnp.isfinite(leaf))
+        for leaf in jax.tree.leaves(tree)
+        if jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.floating)
+    ]
+    return functools.reduce(jnp.logical_and, leaves, jnp.asarray(True))
+
+
+def running_mean(
+    mean: jax.Array, x: jax.Array, count: jax.Array, warmup: Any, decay: Any
+) -> jax.Array:
+    """The first as it is; the plain mean of all during the warmup; then with decay."""
+    number = count.astype(x.dtype)
+    early = (count == 0) | (number < warmup)
+    return jnp.where(
+        early, (mean * number + x) / (number + 1), decay * mean + (1 - decay) * x
+    )

@@ -35,7 +35,7 @@ from yoto_jax._checks import check_integers
 from yoto_jax._digests import digests
 from yoto_jax._loss_logits import LossLogits
 from yoto_jax._losses import PyTree, listed, loss_names
-from yoto_jax.weightings._protocol import WeightingState
+from yoto_jax._weighting import WeightingState
 
 __all__ = ["CheckpointError", "Checkpoints", "Restored"]
 

@@ -22,6 +22,7 @@ from yoto_jax._composite_loss import composite_loss
 from yoto_jax._loss_logits import init_loss_logits, loss_weights
 from yoto_jax._losses import PyTree
 from yoto_jax._optimizers import unwrap_loss_logits as unwrap_loss_logits
+from yoto_jax._weighting import LossWeighting
 from yoto_jax.conditional._film import (
     SLOPE,
     Initialization,
@@ -30,7 +31,6 @@ from yoto_jax.conditional._film import (
     modulate,
     open_gate,
 )
-from yoto_jax.weightings._protocol import LossWeighting
 
 
 class CompositeLoss(nnx.Module):

@@ -29,7 +29,7 @@ from yoto_jax._losses import (
 from yoto_jax._numerics import upcast
 from yoto_jax._optimizers import unwrap_loss_logits
 from yoto_jax._serialization import serializable_state
-from yoto_jax.weightings._protocol import LossWeighting, and_present
+from yoto_jax._weighting import LossWeighting, and_present
 from yoto_jax.weightings._wrappers import _observing_inner
 
 # What a loss is to its weight. These are empty nodes: they live in the structure of the

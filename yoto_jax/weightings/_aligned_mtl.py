@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from yoto_jax._losses import PyTree
 from yoto_jax._solvers import dot, spectrum, unit_trace
-from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import Layout, LossWeighting, make_weighting
 
 
 def aligned_mtl(

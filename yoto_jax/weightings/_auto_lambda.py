@@ -8,13 +8,8 @@ import optax
 
 from yoto_jax._losses import PyTree
 from yoto_jax._serialization import serializable_state
-from yoto_jax.weightings._protocol import (
-    Layout,
-    LossWeighting,
-    descend,
-    init_each,
-    make_weighting,
-)
+from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax.weightings._inner_optimizer import descend, init_each
 
 
 @serializable_state

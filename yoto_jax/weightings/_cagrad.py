@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._checks import check_not_negative
+from yoto_jax._numerics import where_rows
 from yoto_jax._solvers import (
     combined_norm,
     dot,
@@ -14,12 +15,7 @@ from yoto_jax._solvers import (
     smallest_convex_combination,
     unit_trace,
 )
-from yoto_jax.weightings._protocol import (
-    Layout,
-    LossWeighting,
-    make_weighting,
-    where_rows,
-)
+from yoto_jax._weighting import Layout, LossWeighting, make_weighting
 
 
 def cagrad(c: float = 0.5, *, rescale: Literal[0, 1, 2] = 0) -> LossWeighting:

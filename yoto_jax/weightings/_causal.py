@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._checks import check_not_negative
-from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import Layout, LossWeighting, make_weighting
 
 
 def causal(tolerance: float = 1.0) -> LossWeighting:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from yoto_jax._checks import check_not_negative, check_positive
 from yoto_jax._solvers import cosines, safe_divide, solve_power_equation
-from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import Layout, LossWeighting, make_weighting
 
 
 def fair_grad(alpha: float = 2.0, *, regularization: float = 1e-4) -> LossWeighting:

@@ -10,14 +10,8 @@ import optax
 from yoto_jax._checks import check_not_negative
 from yoto_jax._losses import PyTree
 from yoto_jax._serialization import serializable_state
-from yoto_jax.weightings._protocol import (
-    Layout,
-    LossWeighting,
-    descend,
-    init_each,
-    make_weighting,
-    refuse_losses,
-)
+from yoto_jax._weighting import Layout, LossWeighting, make_weighting, refuse_losses
+from yoto_jax.weightings._inner_optimizer import descend, init_each
 
 
 @serializable_state

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from yoto_jax._checks import check_decay, check_positive
 from yoto_jax._serialization import serializable_state
-from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import Layout, LossWeighting, make_weighting
 
 
 @serializable_state

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from yoto_jax._checks import as_key, check_fraction
 from yoto_jax._serialization import serializable_state
 from yoto_jax._solvers import cosines, dot, safe_divide, surgery, weights_of_rows
-from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import Layout, LossWeighting, make_weighting
 
 
 @serializable_state

@@ -10,16 +10,11 @@ from jax import lax
 
 from yoto_jax._checks import check_decay, check_hyperparameter
 from yoto_jax._losses import PyTree
+from yoto_jax._numerics import running_mean
 from yoto_jax._serialization import serializable_state
 from yoto_jax._solvers import dot, safe_divide, solve_bounded_qp
-from yoto_jax.weightings._protocol import (
-    Layout,
-    LossWeighting,
-    descend,
-    init_each,
-    make_weighting,
-    running_mean,
-)
+from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax.weightings._inner_optimizer import descend, init_each
 
 Algorithm = Literal[
     "sgd", "scaled-sgd", "closed-form", "warmup-sgd", "warmup-scaled-sgd"

@@ -7,13 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from yoto_jax._serialization import serializable_state
-from yoto_jax.weightings._protocol import (
-    Layout,
-    LossWeighting,
-    descend,
-    init_each,
-    make_weighting,
-)
+from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax.weightings._inner_optimizer import descend, init_each
 from yoto_jax.weightings._uncertainty import LOG_LIMIT
 
 

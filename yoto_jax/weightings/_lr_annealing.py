@@ -5,8 +5,8 @@ from typing import Literal
 import jax
 
 from yoto_jax._checks import check_positive
+from yoto_jax._weighting import Layout, LossWeighting
 from yoto_jax.weightings._grad_norm_balance import averaged, bounded_ratio
-from yoto_jax.weightings._protocol import Layout, LossWeighting
 
 
 def lr_annealing(

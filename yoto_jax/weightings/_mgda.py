@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._solvers import safe_divide, smallest_convex_combination
-from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import Layout, LossWeighting, make_weighting
 
 
 def mgda(

@@ -10,7 +10,7 @@ from yoto_jax._solvers import (
     safe_divide,
     solve_power_equation,
 )
-from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import Layout, LossWeighting, make_weighting
 
 
 def nash_mtl(

@@ -11,8 +11,8 @@ from yoto_jax._checks import check_positive
 from yoto_jax._jaxlib import check_jaxlib
 from yoto_jax._losses import PyTree
 from yoto_jax._numerics import upcast
+from yoto_jax._weighting import Layout, LossWeighting
 from yoto_jax.weightings._grad_norm_balance import averaged, bounded_ratio
-from yoto_jax.weightings._protocol import Layout, LossWeighting
 
 
 def ntk(

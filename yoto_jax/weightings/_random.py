@@ -6,7 +6,7 @@ import jax
 
 from yoto_jax._checks import as_key
 from yoto_jax._serialization import serializable_state
-from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import Layout, LossWeighting, make_weighting
 
 
 @serializable_state

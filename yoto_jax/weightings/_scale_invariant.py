@@ -1,6 +1,6 @@
 """Weights that make the units of the losses irrelevant."""
 
-from yoto_jax.weightings._protocol import LossWeighting, make_weighting
+from yoto_jax._weighting import LossWeighting, make_weighting
 
 
 def scale_invariant() -> LossWeighting:

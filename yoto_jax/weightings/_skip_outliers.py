@@ -10,14 +10,13 @@ from jax import lax
 
 from yoto_jax._checks import check_decay, check_hyperparameter, check_not_negative
 from yoto_jax._losses import PyTree, check_structure, scalar_losses, stack_present
+from yoto_jax._numerics import all_finite, running_mean
 from yoto_jax._serialization import serializable_state
-from yoto_jax.weightings._protocol import (
+from yoto_jax._weighting import (
     LossWeighting,
-    all_finite,
     and_present,
     check_state,
     mask_weights,
-    running_mean,
     without_absent,
 )
 

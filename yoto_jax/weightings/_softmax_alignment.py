@@ -9,17 +9,12 @@ import optax
 from yoto_jax._checks import check_decay
 from yoto_jax._loss_logits import LossLogits, init_loss_logits, loss_weights
 from yoto_jax._losses import PyTree
+from yoto_jax._numerics import running_mean
 from yoto_jax._optimizers import adamw
 from yoto_jax._serialization import serializable_state
 from yoto_jax._solvers import cosines, dot, safe_divide
-from yoto_jax.weightings._protocol import (
-    Layout,
-    LossWeighting,
-    descend,
-    init_each,
-    make_weighting,
-    running_mean,
-)
+from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax.weightings._inner_optimizer import descend, init_each
 
 
 @serializable_state

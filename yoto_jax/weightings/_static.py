@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 
 from yoto_jax._losses import PyTree
-from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import Layout, LossWeighting, make_weighting
 
 
 def static(weights: PyTree) -> LossWeighting:

@@ -8,13 +8,8 @@ import optax
 
 from yoto_jax._losses import PyTree, listed
 from yoto_jax._serialization import serializable_state
-from yoto_jax.weightings._protocol import (
-    Layout,
-    LossWeighting,
-    descend,
-    init_each,
-    make_weighting,
-)
+from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax.weightings._inner_optimizer import descend, init_each
 
 LOG_LIMIT = 20.0
 """Learned log-weights stay within plus and minus this: e**20 is 5e8."""

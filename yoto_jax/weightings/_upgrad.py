@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from yoto_jax._checks import check_not_negative
 from yoto_jax._losses import PyTree
 from yoto_jax._solvers import solve_axis_qps, unit_trace
-from yoto_jax.weightings._protocol import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import Layout, LossWeighting, make_weighting
 
 
 def upgrad(preference: PyTree = None, *, regularization: float = 1e-4) -> LossWeighting:

@@ -18,7 +18,7 @@ from yoto_jax._losses import (
     stack_present,
 )
 from yoto_jax._serialization import serializable_state
-from yoto_jax.weightings._protocol import (
+from yoto_jax._weighting import (
     GRADIENT_STATISTICS,
     LossWeighting,
     and_present,

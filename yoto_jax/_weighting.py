@@ -9,11 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 
 from yoto_jax._checks import is_key
-from yoto_jax._loss_logits import is_loss_logits
 from yoto_jax._losses import (
     PyTree,
     check_structure,
@@ -24,6 +22,7 @@ from yoto_jax._losses import (
     split,
     stack_present,
 )
+from yoto_jax._numerics import all_finite, where_rows
 from yoto_jax._serialization import serializable_state
 
 GRADIENT_STATISTICS = ("gramian", "norms", "max_abs", "mean_abs")
@@ -486,21 +485,6 @@ def and_present(
     return statistics | {"present": present}
 
 
-def where_rows(chosen: jax.Array, x: jax.Array, y: Any) -> jax.Array:
-    """Row k of ``x`` if entry k is chosen, else that of ``y``."""
-    return jnp.where(chosen.reshape(chosen.shape + (1,) * (x.ndim - 1)), x, y)
-
-
-def all_finite(tree: PyTree) -> jax.Array:
-    """Whether all floating-point numbers of a tree are finite."""
-    leaves = [
-        jnp.all(jnp.isfinite(leaf))
-        for leaf in jax.tree.leaves(tree)
-        if jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.floating)
-    ]
-    return functools.reduce(jnp.logical_and, leaves, jnp.asarray(True))
-
-
 def _select(ok: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     """``new`` if ``ok`` else ``old``, in the dtypes of ``old``."""
 
@@ -512,73 +496,3 @@ def _select(ok: jax.Array, new: PyTree, old: PyTree) -> PyTree:
 
 def _constant(x: Any, dtype: Any) -> jax.Array:
     return lax.stop_gradient(jnp.asarray(x, dtype))
-
-
-def running_mean(
-    mean: jax.Array, x: jax.Array, count: jax.Array, warmup: Any, decay: Any
-) -> jax.Array:
-    """The first as it is; the plain mean of all during the warmup; then with decay."""
-    number = count.astype(x.dtype)
-    early = (count == 0) | (number < warmup)
-    return jnp.where(
-        early, (mean * number + x) / (number + 1), decay * mean + (1 - decay) * x
-    )
-
-
-def init_each(tx: optax.GradientTransformation, params: Any) -> Any:
-    """The state of an optimizer of a vector, with counters of its own for each entry.
-
-    Each entry belongs to one loss. Its moments, and its counters, stand still while the
-    loss is absent. What the state has once for all entries, it has here for each.
-    """
-    size = jax.tree.leaves(params)[0].shape
-    spread = lambda x: x if x.shape == size else jnp.broadcast_to(x, size + x.shape)
-    return jax.tree.map(lambda x: jnp.copy(spread(jnp.asarray(x))), tx.init(params))
-
-
-def descend(
-    tx: optax.GradientTransformation,
-    gradient: Any,
-    state: Any,
-    params: Any,
-    moves: jax.Array | None = None,
-    **extra_args: Any,
-) -> tuple[Any, Any]:
-    """One step of the optimizer of :func:`init_each`, of the entries in ``moves``.
-
-    Of loss logits, ``moves`` names all losses, with the primary one among them.
-    """
-    tx = optax.with_extra_args_support(tx)
-    if moves is not None and is_loss_logits(params) and params.primary is not None:
-        moves = jnp.delete(moves, params.primary, assume_unique_indices=True)
-    size = jax.tree.leaves(params)[0].shape
-    shapes = [x.shape for x in jax.tree.leaves(jax.eval_shape(tx.init, params))]
-    once = [shape == size for shape in shapes]
-    leaves, structure = jax.tree.flatten(state)
-    leaves = [  # What has been set for all entries, such as an injected learning rate.
-        x if x.shape != shape or whole else jnp.broadcast_to(x, size + shape)
-        for x, shape, whole in zip(leaves, shapes, once, strict=True)
-    ]
-    shown = params
-    if moves is not None:  # Absent losses have no part in norms and decays.
-        none = functools.partial(where_rows, moves, y=0)
-        gradient, shown = jax.tree.map(none, (gradient, params))
-
-    def one(leaves: list[Any]) -> tuple[Any, list[Any]]:
-        """The step with the counters of one entry."""
-        old = structure.unflatten(leaves)
-        # Optax's Adam mixes integers and floats, which strict promotion would refuse.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, new = tx.update(gradient, old, shown, **extra_args)
-        return optax.apply_updates(params, updates), jax.tree.leaves(new)
-
-    axes = [None if whole else 0 for whole in once]
-    moved, new = jax.vmap(one, in_axes=(axes,), axis_size=size[0])(leaves)
-    moved = jax.tree.map(jnp.diagonal, moved)
-    new = [jnp.diagonal(x) if whole else x for x, whole in zip(new, once, strict=True)]
-    after = structure.unflatten(new)
-    if moves is None:
-        return moved, after
-    return jax.tree.map(
-        functools.partial(where_rows, moves), (moved, after), (params, state)
-    )
