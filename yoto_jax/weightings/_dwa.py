@@ -8,9 +8,7 @@ import jax.numpy as jnp
 from yoto_jax._checks import check_hyperparameter, check_positive
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import Layout, LossWeighting, make_weighting
-
-LARGEST_RATIO = 1e30
-"""Ratios of losses stay below this: a softmax of an infinite one would be NaN."""
+from yoto_jax.weightings._bounds import LARGEST_RATIO
 
 
 @serializable_state

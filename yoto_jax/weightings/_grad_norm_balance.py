@@ -1,64 +1,11 @@
-"""Equal gradient norms by a moving average, and what such averages share."""
-
-from collections.abc import Callable
-from typing import NamedTuple
+"""Equal gradient norms by a moving average."""
 
 import jax
 import jax.numpy as jnp
 
-from yoto_jax._checks import check_decay, check_positive
-from yoto_jax._serialization import serializable_state
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
-
-
-@serializable_state
-class AverageState(NamedTuple):
-    """A moving average of weights."""
-
-    average_weights: jax.Array  # (K,)
-
-
-def averaged(
-    target: Callable[..., jax.Array],
-    decay: float,
-    needs: tuple[str, ...],
-    *,
-    positive: bool = False,
-    reference: Callable[[Layout], int] | None = None,
-) -> LossWeighting:
-    """A moving average, from 1, of ``target(losses, layout, **statistics)``.
-
-    ``reference(layout)`` is the loss without which nothing is learned. What it raises,
-    it raises in ``init``.
-    """
-    check_decay(decay=decay)
-
-    def init(layout: Layout) -> AverageState:
-        if reference is not None:
-            reference(layout)
-        return AverageState(layout.full(1.0))
-
-    def update(
-        losses: jax.Array,
-        learned: AverageState,
-        layout: Layout,
-        **statistics: jax.Array,
-    ) -> tuple[jax.Array, AverageState]:
-        latest = target(losses, layout, **statistics)
-        average = decay * learned.average_weights + (1.0 - decay) * latest
-        if reference is not None and layout.present is not None:
-            there = layout.present[reference(layout)]
-            average = jnp.where(there, average, learned.average_weights)
-        return average, AverageState(average)
-
-    return make_weighting(init, update, needs=needs, positive=positive)
-
-
-def bounded_ratio(over: jax.Array, under: jax.Array, eps: float) -> jax.Array:
-    """``over / under``, but at most ``1 / eps``, and 1 where both are 0."""
-    under = jnp.maximum(under, eps * over)
-    positive = under > 0
-    return jnp.where(positive, over / jnp.where(positive, under, 1.0), 1.0)
+from yoto_jax._checks import check_positive
+from yoto_jax._weighting import Layout, LossWeighting
+from yoto_jax.weightings._averages import averaged
 
 
 def grad_norm_balance(*, decay: float = 0.9, eps: float = 1e-5) -> LossWeighting:

@@ -8,8 +8,8 @@ import optax
 
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax.weightings._bounds import LOG_LIMIT
 from yoto_jax.weightings._inner_optimizer import descend, init_each
-from yoto_jax.weightings._uncertainty import LOG_LIMIT
 
 
 @serializable_state

@@ -6,7 +6,7 @@ import jax
 
 from yoto_jax._checks import check_positive
 from yoto_jax._weighting import Layout, LossWeighting
-from yoto_jax.weightings._grad_norm_balance import averaged, bounded_ratio
+from yoto_jax.weightings._averages import averaged, bounded_ratio
 
 
 def lr_annealing(

@@ -12,7 +12,7 @@ from yoto_jax._jaxlib import check_jaxlib
 from yoto_jax._losses import PyTree
 from yoto_jax._numerics import upcast
 from yoto_jax._weighting import Layout, LossWeighting
-from yoto_jax.weightings._grad_norm_balance import averaged, bounded_ratio
+from yoto_jax.weightings._averages import averaged, bounded_ratio
 
 
 def ntk(

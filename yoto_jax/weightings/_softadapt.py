@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from yoto_jax._checks import check_not_negative
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import Layout, LossWeighting, make_weighting
-from yoto_jax.weightings._dwa import LARGEST_RATIO
+from yoto_jax.weightings._bounds import LARGEST_RATIO
 
 
 @serializable_state

@@ -9,10 +9,8 @@ import optax
 from yoto_jax._losses import PyTree, listed
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax.weightings._bounds import LOG_LIMIT
 from yoto_jax.weightings._inner_optimizer import descend, init_each
-
-LOG_LIMIT = 20.0
-"""Learned log-weights stay within plus and minus this: e**20 is 5e8."""
 
 _FACTORS = {"regression": 0.5, "classification": 1.0}
 
