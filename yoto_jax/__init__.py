@@ -4,10 +4,7 @@ import importlib
 import typing
 
 from yoto_jax import weightings as weightings
-from yoto_jax._aggregate import aggregate as aggregate
 from yoto_jax._composite_loss import composite_loss as composite_loss
-from yoto_jax._gradients import value_and_grad as value_and_grad
-from yoto_jax._gradients import value_and_jacobian as value_and_jacobian
 from yoto_jax._hyperparameter_decay import (
     HyperparameterDecayState as HyperparameterDecayState,
 )
@@ -26,6 +23,9 @@ from yoto_jax._optimizers import sgdw as sgdw
 from yoto_jax._skip_outliers import skip_outliers as skip_outliers
 from yoto_jax._weighting import LossWeighting as LossWeighting
 from yoto_jax._weighting import WeightingState as WeightingState
+from yoto_jax.gradients._aggregate import aggregate as aggregate
+from yoto_jax.gradients._value_and_grad import value_and_grad as value_and_grad
+from yoto_jax.gradients._value_and_grad import value_and_jacobian as value_and_jacobian
 
 if typing.TYPE_CHECKING:
     from yoto_jax import conditional as conditional

@@ -72,7 +72,7 @@ def regularizer(
     check_loss_logits(mu)
     mask = present_in_order(present, mu)
     return _regularizer(
-        _entropy_spans_primary(mu, entropy),
+        entropy_spans_primary(mu, entropy),
         upcast(mu.learned),
         *_masks(mu, entropy, mask),
     )
@@ -100,12 +100,12 @@ def _regularizer(
 @_regularizer.defjvp
 def _regularizer_jvp(spans_primary, primals, tangents):
     learned, spanned, there = primals
-    slope = _regularizer_gradient(spans_primary, learned, spanned, there)
+    slope = regularizer_gradient(spans_primary, learned, spanned, there)
     value = _regularizer(spans_primary, learned, spanned, there)
     return value, jnp.sum(slope * tangents[0], axis=-1)
 
 
-def _regularizer_gradient(
+def regularizer_gradient(
     spans_primary: bool,
     learned: jax.Array,
     spanned: jax.Array | None = None,
@@ -130,11 +130,11 @@ def _masks(
     if present is None:
         return None, None
     there = present[int(mu.primary is not None) :]
-    return (present if _entropy_spans_primary(mu, entropy) else there), there
+    return (present if entropy_spans_primary(mu, entropy) else there), there
 
 
-def _entropy_spans_primary(mu: LossLogits, entropy: Entropy) -> bool:
-    _check_entropy(entropy)
+def entropy_spans_primary(mu: LossLogits, entropy: Entropy) -> bool:
+    check_entropy(entropy)
     return mu.primary is not None and entropy == "all"
 
 
@@ -196,7 +196,7 @@ def add_hyperparameter_decay(
       and Algorithm 1.
     """
     check_rate("hyperparameter_decay", hyperparameter_decay)
-    _check_entropy(entropy)
+    check_entropy(entropy)
 
     def init_fn(params: PyTree) -> optax.OptState:
         _warn_of_logits(params, hyperparameter_decay)
@@ -233,8 +233,8 @@ def add_hyperparameter_decay(
                     "the updates hold LossLogits where the parameters hold a "
                     f"{type(param).__name__}."
                 )
-            slope = _regularizer_gradient(
-                _entropy_spans_primary(param, entropy),
+            slope = regularizer_gradient(
+                entropy_spans_primary(param, entropy),
                 upcast(param.learned),
                 *_masks(param, entropy, present_in_order(present, param)),
             )
@@ -282,6 +282,6 @@ def _warn_of_logits(params: PyTree, rho: Any) -> None:
             )
 
 
-def _check_entropy(entropy: str) -> None:
+def check_entropy(entropy: str) -> None:
     if entropy not in ("all", "auxiliary"):
         raise ValueError(f"entropy must be 'all' or 'auxiliary', got {entropy!r}.")

@@ -129,3 +129,7 @@ def running_mean(
     return jnp.where(
         early, (mean * number + x) / (number + 1), decay * mean + (1 - decay) * x
     )
+
+
+def stacked(tree: PyTree) -> jax.Array:
+    return jnp.stack([upcast(jnp.asarray(x)) for x in jax.tree.leaves(tree)])

@@ -17,7 +17,6 @@ except ModuleNotFoundError as error:
         "yoto_jax.nnx needs Flax: pip install 'yoto_jax[flax]'"
     ) from error
 
-from yoto_jax import _gradients
 from yoto_jax._composite_loss import composite_loss
 from yoto_jax._loss_logits import init_loss_logits, loss_weights
 from yoto_jax._losses import PyTree
@@ -31,6 +30,7 @@ from yoto_jax.conditional._film import (
     modulate,
     open_gate,
 )
+from yoto_jax.gradients import _value_and_grad as _engine
 
 
 class CompositeLoss(nnx.Module):
@@ -307,7 +307,7 @@ def value_and_grad(
         model: Any, params: nnx.State, rest: "_Rest", *args: Any, **kwargs: Any
     ) -> tuple[PyTree, Any]:
         out = _call(loss_fn, model, *args, **kwargs)
-        losses, aux = _gradients.split_aux(out, has_aux)
+        losses, aux = _engine.split_aux(out, has_aux)
         return losses, (aux, rest.changes(params, model))
 
     def pure_encoder(
@@ -322,7 +322,7 @@ def value_and_grad(
             statistic, rest.merge(params), *args, **kwargs
         )
 
-    engine = _gradients.value_and_grad(
+    engine = _engine.value_and_grad(
         pure_loss if encoder is None else pure_heads,
         weighting,
         encoder=None if encoder is None else pure_encoder,

@@ -12,9 +12,9 @@ from jax import lax
 from yoto_jax._checks import check_rate
 from yoto_jax._hyperparameter_decay import (
     Entropy,
-    _check_entropy,
-    _entropy_spans_primary,
-    _regularizer_gradient,
+    check_entropy,
+    entropy_spans_primary,
+    regularizer_gradient,
 )
 from yoto_jax._loss_logits import LossLogits, loss_weights
 from yoto_jax._losses import (
@@ -30,7 +30,7 @@ from yoto_jax._numerics import upcast
 from yoto_jax._optimizers import unwrap_loss_logits
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import LossWeighting, and_present
-from yoto_jax.weightings._wrappers import _observing_inner
+from yoto_jax.weightings._wrappers import observing_inner
 
 # What a loss is to its weight. These are empty nodes: they live in the structure of the
 # state, as optax.EmptyState does, so that names cost nothing and pass every checkpoint.
@@ -150,7 +150,7 @@ def record(
       normalised before it meets the regulariser, and the norms do not compare.
     """
     _check_size(length, every)
-    _check_entropy(entropy)
+    check_entropy(entropy)
     rho = hyperparameter_decay
     if rho is not None:
         check_rate("hyperparameter_decay", rho)
@@ -208,8 +208,8 @@ def record(
         ]
         if rho is not None:
             pulls = [
-                _regularizer_gradient(
-                    _entropy_spans_primary(mu, entropy), upcast(mu.learned)
+                regularizer_gradient(
+                    entropy_spans_primary(mu, entropy), upcast(mu.learned)
                 )
                 for mu in logits
             ]
@@ -285,7 +285,7 @@ def recorded(
         row = [*jax.tree.leaves(weights), *jax.tree.leaves(losses), count]
         return weights, RecordedState(_write(state.history, row, every), inner)
 
-    return _observing_inner(weighting)._replace(
+    return observing_inner(weighting)._replace(
         init=init,
         update=update,
         needs=tuple(dict.fromkeys(("losses", *weighting.needs))),

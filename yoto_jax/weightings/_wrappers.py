@@ -101,7 +101,7 @@ def every(weighting: LossWeighting, steps: jax.typing.ArrayLike) -> LossWeightin
             counts *= jnp.any(mask).astype(jnp.int32)
         return weights, EveryState(state.step + counts, inner)
 
-    return _observing_inner(weighting)._replace(init=init, update=update_fn, due=due)
+    return observing_inner(weighting)._replace(init=init, update=update_fn, due=due)
 
 
 @serializable_state
@@ -183,7 +183,7 @@ def smooth(
             jax.tree.map(jnp.logical_or, state.started, takes),
         )
 
-    return _observing_inner(weighting)._replace(init=init, update=update)
+    return observing_inner(weighting)._replace(init=init, update=update)
 
 
 @serializable_state
@@ -309,7 +309,7 @@ def normalize(
             inner=weighting.observe_step(scaled, state.inner, **kwargs)
         )
 
-    return _observing_inner(weighting)._replace(
+    return observing_inner(weighting)._replace(
         init=init,
         update=update,
         needs=tuple(dict.fromkeys(("losses", *weighting.needs))),
@@ -364,7 +364,7 @@ def _skipped(before: Any, after: Any) -> jax.Array:
     return count - optax.tree.get(before, "num_skipped")
 
 
-def _observing_inner(weighting: LossWeighting) -> LossWeighting:
+def observing_inner(weighting: LossWeighting) -> LossWeighting:
     """With what looks at the state reaching through to its field ``inner``."""
     observe, observe_step = weighting.observe, weighting.observe_step
     due = weighting.due

@@ -6,17 +6,13 @@ from typing import Any
 import jax
 import optax
 
-from yoto_jax._gradients import (
-    combine_rows,
-    if_due,
-    place_of,
-    spread_of,
-    stacked,
-    statistics_of,
-)
 from yoto_jax._losses import PyTree, listed, loss_names, stack_present
-from yoto_jax._numerics import where_rows
+from yoto_jax._numerics import stacked, where_rows
 from yoto_jax._weighting import GRADIENT_STATISTICS, LossWeighting, and_present
+from yoto_jax.gradients._devices import spread_of
+from yoto_jax.gradients._rows import combine_rows
+from yoto_jax.gradients._sources import if_due, position_of
+from yoto_jax.gradients._statistics import statistics_of
 
 
 def aggregate(
@@ -113,8 +109,8 @@ def aggregate(
         if not aligned:
             return statistics_of(rows, asked, spread)
         found = statistics_of(rows, [*asked, "gramian"], spread)
-        place = place_of(weighting.downstream, optax.tree.ones_like(losses))
-        return found | {"alignment": found["gramian"][place]}
+        position = position_of(weighting.downstream, optax.tree.ones_like(losses))
+        return found | {"alignment": found["gramian"][position]}
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -1,0 +1,109 @@
+"""Arithmetic on the gradients of all losses, and the cotangents that they come from."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from yoto_jax._jaxlib import check_jaxlib
+from yoto_jax._losses import (
+    PyTree,
+    scalar_losses,
+)
+from yoto_jax._numerics import upcast
+from yoto_jax.gradients._devices import (
+    vary_over,
+    varying_axes,
+)
+
+
+def add_leaf(x: Any, y: Any) -> Any:
+    return x if x.dtype == jax.dtypes.float0 else x + y
+
+
+def dot_leaves(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> jax.Array:
+    return add_up(jnp.sum(upcast(x) * upcast(y)) for x, y in zip(a, b, strict=True))
+
+
+def add_up(terms: Any) -> jax.Array:
+    return functools.reduce(jnp.add, terms)
+
+
+def tangent_of(v: PyTree, params: PyTree) -> PyTree:
+    """A tangent for parameters, in their dtypes."""
+
+    def cast(x: Any, p: Any) -> Any:
+        return x if x.dtype == jax.dtypes.float0 else x.astype(p.dtype)
+
+    return jax.tree.map(cast, v, params)
+
+
+# Cotangents and rows.
+
+
+def cotangents_of(weights: PyTree, losses: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda w, x: varying_like(w.astype(x.dtype), x), weights, losses
+    )
+
+
+def varying_like(x: Any, like: Any) -> Any:
+    """``x`` varying over the same axes as ``like``, as pullbacks insist."""
+    return vary_over(x, tuple(varying_axes(like)))
+
+
+def one_hot(losses: PyTree, position: int) -> PyTree:
+    leaves, structure = jax.tree.flatten(losses)
+    ones = [
+        jnp.full((), float(k == position), leaf.dtype) for k, leaf in enumerate(leaves)
+    ]
+    return jax.tree.map(varying_like, structure.unflatten(ones), losses)
+
+
+def one_hots(losses: PyTree) -> PyTree:
+    """All one-hot cotangents, stacked on a leading axis."""
+    leaves, structure = jax.tree.flatten(losses)
+    eye = np.eye(len(leaves))
+    columns = [
+        varying_like(jnp.asarray(eye[k], x.dtype), x) for k, x in enumerate(leaves)
+    ]
+    return structure.unflatten(columns)
+
+
+def rows_of(
+    pull: Callable[[PyTree], PyTree], losses: PyTree, chunk_size: int | None
+) -> PyTree:
+    check_jaxlib()
+    scalar_losses(losses)
+    basis = one_hots(losses)
+    if chunk_size is None:
+        return jax.vmap(pull)(basis)
+    return lax.map(pull, basis, batch_size=chunk_size)
+
+
+def combine_rows(rows: PyTree, weights: jax.Array) -> PyTree:
+    def combine(row: jax.Array) -> jax.Array:
+        if row.dtype == jax.dtypes.float0:
+            return row[0]
+        return weighted_sum_of(weights, [row[k] for k in range(row.shape[0])])
+
+    return jax.tree.map(combine, rows)
+
+
+def weighted_sum_of(weights: jax.Array, terms: Sequence[jax.Array]) -> jax.Array:
+    """Weights times gradients, added in float32 at least; a weight of 0 is none."""
+    dtype = terms[0].dtype
+    if dtype == jax.dtypes.float0:
+        return terms[0]
+    if not jnp.issubdtype(terms[0].dtype, jnp.complexfloating):
+        terms = [upcast(x) for x in terms]
+    total = add_up(weights[k] * x for k, x in enumerate(terms))
+    return total.astype(dtype)
+
+
+def add_axis(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x[None], tree)
