@@ -10,13 +10,13 @@ import jax.numpy as jnp
 
 from yoto_jax._losses import (
     PyTree,
-    _shape_and_dtype,
     check_structure,
     find_loss,
     listed,
     loss_names,
     path_name,
     scalar_losses,
+    shape_and_dtype,
     stack_present,
 )
 from yoto_jax._numerics import (
@@ -303,7 +303,7 @@ def _epsilon_per_loss(epsilon: PyTree, names: list[str]) -> list[Any]:
             f"({listed(names)}), got {epsilon!r}."
         )
     for name, value in zip(names, values, strict=True):
-        shape, _ = _shape_and_dtype(f"epsilon of loss {name!r}", value)
+        shape, _ = shape_and_dtype(f"epsilon of loss {name!r}", value)
         if shape:
             raise ValueError(
                 f"epsilon of loss {name!r} must be a scalar, got shape {shape}."

@@ -54,7 +54,7 @@ def scalar_losses(
     flat, structure = jax.tree.flatten_with_path(losses)
     for path, leaf in flat:
         name = path_name(path)
-        shape, dtype = _shape_and_dtype(f"loss {name!r}", leaf)
+        shape, dtype = shape_and_dtype(f"loss {name!r}", leaf)
         if shape:
             raise ValueError(
                 f"loss {name!r} must be a scalar, got shape {shape}; reduce it first "
@@ -78,7 +78,7 @@ def stack_present(
     check_structure(given, structure, "the losses", "the entries of present")
     for path, leaf in flat:
         name = path_name(path)
-        shape, dtype = _shape_and_dtype(f"present[{name!r}]", leaf)
+        shape, dtype = shape_and_dtype(f"present[{name!r}]", leaf)
         if shape or dtype != jnp.bool_:
             raise TypeError(
                 f"present must hold one boolean for each loss, got shape {shape} and "
@@ -92,7 +92,7 @@ def split(vector: jax.Array, structure: jax.tree_util.PyTreeDef) -> PyTree:
     return structure.unflatten([vector[k] for k in range(structure.num_leaves)])
 
 
-def _shape_and_dtype(what: str, value: Any) -> tuple[tuple[int, ...], Any]:
+def shape_and_dtype(what: str, value: Any) -> tuple[tuple[int, ...], Any]:
     try:
         dtype = jax.dtypes.result_type(value)
     except TypeError:
