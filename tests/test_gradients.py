@@ -98,7 +98,7 @@ def call(f, weighting, *args, **options):
 def test_statistics_and_gradient(statistic, mode):
     options = MEMORY[mode]
     losses, grads, state = call(loss_fn, reading(statistic), X, **options)
-    np.testing.assert_allclose(state.learned, EXPECTED[statistic], rtol=2e-5)
+    np.testing.assert_allclose(state.inner, EXPECTED[statistic], rtol=2e-5)
     chex.assert_trees_all_close(losses, loss_fn(PARAMS, X), rtol=1e-6)
     composite = lambda p: sum(
         state.loss_weights[n] * v for n, v in loss_fn(p, X).items()
@@ -118,7 +118,7 @@ def test_selected_parameters(statistic):
         "alignment": rows @ rows[2],
     }[statistic]
     _, grads, state = call(loss_fn, reading(statistic), X, select=last)
-    np.testing.assert_allclose(state.learned, expected, rtol=2e-5, atol=1e-7)
+    np.testing.assert_allclose(state.inner, expected, rtol=2e-5, atol=1e-7)
     weights = np.array([float(state.loss_weights[n]) for n in "abc"])
     np.testing.assert_allclose(
         np.concatenate([g.ravel() for g in jax.tree.leaves(grads)]),
@@ -135,7 +135,7 @@ def test_heads_descend_the_plain_sum(options):
         loss_fn, weighting, X, heads=lambda p: p["last"]["kernel"], **options
     )
     first = J[:, : W.size]  # What the heads do not share is all that is looked at.
-    np.testing.assert_allclose(state.learned, np.linalg.norm(first, axis=1), rtol=2e-5)
+    np.testing.assert_allclose(state.inner, np.linalg.norm(first, axis=1), rtol=2e-5)
     plain = jax.grad(lambda p: sum(loss_fn(p, X).values()))(PARAMS)
     chex.assert_trees_all_close(grads["last"], plain["last"], rtol=1e-5)
     weighted = jax.grad(
@@ -160,7 +160,7 @@ def test_gradients_of_the_representation(statistic, weigh_heads):
     losses, grads, state = call(
         heads, reading(statistic), X, encoder=encoder, weigh_heads=weigh_heads
     )
-    np.testing.assert_allclose(state.learned, EXPECTED_OF_Z[statistic], rtol=2e-5)
+    np.testing.assert_allclose(state.inner, EXPECTED_OF_Z[statistic], rtol=2e-5)
     chex.assert_trees_all_close(losses, loss_fn(PARAMS, X), rtol=1e-6)
     weights = state.loss_weights
     through_z = jax.grad(
@@ -232,7 +232,7 @@ V = jacobian(lambda p: loss_fn(p, X_VALIDATION), PARAMS)[2]
 
 def test_alignment_with_a_validation_batch_is_exact():
     _, _, state = call(loss_fn, reading("alignment"), X, validation=(X_VALIDATION,))
-    np.testing.assert_allclose(state.learned, J @ V, rtol=2e-5)
+    np.testing.assert_allclose(state.inner, J @ V, rtol=2e-5)
 
 
 def test_alignment_looks_ahead():
@@ -244,7 +244,7 @@ def test_alignment_looks_ahead():
     composite = jax.grad(lambda p: sum(loss_fn(p, X).values()))(PARAMS)  # weights 1
     ahead = jax.tree.map(lambda p, g: p - rate * g, PARAMS, composite)
     v = jacobian(lambda p: loss_fn(p, X_VALIDATION), ahead)[2]
-    np.testing.assert_allclose(state.learned, J @ v, rtol=2e-4)
+    np.testing.assert_allclose(state.inner, J @ v, rtol=2e-4)
 
 
 def test_weights_formed_on_a_validation_batch():
@@ -252,7 +252,7 @@ def test_weights_formed_on_a_validation_batch():
         loss_fn, reading("gramian"), X, align="validation", validation=(X_VALIDATION,)
     )
     rows = jacobian(lambda p: loss_fn(p, X_VALIDATION), PARAMS)
-    np.testing.assert_allclose(state.learned, rows @ rows.T, rtol=2e-5)
+    np.testing.assert_allclose(state.inner, rows @ rows.T, rtol=2e-5)
     chex.assert_trees_all_close(losses, loss_fn(PARAMS, X), rtol=1e-6)
     weights = np.array([float(state.loss_weights[n]) for n in "abc"])
     flat = np.concatenate([g.ravel() for g in jax.tree.leaves(grads)])
@@ -282,7 +282,7 @@ def test_training_gradients_against_a_validation_gradient(encoded, given):
     expected = rows @ rows.T
     expected[2, :] = expected[:, 2] = derivatives
     expected[2, 2] = flat @ flat
-    np.testing.assert_allclose(state.learned, expected, rtol=5e-5, atol=1e-7)
+    np.testing.assert_allclose(state.inner, expected, rtol=5e-5, atol=1e-7)
 
 
 PLACES = {
@@ -298,22 +298,22 @@ def test_a_validation_batch_that_is_the_training_batch_changes_nothing(place):
     _, _, expected = call(f, reading("gramian"), X, **options)
     mixed = {"align": "train-validation", "validation": (X,)}
     _, _, got = call(f, reading("gramian"), X, **mixed, **options)
-    np.testing.assert_allclose(got.learned, expected.learned, rtol=2e-5, atol=1e-7)
+    np.testing.assert_allclose(got.inner, expected.inner, rtol=2e-5, atol=1e-7)
     _, _, got = call(f, reading("alignment"), X, **options)
-    np.testing.assert_allclose(got.learned, expected.learned[2], rtol=2e-5)
+    np.testing.assert_allclose(got.inner, expected.inner[2], rtol=2e-5)
 
 
 def test_cosines_with_a_validation_gradient_are_cosines():
     options = {"align": "train-validation", "validation": (X_VALIDATION,)}
     _, _, state = call(heads, reading("gramian"), X, encoder=encoder, **options)
-    assert np.linalg.eigvalsh(np.asarray(state.learned, float)).min() > -1e-7
+    assert np.linalg.eigvalsh(np.asarray(state.inner, float)).min() > -1e-7
 
 
 def test_alignment_on_a_validation_batch_alone():
     options = {"align": "validation", "validation": (X_VALIDATION,)}
     _, _, state = call(loss_fn, reading("alignment"), X, **options)
     rows = jacobian(lambda p: loss_fn(p, X_VALIDATION), PARAMS)
-    np.testing.assert_allclose(state.learned, rows @ rows[2], rtol=2e-5)
+    np.testing.assert_allclose(state.inner, rows @ rows[2], rtol=2e-5)
 
 
 def test_integers_among_the_parameters_and_nothing_in_the_representation():
@@ -370,7 +370,7 @@ def test_directional_derivatives_agree_with_finite_differences():
         at = lambda h: jax.tree.map(lambda p, d: p + h * d, wide, v)
         plus, minus = loss_fn(at(1e-6), x), loss_fn(at(-1e-6), x)
         expected = [float((plus[n] - minus[n]) / 2e-6) for n in "abc"]
-    np.testing.assert_allclose(state.learned, expected, rtol=1e-4)
+    np.testing.assert_allclose(state.inner, expected, rtol=1e-4)
 
 
 # When statistics are due.
@@ -416,7 +416,7 @@ def test_inner_products_of_low_precision_are_taken_in_float32():
     flat = np.concatenate(
         [np.asarray(r, np.float64).reshape(3, -1) for r in jax.tree.leaves(rows)], 1
     )
-    np.testing.assert_allclose(state.learned, flat @ flat.T, rtol=1e-5)
+    np.testing.assert_allclose(state.inner, flat @ flat.T, rtol=1e-5)
     chex.assert_trees_all_equal_dtypes(grads, params)
 
 

@@ -49,8 +49,8 @@ def descend_toy(weighting, gradients, x, steps, tx):
         gradient = weights[:-1] @ pretraining + weights[-1] * d
         updates, opt_state = tx.update(gradient, opt_state, x)
         x = optax.apply_updates(x, updates)
-        nu = state.learned.gradient_norms
-        seen = {"x": x, "phi": state.learned.raw_weights, "w": weights[:-1] * nu}
+        nu = state.inner.gradient_norms
+        seen = {"x": x, "phi": state.inner.raw_weights, "w": weights[:-1] * nu}
         return (x, state, opt_state), seen
 
     x = jnp.asarray(x, float)
@@ -143,7 +143,7 @@ def test_the_statistics_of_the_first_step_are_those_by_hand():
     with jax.enable_x64(True):
         weighting = grap(3)
         _, state = feed(weighting, start(weighting, 4), *quadratic(jnp.zeros(2)))
-    learned = state.learned
+    learned = state.inner
     r = -np.sqrt(0.5)
     np.testing.assert_allclose(
         learned.cosines, [[1, 0, r], [0, 1, r], [r, r, 1]], atol=1e-15
@@ -341,15 +341,15 @@ def test_the_first_composite_gradient_has_the_norm_asked_for(algorithm, transfor
         weights, state = feed(weighting, start(weighting, 5), s, d)
         assert weights[4] == 0
         assert jnp.linalg.norm(weights[:4] @ s) == pytest.approx(0.25, rel=1e-9)
-        w = weights[:4] * state.learned.gradient_norms / 0.25
-        assert w @ state.learned.cosines @ w == pytest.approx(1, rel=1e-9)
+        w = weights[:4] * state.inner.gradient_norms / 0.25
+        assert w @ state.inner.cosines @ w == pytest.approx(1, rel=1e-9)
 
 
 def hypergradient(s, d, phi, **options):
     """dH/dphi, from the step of an SGD with learning rate 1."""
     weighting = grap(len(s), optimizer=optax.sgd(1.0), initial=[*phi, 0.0], **options)
     _, state = feed(weighting, start(weighting, len(s) + 1), s, d)
-    return np.asarray(phi) - np.asarray(state.learned.raw_weights)
+    return np.asarray(phi) - np.asarray(state.inner.raw_weights)
 
 
 @pytest.mark.parametrize("algorithm", ["sgd", "scaled-sgd"])
@@ -445,7 +445,7 @@ def test_weights_come_from_raw_weights_before_their_update():
         b, moved = feed(fast, start(fast, 4), s, d)
         np.testing.assert_array_equal(a, b)
         assert not np.allclose(
-            state.learned.raw_weights, moved.learned.raw_weights, atol=1e-3
+            state.inner.raw_weights, moved.inner.raw_weights, atol=1e-3
         )
 
 
@@ -456,7 +456,7 @@ def test_one_pretraining_loss_has_its_gradient_normalised():
     weights, state = weighting.update(losses, weighting.init(losses), gramian=gramian)
     assert float(weights["fit"]) == 0.25
     assert float(weights["label"]) == 0.0
-    assert state.learned.raw_weights == 1.0
+    assert state.inner.raw_weights == 1.0
 
 
 def test_the_place_of_the_downstream_loss_does_not_matter():
@@ -574,7 +574,7 @@ def test_25_steps_equal_the_transcription(options, adam, encoded):
     solved = options.get("algorithm", "sgd") not in ("sgd", "scaled-sgd")
     atol = 3e-9 * np.abs(expected).max() if solved else 1e-12
     np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=atol)
-    learned = state.learned
+    learned = state.inner
     np.testing.assert_allclose(
         learned.raw_weights, reference.phi, rtol=1e-9, atol=3e-9 if solved else 0
     )
@@ -604,7 +604,7 @@ def test_opposite_equal_gradients_do_not_destroy_the_raw_weights(algorithm, x64)
         for _ in range(12):
             weights, state = feed(weighting, state, s, d)
             assert np.all(np.isfinite(weights))
-        assert np.all(np.isfinite(state.learned.raw_weights))
+        assert np.all(np.isfinite(state.inner.raw_weights))
         assert int(state.num_skipped) == 0
         # The loss that pulls along d has won.
         assert weights[0] > weights[1]
@@ -622,8 +622,8 @@ def test_a_loss_without_gradient_has_the_weight_zero(algorithm, transform):
         weights, state = feed(weighting, state, jnp.float32(s), jnp.float32(d))
         assert weights[1] == 0
         assert np.all(np.isfinite(weights))
-    assert np.all(np.isfinite(state.learned.raw_weights))
-    assert not np.any(state.learned.cosines[1])
+    assert np.all(np.isfinite(state.inner.raw_weights))
+    assert not np.any(state.inner.cosines[1])
 
 
 @pytest.mark.parametrize(
@@ -643,7 +643,7 @@ def test_zero_gradients_everywhere_give_finite_weights(algorithm, options):
         weights, state = feed(weighting, state, jnp.zeros((2, 4)), jnp.zeros(4))
         assert not np.any(weights)
     assert int(state.num_skipped) == 0
-    np.testing.assert_array_equal(state.learned.raw_weights, [1, 1])
+    np.testing.assert_array_equal(state.inner.raw_weights, [1, 1])
 
 
 def test_a_sum_that_cancels_leaves_weights_and_state_finite():
@@ -659,7 +659,7 @@ def test_a_sum_that_cancels_leaves_weights_and_state_finite():
         weighting, start(weighting, 3), jnp.float32(s), jnp.float32(d)
     )
     assert np.all(np.isfinite(weights))
-    assert np.all(np.isfinite(state.learned.raw_weights))
+    assert np.all(np.isfinite(state.inner.raw_weights))
     assert int(state.num_skipped) == 0
 
 
@@ -673,14 +673,14 @@ def test_a_batch_without_labels_updates_norms_and_cosines_alone(algorithm):
         s, _ = random_gradients(3, 6, 10)
         weights, after = feed(weighting, state, s, np.zeros(6))
         for name in ("raw_weights", "alignments", "optimizer", "solution"):
-            before, now = (getattr(x.learned, name) for x in (state, after))
+            before, now = (getattr(x.inner, name) for x in (state, after))
             jax.tree.map(np.testing.assert_array_equal, before, now)
-        assert int(after.learned.num_aligned) == 3
-        assert (after.learned.num_batches == 4).all()
-        assert np.any(after.learned.cosines != state.learned.cosines)
+        assert int(after.inner.num_aligned) == 3
+        assert (after.inner.num_batches == 4).all()
+        assert np.any(after.inner.cosines != state.inner.cosines)
         # The composite gradient has norm 1 for the running means of the norms.
-        w = weights[:3] * after.learned.gradient_norms
-        assert w @ after.learned.cosines @ w == pytest.approx(1, rel=1e-9)
+        w = weights[:3] * after.inner.gradient_norms
+        assert w @ after.inner.cosines @ w == pytest.approx(1, rel=1e-9)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -690,7 +690,7 @@ def test_a_first_batch_without_labels_has_equal_raw_weights(algorithm):
         weighting = known(3, algorithm=algorithm)
         weights, state = feed(weighting, start(weighting, 4), s, np.zeros(6))
         assert jnp.linalg.norm(weights[:3] @ s) == pytest.approx(1)
-        np.testing.assert_array_equal(state.learned.raw_weights, np.ones(3))
+        np.testing.assert_array_equal(state.inner.raw_weights, np.ones(3))
 
 
 def test_a_batch_that_is_not_finite_changes_nothing():
@@ -700,7 +700,7 @@ def test_a_batch_that_is_not_finite_changes_nothing():
     bad, d = map(jnp.float32, random_gradients(3, 6, 1))
     weights, after = feed(weighting, state, bad.at[0, 0].set(jnp.nan), d)
     np.testing.assert_array_equal(weights, jnp.stack(state.loss_weights))
-    jax.tree.map(np.testing.assert_array_equal, state.learned, after.learned)
+    jax.tree.map(np.testing.assert_array_equal, state.inner, after.inner)
     assert int(after.num_skipped) == 1
 
 
@@ -718,18 +718,18 @@ def test_the_sixth_step_without_a_helpful_loss_weighs_all_alike():
     s, d = map(jnp.float32, against(3))
     for number in range(1, 9):
         weights, state = feed(weighting, state, s, d)
-        norms = state.learned.gradient_norms
+        norms = state.inner.gradient_norms
         expected = np.zeros(3) if number <= 5 else np.ones(3)
         np.testing.assert_allclose(weights[:3] * norms, expected, rtol=1e-6)
-        assert int(state.learned.num_zero_steps) == number
-        assert int(state.learned.num_aligned) == number
-    np.testing.assert_array_equal(state.learned.raw_weights, np.ones(3))
+        assert int(state.inner.num_zero_steps) == number
+        assert int(state.inner.num_aligned) == number
+    np.testing.assert_array_equal(state.inner.raw_weights, np.ones(3))
     weights, state = feed(weighting, state, -s, d)
     assert np.all(np.asarray(weights[:3]) > 0)
-    assert int(state.learned.num_zero_steps) == 0
+    assert int(state.inner.num_zero_steps) == 0
     weights, state = feed(weighting, state, s, d)
     assert not np.any(weights)
-    assert int(state.learned.num_zero_steps) == 1
+    assert int(state.inner.num_zero_steps) == 1
 
 
 def test_none_allows_any_number_of_steps_with_weights_of_zero():
@@ -748,9 +748,9 @@ def test_the_gain_of_the_encoder_is_a_running_mean_without_skipped_steps():
     gains = []
     for norms in [(0.0, 0.0), (6.0, 3.0), (0.0, 1.0), (1.0, 0.0), (4.0, 4.0)]:
         state = observe(state, cotangent_norm=norms[0], gradient_norm=norms[1])
-        gains.append(float(state.learned.encoder_gain))
+        gains.append(float(state.inner.encoder_gain))
     assert gains == [1.0, 2.0, 2.0, 2.0, 1.75]
-    assert int(state.learned.num_observed) == 2
+    assert int(state.inner.num_observed) == 2
 
 
 def test_the_gain_holds_the_norm_of_the_encoders_gradient():

@@ -145,6 +145,6 @@ def test_keys():
     losses = {"a": 1.0}
     raw = weightings.random(jax.random.PRNGKey(3)).init(losses)
     typed = weightings.random(jax.random.key(3)).init(losses)
-    assert raw.learned.key == typed.learned.key
+    assert raw.inner.key == typed.inner.key
     with pytest.raises(TypeError, match="key must be"):
         weightings.random(0.5).init(losses)

@@ -477,7 +477,7 @@ def test_recorded_passes_on_what_a_weighting_asks_for():
         state = outer.observe(state, cotangent_norm=1.0, gradient_norm=1.0)
         state = outer.observe_step(losses, state)
     assert due == [True, False, True]
-    assert float(optax.tree.get(state, "learned")) == 33.0
+    assert float(state.inner.inner.inner) == 33.0
     seen = monitoring.history(state)
     assert seen.downstream == "b"
     assert seen.steps.tolist() == [0, 1, 2]

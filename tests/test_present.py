@@ -109,13 +109,13 @@ def restricted_update(name, weighting, state, losses, statistics, there):
     part = rekeyed(restrict(state, template, there), template)
     scale = 1.0
     if name == "gradnorm":  # Its weights sum to the number of losses.
-        total = jnp.sum(jnp.abs(part.learned.task_weights))
+        total = jnp.sum(jnp.abs(part.inner.task_weights))
         scale = total / len(there)
-        learned = part.learned._replace(task_weights=part.learned.task_weights / scale)
+        learned = part.inner._replace(task_weights=part.inner.task_weights / scale)
         part = part._replace(learned=learned)
     weights, part = update_of(name)(tree, part, **seen)
     if name == "gradnorm":
-        learned = part.learned._replace(task_weights=part.learned.task_weights * scale)
+        learned = part.inner._replace(task_weights=part.inner.task_weights * scale)
         part = part._replace(learned=learned)
     return weights, rekeyed(put_back(state, part, there), state)
 
@@ -194,9 +194,9 @@ def test_famo_learns_from_the_losses_that_are_there_after_the_step():
     assert pair.observe_step is not None
     alone = pair.observe_step(tell(after), alone)
     np.testing.assert_allclose(
-        state.learned.task_logits[jnp.array([0, 2])], alone.learned.task_logits
+        state.inner.task_logits[jnp.array([0, 2])], alone.inner.task_logits
     )
-    assert state.learned.task_logits[1] == 0
+    assert state.inner.task_logits[1] == 0
 
 
 # The engine.
@@ -300,13 +300,13 @@ def test_a_downstream_loss_that_only_the_validation_batch_has():
     step = yoto.value_and_grad(loss_fn, weighting, align="train-validation")
     step = jax.jit(step)
     _, _, after = step(PARAMS, state, X, unlabelled, validation=(X, labelled))
-    assert after.learned.num_aligned == 1
-    assert (after.learned.num_compared == 1).all()
+    assert after.inner.num_aligned == 1
+    assert (after.inner.num_compared == 1).all()
     # Nor does a batch without it teach anything where no other one is given.
     train = jax.jit(yoto.value_and_grad(loss_fn, weighting))
     _, _, after = train(PARAMS, state, X, unlabelled)
-    assert after.learned.num_aligned == 0
-    assert (after.learned.num_batches == 1).all()
+    assert after.inner.num_aligned == 0
+    assert (after.inner.num_batches == 1).all()
 
 
 @pytest.mark.skipif(MESH is None, reason="needs eight (virtual) devices")

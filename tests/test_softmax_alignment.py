@@ -105,7 +105,7 @@ def test_a_batch_without_downstream_gradient_leaves_the_logits():
     weighting = yoto.weightings.softmax_alignment("label", epsilon=(0.5, 1.0, 2.0, 1.0))
     before = weighting.init(LOSSES)
     _, after = follow(weighting, [gramian] * 5)
-    np.testing.assert_array_equal(after.learned.mu.learned, before.learned.mu.learned)
+    np.testing.assert_array_equal(after.inner.mu.learned, before.inner.mu.learned)
 
 
 def test_epsilon_sets_the_first_weights():
@@ -133,5 +133,5 @@ def test_batches_without_a_gradient_do_not_dilute_the_cosines():
     _, state = follow(weighting, [full, silent, full, silent, silent])
     norms = np.sqrt(np.diag(full))
     np.testing.assert_allclose(
-        state.learned.cosines, full / np.outer(norms, norms), rtol=1e-5
+        state.inner.cosines, full / np.outer(norms, norms), rtol=1e-5
     )

@@ -195,7 +195,7 @@ def test_gradvac_follows_the_paper_over_several_updates():
             found, state = update(values, state, gramian=jacobian @ jacobian.T)
             direction, targets = oracles.gradvac_pair(jacobian, targets, 0.5)
             np.testing.assert_allclose(np.array(found) @ jacobian, direction, rtol=1e-7)
-            np.testing.assert_allclose(state.learned.cosine_targets, targets, rtol=1e-9)
+            np.testing.assert_allclose(state.inner.cosine_targets, targets, rtol=1e-9)
 
 
 def test_normalised_mgda_is_mgda_of_normalised_gradients():

@@ -304,7 +304,7 @@ def test_uncertainty_steps_on_the_gradient_of_the_joint_objective():
         slope, factors = jax.grad(objective, argnums=(0, 1))(s, losses)
         expected = s - 0.1 * slope
     np.testing.assert_allclose(weights, factors, rtol=1e-14)
-    np.testing.assert_allclose(state.learned.log_variances, expected, rtol=1e-14)
+    np.testing.assert_allclose(state.inner.log_variances, expected, rtol=1e-14)
 
 
 def test_imtl_l_is_twice_uncertainty_with_the_sign_changed():
@@ -318,7 +318,7 @@ def test_imtl_l_is_twice_uncertainty_with_the_sign_changed():
             np.testing.assert_allclose(imtl, 2 * kendall, rtol=1e-12)
             np.testing.assert_allclose(
                 imtl_state.learned.log_scales,
-                -state.learned.log_variances,
+                -state.inner.log_variances,
                 rtol=1e-12,
             )
         # Adam does not see the factor 2, but for its epsilon.
@@ -461,14 +461,14 @@ def test_exact_famo_learns_once_per_update_and_never_from_a_bad_batch():
     bad = observe([jnp.nan, 1.0], state)
     np.testing.assert_array_equal(bad.learned.task_logits, 0)
     state = observe([0.5, 1.0], state)
-    np.testing.assert_allclose(state.learned.task_logits, [-0.025, 0.025], rtol=1e-4)
+    np.testing.assert_allclose(state.inner.task_logits, [-0.025, 0.025], rtol=1e-4)
     again = observe([0.1, 1.0], state)
-    np.testing.assert_array_equal(again.learned.task_logits, state.learned.task_logits)
+    np.testing.assert_array_equal(again.inner.task_logits, state.inner.task_logits)
 
     # The losses after a step belong to those of the same batch, or to none.
     _, held = weighting.update([jnp.nan, 1.0], state)
     held = observe([0.1, 1.0], held)
-    np.testing.assert_array_equal(held.learned.task_logits, state.learned.task_logits)
+    np.testing.assert_array_equal(held.learned.task_logits, state.inner.task_logits)
 
 
 def test_famo_holds_what_is_below_a_bound():
@@ -481,7 +481,7 @@ def test_famo_holds_what_is_below_a_bound():
     held, after = jax.jit(weighting.update)({"depth": -2.1, "camera": 0.5}, state)
     assert held == weights
     assert (after.num_updates, after.num_skipped) == (1, 1)
-    np.testing.assert_array_equal(after.learned.log_gaps, state.learned.log_gaps)
+    np.testing.assert_array_equal(after.inner.log_gaps, state.inner.log_gaps)
 
 
 def test_famo_accepts_a_schedule_and_another_optimizer():
@@ -512,7 +512,7 @@ def test_gradnorm_steps_on_the_gradient_of_its_objective():
             np.testing.assert_allclose(weights, w, rtol=1e-12)
             w = w - 0.01 * jax.grad(objective)(w, losses[t], losses[0], norms)
             w = K * w / jnp.sum(jnp.abs(w))
-            np.testing.assert_allclose(state.learned.task_weights, w, rtol=1e-12)
+            np.testing.assert_allclose(state.inner.task_weights, w, rtol=1e-12)
 
 
 def test_gradnorm_weights_sum_to_k_and_are_never_negative():
@@ -705,7 +705,7 @@ def test_a_loss_that_is_not_positive_is_an_error_or_held(name, value):
     assert held == weights
     assert after.num_skipped == 1
     for new, old in zip(
-        jax.tree.leaves(after.learned), jax.tree.leaves(state.learned), strict=True
+        jax.tree.leaves(after.inner), jax.tree.leaves(state.inner), strict=True
     ):
         assert jnp.all(new == old)
 

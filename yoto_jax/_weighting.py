@@ -83,7 +83,7 @@ class WeightingState(NamedTuple):
     """State of a weighting; ``optax.tree.get`` finds the fields by their names."""
 
     loss_weights: PyTree  # scalars, a tree like the losses: the weights used last
-    learned: Any  # what the method itself remembers
+    inner: Any  # what the method itself remembers
     num_updates: jax.Array  # int32 scalar, batches with a loss present that was taken
     num_skipped: jax.Array  # int32 scalar, batches that changed nothing: not finite
 
@@ -223,9 +223,9 @@ def make_weighting(
     1 and a gradient of 0, makes their weight 0, and holds their rows of the state.
 
     Args:
-      init: ``init(layout) -> learned``, the method's own state: a tree of arrays. An
+      init: ``init(layout) -> inner``, the method's own state: a tree of arrays. An
         array whose first axis has length K has one row per loss.
-      update: ``update(losses, learned, layout, **statistics) -> (weights, learned)``
+      update: ``update(losses, inner, layout, **statistics) -> (weights, inner)``
         with vectors (K,) of losses and weights and the statistics named in ``needs``.
         Sums over losses are those of ``layout``, which leaves out absent ones.
       needs: See :class:`LossWeighting`.
@@ -233,8 +233,8 @@ def make_weighting(
       first_weights: The weights to report before the first update, and to hold if it is
         not finite: one number or ``first_weights(layout) -> (K,)``.
       downstream: See :class:`LossWeighting`.
-      observe: ``observe(learned, layout, *, cotangent_norm, gradient_norm)``.
-      observe_step: ``observe_step(losses, learned, layout) -> learned``.
+      observe: ``observe(inner, layout, *, cotangent_norm, gradient_norm)``.
+      observe_step: ``observe_step(losses, inner, layout) -> inner``.
 
     Returns:
       The weighting.
@@ -251,22 +251,22 @@ def make_weighting(
         check_state(state, WeightingState)
         layout = _layout_of(state)
         wanted = expected(layout.structure, layout.dtype)
-        if jax.tree.structure(state.learned) != wanted:
+        if jax.tree.structure(state.inner) != wanted:
             raise TypeError(
                 "state is that of another weighting: expected "
-                f"{wanted} in its field learned, got "
-                f"{jax.tree.structure(state.learned)}. Take it from the init of the "
+                f"{wanted} in its field inner, got "
+                f"{jax.tree.structure(state.inner)}. Take it from the init of the "
                 "weighting that is updated."
             )
 
     def init_fn(losses: PyTree) -> WeightingState:
         layout = _layout(losses)
         # Copies: what the caller gave must outlive a state that is donated.
-        learned = jax.tree.map(jnp.copy, init(layout))
+        inner = jax.tree.map(jnp.copy, init(layout))
         first = first_weights(layout) if callable(first_weights) else first_weights
         weights = layout.vector("loss_weights", first)
         counts = [jnp.zeros((), jnp.int32) for _ in range(2)]  # apart, for donation
-        return WeightingState(split(weights, layout.structure), learned, *counts)
+        return WeightingState(split(weights, layout.structure), inner, *counts)
 
     def update_fn(
         losses: PyTree,
@@ -286,8 +286,8 @@ def make_weighting(
         ok = all_finite((values, given))
         if positive:
             ok &= jnp.all(values > 0)
-        weights, learned = update(values, state.learned, layout, **given)
-        return _accept(ok, weights, learned, state, layout)
+        weights, inner = update(values, state.inner, layout, **given)
+        return _accept(ok, weights, inner, state, layout)
 
     def observe_fn(
         state: WeightingState, *, cotangent_norm: Any, gradient_norm: Any
@@ -298,9 +298,9 @@ def make_weighting(
         seen = {
             k: lax.stop_gradient(jnp.asarray(v, layout.dtype)) for k, v in seen.items()
         }
-        learned = observe(state.learned, layout, **seen)
+        inner = observe(state.inner, layout, **seen)
         return state._replace(
-            learned=_select(all_finite((seen, learned)), learned, state.learned)
+            inner=_select(all_finite((seen, inner)), inner, state.inner)
         )
 
     def observe_step_fn(
@@ -308,12 +308,12 @@ def make_weighting(
     ) -> WeightingState:
         assert observe_step is not None
         layout, values = _values(losses, state, present)
-        learned = observe_step(values, state.learned, layout)
-        learned = _hold_absent(learned, state.learned, layout)
-        ok = all_finite((values, learned))
+        inner = observe_step(values, state.inner, layout)
+        inner = _hold_absent(inner, state.inner, layout)
+        ok = all_finite((values, inner))
         if positive:
             ok &= jnp.all(values > 0)
-        return state._replace(learned=_select(ok, learned, state.learned))
+        return state._replace(inner=_select(ok, inner, state.inner))
 
     return LossWeighting(
         init_fn,
@@ -414,11 +414,11 @@ def refuse_losses(
 
 
 def _accept(
-    ok: jax.Array, weights: Any, learned: Any, state: WeightingState, layout: Layout
+    ok: jax.Array, weights: Any, inner: Any, state: WeightingState, layout: Layout
 ) -> tuple[PyTree, WeightingState]:
     """The new weights and state, or the old ones if anything is amiss."""
     weights = jnp.asarray(weights, layout.dtype)
-    learned = _hold_absent(learned, state.learned, layout)
+    inner = _hold_absent(inner, state.inner, layout)
     some = (
         jnp.ones((), jnp.bool_) if layout.present is None else jnp.any(layout.present)
     )
@@ -426,11 +426,11 @@ def _accept(
     if layout.present is not None:
         before = jnp.stack(jax.tree.leaves(state.loss_weights))
         weights = layout.of_present(weights, before)
-        learned = _select(some, learned, state.learned)
-    ok &= all_finite((weights, learned))
+        inner = _select(some, inner, state.inner)
+    ok &= all_finite((weights, inner))
     new = WeightingState(
         split(weights, layout.structure),
-        learned,
+        inner,
         state.num_updates + one,
         state.num_skipped,
     )

@@ -65,7 +65,7 @@ def aligned_mtl(
         return layout.preference(preference)
 
     def update(
-        losses: jax.Array, learned: tuple[()], layout: Layout, *, gramian: jax.Array
+        losses: jax.Array, inner: tuple[()], layout: Layout, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
         del losses
         values, vectors, kept = spectrum(unit_trace(gramian))
@@ -80,7 +80,7 @@ def aligned_mtl(
             square = values[jnp.clip(size - rank, 0, size - 1)]
         ratios = jnp.where(kept, square / jnp.where(kept, values, 1), 0)
         aligned = jnp.sqrt(ratios) * dot(vectors.T, preferred(layout))
-        return dot(vectors, aligned), learned
+        return dot(vectors, aligned), inner
 
     return make_weighting(
         lambda layout: (), update, needs=("gramian",), first_weights=preferred

@@ -104,7 +104,7 @@ def auto_lambda(
 
     def update(
         losses: jax.Array,
-        learned: AutoLambdaState,
+        inner: AutoLambdaState,
         layout: Layout,
         *,
         alignment: jax.Array,
@@ -116,7 +116,7 @@ def auto_lambda(
         if moves is not None:  # Without the loss that steers, none of them does.
             moves = moves & moves[layout.position("downstream", downstream)]
         meta_weights, optimizer = descend(
-            tx, slope, learned.optimizer, learned.meta_weights, moves
+            tx, slope, inner.optimizer, inner.meta_weights, moves
         )
         weights = current(meta_weights, layout)
         return weights, AutoLambdaState(meta_weights, optimizer)

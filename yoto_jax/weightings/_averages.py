@@ -40,15 +40,15 @@ def averaged(
 
     def update(
         losses: jax.Array,
-        learned: AverageState,
+        inner: AverageState,
         layout: Layout,
         **statistics: jax.Array,
     ) -> tuple[jax.Array, AverageState]:
         latest = target(losses, layout, **statistics)
-        average = decay * learned.average_weights + (1.0 - decay) * latest
+        average = decay * inner.average_weights + (1.0 - decay) * latest
         if reference is not None and layout.present is not None:
             there = layout.present[reference(layout)]
-            average = jnp.where(there, average, learned.average_weights)
+            average = jnp.where(there, average, inner.average_weights)
         return average, AverageState(average)
 
     return make_weighting(init, update, needs=needs, positive=positive)

@@ -67,7 +67,7 @@ def cagrad(c: float = 0.5, *, rescale: Literal[0, 1, 2] = 0) -> LossWeighting:
         raise ValueError(f"rescale must be 0, 1 or 2, got {rescale!r}.")
 
     def update(
-        losses: jax.Array, learned: tuple[()], layout: Layout, *, gramian: jax.Array
+        losses: jax.Array, inner: tuple[()], layout: Layout, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
         del losses
         eps = jnp.finfo(layout.dtype).eps
@@ -102,7 +102,7 @@ def cagrad(c: float = 0.5, *, rescale: Literal[0, 1, 2] = 0) -> LossWeighting:
         w = w if basis is None else dot(w, basis)
         weights = mean + jnp.where(stationary, 0, pull) * w
         divisor = jnp.asarray((1, 1 + c**2, 1 + c)[rescale], layout.dtype)
-        return weights / divisor, learned
+        return weights / divisor, inner
 
     return make_weighting(
         lambda layout: (),

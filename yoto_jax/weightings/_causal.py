@@ -49,12 +49,12 @@ def causal(tolerance: float = 1.0) -> LossWeighting:
     check_not_negative(tolerance=tolerance)
 
     def update(
-        losses: jax.Array, learned: tuple[()], layout: Layout
+        losses: jax.Array, inner: tuple[()], layout: Layout
     ) -> tuple[jax.Array, tuple[()]]:
         earlier = jnp.concatenate(
             [layout.full(0.0)[:1], jnp.cumsum(layout.of_present(losses))[:-1]]
         )
-        return jnp.exp(-tolerance * earlier) / layout.count, learned
+        return jnp.exp(-tolerance * earlier) / layout.count, inner
 
     return make_weighting(
         lambda layout: (),

@@ -43,7 +43,7 @@ def config() -> LossWeighting:
     """
 
     def update(
-        losses: jax.Array, learned: tuple[()], layout: Layout, *, gramian: jax.Array
+        losses: jax.Array, inner: tuple[()], layout: Layout, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
         del losses
         cosine, norms = cosines(gramian)
@@ -51,7 +51,7 @@ def config() -> LossWeighting:
         towards = dot(cosine, b)  # 1 wherever equal angles are possible
         square = jnp.vdot(b, towards)
         length = jnp.where(square > 0, safe_divide(jnp.vdot(norms, towards), square), 0)
-        return length * safe_divide(b, norms), learned
+        return length * safe_divide(b, norms), inner
 
     return make_weighting(
         lambda layout: (),

@@ -54,13 +54,13 @@ def dual_proj(
         return layout.preference(preference)
 
     def update(
-        losses: jax.Array, learned: tuple[()], layout: Layout, *, gramian: jax.Array
+        losses: jax.Array, inner: tuple[()], layout: Layout, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
         del losses
         eye = jnp.eye(layout.size, dtype=layout.dtype)
         matrix = unit_trace(gramian) + regularization * eye
         lower = preferred(layout)
-        return solve_bounded_qp(matrix, jnp.zeros_like(lower), lower), learned
+        return solve_bounded_qp(matrix, jnp.zeros_like(lower), lower), inner
 
     return make_weighting(
         lambda layout: (), update, needs=("gramian",), first_weights=preferred

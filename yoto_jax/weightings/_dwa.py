@@ -74,25 +74,23 @@ def dwa(temperature: float = 2.0, *, window: int = 1) -> LossWeighting:
         )
 
     def update(
-        losses: jax.Array, learned: DwaState, layout: Layout
+        losses: jax.Array, inner: DwaState, layout: Layout
     ) -> tuple[jax.Array, DwaState]:
-        ratios = learned.last_average / learned.earlier_average
-        known = learned.num_windows >= 2
+        ratios = inner.last_average / inner.earlier_average
+        known = inner.num_windows >= 2
         ratios = jnp.where(known, jnp.minimum(ratios, LARGEST_RATIO), 1.0)
         softmax = layout.count * layout.softmax(ratios / temperature)
         weights = jnp.where(jnp.any(layout.of_present(known, False)), softmax, 1.0)
 
-        total, count = learned.window_sum + losses, learned.window_count + 1
+        total, count = inner.window_sum + losses, inner.window_count + 1
         done = count >= window
         average = total / count.astype(total.dtype)
         return weights, DwaState(
             window_sum=jnp.where(done, 0.0, total),
             window_count=jnp.where(done, 0, count),
-            last_average=jnp.where(done, average, learned.last_average),
-            earlier_average=jnp.where(
-                done, learned.last_average, learned.earlier_average
-            ),
-            num_windows=jnp.minimum(learned.num_windows + done.astype(jnp.int32), 2),
+            last_average=jnp.where(done, average, inner.last_average),
+            earlier_average=jnp.where(done, inner.last_average, inner.earlier_average),
+            num_windows=jnp.minimum(inner.num_windows + done.astype(jnp.int32), 2),
         )
 
     return make_weighting(init, update, positive=True)

@@ -55,7 +55,7 @@ def fair_grad(alpha: float = 2.0, *, regularization: float = 1e-4) -> LossWeight
     check_not_negative(regularization=regularization)
 
     def update(
-        losses: jax.Array, learned: tuple[()], layout: Layout, *, gramian: jax.Array
+        losses: jax.Array, inner: tuple[()], layout: Layout, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
         del losses
         cosine, norms = cosines(gramian)
@@ -70,6 +70,6 @@ def fair_grad(alpha: float = 2.0, *, regularization: float = 1e-4) -> LossWeight
         matrix = cosine + jnp.diag(jnp.where(some, regularization, 1))
         b = solve_power_equation(matrix, m, power, steps=40)
         unit = largest ** ((power - 1) / (power + 1))
-        return safe_divide(jnp.where(some, b * unit, 0), norms), learned
+        return safe_divide(jnp.where(some, b * unit, 0), norms), inner
 
     return make_weighting(lambda layout: (), update, needs=("gramian",))

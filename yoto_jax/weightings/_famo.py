@@ -83,7 +83,7 @@ def famo(
       {'camera': 0.2, 'depth': 0.8}
       >>> losses = {"depth": 0.1, "camera": 2.0}  # Only one of them improves, so
       >>> weights, state = weighting.update(losses, state)
-      >>> print(state.learned.task_logits.round(3))  # the other one gains.
+      >>> print(state.inner.task_logits.round(3))  # the other one gains.
       [ 0.025 -0.025]
 
     References:
@@ -126,34 +126,32 @@ def famo(
         gaps = jnp.where(gaps >= 0, gaps + 1e-8, jnp.nan)
         return jnp.log(layout.of_present(gaps, 1))
 
-    def learn(gaps: jax.Array, learned: FamoState, layout: Layout) -> FamoState:
-        seen = layout.of_present(learned.has_gaps, False)  # both times
-        improvement = learned.log_gaps - gaps
-        shares = dataclasses.replace(layout, present=seen).softmax(learned.task_logits)
+    def learn(gaps: jax.Array, inner: FamoState, layout: Layout) -> FamoState:
+        seen = layout.of_present(inner.has_gaps, False)  # both times
+        improvement = inner.log_gaps - gaps
+        shares = dataclasses.replace(layout, present=seen).softmax(inner.task_logits)
         slope = shares * (improvement - jnp.sum(shares * improvement))
         logits, state = descend(
-            tx, slope, learned.optimizer, learned.task_logits, moves=seen
+            tx, slope, inner.optimizer, inner.task_logits, moves=seen
         )
-        return learned._replace(task_logits=logits, optimizer=state)
+        return inner._replace(task_logits=logits, optimizer=state)
 
     def update(
-        losses: jax.Array, learned: FamoState, layout: Layout
+        losses: jax.Array, inner: FamoState, layout: Layout
     ) -> tuple[jax.Array, FamoState]:
         gaps = log_gaps(losses, layout)
         if not exact:
-            learned = learn(gaps, learned, layout)
+            inner = learn(gaps, inner, layout)
         # c z / D in logarithms; the sum is 1 because c makes it so.
-        weights = layout.softmax(learned.task_logits - gaps)
-        return weights, learned._replace(
-            log_gaps=gaps, has_gaps=jnp.ones_like(learned.has_gaps)
+        weights = layout.softmax(inner.task_logits - gaps)
+        return weights, inner._replace(
+            log_gaps=gaps, has_gaps=jnp.ones_like(inner.has_gaps)
         )
 
-    def observe_step(
-        losses: jax.Array, learned: FamoState, layout: Layout
-    ) -> FamoState:
-        learned = learn(log_gaps(losses, layout), learned, layout)
+    def observe_step(losses: jax.Array, inner: FamoState, layout: Layout) -> FamoState:
+        inner = learn(log_gaps(losses, layout), inner, layout)
         # One step, one lesson: after a batch that was held there is none.
-        return learned._replace(has_gaps=jnp.zeros_like(learned.has_gaps))
+        return inner._replace(has_gaps=jnp.zeros_like(inner.has_gaps))
 
     return make_weighting(
         init,

@@ -43,10 +43,10 @@ def geometric() -> LossWeighting:
     """
 
     def update(
-        losses: jax.Array, learned: tuple[()], layout: Layout
+        losses: jax.Array, inner: tuple[()], layout: Layout
     ) -> tuple[jax.Array, tuple[()]]:
         logs = jnp.log(losses)
-        return jnp.exp(layout.mean(logs) - logs) / layout.count, learned
+        return jnp.exp(layout.mean(logs) - logs) / layout.count, inner
 
     return make_weighting(
         lambda layout: (),

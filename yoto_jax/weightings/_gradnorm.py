@@ -84,15 +84,15 @@ def gradnorm(
         )
 
     def update(
-        losses: jax.Array, learned: GradNormState, layout: Layout, *, norms: jax.Array
+        losses: jax.Array, inner: GradNormState, layout: Layout, *, norms: jax.Array
     ) -> tuple[jax.Array, GradNormState]:
-        w, scale = learned.task_weights, 1.0
+        w, scale = inner.task_weights, 1.0
         if layout.present is not None:
             # Those present weigh their number together, and keep their part of K.
             scale = layout.sum(jnp.abs(w)) / layout.count
             scale = jnp.where(scale > 0, scale, 1.0)
             w = w / scale
-        initial = jnp.where(learned.has_initial, learned.initial_losses, losses)
+        initial = jnp.where(inner.has_initial, inner.initial_losses, losses)
         rates = jnp.minimum(losses / initial, LARGEST_RATIO / layout.size)
         rates /= layout.mean(rates)
         weighted = jnp.abs(w) * norms
@@ -100,13 +100,13 @@ def gradnorm(
         # The norms do not depend on w, so that no second derivative is needed. At 0 the
         # slope of |w| is taken as 1: a weight must be able to leave 0.
         slope = jnp.sign(weighted - target) * norms * jnp.where(w < 0, -1.0, 1.0)
-        new, state = descend(tx, slope, learned.optimizer, w, layout.present)
+        new, state = descend(tx, slope, inner.optimizer, w, layout.present)
         total = layout.sum(jnp.abs(new))
         new = jnp.where(total > 0, layout.count * new / total, 1.0) * scale
         return jnp.abs(w), GradNormState(
             task_weights=new,
             initial_losses=initial,
-            has_initial=jnp.ones_like(learned.has_initial),
+            has_initial=jnp.ones_like(inner.has_initial),
             optimizer=state,
         )
 

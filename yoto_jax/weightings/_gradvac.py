@@ -55,7 +55,7 @@ def gradvac(decay: float = 0.99, *, key: jax.Array | int = 0) -> LossWeighting:
       ... )
       >>> print({name: round(float(weight), 3) for name, weight in weights.items()})
       {'a': 2.222, 'b': 1.579}
-      >>> print(state.learned.cosine_targets.round(4))
+      >>> print(state.inner.cosine_targets.round(4))
       [[ 0.     -0.0084]
        [-0.0084  0.    ]]
 
@@ -76,11 +76,11 @@ def gradvac(decay: float = 0.99, *, key: jax.Array | int = 0) -> LossWeighting:
         return GradVacState(jnp.zeros(shape, layout.dtype), key)
 
     def update(
-        losses: jax.Array, learned: GradVacState, layout: Layout, *, gramian: jax.Array
+        losses: jax.Array, inner: GradVacState, layout: Layout, *, gramian: jax.Array
     ) -> tuple[jax.Array, GradVacState]:
         del losses
         cosine, norms = cosines(gramian)
-        following, order_key = jax.random.split(learned.key)
+        following, order_key = jax.random.split(inner.key)
         nearly_one = 1 - 4 * jnp.finfo(layout.dtype).eps
         sine = lambda x: jnp.sqrt(1 - x**2)
 
@@ -102,7 +102,7 @@ def gradvac(decay: float = 0.99, *, key: jax.Array | int = 0) -> LossWeighting:
             return row, targets.at[j].set(jnp.where(other, new, targets[j]))
 
         eye = jnp.eye(layout.size, dtype=layout.dtype)
-        rows, targets = surgery(turn, (eye, learned.cosine_targets), order_key)
+        rows, targets = surgery(turn, (eye, inner.cosine_targets), order_key)
         weights = weights_of_rows(rows, norms)
         return weights, GradVacState(jnp.asarray(targets, layout.dtype), following)
 

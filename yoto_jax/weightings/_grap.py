@@ -205,7 +205,7 @@ def grap(
         )
 
     def update(
-        losses: jax.Array, learned: GrapState, layout: Layout, *, gramian: jax.Array
+        losses: jax.Array, inner: GrapState, layout: Layout, *, gramian: jax.Array
     ) -> tuple[jax.Array, GrapState]:
         del losses
         place, others = layout.apart(downstream)
@@ -218,70 +218,70 @@ def grap(
         both = there[:, None] & there[None, :]
 
         nu = running_mean(
-            learned.gradient_norms,
+            inner.gradient_norms,
             own_norms,
-            jnp.diagonal(learned.num_batches),
+            jnp.diagonal(inner.num_batches),
             0,
             norm_decay,
         )
-        nu = jnp.where(there, nu, learned.gradient_norms)
+        nu = jnp.where(there, nu, inner.gradient_norms)
         # A gradient far below its running mean counts as zero: it is rounding error.
         inverse = safe_divide(jnp.ones_like(nu), jnp.maximum(own_norms, 1e-8 * nu))
         cosines = gramian[others][:, others] * inverse[:, None] * inverse[None, :]
         alignments = safe_divide(gramian[others, place] * inverse, norm)
         cosines = running_mean(
-            learned.cosines, cosines, learned.num_batches, warmup, gramian_decay
+            inner.cosines, cosines, inner.num_batches, warmup, gramian_decay
         )
-        cosines = jnp.where(both, cosines, learned.cosines)
+        cosines = jnp.where(both, cosines, inner.cosines)
         alignments = jnp.where(
             aligned & there,
             running_mean(
-                learned.alignments,
+                inner.alignments,
                 alignments,
-                learned.num_compared,
+                inner.num_compared,
                 warmup,
                 gramian_decay,
             ),
-            learned.alignments,
+            inner.alignments,
         )
 
-        learned = learned._replace(
+        inner = inner._replace(
             gradient_norms=nu,
             cosines=cosines,
             alignments=alignments,
-            num_batches=learned.num_batches + both.astype(jnp.int32),
-            num_compared=learned.num_compared + (aligned & there).astype(jnp.int32),
+            num_batches=inner.num_batches + both.astype(jnp.int32),
+            num_compared=inner.num_compared + (aligned & there).astype(jnp.int32),
         )
-        w, learned = step(learned, aligned, there)
-        learned = learned._replace(
-            num_aligned=learned.num_aligned + aligned.astype(jnp.int32)
+        w, inner = step(inner, aligned, there)
+        inner = inner._replace(
+            num_aligned=inner.num_aligned + aligned.astype(jnp.int32)
         )
 
-        size = learned.encoder_gain * scale
+        size = inner.encoder_gain * scale
         weights = safe_divide(size * w, nu)
         own = safe_divide(size * downstream_weight, norm)
         weights = jnp.concatenate([weights[:place], own[None], weights[place:]])
-        return weights, learned
+        return weights, inner
 
     def step(
-        learned: GrapState, aligned: jax.Array, there: jax.Array
+        inner: GrapState, aligned: jax.Array, there: jax.Array
     ) -> tuple[jax.Array, GrapState]:
         if not may_solve:
-            return follow(learned, aligned, there)
+            return follow(inner, aligned, there)
         if algorithm == "closed-form":
-            return solve(learned, aligned, there)
-        early = learned.num_aligned < warmup
+            return solve(inner, aligned, there)
+        early = inner.num_aligned < warmup
         return jax.tree.map(
             functools.partial(jnp.where, early),
-            solve(learned, aligned & early, there),
-            follow(learned, aligned, there),
+            solve(inner, aligned & early, there),
+            follow(inner, aligned, there),
         )
 
     def follow(
-        learned: GrapState, aligned: jax.Array, there: jax.Array
+        inner: GrapState, aligned: jax.Array, there: jax.Array
     ) -> tuple[jax.Array, GrapState]:
         """The weights of now; raw weights a step down the negative cosine."""
-        factors = learned.gradient_norms / learned.encoder_gain
+        factors = inner.gradient_norms / inner.encoder_gain
         factors = jnp.ones_like(factors) if scaled else factors
 
         def objective(raw: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -289,54 +289,54 @@ def grap(
             positive = raw * jnp.where(raw < 0, -1, 1)
             u = factors * (raw if transform == "linear" else positive)
             u = jnp.where(there, u, 0)
-            w = _normalized(u, learned.cosines, normalization)
+            w = _normalized(u, inner.cosines, normalization)
             pull = jnp.square(optax.safe_norm(u, jnp.finfo(u.dtype).tiny) - 1)
-            return regularization * pull - dot(learned.alignments, w), w
+            return regularization * pull - dot(inner.alignments, w), w
 
-        slope, w = jax.grad(objective, has_aux=True)(learned.raw_weights)
+        slope, w = jax.grad(objective, has_aux=True)(inner.raw_weights)
         raw, optimizer = descend(
-            tx, slope, learned.optimizer, learned.raw_weights, aligned & there
+            tx, slope, inner.optimizer, inner.raw_weights, aligned & there
         )
-        return w, learned._replace(raw_weights=raw, optimizer=optimizer)
+        return w, inner._replace(raw_weights=raw, optimizer=optimizer)
 
     def solve(
-        learned: GrapState, aligned: jax.Array, there: jax.Array
+        inner: GrapState, aligned: jax.Array, there: jax.Array
     ) -> tuple[jax.Array, GrapState]:
         """The best weights for the running means; raw weights become these."""
         free = transform == "linear"
         both = there[:, None] & there[None, :]
-        cosines = jnp.where(both, learned.cosines, 0)
-        alignments = jnp.where(there, learned.alignments, 0)
+        cosines = jnp.where(both, inner.cosines, 0)
+        alignments = jnp.where(there, inner.alignments, 0)
         solution = lax.cond(
             aligned,
             lambda: maximise_alignment(cosines, alignments, nonnegative=not free),
-            lambda: jnp.zeros_like(learned.raw_weights),
+            lambda: jnp.zeros_like(inner.raw_weights),
         )
         solved = jnp.linalg.norm(solution) >= 1e-8
         renewed = solved & there
         mean = jnp.where(
-            jnp.any(learned.solution != 0),
-            solution_decay * learned.solution + (1 - solution_decay) * solution,
+            jnp.any(inner.solution != 0),
+            solution_decay * inner.solution + (1 - solution_decay) * solution,
             solution,
         )
-        raw = jnp.where(renewed, mean, learned.raw_weights)
+        raw = jnp.where(renewed, mean, inner.raw_weights)
 
         # Without a downstream gradient the last solution goes on, rescaled.
         held = _normalized(jnp.where(there, raw, 0), cosines, "gradient")
-        zero_steps = learned.num_zero_steps
+        zero_steps = inner.num_zero_steps
         patient = True if max_skipped is None else zero_steps < max_skipped
         gave_up = jnp.where(patient, jnp.zeros_like(raw), jnp.ones_like(raw))
         w = jnp.where(solved, raw, jnp.where(aligned, gave_up, held))
-        return w, learned._replace(
+        return w, inner._replace(
             raw_weights=raw,
-            solution=jnp.where(renewed, mean, learned.solution),
+            solution=jnp.where(renewed, mean, inner.solution),
             num_zero_steps=jnp.where(
                 solved, 0, zero_steps + (aligned & jnp.any(there))
             ),
         )
 
     def observe(
-        learned: GrapState,
+        inner: GrapState,
         layout: Layout,
         *,
         cotangent_norm: jax.Array,
@@ -344,13 +344,13 @@ def grap(
     ) -> GrapState:
         ratio = cotangent_norm / jnp.maximum(gradient_norm, 1e-16)
         gain = running_mean(
-            learned.encoder_gain, ratio, learned.num_observed, 0, norm_decay
+            inner.encoder_gain, ratio, inner.num_observed, 0, norm_decay
         )
         # A step without weights, or without any path to the encoder, tells nothing.
         telling = (cotangent_norm > 0) & (gradient_norm > 0)
-        return learned._replace(
-            encoder_gain=jnp.where(telling, gain, learned.encoder_gain),
-            num_observed=learned.num_observed + telling.astype(jnp.int32),
+        return inner._replace(
+            encoder_gain=jnp.where(telling, gain, inner.encoder_gain),
+            num_observed=inner.num_observed + telling.astype(jnp.int32),
         )
 
     def first_weights(layout: Layout) -> jax.Array:

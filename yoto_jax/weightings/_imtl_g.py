@@ -43,7 +43,7 @@ def imtl_g() -> LossWeighting:
     """
 
     def update(
-        losses: jax.Array, learned: tuple[()], layout: Layout, *, gramian: jax.Array
+        losses: jax.Array, inner: tuple[()], layout: Layout, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
         del losses
         cosine, norms = cosines(gramian)
@@ -53,7 +53,7 @@ def imtl_g() -> LossWeighting:
         total = jnp.sum(v)
         rounding = layout.size * jnp.finfo(layout.dtype).eps * jnp.sum(jnp.abs(v))
         nothing = jnp.abs(total) <= rounding
-        return jnp.where(nothing, 0, v / jnp.where(nothing, 1, total)), learned
+        return jnp.where(nothing, 0, v / jnp.where(nothing, 1, total)), inner
 
     return make_weighting(
         lambda layout: (),

@@ -70,14 +70,14 @@ def imtl_l(optimizer: optax.GradientTransformation | None = None) -> LossWeighti
         return ImtlLState(log_scales, init_each(tx, log_scales))
 
     def update(
-        losses: jax.Array, learned: ImtlLState, layout: Layout
+        losses: jax.Array, inner: ImtlLState, layout: Layout
     ) -> tuple[jax.Array, ImtlLState]:
-        weights = jnp.exp(learned.log_scales)
+        weights = jnp.exp(inner.log_scales)
         log_scales, state = descend(
             tx,
             weights * losses - 1.0,
-            learned.optimizer,
-            learned.log_scales,
+            inner.optimizer,
+            inner.log_scales,
             layout.present,
         )
         log_scales = jnp.clip(log_scales, -LOG_LIMIT, LOG_LIMIT)

@@ -67,7 +67,7 @@ def mgda(
     by_loss = normalization in ("loss", "loss+")
 
     def update(
-        losses: jax.Array, learned: tuple[()], layout: Layout, *, gramian: jax.Array
+        losses: jax.Array, inner: tuple[()], layout: Layout, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
         factor = layout.full(1.0)
         if normalization in ("l2", "loss+"):
@@ -80,7 +80,7 @@ def mgda(
         factor = jnp.where(factor > 0, factor, 1)
         scaled = gramian / factor[:, None] / factor[None, :]
         weights = smallest_convex_combination(scaled, layout.present) / factor
-        return weights / jnp.sum(weights), learned
+        return weights / jnp.sum(weights), inner
 
     return make_weighting(
         lambda layout: (),

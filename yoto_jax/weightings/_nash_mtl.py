@@ -67,7 +67,7 @@ def nash_mtl(
     check_not_negative(regularization=regularization)
 
     def update(
-        losses: jax.Array, learned: tuple[()], layout: Layout, *, gramian: jax.Array
+        losses: jax.Array, inner: tuple[()], layout: Layout, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
         del losses
         cosine, norms = cosines(gramian)
@@ -79,6 +79,6 @@ def nash_mtl(
         if max_norm is not None:
             norm = combined_norm(cosine, b)
             b = b / jnp.maximum(norm / max_norm, 1)
-        return safe_divide(b, norms), learned
+        return safe_divide(b, norms), inner
 
     return make_weighting(lambda layout: (), update, needs=("gramian",))

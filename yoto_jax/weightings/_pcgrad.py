@@ -68,11 +68,11 @@ def pcgrad(
     key = as_key(key)
 
     def update(
-        losses: jax.Array, learned: PCGradState, layout: Layout, *, gramian: jax.Array
+        losses: jax.Array, inner: PCGradState, layout: Layout, *, gramian: jax.Array
     ) -> tuple[jax.Array, PCGradState]:
         del losses
         cosine, norms = cosines(gramian)
-        following, order_key = jax.random.split(learned.key)
+        following, order_key = jax.random.split(inner.key)
 
         # Rows are coefficients of the gradients at unit length: row i is what g_i
         # becomes, relative to its norm.

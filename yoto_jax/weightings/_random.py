@@ -55,9 +55,9 @@ def random(key: jax.Array | int = 0) -> LossWeighting:
         return RandomState(jax.random.fold_in(as_key(key), 0))
 
     def update(
-        losses: jax.Array, learned: RandomState, layout: Layout
+        losses: jax.Array, inner: RandomState, layout: Layout
     ) -> tuple[jax.Array, RandomState]:
-        key, draw = jax.random.split(learned.key)
+        key, draw = jax.random.split(inner.key)
         normals = jax.random.normal(draw, losses.shape, layout.dtype)
         return layout.softmax(normals), RandomState(key)
 

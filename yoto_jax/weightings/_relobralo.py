@@ -98,15 +98,15 @@ def relobralo(
         return layout.count * layout.softmax(ratios)
 
     def update(
-        losses: jax.Array, learned: RelobraloState, layout: Layout
+        losses: jax.Array, inner: RelobraloState, layout: Layout
     ) -> tuple[jax.Array, RelobraloState]:
-        key, draw = jax.random.split(learned.key)
+        key, draw = jax.random.split(inner.key)
         keep = jax.random.bernoulli(draw, jnp.asarray(beta, layout.dtype))
-        is_first = learned.num_seen == 0
-        first = jnp.where(is_first, losses, learned.first_losses)
-        last = jnp.where(is_first, losses, learned.last_losses)
-        past = jnp.where(keep, learned.last_weights, balance(losses, first, layout))
-        decay = jnp.where(learned.num_seen == 1, 0.0, alpha)
+        is_first = inner.num_seen == 0
+        first = jnp.where(is_first, losses, inner.first_losses)
+        last = jnp.where(is_first, losses, inner.last_losses)
+        past = jnp.where(keep, inner.last_weights, balance(losses, first, layout))
+        decay = jnp.where(inner.num_seen == 1, 0.0, alpha)
         recent = balance(losses, last, layout)
         weights = decay * past + (1.0 - decay) * recent
 
@@ -115,7 +115,7 @@ def relobralo(
             last_weights=weights,
             first_losses=first,
             last_losses=losses,
-            num_seen=jnp.minimum(learned.num_seen + 1, 2),
+            num_seen=jnp.minimum(inner.num_seen + 1, 2),
             key=key,
         )
 

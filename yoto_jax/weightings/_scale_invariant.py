@@ -37,6 +37,6 @@ def scale_invariant() -> LossWeighting:
     """
     return make_weighting(
         lambda layout: (),
-        lambda losses, learned, layout: (1.0 / losses, learned),
+        lambda losses, inner, layout: (1.0 / losses, inner),
         positive=True,
     )

@@ -82,20 +82,20 @@ def softadapt(
         return SoftAdaptState(layout.full(1.0), jnp.zeros((layout.size,), jnp.bool_))
 
     def update(
-        losses: jax.Array, learned: SoftAdaptState, layout: Layout
+        losses: jax.Array, inner: SoftAdaptState, layout: Layout
     ) -> tuple[jax.Array, SoftAdaptState]:
         if form == "ratio":
-            change = jnp.minimum(losses / (learned.last_losses + eps), LARGEST_RATIO)
+            change = jnp.minimum(losses / (inner.last_losses + eps), LARGEST_RATIO)
         else:
-            change = losses - learned.last_losses
+            change = losses - inner.last_losses
         # A loss without a past has not changed.
-        change = jnp.where(learned.has_last, change, 1.0 if form == "ratio" else 0.0)
+        change = jnp.where(inner.has_last, change, 1.0 if form == "ratio" else 0.0)
         exponents = beta * change
         if loss_weighted:
             exponents += jnp.log(losses)
         softmax = layout.count * layout.softmax(exponents)
-        some = jnp.any(layout.of_present(learned.has_last, False))
+        some = jnp.any(layout.of_present(inner.has_last, False))
         weights = jnp.where(some, softmax, 1.0)
-        return weights, SoftAdaptState(losses, jnp.ones_like(learned.has_last))
+        return weights, SoftAdaptState(losses, jnp.ones_like(inner.has_last))
 
     return make_weighting(init, update, positive=form == "ratio" or loss_weighted)

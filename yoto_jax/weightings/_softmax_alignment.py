@@ -127,7 +127,7 @@ def softmax_alignment(
 
     def update(
         losses: jax.Array,
-        learned: SoftmaxAlignmentState,
+        inner: SoftmaxAlignmentState,
         layout: Layout,
         *,
         gramian: jax.Array,
@@ -136,9 +136,9 @@ def softmax_alignment(
         place, others = layout.apart(downstream)
         seen, norms = cosines(gramian)
         some = (norms > 0)[:, None] & (norms > 0)[None, :]
-        angles = mean(learned.cosines, seen, learned.num_seen)
-        angles = jnp.where(some, angles, learned.cosines)
-        nu = mean(learned.gradient_norms, norms, learned.num_batches)
+        angles = mean(inner.cosines, seen, inner.num_seen)
+        angles = jnp.where(some, angles, inner.cosines)
+        nu = mean(inner.gradient_norms, norms, inner.num_batches)
 
         def objective(mu: LossLogits) -> jax.Array:
             share = jnp.stack(loss_weights(mu)) * layout.of_present(nu)[others]
@@ -148,22 +148,22 @@ def softmax_alignment(
             length = jnp.sqrt(jnp.maximum(squared, rounding))
             return -dot(share, angles[others, place]) / length
 
-        slope = jax.grad(objective)(learned.mu)
+        slope = jax.grad(objective)(inner.mu)
         moves = jnp.full((len(others),), norms[place] > 0)
         there = None
         if layout.present is not None:
             moves &= layout.present[others]
             there = [layout.present[k] for k in others]
         mu, optimizer = descend(
-            tx, slope, learned.optimizer, learned.mu, moves, present=there
+            tx, slope, inner.optimizer, inner.mu, moves, present=there
         )
-        return weights(learned.mu, layout), SoftmaxAlignmentState(
+        return weights(inner.mu, layout), SoftmaxAlignmentState(
             mu,
             angles,
             nu,
             optimizer,
-            learned.num_seen + some.astype(jnp.int32),
-            learned.num_batches + 1,
+            inner.num_seen + some.astype(jnp.int32),
+            inner.num_batches + 1,
         )
 
     return make_weighting(

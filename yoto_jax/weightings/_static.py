@@ -36,10 +36,10 @@ def static(weights: PyTree) -> LossWeighting:
     """
 
     def update(
-        losses: jax.Array, learned: tuple[()], layout: Layout
+        losses: jax.Array, inner: tuple[()], layout: Layout
     ) -> tuple[jax.Array, tuple[()]]:
         del losses
-        return layout.vector("weights", weights), learned
+        return layout.vector("weights", weights), inner
 
     return make_weighting(
         lambda layout: (),
@@ -81,6 +81,6 @@ def equal(reduction: Literal["mean", "sum"] = "mean") -> LossWeighting:
 
     return make_weighting(
         lambda layout: (),
-        lambda losses, learned, layout: (weight(layout), learned),
+        lambda losses, inner, layout: (weight(layout), inner),
         first_weights=weight,
     )

@@ -108,11 +108,11 @@ def _linear(smoothing: float, preference: PyTree, ideal: PyTree) -> LossWeightin
         return ()
 
     def update(
-        losses: jax.Array, learned: tuple[()], layout: Layout
+        losses: jax.Array, inner: tuple[()], layout: Layout
     ) -> tuple[jax.Array, tuple[()]]:
         p = preferences(layout)
         distances = p * (losses - ideals(layout))
-        return p * layout.softmax(distances / smoothing), learned
+        return p * layout.softmax(distances / smoothing), inner
 
     return make_weighting(
         init,
@@ -126,15 +126,15 @@ def _logarithmic(smoothing: float, warmup: int) -> LossWeighting:
         return StchState(layout.full(0.0), jnp.zeros((layout.size,), jnp.int32))
 
     def update(
-        losses: jax.Array, learned: StchState, layout: Layout
+        losses: jax.Array, inner: StchState, layout: Layout
     ) -> tuple[jax.Array, StchState]:
-        logs, count = jnp.log(losses), learned.warmup_count
-        nadir = jnp.where(count > 0, learned.warmup_sum / jnp.maximum(count, 1), 1.0)
+        logs, count = jnp.log(losses), inner.warmup_count
+        nadir = jnp.where(count > 0, inner.warmup_sum / jnp.maximum(count, 1), 1.0)
         shares = layout.log_softmax((logs - jnp.log(nadir)) / smoothing)
         warm = count < warmup
         weights = jnp.where(warm, 1.0, layout.count * jnp.exp(shares)) / losses
         return weights, StchState(
-            warmup_sum=learned.warmup_sum + jnp.where(warm, losses, 0.0),
+            warmup_sum=inner.warmup_sum + jnp.where(warm, losses, 0.0),
             warmup_count=count + warm.astype(jnp.int32),
         )
 

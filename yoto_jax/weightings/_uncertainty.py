@@ -92,14 +92,14 @@ def uncertainty(
         return UncertaintyState(log_variances, init_each(tx, log_variances))
 
     def update(
-        losses: jax.Array, learned: UncertaintyState, layout: Layout
+        losses: jax.Array, inner: UncertaintyState, layout: Layout
     ) -> tuple[jax.Array, UncertaintyState]:
-        used = weights(learned.log_variances, layout)
+        used = weights(inner.log_variances, layout)
         log_variances, state = descend(
             tx,
             0.5 - used * losses,
-            learned.optimizer,
-            learned.log_variances,
+            inner.optimizer,
+            inner.log_variances,
             layout.present,
         )
         log_variances = jnp.clip(log_variances, -LOG_LIMIT, LOG_LIMIT)

@@ -55,12 +55,12 @@ def upgrad(preference: PyTree = None, *, regularization: float = 1e-4) -> LossWe
         return layout.preference(preference)
 
     def update(
-        losses: jax.Array, learned: tuple[()], layout: Layout, *, gramian: jax.Array
+        losses: jax.Array, inner: tuple[()], layout: Layout, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
         del losses
         eye = jnp.eye(layout.size, dtype=layout.dtype)
         matrix = unit_trace(gramian) + regularization * eye
-        return jnp.sum(solve_axis_qps(matrix, preferred(layout)), axis=0), learned
+        return jnp.sum(solve_axis_qps(matrix, preferred(layout)), axis=0), inner
 
     return make_weighting(
         lambda layout: (), update, needs=("gramian",), first_weights=preferred

@@ -58,7 +58,7 @@ def yoto(
       >>> weights, state = weighting.update(losses, weighting.init(losses))
       >>> print({name: round(float(weight), 2) for name, weight in weights.items()})
       {'camera': 0.2, 'depth': 0.8}
-      >>> state.learned.mu  # The smaller loss gains weight; it was log(0.25) = -1.386.
+      >>> state.inner.mu  # The smaller loss gains weight; it was log(0.25) = -1.386.
       LossLogits(camera=-1.385, depth=None)
 
     References:
@@ -81,15 +81,15 @@ def yoto(
         return values if layout.present is None else values / layout.sum(values)
 
     def update(
-        losses: jax.Array, learned: YotoState, layout: Layout
+        losses: jax.Array, inner: YotoState, layout: Layout
     ) -> tuple[jax.Array, YotoState]:
         tree: Any = layout.structure.unflatten(list(losses))
         there = layout.presence
-        slope = jax.grad(composite_loss, argnums=1)(tree, learned.mu, present=there)
+        slope = jax.grad(composite_loss, argnums=1)(tree, inner.mu, present=there)
         mu, state = descend(
-            tx, slope, learned.optimizer, learned.mu, layout.present, present=there
+            tx, slope, inner.optimizer, inner.mu, layout.present, present=there
         )
-        return weights(learned.mu, layout), YotoState(mu, state)
+        return weights(inner.mu, layout), YotoState(mu, state)
 
     return make_weighting(
         init, update, first_weights=lambda layout: weights(logits(layout), layout)
