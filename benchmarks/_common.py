@@ -44,21 +44,21 @@ class UsageError(ValueError):
 
 
 def refuse_miscompiling(platform: str | None = None) -> None:
-    """Refuse to measure where gradients are silently wrong.
+    """Refuse to measure where numbers are silently wrong.
 
     Args:
       platform: What the benchmark runs on (default: that of the first device).
 
     Raises:
-      UsageError: if jaxlib is one that miscompiles pullbacks on a CPU, and this is one.
+      UsageError: if jaxlib is one that miscompiles on a CPU, and this is one.
     """
     version = importlib.metadata.version("jaxlib")
     if version not in MISCOMPILING:
         return
     if (platform or jax.devices()[0].platform) == "cpu":
         raise UsageError(
-            f"jaxlib {version} computes wrong per-loss gradients on a CPU, silently: "
-            f"pip install 'jaxlib!={version}'"
+            f"jaxlib {version} silently computes wrong numbers on a CPU: "
+            "pip install 'jax!=0.10.*' 'jaxlib!=0.10.*'"
         )
 
 

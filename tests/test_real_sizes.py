@@ -1,8 +1,9 @@
 """Gradients of the compiled engine at the sizes of real models.
 
-A compiler may be right for small arrays and wrong for large ones: jaxlib 0.10.2 is, on
-a CPU, from 2048 rows of 16 features on, where several pullbacks through a norm of rows
-are taken at once. Programs are compiled here as users compile them.
+A compiler may be right for small arrays and wrong for large ones. On a CPU, jaxlib
+0.10.2 is, from 2048 rows of 16 features on, where several pullbacks through a norm of
+rows are taken at once; 0.10.0 and 0.10.1 are, from 256 rows of 176 numbers on, in masked
+means of reshaped arrays. Programs are compiled here as users compile them.
 """
 
 import functools
@@ -15,7 +16,7 @@ import pytest
 
 import yoto_jax as yoto
 from yoto_jax import conditional
-from yoto_jax._jaxlib import MISCOMPILING
+from yoto_jax._jaxlib import WRONG_GRADIENTS, WRONG_MEANS
 
 BATCH, LENGTH, WIDTH = 32, 64, 32
 WEIGHTS = {"cross": 0.5, "fit": 1.0, "label": -0.25, "size": 2.0}
@@ -266,8 +267,41 @@ def test_a_residual_kernel():
     np.testing.assert_allclose(got, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "shape", [(256, 11, 16), (2048, 4, 10), (256, 25, 40)], ids=str
+)
+@pytest.mark.parametrize("bound", [0.0, 2.0])
+def test_masked_means_of_reshaped_arrays(shape, bound):
+    """What a loss over the labelled pixels of each image is made of."""
+    x = jax.random.uniform(jax.random.key(0), shape, minval=1.0, maxval=8.0)
+    rows = lambda x: x.reshape(len(x), -1)
+
+    @jax.jit
+    def means(x):
+        return jnp.mean(rows(x), axis=1, where=rows(x > bound))
+
+    @jax.jit
+    def helped(x):
+        return yoto.masked_mean({"a": x}, {"a": x > bound}).losses["a"]
+
+    exact = np.asarray(x, np.float64)
+    expected = np.mean(rows(exact), axis=1, where=rows(exact > bound))
+    np.testing.assert_allclose(means(x), expected, rtol=1e-5)
+    np.testing.assert_allclose(helped(x), exact[exact > bound].mean(), rtol=1e-5)
+
+
+def test_versions_with_wrong_means_are_warned_of(monkeypatch):
+    monkeypatch.setattr(jaxlib, "__version__", WRONG_MEANS[0])
+    equal = yoto.weightings.equal()
+    step = yoto.value_and_grad(lambda w: {"a": w**2, "b": w}, equal)
+    with pytest.warns(RuntimeWarning, match=r"0\.10\.0.*wrong means.*pip install"):
+        step(1.0, equal.init({"a": 0.0, "b": 0.0}))
+    with pytest.warns(RuntimeWarning, match="wrong means"):
+        yoto.masked_mean({"a": jnp.ones(3)}, {"a": jnp.ones(3, bool)})
+
+
 def test_versions_that_miscompile_are_refused(monkeypatch):
-    monkeypatch.setattr(jaxlib, "__version__", MISCOMPILING[0])
+    monkeypatch.setattr(jaxlib, "__version__", WRONG_GRADIENTS[0])
     weighting = looking_at("gramian")
     step = yoto.value_and_grad(lambda w: {"a": w**2, "b": w}, weighting)
     with pytest.raises(RuntimeError, match=r"0\.10\.2.*pip install"):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from yoto_jax._jaxlib import warn_of_jaxlib
 from yoto_jax._losses import PyTree, check_structure, path_name
 from yoto_jax._numerics import upcast
 
@@ -63,6 +64,7 @@ def masked_mean(
       are NaN because the label is, so is the gradient. Fill missing labels in *before*
       the loss, with ``jnp.where(mask, label, 0)``.
     """
+    warn_of_jaxlib()
     flat, structure = jax.tree.flatten_with_path(values)
     check_structure(jax.tree.structure(masks), structure, "the values", "masks")
     sums = []

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from yoto_jax._jaxlib import warn_of_jaxlib
 from yoto_jax._losses import (
     PyTree,
     scalar_losses,
@@ -234,6 +235,7 @@ def value_and_grad(
     ) -> tuple[Any, PyTree, Any]:
         check_axes(axes)
         check_params(params)
+        warn_of_jaxlib()
         _check_validation(align, aligned, validation, direction)
         training = run(params, args, kwargs, trains=True, present=present)
         steering = training
@@ -356,6 +358,7 @@ def value_and_jacobian(
     def fn(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
         check_axes(axes)
         check_params(params)
+        warn_of_jaxlib()
         f = lambda p: split_output(loss_fn(p, *args, **kwargs), has_aux, axes)
         spread = spread_of(params, param_specs, axes)
         losses, pullback, told = jax.vjp(f, vary_over(params, axes), has_aux=True)
