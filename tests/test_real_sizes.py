@@ -2,8 +2,8 @@
 
 A compiler may be right for small arrays and wrong for large ones. On a CPU, jaxlib
 0.10.2 is, from 2048 rows of 16 features on, where several pullbacks through a norm of
-rows are taken at once; 0.10.0 and 0.10.1 are, from 256 rows of 176 numbers on, in masked
-means of reshaped arrays. Programs are compiled here as users compile them.
+rows are taken at once; 0.10.0 and 0.10.1 are, from 256 rows of 176 numbers on, in
+masked means of reshaped arrays. Programs are compiled here as users compile them.
 """
 
 import functools
