@@ -18,10 +18,10 @@ X = jax.random.normal(jax.random.key(0), (16, 3))
 
 
 def inverse_norms():
-    def update(losses, learned, layout, *, gramian):
-        return 1 / jnp.sqrt(jnp.diagonal(gramian)), learned
+    def update(losses, inner, spec, *, gramian):
+        return 1 / jnp.sqrt(jnp.diagonal(gramian)), inner
 
-    return make_weighting(lambda layout: (), update, needs=("gramian",))
+    return make_weighting(lambda spec: (), update, needs=("gramian",))
 
 
 def losses_of(y):
@@ -160,8 +160,8 @@ def test_statistics_of_every_kind_and_downstream_losses():
     }
     for name, value in expected.items():
         weighting = make_weighting(
-            lambda layout: (),
-            lambda losses, learned, layout, **seen: (*seen.values(), learned),
+            lambda spec: (),
+            lambda losses, inner, spec, **seen: (*seen.values(), inner),
             needs=(name,),
             downstream="size",
         )

@@ -20,13 +20,13 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def reading(statistic):
     """A weighting that lets a statistic through as its weights (rows of a Gramian)."""
 
-    def update(losses, learned, layout, **seen):
+    def update(losses, inner, spec, **seen):
         value = seen[statistic]
         return jnp.diag(value) if value.ndim == 2 else value, value
 
-    shape = lambda layout: (layout.size,) * (2 if statistic == "gramian" else 1)
+    shape = lambda spec: (spec.size,) * (2 if statistic == "gramian" else 1)
     return make_weighting(
-        lambda layout: jnp.zeros(shape(layout), layout.dtype),
+        lambda spec: jnp.zeros(shape(spec), spec.dtype),
         update,
         needs=(statistic,),
         downstream="c",
@@ -383,11 +383,11 @@ def test_statistics_are_computed_only_when_due():
         jax.debug.callback(lambda: calls.append(1))
         return jnp.ones(3)
 
-    def update(losses, learned, layout, *, norms, costly):
-        return norms * costly, learned
+    def update(losses, inner, spec, *, norms, costly):
+        return norms * costly, inner
 
     weighting = weightings.every(
-        make_weighting(lambda layout: (), update, needs=("norms", "costly")), 3
+        make_weighting(lambda spec: (), update, needs=("norms", "costly")), 3
     )
     state = weighting.init(dict.fromkeys("abc", 0.0))
     step = yoto.value_and_grad(loss_fn, weighting, statistics={"costly": costly})

@@ -454,14 +454,14 @@ def test_a_recorded_weighting_is_the_same_weighting(make):
 
 def from_gradients():
     """Weights from a Gramian alone, with all that a weighting may ask for."""
-    count = lambda state, layout, **_: state + 1.0
+    count = lambda state, spec, **_: state + 1.0
     return make_weighting(
-        lambda layout: jnp.zeros((), layout.dtype),
-        lambda losses, learned, layout, *, gramian: (jnp.diagonal(gramian), learned),
+        lambda spec: jnp.zeros((), spec.dtype),
+        lambda losses, inner, spec, *, gramian: (jnp.diagonal(gramian), inner),
         needs=("gramian",),
         downstream="b",
         observe=count,
-        observe_step=lambda losses, learned, layout: learned + 10.0,
+        observe_step=lambda losses, inner, spec: inner + 10.0,
     )
 
 

@@ -653,10 +653,10 @@ def test_a_weighting_is_held_outside_jit_without_a_complaint():
 
 
 def inverse_squares():
-    def update(losses, learned, layout, *, gramian):
-        return 1 / jnp.diagonal(gramian), learned
+    def update(losses, inner, spec, *, gramian):
+        return 1 / jnp.diagonal(gramian), inner
 
-    return make_weighting(lambda layout: (), update, needs=("gramian",))
+    return make_weighting(lambda spec: (), update, needs=("gramian",))
 
 
 def test_statistics_that_are_not_finite_make_a_batch_bad():
@@ -685,12 +685,12 @@ def test_due_reaches_through():
 
 
 def test_what_is_observed_of_a_bad_batch_is_not_learned():
-    def observe(learned, layout, *, cotangent_norm, gradient_norm):
-        return learned + cotangent_norm / gradient_norm
+    def observe(inner, spec, *, cotangent_norm, gradient_norm):
+        return inner + cotangent_norm / gradient_norm
 
     weighting = make_weighting(
-        lambda layout: jnp.zeros((), layout.dtype),
-        lambda losses, learned, layout: (losses, learned),
+        lambda spec: jnp.zeros((), spec.dtype),
+        lambda losses, inner, spec: (losses, inner),
         observe=observe,
     )
     weighting = skip_in_weighting(weighting)

@@ -18,13 +18,13 @@ STEPS = [{"a": 1.0, "b": 4.0}, {"a": 2.0, "b": 2.0}, {"a": 4.0, "b": 1.0}]
 def inverse(needs=("losses",), **options):
     """Weights 1 / loss, or the square root of the inverse diagonal of a Gramian."""
 
-    def update(losses, learned, layout, **seen):
+    def update(losses, inner, spec, **seen):
         gramian = seen.get("gramian")
         weights = 1 / losses if gramian is None else jnp.diagonal(gramian) ** -0.5
-        return weights, learned + 1.0
+        return weights, inner + 1.0
 
     return make_weighting(
-        lambda layout: jnp.zeros((), layout.dtype), update, needs=needs, **options
+        lambda spec: jnp.zeros((), spec.dtype), update, needs=needs, **options
     )
 
 
@@ -123,10 +123,10 @@ def test_a_bad_batch_is_held_through_wrappers(wrap):
 
 def test_observers_reach_the_weighting_inside():
     inner = inverse(
-        observe=lambda learned, layout, *, cotangent_norm, gradient_norm: (
-            learned + cotangent_norm / gradient_norm
+        observe=lambda inner, spec, *, cotangent_norm, gradient_norm: (
+            inner + cotangent_norm / gradient_norm
         ),
-        observe_step=lambda losses, learned, layout: learned + 100 * jnp.sum(losses),
+        observe_step=lambda losses, inner, spec: inner + 100 * jnp.sum(losses),
     )
     for wrap in (
         lambda w: weightings.smooth(w),
@@ -228,8 +228,8 @@ def test_a_loss_of_zero_keeps_its_scale():
 def test_normalized_statistics_have_no_unit():
     for name, power in {"alignment": 2, "ntk_diagonal": 1, "norms": 1}.items():
         inner = make_weighting(
-            lambda layout: (),
-            lambda losses, learned, layout, **seen: (*seen.values(), learned),
+            lambda spec: (),
+            lambda losses, inner, spec, **seen: (*seen.values(), inner),
             needs=(name,),
             downstream="b",
         )

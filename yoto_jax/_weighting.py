@@ -89,7 +89,7 @@ class WeightingState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Layout:
+class LossSpec:
     """What is known of the losses before they have values.
 
     Reductions over losses go through it: they leave out the losses that are absent.
@@ -205,12 +205,12 @@ class Layout:
 
 
 def make_weighting(
-    init: Callable[[Layout], Any],
+    init: Callable[[LossSpec], Any],
     update: Callable[..., tuple[jax.Array, Any]],
     *,
     needs: Sequence[str] = ("losses",),
     positive: bool = False,
-    first_weights: Callable[[Layout], jax.Array] | float = 1.0,
+    first_weights: Callable[[LossSpec], jax.Array] | float = 1.0,
     downstream: str | int | None = None,
     observe: Callable[..., Any] | None = None,
     observe_step: Callable[..., Any] | None = None,
@@ -223,18 +223,18 @@ def make_weighting(
     1 and a gradient of 0, makes their weight 0, and holds their rows of the state.
 
     Args:
-      init: ``init(layout) -> inner``, the method's own state: a tree of arrays. An
+      init: ``init(spec) -> inner``, the method's own state: a tree of arrays. An
         array whose first axis has length K has one row per loss.
-      update: ``update(losses, inner, layout, **statistics) -> (weights, inner)``
+      update: ``update(losses, inner, spec, **statistics) -> (weights, inner)``
         with vectors (K,) of losses and weights and the statistics named in ``needs``.
-        Sums over losses are those of ``layout``, which leaves out absent ones.
+        Sums over losses are those of ``spec``, which leaves out absent ones.
       needs: See :class:`LossWeighting`.
       positive: Whether the method makes sense for positive losses alone.
       first_weights: The weights to report before the first update, and to hold if it is
-        not finite: one number or ``first_weights(layout) -> (K,)``.
+        not finite: one number or ``first_weights(spec) -> (K,)``.
       downstream: See :class:`LossWeighting`.
-      observe: ``observe(inner, layout, *, cotangent_norm, gradient_norm)``.
-      observe_step: ``observe_step(losses, inner, layout) -> inner``.
+      observe: ``observe(inner, spec, *, cotangent_norm, gradient_norm)``.
+      observe_step: ``observe_step(losses, inner, spec) -> inner``.
 
     Returns:
       The weighting.
@@ -243,14 +243,14 @@ def make_weighting(
 
     @functools.lru_cache(maxsize=16)
     def expected(structure: Any, dtype: Any) -> Any:
-        shapes = jax.eval_shape(lambda: init(Layout(structure, dtype)))
+        shapes = jax.eval_shape(lambda: init(LossSpec(structure, dtype)))
         return jax.tree.structure(shapes)
 
     def check(state: Any) -> None:
         """Raise unless ``init`` made this state."""
         check_state(state, WeightingState)
-        layout = _layout_of(state)
-        wanted = expected(layout.structure, layout.dtype)
+        spec = _spec_of(state)
+        wanted = expected(spec.structure, spec.dtype)
         if jax.tree.structure(state.inner) != wanted:
             raise TypeError(
                 "state is that of another weighting: expected "
@@ -260,13 +260,13 @@ def make_weighting(
             )
 
     def init_fn(losses: PyTree) -> WeightingState:
-        layout = _layout(losses)
+        spec = _spec(losses)
         # Copies: what the caller gave must outlive a state that is donated.
-        inner = jax.tree.map(jnp.copy, init(layout))
-        first = first_weights(layout) if callable(first_weights) else first_weights
-        weights = layout.vector("loss_weights", first)
+        inner = jax.tree.map(jnp.copy, init(spec))
+        first = first_weights(spec) if callable(first_weights) else first_weights
+        weights = spec.vector("loss_weights", first)
         counts = [jnp.zeros((), jnp.int32) for _ in range(2)]  # apart, for donation
-        return WeightingState(split(weights, layout.structure), inner, *counts)
+        return WeightingState(split(weights, spec.structure), inner, *counts)
 
     def update_fn(
         losses: PyTree,
@@ -276,29 +276,29 @@ def make_weighting(
         **statistics: Any,
     ) -> tuple[PyTree, WeightingState]:
         check(state)
-        layout, values = _values(losses, state, present)
+        spec, values = _values(losses, state, present)
         if positive:
-            _check_positive_losses(values, layout)
+            _check_positive_losses(values, spec)
         given = {
-            name: _statistic(name, statistics.get(name), layout)
+            name: _statistic(name, statistics.get(name), spec)
             for name in statistics_needed
         }
         ok = all_finite((values, given))
         if positive:
             ok &= jnp.all(values > 0)
-        weights, inner = update(values, state.inner, layout, **given)
-        return _accept(ok, weights, inner, state, layout)
+        weights, inner = update(values, state.inner, spec, **given)
+        return _accept(ok, weights, inner, state, spec)
 
     def observe_fn(
         state: WeightingState, *, cotangent_norm: Any, gradient_norm: Any
     ) -> WeightingState:
         assert observe is not None
-        layout = _layout_of(state)
+        spec = _spec_of(state)
         seen = {"cotangent_norm": cotangent_norm, "gradient_norm": gradient_norm}
         seen = {
-            k: lax.stop_gradient(jnp.asarray(v, layout.dtype)) for k, v in seen.items()
+            k: lax.stop_gradient(jnp.asarray(v, spec.dtype)) for k, v in seen.items()
         }
-        inner = observe(state.inner, layout, **seen)
+        inner = observe(state.inner, spec, **seen)
         return state._replace(
             inner=_select(all_finite((seen, inner)), inner, state.inner)
         )
@@ -307,9 +307,9 @@ def make_weighting(
         losses: PyTree, state: WeightingState, *, present: PyTree | None = None
     ) -> WeightingState:
         assert observe_step is not None
-        layout, values = _values(losses, state, present)
-        inner = observe_step(values, state.inner, layout)
-        inner = _hold_absent(inner, state.inner, layout)
+        spec, values = _values(losses, state, present)
+        inner = observe_step(values, state.inner, spec)
+        inner = _hold_absent(inner, state.inner, spec)
         ok = all_finite((values, inner))
         if positive:
             ok &= jnp.all(values > 0)
@@ -334,35 +334,35 @@ def check_state(state: Any, kind: type) -> None:
         )
 
 
-def _layout(losses: PyTree) -> Layout:
+def _spec(losses: PyTree) -> LossSpec:
     _, leaves, structure = scalar_losses(losses)
     if not leaves:
         raise ValueError("losses has no leaves: there is nothing to weigh.")
     typed = [leaf for leaf in leaves if not isinstance(leaf, float)]
     dtypes = [jax.dtypes.result_type(leaf) for leaf in typed or leaves]
     wide = jnp.float64 in dtypes
-    return Layout(structure, jnp.dtype(jnp.float64 if wide else jnp.float32))
+    return LossSpec(structure, jnp.dtype(jnp.float64 if wide else jnp.float32))
 
 
-def _layout_of(state: WeightingState) -> Layout:
+def _spec_of(state: WeightingState) -> LossSpec:
     leaves, structure = jax.tree.flatten(state.loss_weights)
-    return Layout(structure, leaves[0].dtype)
+    return LossSpec(structure, leaves[0].dtype)
 
 
 def _values(
     losses: PyTree, state: WeightingState, present: PyTree | None
-) -> tuple[Layout, jax.Array]:
+) -> tuple[LossSpec, jax.Array]:
     """The losses as one vector, checked against those of ``init``, absent ones 1."""
-    layout = _layout_of(state)
+    spec = _spec_of(state)
     _, leaves, structure = scalar_losses(losses)
-    check_structure(structure, layout.structure, "the loss weights")
-    values = jnp.stack([_constant(leaf, layout.dtype) for leaf in leaves])
-    mask = stack_present(present, layout.structure)
-    layout = dataclasses.replace(layout, present=mask)
-    return layout, layout.of_present(values, 1)
+    check_structure(structure, spec.structure, "the loss weights")
+    values = jnp.stack([_constant(leaf, spec.dtype) for leaf in leaves])
+    mask = stack_present(present, spec.structure)
+    spec = dataclasses.replace(spec, present=mask)
+    return spec, spec.of_present(values, 1)
 
 
-def _statistic(name: str, value: Any, layout: Layout) -> jax.Array:
+def _statistic(name: str, value: Any, spec: LossSpec) -> jax.Array:
     if value is None:
         raise ValueError(
             f"this weighting needs {name}=: use it in value_and_grad or aggregate"
@@ -373,40 +373,40 @@ def _statistic(name: str, value: Any, layout: Layout) -> jax.Array:
             )
             + f"or call update(losses, state, {name}=...)."
         )
-    if layout.holds_scalars(value):
-        value = layout.vector(name, value)
-    value = _constant(value, layout.dtype)
-    shape = (layout.size,) * (2 if name == "gramian" else 1)
+    if spec.holds_scalars(value):
+        value = spec.vector(name, value)
+    value = _constant(value, spec.dtype)
+    shape = (spec.size,) * (2 if name == "gramian" else 1)
     if value.shape != shape:
         raise ValueError(
-            f"{name} must have shape {shape} for the {layout.size} losses "
-            f"{listed(layout.names)}, got {value.shape}."
+            f"{name} must have shape {shape} for the {spec.size} losses "
+            f"{listed(spec.names)}, got {value.shape}."
         )
-    return value if layout.present is None else without_absent(value, layout.present)
+    return value if spec.present is None else without_absent(value, spec.present)
 
 
-def _check_positive_losses(values: jax.Array, layout: Layout) -> None:
+def _check_positive_losses(values: jax.Array, spec: LossSpec) -> None:
     refuse_losses(
         values <= 0,
         values,
-        layout,
+        spec,
         "positive losses",
         "Shift it, or choose a weighting for losses of any sign.",
     )
 
 
 def refuse_losses(
-    bad: jax.Array, values: jax.Array, layout: Layout, needs: str, remedy: str
+    bad: jax.Array, values: jax.Array, spec: LossSpec, needs: str, remedy: str
 ) -> None:
     """Raise outside ``jit``. Inside, the batch is skipped and counted, no more.
 
     A check of ``checkify`` would be an effect: it makes calls of a compiled step ten
     times as slow, and keeps ``jax.export`` from writing it.
     """
-    bad = layout.of_present(bad & jnp.isfinite(values), False)
+    bad = spec.of_present(bad & jnp.isfinite(values), False)
     if isinstance(bad, jax.core.Tracer):
         return
-    for name, value, is_bad in zip(layout.names, values, bad, strict=True):
+    for name, value, is_bad in zip(spec.names, values, bad, strict=True):
         if is_bad:
             raise ValueError(
                 f"this weighting needs {needs}, loss {name!r} is {value:.4g}. {remedy}"
@@ -414,39 +414,37 @@ def refuse_losses(
 
 
 def _accept(
-    ok: jax.Array, weights: Any, inner: Any, state: WeightingState, layout: Layout
+    ok: jax.Array, weights: Any, inner: Any, state: WeightingState, spec: LossSpec
 ) -> tuple[PyTree, WeightingState]:
     """The new weights and state, or the old ones if anything is amiss."""
-    weights = jnp.asarray(weights, layout.dtype)
-    inner = _hold_absent(inner, state.inner, layout)
-    some = (
-        jnp.ones((), jnp.bool_) if layout.present is None else jnp.any(layout.present)
-    )
+    weights = jnp.asarray(weights, spec.dtype)
+    inner = _hold_absent(inner, state.inner, spec)
+    some = jnp.ones((), jnp.bool_) if spec.present is None else jnp.any(spec.present)
     one = some.astype(jnp.int32)
-    if layout.present is not None:
+    if spec.present is not None:
         before = jnp.stack(jax.tree.leaves(state.loss_weights))
-        weights = layout.of_present(weights, before)
+        weights = spec.of_present(weights, before)
         inner = _select(some, inner, state.inner)
     ok &= all_finite((weights, inner))
     new = WeightingState(
-        split(weights, layout.structure),
+        split(weights, spec.structure),
         inner,
         state.num_updates + one,
         state.num_skipped,
     )
     old = state._replace(num_skipped=state.num_skipped + one)
     chosen = _select(ok, new, old)
-    return mask_weights(chosen.loss_weights, layout.present), chosen
+    return mask_weights(chosen.loss_weights, spec.present), chosen
 
 
-def _hold_absent(new: PyTree, old: PyTree, layout: Layout) -> PyTree:
+def _hold_absent(new: PyTree, old: PyTree, spec: LossSpec) -> PyTree:
     """The new state, with the old rows of absent losses."""
-    if layout.present is None:
+    if spec.present is None:
         return new
 
     def hold(new: jax.Array, old: jax.Array) -> jax.Array:
-        one_row_each = old.shape[:1] == (layout.size,) and not is_key(old)
-        return layout.of_present(new, old) if one_row_each else new
+        one_row_each = old.shape[:1] == (spec.size,) and not is_key(old)
+        return spec.of_present(new, old) if one_row_each else new
 
     return jax.tree.map(hold, new, old)
 

@@ -466,7 +466,7 @@ def _losses(tree: PyTree, place: str = "") -> dict[str, dict[str, Any]]:
         names = loss_names(jax.tree.structure(tree.loss_weights))
         return {
             place: {"names": list(names)},
-            **_losses(tree.learned, f"{place}/learned".strip("/")),
+            **_losses(tree.inner, f"{place}/inner".strip("/")),
         }
     found: dict[str, dict[str, Any]] = {}
     ours = lambda x: isinstance(x, LossLogits | WeightingState)

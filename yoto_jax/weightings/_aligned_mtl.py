@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from yoto_jax._losses import PyTree
 from yoto_jax._solvers import dot, spectrum, unit_trace
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 
 
 def aligned_mtl(
@@ -61,15 +61,15 @@ def aligned_mtl(
     if scale not in ("min", "median", "mean"):
         raise ValueError(f"scale must be 'min', 'median' or 'mean', got {scale!r}.")
 
-    def preferred(layout: Layout) -> jax.Array:
-        return layout.preference(preference)
+    def preferred(spec: LossSpec) -> jax.Array:
+        return spec.preference(preference)
 
     def update(
-        losses: jax.Array, inner: tuple[()], layout: Layout, *, gramian: jax.Array
+        losses: jax.Array, inner: tuple[()], spec: LossSpec, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
         del losses
         values, vectors, kept = spectrum(unit_trace(gramian))
-        size, rank = layout.size, jnp.sum(kept)
+        size, rank = spec.size, jnp.sum(kept)
         if scale == "mean":
             square = jnp.sum(jnp.where(kept, values, 0)) / jnp.maximum(rank, 1)
         elif scale == "median":  # they ascend: the middle of the last ones
@@ -79,9 +79,9 @@ def aligned_mtl(
         else:
             square = values[jnp.clip(size - rank, 0, size - 1)]
         ratios = jnp.where(kept, square / jnp.where(kept, values, 1), 0)
-        aligned = jnp.sqrt(ratios) * dot(vectors.T, preferred(layout))
+        aligned = jnp.sqrt(ratios) * dot(vectors.T, preferred(spec))
         return dot(vectors, aligned), inner
 
     return make_weighting(
-        lambda layout: (), update, needs=("gramian",), first_weights=preferred
+        lambda spec: (), update, needs=("gramian",), first_weights=preferred
     )

@@ -8,7 +8,7 @@ import optax
 
 from yoto_jax._losses import PyTree
 from yoto_jax._serialization import serializable_state
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 from yoto_jax.weightings._inner_optimizer import descend, init_each
 
 
@@ -17,7 +17,7 @@ class AutoLambdaState(NamedTuple):
     """What :func:`auto_lambda` has learned."""
 
     meta_weights: jax.Array  # (K,), lambda
-    optimizer: optax.OptState  # with counters for each loss
+    opt_state: optax.OptState  # with counters for each loss
 
 
 def auto_lambda(
@@ -89,42 +89,42 @@ def auto_lambda(
     """
     tx = optax.adam(1e-4) if optimizer is None else optimizer
 
-    def current(meta_weights: jax.Array, layout: Layout) -> jax.Array:
+    def current(meta_weights: jax.Array, spec: LossSpec) -> jax.Array:
         if downstream_weight is None:
             return meta_weights
-        place = layout.position("downstream", downstream)
+        place = spec.position("downstream", downstream)
         return meta_weights.at[place].set(downstream_weight)
 
-    def init(layout: Layout) -> AutoLambdaState:
-        layout.position("downstream", downstream)
+    def init(spec: LossSpec) -> AutoLambdaState:
+        spec.position("downstream", downstream)
         if downstream_weight is not None:
-            layout.check_others("auto_lambda")
-        meta_weights = layout.vector("initial", initial)
+            spec.check_others("auto_lambda")
+        meta_weights = spec.vector("initial", initial)
         return AutoLambdaState(meta_weights, init_each(tx, meta_weights))
 
     def update(
         losses: jax.Array,
         inner: AutoLambdaState,
-        layout: Layout,
+        spec: LossSpec,
         *,
         alignment: jax.Array,
     ) -> tuple[jax.Array, AutoLambdaState]:
         del losses
-        slope = -jnp.asarray(step_size, layout.dtype) * alignment
+        slope = -jnp.asarray(step_size, spec.dtype) * alignment
         meta_weights: Any
-        moves = layout.present
+        moves = spec.present
         if moves is not None:  # Without the loss that steers, none of them does.
-            moves = moves & moves[layout.position("downstream", downstream)]
-        meta_weights, optimizer = descend(
-            tx, slope, inner.optimizer, inner.meta_weights, moves
+            moves = moves & moves[spec.position("downstream", downstream)]
+        meta_weights, opt_state = descend(
+            tx, slope, inner.opt_state, inner.meta_weights, moves
         )
-        weights = current(meta_weights, layout)
-        return weights, AutoLambdaState(meta_weights, optimizer)
+        weights = current(meta_weights, spec)
+        return weights, AutoLambdaState(meta_weights, opt_state)
 
     return make_weighting(
         init,
         update,
         needs=("alignment",),
         downstream=downstream,
-        first_weights=lambda layout: current(layout.vector("initial", initial), layout),
+        first_weights=lambda spec: current(spec.vector("initial", initial), spec),
     )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from yoto_jax._checks import check_decay
 from yoto_jax._serialization import serializable_state
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 
 
 @serializable_state
@@ -24,30 +24,30 @@ def averaged(
     needs: tuple[str, ...],
     *,
     positive: bool = False,
-    reference: Callable[[Layout], int] | None = None,
+    reference: Callable[[LossSpec], int] | None = None,
 ) -> LossWeighting:
-    """A moving average, from 1, of ``target(losses, layout, **statistics)``.
+    """A moving average, from 1, of ``target(losses, spec, **statistics)``.
 
-    ``reference(layout)`` is the loss without which nothing is learned. What it raises,
+    ``reference(spec)`` is the loss without which nothing is learned. What it raises,
     it raises in ``init``.
     """
     check_decay(decay=decay)
 
-    def init(layout: Layout) -> AverageState:
+    def init(spec: LossSpec) -> AverageState:
         if reference is not None:
-            reference(layout)
-        return AverageState(layout.full(1.0))
+            reference(spec)
+        return AverageState(spec.full(1.0))
 
     def update(
         losses: jax.Array,
         inner: AverageState,
-        layout: Layout,
+        spec: LossSpec,
         **statistics: jax.Array,
     ) -> tuple[jax.Array, AverageState]:
-        latest = target(losses, layout, **statistics)
+        latest = target(losses, spec, **statistics)
         average = decay * inner.average_weights + (1.0 - decay) * latest
-        if reference is not None and layout.present is not None:
-            there = layout.present[reference(layout)]
+        if reference is not None and spec.present is not None:
+            there = spec.present[reference(spec)]
             average = jnp.where(there, average, inner.average_weights)
         return average, AverageState(average)
 

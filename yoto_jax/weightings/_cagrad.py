@@ -15,7 +15,7 @@ from yoto_jax._solvers import (
     smallest_convex_combination,
     unit_trace,
 )
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 
 
 def cagrad(c: float = 0.5, *, rescale: Literal[0, 1, 2] = 0) -> LossWeighting:
@@ -67,19 +67,19 @@ def cagrad(c: float = 0.5, *, rescale: Literal[0, 1, 2] = 0) -> LossWeighting:
         raise ValueError(f"rescale must be 0, 1 or 2, got {rescale!r}.")
 
     def update(
-        losses: jax.Array, inner: tuple[()], layout: Layout, *, gramian: jax.Array
+        losses: jax.Array, inner: tuple[()], spec: LossSpec, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
         del losses
-        eps = jnp.finfo(layout.dtype).eps
+        eps = jnp.finfo(spec.dtype).eps
         g = unit_trace(gramian)
-        mean = layout.equal()
+        mean = spec.equal()
         radius = c * combined_norm(g, mean)
         basis = None
-        if layout.present is not None:
+        if spec.present is not None:
             # In the place of an absent gradient the mean one, which lies between the
             # others anyway: it changes nothing, and no weight is left over.
-            basis = jnp.eye(layout.size, dtype=layout.dtype)
-            basis = where_rows(layout.present, basis, mean[None, :])
+            basis = jnp.eye(spec.size, dtype=spec.dtype)
+            basis = where_rows(spec.present, basis, mean[None, :])
             g = dot(basis, dot(g, basis.T))
         to_mean = dot(g, mean)
 
@@ -92,21 +92,21 @@ def cagrad(c: float = 0.5, *, rescale: Literal[0, 1, 2] = 0) -> LossWeighting:
             value = jnp.vdot(w, to_mean) + radius * norm
             return value, to_mean + radius * slope, radius * hessian
 
-        w = minimise_on_simplex(derivatives, layout.size, layout.dtype)
+        w = minimise_on_simplex(derivatives, spec.size, spec.dtype)
         # Close to the kink its steps are short; there the shortest combination is best.
         shortest = smallest_convex_combination(g)
         w = jnp.where(derivatives(shortest)[0] < derivatives(w)[0], shortest, w)
         pull = safe_divide(radius, combined_norm(g, w))
         # Some combination of the gradients is zero, up to the rounding of the Gramian.
-        stationary = combined_norm(g, shortest) <= jnp.sqrt(8 * layout.size * eps)
+        stationary = combined_norm(g, shortest) <= jnp.sqrt(8 * spec.size * eps)
         w = w if basis is None else dot(w, basis)
         weights = mean + jnp.where(stationary, 0, pull) * w
-        divisor = jnp.asarray((1, 1 + c**2, 1 + c)[rescale], layout.dtype)
+        divisor = jnp.asarray((1, 1 + c**2, 1 + c)[rescale], spec.dtype)
         return weights / divisor, inner
 
     return make_weighting(
-        lambda layout: (),
+        lambda spec: (),
         update,
         needs=("gramian",),
-        first_weights=Layout.equal,
+        first_weights=LossSpec.equal,
     )

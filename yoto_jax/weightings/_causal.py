@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._checks import check_not_negative
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 
 
 def causal(tolerance: float = 1.0) -> LossWeighting:
@@ -49,15 +49,15 @@ def causal(tolerance: float = 1.0) -> LossWeighting:
     check_not_negative(tolerance=tolerance)
 
     def update(
-        losses: jax.Array, inner: tuple[()], layout: Layout
+        losses: jax.Array, inner: tuple[()], spec: LossSpec
     ) -> tuple[jax.Array, tuple[()]]:
         earlier = jnp.concatenate(
-            [layout.full(0.0)[:1], jnp.cumsum(layout.of_present(losses))[:-1]]
+            [spec.full(0.0)[:1], jnp.cumsum(spec.of_present(losses))[:-1]]
         )
-        return jnp.exp(-tolerance * earlier) / layout.count, inner
+        return jnp.exp(-tolerance * earlier) / spec.count, inner
 
     return make_weighting(
-        lambda layout: (),
+        lambda spec: (),
         update,
-        first_weights=Layout.equal,
+        first_weights=LossSpec.equal,
     )

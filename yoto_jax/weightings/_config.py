@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._solvers import cosines, dot, equal_cosine_weights, safe_divide
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 
 
 def config() -> LossWeighting:
@@ -43,7 +43,7 @@ def config() -> LossWeighting:
     """
 
     def update(
-        losses: jax.Array, inner: tuple[()], layout: Layout, *, gramian: jax.Array
+        losses: jax.Array, inner: tuple[()], spec: LossSpec, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
         del losses
         cosine, norms = cosines(gramian)
@@ -54,8 +54,8 @@ def config() -> LossWeighting:
         return length * safe_divide(b, norms), inner
 
     return make_weighting(
-        lambda layout: (),
+        lambda spec: (),
         update,
         needs=("gramian",),
-        first_weights=Layout.equal,
+        first_weights=LossSpec.equal,
     )

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from yoto_jax._checks import check_not_negative
 from yoto_jax._losses import PyTree
 from yoto_jax._solvers import solve_bounded_qp, unit_trace
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 
 
 def dual_proj(
@@ -50,18 +50,18 @@ def dual_proj(
     """
     check_not_negative(regularization=regularization)
 
-    def preferred(layout: Layout) -> jax.Array:
-        return layout.preference(preference)
+    def preferred(spec: LossSpec) -> jax.Array:
+        return spec.preference(preference)
 
     def update(
-        losses: jax.Array, inner: tuple[()], layout: Layout, *, gramian: jax.Array
+        losses: jax.Array, inner: tuple[()], spec: LossSpec, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
         del losses
-        eye = jnp.eye(layout.size, dtype=layout.dtype)
+        eye = jnp.eye(spec.size, dtype=spec.dtype)
         matrix = unit_trace(gramian) + regularization * eye
-        lower = preferred(layout)
+        lower = preferred(spec)
         return solve_bounded_qp(matrix, jnp.zeros_like(lower), lower), inner
 
     return make_weighting(
-        lambda layout: (), update, needs=("gramian",), first_weights=preferred
+        lambda spec: (), update, needs=("gramian",), first_weights=preferred
     )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from yoto_jax._checks import check_hyperparameter, check_positive
 from yoto_jax._serialization import serializable_state
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 from yoto_jax.weightings._bounds import LARGEST_RATIO
 
 
@@ -63,24 +63,24 @@ def dwa(temperature: float = 2.0, *, window: int = 1) -> LossWeighting:
     check_positive(temperature=temperature)
     check_hyperparameter("window", window, lambda x: x >= 1, "be at least 1")
 
-    def init(layout: Layout) -> DwaState:
-        zero = jnp.zeros((layout.size,), jnp.int32)
+    def init(spec: LossSpec) -> DwaState:
+        zero = jnp.zeros((spec.size,), jnp.int32)
         return DwaState(
-            window_sum=layout.full(0.0),
+            window_sum=spec.full(0.0),
             window_count=zero,
-            last_average=layout.full(1.0),
-            earlier_average=layout.full(1.0),
+            last_average=spec.full(1.0),
+            earlier_average=spec.full(1.0),
             num_windows=zero.copy(),
         )
 
     def update(
-        losses: jax.Array, inner: DwaState, layout: Layout
+        losses: jax.Array, inner: DwaState, spec: LossSpec
     ) -> tuple[jax.Array, DwaState]:
         ratios = inner.last_average / inner.earlier_average
         known = inner.num_windows >= 2
         ratios = jnp.where(known, jnp.minimum(ratios, LARGEST_RATIO), 1.0)
-        softmax = layout.count * layout.softmax(ratios / temperature)
-        weights = jnp.where(jnp.any(layout.of_present(known, False)), softmax, 1.0)
+        softmax = spec.count * spec.softmax(ratios / temperature)
+        weights = jnp.where(jnp.any(spec.of_present(known, False)), softmax, 1.0)
 
         total, count = inner.window_sum + losses, inner.window_count + 1
         done = count >= window

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from yoto_jax._checks import check_not_negative, check_positive
 from yoto_jax._solvers import cosines, safe_divide, solve_power_equation
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 
 
 def fair_grad(alpha: float = 2.0, *, regularization: float = 1e-4) -> LossWeighting:
@@ -55,16 +55,16 @@ def fair_grad(alpha: float = 2.0, *, regularization: float = 1e-4) -> LossWeight
     check_not_negative(regularization=regularization)
 
     def update(
-        losses: jax.Array, inner: tuple[()], layout: Layout, *, gramian: jax.Array
+        losses: jax.Array, inner: tuple[()], spec: LossSpec, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
         del losses
         cosine, norms = cosines(gramian)
         some = norms > 0
-        power = jnp.asarray(1 / alpha, layout.dtype)
+        power = jnp.asarray(1 / alpha, spec.dtype)
         # In b = norm * a / unit the equation is C b = m b^(-1/alpha), with m = 1 for
         # the largest gradient.
         largest = jnp.where(jnp.any(some), jnp.max(norms), 1)
-        tiny = jnp.finfo(layout.dtype).tiny ** 0.25
+        tiny = jnp.finfo(spec.dtype).tiny ** 0.25
         share = jnp.where(some, norms / largest, 1)
         m = jnp.clip(share ** (power - 1), tiny, 1 / tiny)
         matrix = cosine + jnp.diag(jnp.where(some, regularization, 1))
@@ -72,4 +72,4 @@ def fair_grad(alpha: float = 2.0, *, regularization: float = 1e-4) -> LossWeight
         unit = largest ** ((power - 1) / (power + 1))
         return safe_divide(jnp.where(some, b * unit, 0), norms), inner
 
-    return make_weighting(lambda layout: (), update, needs=("gramian",))
+    return make_weighting(lambda spec: (), update, needs=("gramian",))

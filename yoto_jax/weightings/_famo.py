@@ -10,7 +10,7 @@ import optax
 from yoto_jax._checks import check_not_negative
 from yoto_jax._losses import PyTree
 from yoto_jax._serialization import serializable_state
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting, refuse_losses
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting, refuse_losses
 from yoto_jax.weightings._inner_optimizer import descend, init_each
 
 
@@ -21,7 +21,7 @@ class FamoState(NamedTuple):
     task_logits: jax.Array  # (K,)
     log_gaps: jax.Array  # (K,) log of the last losses above their lower bounds
     has_gaps: jax.Array  # bool (K,), whether there is one to learn from
-    optimizer: optax.OptState  # with counters for each loss
+    opt_state: optax.OptState  # with counters for each loss
 
 
 def famo(
@@ -100,62 +100,62 @@ def famo(
         optax.adam(learning_rate) if optimizer is None else optimizer,
     )
 
-    def bounds(layout: Layout) -> jax.Array:
-        return layout.vector("lower_bounds", lower_bounds)
+    def bounds(spec: LossSpec) -> jax.Array:
+        return spec.vector("lower_bounds", lower_bounds)
 
-    def init(layout: Layout) -> FamoState:
-        bounds(layout)  # To be told now if they do not fit.
-        logits = layout.full(0.0)
+    def init(spec: LossSpec) -> FamoState:
+        bounds(spec)  # To be told now if they do not fit.
+        logits = spec.full(0.0)
         return FamoState(
             task_logits=logits,
-            log_gaps=layout.full(0.0),
-            has_gaps=jnp.zeros((layout.size,), jnp.bool_),
-            optimizer=init_each(tx, logits),
+            log_gaps=spec.full(0.0),
+            has_gaps=jnp.zeros((spec.size,), jnp.bool_),
+            opt_state=init_each(tx, logits),
         )
 
-    def log_gaps(losses: jax.Array, layout: Layout) -> jax.Array:
-        gaps = losses - bounds(layout)
+    def log_gaps(losses: jax.Array, spec: LossSpec) -> jax.Array:
+        gaps = losses - bounds(spec)
         refuse_losses(
             gaps < 0,
             losses,
-            layout,
+            spec,
             "losses above their lower bounds",
             "Give famo(lower_bounds=...), or choose another weighting.",
         )
         # A result that is not finite makes the caller hold weights and state.
         gaps = jnp.where(gaps >= 0, gaps + 1e-8, jnp.nan)
-        return jnp.log(layout.of_present(gaps, 1))
+        return jnp.log(spec.of_present(gaps, 1))
 
-    def learn(gaps: jax.Array, inner: FamoState, layout: Layout) -> FamoState:
-        seen = layout.of_present(inner.has_gaps, False)  # both times
+    def learn(gaps: jax.Array, inner: FamoState, spec: LossSpec) -> FamoState:
+        seen = spec.of_present(inner.has_gaps, False)  # both times
         improvement = inner.log_gaps - gaps
-        shares = dataclasses.replace(layout, present=seen).softmax(inner.task_logits)
+        shares = dataclasses.replace(spec, present=seen).softmax(inner.task_logits)
         slope = shares * (improvement - jnp.sum(shares * improvement))
         logits, state = descend(
-            tx, slope, inner.optimizer, inner.task_logits, moves=seen
+            tx, slope, inner.opt_state, inner.task_logits, moves=seen
         )
-        return inner._replace(task_logits=logits, optimizer=state)
+        return inner._replace(task_logits=logits, opt_state=state)
 
     def update(
-        losses: jax.Array, inner: FamoState, layout: Layout
+        losses: jax.Array, inner: FamoState, spec: LossSpec
     ) -> tuple[jax.Array, FamoState]:
-        gaps = log_gaps(losses, layout)
+        gaps = log_gaps(losses, spec)
         if not exact:
-            inner = learn(gaps, inner, layout)
+            inner = learn(gaps, inner, spec)
         # c z / D in logarithms; the sum is 1 because c makes it so.
-        weights = layout.softmax(inner.task_logits - gaps)
+        weights = spec.softmax(inner.task_logits - gaps)
         return weights, inner._replace(
             log_gaps=gaps, has_gaps=jnp.ones_like(inner.has_gaps)
         )
 
-    def observe_step(losses: jax.Array, inner: FamoState, layout: Layout) -> FamoState:
-        inner = learn(log_gaps(losses, layout), inner, layout)
+    def observe_step(losses: jax.Array, inner: FamoState, spec: LossSpec) -> FamoState:
+        inner = learn(log_gaps(losses, spec), inner, spec)
         # One step, one lesson: after a batch that was held there is none.
         return inner._replace(has_gaps=jnp.zeros_like(inner.has_gaps))
 
     return make_weighting(
         init,
         update,
-        first_weights=Layout.equal,
+        first_weights=LossSpec.equal,
         observe_step=observe_step if exact else None,
     )

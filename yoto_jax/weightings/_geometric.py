@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 
 
 def geometric() -> LossWeighting:
@@ -43,14 +43,14 @@ def geometric() -> LossWeighting:
     """
 
     def update(
-        losses: jax.Array, inner: tuple[()], layout: Layout
+        losses: jax.Array, inner: tuple[()], spec: LossSpec
     ) -> tuple[jax.Array, tuple[()]]:
         logs = jnp.log(losses)
-        return jnp.exp(layout.mean(logs) - logs) / layout.count, inner
+        return jnp.exp(spec.mean(logs) - logs) / spec.count, inner
 
     return make_weighting(
-        lambda layout: (),
+        lambda spec: (),
         update,
         positive=True,
-        first_weights=Layout.equal,
+        first_weights=LossSpec.equal,
     )

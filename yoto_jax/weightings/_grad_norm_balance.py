@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._checks import check_positive
-from yoto_jax._weighting import Layout, LossWeighting
+from yoto_jax._weighting import LossSpec, LossWeighting
 from yoto_jax.weightings._averages import averaged
 
 
@@ -55,8 +55,8 @@ def grad_norm_balance(*, decay: float = 0.9, eps: float = 1e-5) -> LossWeighting
     """
     check_positive(eps=eps)
 
-    def target(losses: jax.Array, layout: Layout, *, norms: jax.Array) -> jax.Array:
-        mean = layout.mean(norms)
+    def target(losses: jax.Array, spec: LossSpec, *, norms: jax.Array) -> jax.Array:
+        mean = spec.mean(norms)
         # All norms 0: nothing to balance.
         return jnp.where(
             mean > 0, mean / jnp.where(mean > 0, norms + eps * mean, 1.0), 1.0

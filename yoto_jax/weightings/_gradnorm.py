@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from yoto_jax._serialization import serializable_state
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 from yoto_jax.weightings._bounds import LARGEST_RATIO
 from yoto_jax.weightings._inner_optimizer import descend, init_each
 
@@ -19,7 +19,7 @@ class GradNormState(NamedTuple):
     task_weights: jax.Array  # (K,) absolute values sum to K
     initial_losses: jax.Array  # (K,) of the first update with that loss
     has_initial: jax.Array  # bool (K,)
-    optimizer: optax.OptState  # with counters for each loss
+    opt_state: optax.OptState  # with counters for each loss
 
 
 def gradnorm(
@@ -74,40 +74,40 @@ def gradnorm(
     """
     tx = optax.adam(0.025) if optimizer is None else optimizer
 
-    def init(layout: Layout) -> GradNormState:
-        weights = layout.full(1.0)
+    def init(spec: LossSpec) -> GradNormState:
+        weights = spec.full(1.0)
         return GradNormState(
             task_weights=weights,
-            initial_losses=layout.full(1.0),
-            has_initial=jnp.zeros((layout.size,), jnp.bool_),
-            optimizer=init_each(tx, weights),
+            initial_losses=spec.full(1.0),
+            has_initial=jnp.zeros((spec.size,), jnp.bool_),
+            opt_state=init_each(tx, weights),
         )
 
     def update(
-        losses: jax.Array, inner: GradNormState, layout: Layout, *, norms: jax.Array
+        losses: jax.Array, inner: GradNormState, spec: LossSpec, *, norms: jax.Array
     ) -> tuple[jax.Array, GradNormState]:
         w, scale = inner.task_weights, 1.0
-        if layout.present is not None:
+        if spec.present is not None:
             # Those present weigh their number together, and keep their part of K.
-            scale = layout.sum(jnp.abs(w)) / layout.count
+            scale = spec.sum(jnp.abs(w)) / spec.count
             scale = jnp.where(scale > 0, scale, 1.0)
             w = w / scale
         initial = jnp.where(inner.has_initial, inner.initial_losses, losses)
-        rates = jnp.minimum(losses / initial, LARGEST_RATIO / layout.size)
-        rates /= layout.mean(rates)
+        rates = jnp.minimum(losses / initial, LARGEST_RATIO / spec.size)
+        rates /= spec.mean(rates)
         weighted = jnp.abs(w) * norms
-        target = layout.mean(weighted) * rates**alpha
+        target = spec.mean(weighted) * rates**alpha
         # The norms do not depend on w, so that no second derivative is needed. At 0 the
         # slope of |w| is taken as 1: a weight must be able to leave 0.
         slope = jnp.sign(weighted - target) * norms * jnp.where(w < 0, -1.0, 1.0)
-        new, state = descend(tx, slope, inner.optimizer, w, layout.present)
-        total = layout.sum(jnp.abs(new))
-        new = jnp.where(total > 0, layout.count * new / total, 1.0) * scale
+        new, state = descend(tx, slope, inner.opt_state, w, spec.present)
+        total = spec.sum(jnp.abs(new))
+        new = jnp.where(total > 0, spec.count * new / total, 1.0) * scale
         return jnp.abs(w), GradNormState(
             task_weights=new,
             initial_losses=initial,
             has_initial=jnp.ones_like(inner.has_initial),
-            optimizer=state,
+            opt_state=state,
         )
 
     return make_weighting(init, update, needs=("losses", "norms"), positive=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from yoto_jax._checks import as_key, check_fraction
 from yoto_jax._serialization import serializable_state
 from yoto_jax._solvers import cosines, dot, safe_divide, surgery, weights_of_rows
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 
 
 @serializable_state
@@ -71,17 +71,17 @@ def gradvac(decay: float = 0.99, *, key: jax.Array | int = 0) -> LossWeighting:
     check_fraction(decay=decay)
     key = as_key(key)
 
-    def init(layout: Layout) -> GradVacState:
-        shape = (layout.size, layout.size)
-        return GradVacState(jnp.zeros(shape, layout.dtype), key)
+    def init(spec: LossSpec) -> GradVacState:
+        shape = (spec.size, spec.size)
+        return GradVacState(jnp.zeros(shape, spec.dtype), key)
 
     def update(
-        losses: jax.Array, inner: GradVacState, layout: Layout, *, gramian: jax.Array
+        losses: jax.Array, inner: GradVacState, spec: LossSpec, *, gramian: jax.Array
     ) -> tuple[jax.Array, GradVacState]:
         del losses
         cosine, norms = cosines(gramian)
         following, order_key = jax.random.split(inner.key)
-        nearly_one = 1 - 4 * jnp.finfo(layout.dtype).eps
+        nearly_one = 1 - 4 * jnp.finfo(spec.dtype).eps
         sine = lambda x: jnp.sqrt(1 - x**2)
 
         # Rows are coefficients of the gradients at unit length: row i is what g_i
@@ -101,9 +101,9 @@ def gradvac(decay: float = 0.99, *, key: jax.Array | int = 0) -> LossWeighting:
             new = decay * targets[j] + (1 - decay) * seen
             return row, targets.at[j].set(jnp.where(other, new, targets[j]))
 
-        eye = jnp.eye(layout.size, dtype=layout.dtype)
+        eye = jnp.eye(spec.size, dtype=spec.dtype)
         rows, targets = surgery(turn, (eye, inner.cosine_targets), order_key)
         weights = weights_of_rows(rows, norms)
-        return weights, GradVacState(jnp.asarray(targets, layout.dtype), following)
+        return weights, GradVacState(jnp.asarray(targets, spec.dtype), following)
 
     return make_weighting(init, update, needs=("gramian",))

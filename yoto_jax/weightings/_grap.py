@@ -13,7 +13,7 @@ from yoto_jax._losses import PyTree
 from yoto_jax._numerics import running_mean
 from yoto_jax._serialization import serializable_state
 from yoto_jax._solvers import dot, safe_divide, solve_bounded_qp
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 from yoto_jax.weightings._inner_optimizer import descend, init_each
 
 Algorithm = Literal[
@@ -33,7 +33,7 @@ class GrapState(NamedTuple):
     alignments: jax.Array  # (K,), running mean of those with the downstream one, p
     solution: jax.Array  # (K,), running mean of closed-form weights, 0 before the first
     encoder_gain: jax.Array  # scalar, norm of cotangent by norm of gradient, tau
-    optimizer: optax.OptState  # with counters for each loss
+    opt_state: optax.OptState  # with counters for each loss
     num_batches: jax.Array  # int32 (K, K), batches with both losses
     num_compared: jax.Array  # int32 (K,), of them with a downstream gradient
     num_aligned: jax.Array  # int32 scalar, batches with a downstream gradient
@@ -180,14 +180,14 @@ def grap(
     scaled = algorithm == "warmup-scaled-sgd" or algorithm == "scaled-sgd"
     may_solve = algorithm not in ("sgd", "scaled-sgd")
 
-    def first_raw_weights(layout: Layout) -> jax.Array:
-        _, others = layout.apart(downstream)
-        return layout.vector("initial", initial)[others]
+    def first_raw_weights(spec: LossSpec) -> jax.Array:
+        _, others = spec.apart(downstream)
+        return spec.vector("initial", initial)[others]
 
-    def init(layout: Layout) -> GrapState:
-        layout.check_others("grap")
-        raw = first_raw_weights(layout)
-        zeros = lambda *shape: jnp.zeros(shape, layout.dtype)
+    def init(spec: LossSpec) -> GrapState:
+        spec.check_others("grap")
+        raw = first_raw_weights(spec)
+        zeros = lambda *shape: jnp.zeros(shape, spec.dtype)
         count = lambda: jnp.zeros((), jnp.int32)
         return GrapState(
             raw_weights=raw,
@@ -195,8 +195,8 @@ def grap(
             cosines=zeros(raw.size, raw.size),
             alignments=zeros(raw.size),
             solution=zeros(raw.size),
-            encoder_gain=jnp.ones((), layout.dtype),
-            optimizer=init_each(tx, raw),
+            encoder_gain=jnp.ones((), spec.dtype),
+            opt_state=init_each(tx, raw),
             num_batches=jnp.zeros((raw.size, raw.size), jnp.int32),
             num_compared=jnp.zeros((raw.size,), jnp.int32),
             num_aligned=count(),
@@ -205,16 +205,16 @@ def grap(
         )
 
     def update(
-        losses: jax.Array, inner: GrapState, layout: Layout, *, gramian: jax.Array
+        losses: jax.Array, inner: GrapState, spec: LossSpec, *, gramian: jax.Array
     ) -> tuple[jax.Array, GrapState]:
         del losses
-        place, others = layout.apart(downstream)
+        place, others = spec.apart(downstream)
         norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
         norm, own_norms = norms[place], norms[others]
         aligned = norm > 0
         there = jnp.full(own_norms.shape, True)
-        if layout.present is not None:
-            there = layout.present[others]
+        if spec.present is not None:
+            there = spec.present[others]
         both = there[:, None] & there[None, :]
 
         nu = running_mean(
@@ -294,10 +294,10 @@ def grap(
             return regularization * pull - dot(inner.alignments, w), w
 
         slope, w = jax.grad(objective, has_aux=True)(inner.raw_weights)
-        raw, optimizer = descend(
-            tx, slope, inner.optimizer, inner.raw_weights, aligned & there
+        raw, opt_state = descend(
+            tx, slope, inner.opt_state, inner.raw_weights, aligned & there
         )
-        return w, inner._replace(raw_weights=raw, optimizer=optimizer)
+        return w, inner._replace(raw_weights=raw, opt_state=opt_state)
 
     def solve(
         inner: GrapState, aligned: jax.Array, there: jax.Array
@@ -337,7 +337,7 @@ def grap(
 
     def observe(
         inner: GrapState,
-        layout: Layout,
+        spec: LossSpec,
         *,
         cotangent_norm: jax.Array,
         gradient_norm: jax.Array,
@@ -353,9 +353,9 @@ def grap(
             num_observed=inner.num_observed + telling.astype(jnp.int32),
         )
 
-    def first_weights(layout: Layout) -> jax.Array:
-        place, _ = layout.apart(downstream)
-        raw = layout.vector("initial", initial)
+    def first_weights(spec: LossSpec) -> jax.Array:
+        place, _ = spec.apart(downstream)
+        raw = spec.vector("initial", initial)
         raw = jnp.abs(raw) if transform == "abs" else raw
         return raw.at[place].set(downstream_weight)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._solvers import cosines, equal_cosine_weights, safe_divide
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 
 
 def imtl_g() -> LossWeighting:
@@ -43,7 +43,7 @@ def imtl_g() -> LossWeighting:
     """
 
     def update(
-        losses: jax.Array, inner: tuple[()], layout: Layout, *, gramian: jax.Array
+        losses: jax.Array, inner: tuple[()], spec: LossSpec, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
         del losses
         cosine, norms = cosines(gramian)
@@ -51,13 +51,13 @@ def imtl_g() -> LossWeighting:
         # In units of the largest: sums of extreme weights do not overflow.
         v = safe_divide(v, jnp.max(jnp.abs(v)))
         total = jnp.sum(v)
-        rounding = layout.size * jnp.finfo(layout.dtype).eps * jnp.sum(jnp.abs(v))
+        rounding = spec.size * jnp.finfo(spec.dtype).eps * jnp.sum(jnp.abs(v))
         nothing = jnp.abs(total) <= rounding
         return jnp.where(nothing, 0, v / jnp.where(nothing, 1, total)), inner
 
     return make_weighting(
-        lambda layout: (),
+        lambda spec: (),
         update,
         needs=("gramian",),
-        first_weights=Layout.equal,
+        first_weights=LossSpec.equal,
     )

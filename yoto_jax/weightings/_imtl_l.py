@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from yoto_jax._serialization import serializable_state
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 from yoto_jax.weightings._bounds import LOG_LIMIT
 from yoto_jax.weightings._inner_optimizer import descend, init_each
 
@@ -17,7 +17,7 @@ class ImtlLState(NamedTuple):
     """What :func:`imtl_l` has learned."""
 
     log_scales: jax.Array  # (K,)
-    optimizer: optax.OptState  # with counters for each loss
+    opt_state: optax.OptState  # with counters for each loss
 
 
 def imtl_l(optimizer: optax.GradientTransformation | None = None) -> LossWeighting:
@@ -65,20 +65,20 @@ def imtl_l(optimizer: optax.GradientTransformation | None = None) -> LossWeighti
     """
     tx = optax.adam(0.025) if optimizer is None else optimizer
 
-    def init(layout: Layout) -> ImtlLState:
-        log_scales = layout.full(0.0)
+    def init(spec: LossSpec) -> ImtlLState:
+        log_scales = spec.full(0.0)
         return ImtlLState(log_scales, init_each(tx, log_scales))
 
     def update(
-        losses: jax.Array, inner: ImtlLState, layout: Layout
+        losses: jax.Array, inner: ImtlLState, spec: LossSpec
     ) -> tuple[jax.Array, ImtlLState]:
         weights = jnp.exp(inner.log_scales)
         log_scales, state = descend(
             tx,
             weights * losses - 1.0,
-            inner.optimizer,
+            inner.opt_state,
             inner.log_scales,
-            layout.present,
+            spec.present,
         )
         log_scales = jnp.clip(log_scales, -LOG_LIMIT, LOG_LIMIT)
         return weights, ImtlLState(log_scales, state)

@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 
 from yoto_jax._checks import check_positive
-from yoto_jax._weighting import Layout, LossWeighting
+from yoto_jax._weighting import LossSpec, LossWeighting
 from yoto_jax.weightings._averages import averaged, bounded_ratio
 
 
@@ -74,13 +74,13 @@ def lr_annealing(
         raise ValueError(f"statistic must be 'max' or 'mean', got {statistic!r}.")
     needs = ("max_abs", "mean_abs") if statistic == "max" else ("mean_abs",)
 
-    def position(layout: Layout) -> int:
-        return layout.position("reference", reference)
+    def position(spec: LossSpec) -> int:
+        return spec.position("reference", reference)
 
     def target(
-        losses: jax.Array, layout: Layout, *, mean_abs: jax.Array, **rest: jax.Array
+        losses: jax.Array, spec: LossSpec, *, mean_abs: jax.Array, **rest: jax.Array
     ) -> jax.Array:
-        r = position(layout)
+        r = position(spec)
         size = rest["max_abs"][r] if statistic == "max" else mean_abs[r]
         return bounded_ratio(size, mean_abs, eps).at[r].set(1.0)
 

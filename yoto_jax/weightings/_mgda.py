@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._solvers import safe_divide, smallest_convex_combination
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 
 
 def mgda(
@@ -67,24 +67,24 @@ def mgda(
     by_loss = normalization in ("loss", "loss+")
 
     def update(
-        losses: jax.Array, inner: tuple[()], layout: Layout, *, gramian: jax.Array
+        losses: jax.Array, inner: tuple[()], spec: LossSpec, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
-        factor = layout.full(1.0)
+        factor = spec.full(1.0)
         if normalization in ("l2", "loss+"):
             factor *= jnp.sqrt(jnp.diagonal(gramian))
         if by_loss:
             factor *= jnp.abs(losses)
         # Relative to the largest: no overflow, and the sum is 1 in the end anyway.
-        factor = layout.of_present(factor)
+        factor = spec.of_present(factor)
         factor = safe_divide(factor, jnp.max(factor))
         factor = jnp.where(factor > 0, factor, 1)
         scaled = gramian / factor[:, None] / factor[None, :]
-        weights = smallest_convex_combination(scaled, layout.present) / factor
+        weights = smallest_convex_combination(scaled, spec.present) / factor
         return weights / jnp.sum(weights), inner
 
     return make_weighting(
-        lambda layout: (),
+        lambda spec: (),
         update,
         needs=("losses", "gramian") if by_loss else ("gramian",),
-        first_weights=Layout.equal,
+        first_weights=LossSpec.equal,
     )

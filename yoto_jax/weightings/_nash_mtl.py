@@ -10,7 +10,7 @@ from yoto_jax._solvers import (
     safe_divide,
     solve_power_equation,
 )
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 
 
 def nash_mtl(
@@ -67,13 +67,13 @@ def nash_mtl(
     check_not_negative(regularization=regularization)
 
     def update(
-        losses: jax.Array, inner: tuple[()], layout: Layout, *, gramian: jax.Array
+        losses: jax.Array, inner: tuple[()], spec: LossSpec, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
         del losses
         cosine, norms = cosines(gramian)
         some = norms > 0
         ridge = jnp.where(some, regularization, 1)
-        one = layout.full(1.0)
+        one = spec.full(1.0)
         b = solve_power_equation(cosine + jnp.diag(ridge), one, 1.0, steps=12)
         b = jnp.where(some, b, 0)
         if max_norm is not None:
@@ -81,4 +81,4 @@ def nash_mtl(
             b = b / jnp.maximum(norm / max_norm, 1)
         return safe_divide(b, norms), inner
 
-    return make_weighting(lambda layout: (), update, needs=("gramian",))
+    return make_weighting(lambda spec: (), update, needs=("gramian",))

@@ -11,7 +11,7 @@ from yoto_jax._checks import check_positive
 from yoto_jax._jaxlib import check_jaxlib
 from yoto_jax._losses import PyTree
 from yoto_jax._numerics import upcast
-from yoto_jax._weighting import Layout, LossWeighting
+from yoto_jax._weighting import LossSpec, LossWeighting
 from yoto_jax.weightings._averages import averaged, bounded_ratio
 
 
@@ -76,9 +76,9 @@ def ntk(
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
 
     def target(
-        losses: jax.Array, layout: Layout, *, ntk_diagonal: jax.Array
+        losses: jax.Array, spec: LossSpec, *, ntk_diagonal: jax.Array
     ) -> jax.Array:
-        total = (layout.mean if reduction == "mean" else layout.sum)(ntk_diagonal)
+        total = (spec.mean if reduction == "mean" else spec.sum)(ntk_diagonal)
         return bounded_ratio(total, ntk_diagonal, eps)
 
     return averaged(target, decay, ("ntk_diagonal",))
@@ -130,9 +130,9 @@ def ntk_surrogate(*, decay: float = 0.9, eps: float = 1e-6) -> LossWeighting:
     """
     check_positive(eps=eps)
 
-    def target(losses: jax.Array, layout: Layout, *, norms: jax.Array) -> jax.Array:
+    def target(losses: jax.Array, spec: LossSpec, *, norms: jax.Array) -> jax.Array:
         slopes = norms / (2.0 * jnp.sqrt(losses))
-        return bounded_ratio(layout.sum(slopes), slopes, eps)
+        return bounded_ratio(spec.sum(slopes), slopes, eps)
 
     return averaged(target, decay, ("losses", "norms"), positive=True)
 

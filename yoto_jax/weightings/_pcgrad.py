@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from yoto_jax._checks import as_key
 from yoto_jax._serialization import serializable_state
 from yoto_jax._solvers import HIGHEST, cosines, surgery, weights_of_rows
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 
 
 @serializable_state
@@ -68,7 +68,7 @@ def pcgrad(
     key = as_key(key)
 
     def update(
-        losses: jax.Array, inner: PCGradState, layout: Layout, *, gramian: jax.Array
+        losses: jax.Array, inner: PCGradState, spec: LossSpec, *, gramian: jax.Array
     ) -> tuple[jax.Array, PCGradState]:
         del losses
         cosine, norms = cosines(gramian)
@@ -80,10 +80,10 @@ def pcgrad(
             along = jnp.minimum(jnp.vdot(cosine[j], row, precision=HIGHEST), 0)
             return row.at[j].add(jnp.where(i == j, 0, -along))
 
-        rows = surgery(project, jnp.eye(layout.size, dtype=layout.dtype), order_key)
+        rows = surgery(project, jnp.eye(spec.size, dtype=spec.dtype), order_key)
         weights = weights_of_rows(rows, norms)
         if reduction == "mean":
-            weights = weights / layout.count
+            weights = weights / spec.count
         return weights, PCGradState(following)
 
-    return make_weighting(lambda layout: PCGradState(key), update, needs=("gramian",))
+    return make_weighting(lambda spec: PCGradState(key), update, needs=("gramian",))

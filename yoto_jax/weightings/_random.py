@@ -6,7 +6,7 @@ import jax
 
 from yoto_jax._checks import as_key
 from yoto_jax._serialization import serializable_state
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 
 
 @serializable_state
@@ -50,15 +50,15 @@ def random(key: jax.Array | int = 0) -> LossWeighting:
       losses to compare with a plain sum of the losses.
     """
 
-    def init(layout: Layout) -> RandomState:
+    def init(spec: LossSpec) -> RandomState:
         # A key of its own: the caller's may be donated with the state otherwise.
         return RandomState(jax.random.fold_in(as_key(key), 0))
 
     def update(
-        losses: jax.Array, inner: RandomState, layout: Layout
+        losses: jax.Array, inner: RandomState, spec: LossSpec
     ) -> tuple[jax.Array, RandomState]:
         key, draw = jax.random.split(inner.key)
-        normals = jax.random.normal(draw, losses.shape, layout.dtype)
-        return layout.softmax(normals), RandomState(key)
+        normals = jax.random.normal(draw, losses.shape, spec.dtype)
+        return spec.softmax(normals), RandomState(key)
 
-    return make_weighting(init, update, first_weights=Layout.equal)
+    return make_weighting(init, update, first_weights=LossSpec.equal)

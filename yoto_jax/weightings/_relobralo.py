@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from yoto_jax._checks import as_key, check_fraction, check_not_negative, check_positive
 from yoto_jax._serialization import serializable_state
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 from yoto_jax.weightings._bounds import LARGEST_RATIO
 
 
@@ -83,31 +83,31 @@ def relobralo(
     check_positive(temperature=temperature)
     check_not_negative(eps=eps)
 
-    def init(layout: Layout) -> RelobraloState:
+    def init(spec: LossSpec) -> RelobraloState:
         return RelobraloState(
-            last_weights=layout.full(1.0),
-            first_losses=layout.full(1.0),
-            last_losses=layout.full(1.0),
-            num_seen=jnp.zeros((layout.size,), jnp.int32),
+            last_weights=spec.full(1.0),
+            first_losses=spec.full(1.0),
+            last_losses=spec.full(1.0),
+            num_seen=jnp.zeros((spec.size,), jnp.int32),
             # A key of its own: the caller's may be donated with the state otherwise.
             key=jax.random.fold_in(as_key(key), 0),
         )
 
-    def balance(losses: jax.Array, earlier: jax.Array, layout: Layout) -> jax.Array:
+    def balance(losses: jax.Array, earlier: jax.Array, spec: LossSpec) -> jax.Array:
         ratios = jnp.minimum(losses / (temperature * earlier + eps), LARGEST_RATIO)
-        return layout.count * layout.softmax(ratios)
+        return spec.count * spec.softmax(ratios)
 
     def update(
-        losses: jax.Array, inner: RelobraloState, layout: Layout
+        losses: jax.Array, inner: RelobraloState, spec: LossSpec
     ) -> tuple[jax.Array, RelobraloState]:
         key, draw = jax.random.split(inner.key)
-        keep = jax.random.bernoulli(draw, jnp.asarray(beta, layout.dtype))
+        keep = jax.random.bernoulli(draw, jnp.asarray(beta, spec.dtype))
         is_first = inner.num_seen == 0
         first = jnp.where(is_first, losses, inner.first_losses)
         last = jnp.where(is_first, losses, inner.last_losses)
-        past = jnp.where(keep, inner.last_weights, balance(losses, first, layout))
+        past = jnp.where(keep, inner.last_weights, balance(losses, first, spec))
         decay = jnp.where(inner.num_seen == 1, 0.0, alpha)
-        recent = balance(losses, last, layout)
+        recent = balance(losses, last, spec)
         weights = decay * past + (1.0 - decay) * recent
 
         weights = jnp.where(is_first, 1.0, weights)

@@ -36,7 +36,7 @@ def scale_invariant() -> LossWeighting:
       The weight of a loss grows without bound as the loss goes to 0.
     """
     return make_weighting(
-        lambda layout: (),
-        lambda losses, inner, layout: (1.0 / losses, inner),
+        lambda spec: (),
+        lambda losses, inner, spec: (1.0 / losses, inner),
         positive=True,
     )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from yoto_jax._checks import check_not_negative
 from yoto_jax._serialization import serializable_state
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 from yoto_jax.weightings._bounds import LARGEST_RATIO
 
 
@@ -78,11 +78,11 @@ def softadapt(
         raise ValueError(f"form must be 'ratio' or 'difference', got {form!r}.")
     check_not_negative(eps=eps)
 
-    def init(layout: Layout) -> SoftAdaptState:
-        return SoftAdaptState(layout.full(1.0), jnp.zeros((layout.size,), jnp.bool_))
+    def init(spec: LossSpec) -> SoftAdaptState:
+        return SoftAdaptState(spec.full(1.0), jnp.zeros((spec.size,), jnp.bool_))
 
     def update(
-        losses: jax.Array, inner: SoftAdaptState, layout: Layout
+        losses: jax.Array, inner: SoftAdaptState, spec: LossSpec
     ) -> tuple[jax.Array, SoftAdaptState]:
         if form == "ratio":
             change = jnp.minimum(losses / (inner.last_losses + eps), LARGEST_RATIO)
@@ -93,8 +93,8 @@ def softadapt(
         exponents = beta * change
         if loss_weighted:
             exponents += jnp.log(losses)
-        softmax = layout.count * layout.softmax(exponents)
-        some = jnp.any(layout.of_present(inner.has_last, False))
+        softmax = spec.count * spec.softmax(exponents)
+        some = jnp.any(spec.of_present(inner.has_last, False))
         weights = jnp.where(some, softmax, 1.0)
         return weights, SoftAdaptState(losses, jnp.ones_like(inner.has_last))
 

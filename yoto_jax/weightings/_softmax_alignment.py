@@ -13,7 +13,7 @@ from yoto_jax._numerics import running_mean
 from yoto_jax._optimizers import adamw
 from yoto_jax._serialization import serializable_state
 from yoto_jax._solvers import cosines, dot, safe_divide
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 from yoto_jax.weightings._inner_optimizer import descend, init_each
 
 
@@ -24,7 +24,7 @@ class SoftmaxAlignmentState(NamedTuple):
     mu: LossLogits  # of the K losses
     cosines: jax.Array  # (K + 1, K + 1), running mean of those between all gradients
     gradient_norms: jax.Array  # (K + 1,), running means
-    optimizer: optax.OptState  # with counters for each loss
+    opt_state: optax.OptState  # with counters for each loss
     num_seen: jax.Array  # int32 (K + 1, K + 1), batches with both gradients
     num_batches: jax.Array  # int32 (K + 1,), batches with that loss
 
@@ -98,28 +98,28 @@ def softmax_alignment(
         """Of all so far, until that is as long as the mean with decay."""
         return running_mean(old, x, count, decay / (1 - decay), decay)
 
-    def logits(layout: Layout) -> LossLogits:
-        layout.check_others("softmax_alignment")
-        _, others = layout.apart(downstream)
-        relative = list(layout.vector("epsilon", epsilon)[others])
-        zeros = [jnp.zeros((), layout.dtype)] * len(others)
+    def logits(spec: LossSpec) -> LossLogits:
+        spec.check_others("softmax_alignment")
+        _, others = spec.apart(downstream)
+        relative = list(spec.vector("epsilon", epsilon)[others])
+        zeros = [jnp.zeros((), spec.dtype)] * len(others)
         mu = init_loss_logits(zeros, None, relative)
-        return jax.tree.map(lambda x: x.astype(layout.dtype), mu)
+        return jax.tree.map(lambda x: x.astype(spec.dtype), mu)
 
-    def weights(mu: LossLogits, layout: Layout) -> jax.Array:
-        _, others = layout.apart(downstream)
-        values = layout.full(0.0).at[others].set(jnp.stack(loss_weights(mu)))
-        if layout.present is None:
+    def weights(mu: LossLogits, spec: LossSpec) -> jax.Array:
+        _, others = spec.apart(downstream)
+        values = spec.full(0.0).at[others].set(jnp.stack(loss_weights(mu)))
+        if spec.present is None:
             return values
-        return safe_divide(values, layout.sum(values))
+        return safe_divide(values, spec.sum(values))
 
-    def init(layout: Layout) -> SoftmaxAlignmentState:
-        mu: Any = logits(layout)
-        n = layout.size
+    def init(spec: LossSpec) -> SoftmaxAlignmentState:
+        mu: Any = logits(spec)
+        n = spec.size
         return SoftmaxAlignmentState(
             mu,
-            jnp.zeros((n, n), layout.dtype),
-            layout.full(0.0),
+            jnp.zeros((n, n), spec.dtype),
+            spec.full(0.0),
             init_each(tx, mu),
             jnp.zeros((n, n), jnp.int32),
             jnp.zeros((n,), jnp.int32),
@@ -128,12 +128,12 @@ def softmax_alignment(
     def update(
         losses: jax.Array,
         inner: SoftmaxAlignmentState,
-        layout: Layout,
+        spec: LossSpec,
         *,
         gramian: jax.Array,
     ) -> tuple[jax.Array, SoftmaxAlignmentState]:
         del losses
-        place, others = layout.apart(downstream)
+        place, others = spec.apart(downstream)
         seen, norms = cosines(gramian)
         some = (norms > 0)[:, None] & (norms > 0)[None, :]
         angles = mean(inner.cosines, seen, inner.num_seen)
@@ -141,27 +141,27 @@ def softmax_alignment(
         nu = mean(inner.gradient_norms, norms, inner.num_batches)
 
         def objective(mu: LossLogits) -> jax.Array:
-            share = jnp.stack(loss_weights(mu)) * layout.of_present(nu)[others]
+            share = jnp.stack(loss_weights(mu)) * spec.of_present(nu)[others]
             share = safe_divide(share, jnp.sum(share))
             squared = dot(share, dot(angles[others][:, others], share))
-            rounding = jnp.finfo(layout.dtype).eps
+            rounding = jnp.finfo(spec.dtype).eps
             length = jnp.sqrt(jnp.maximum(squared, rounding))
             return -dot(share, angles[others, place]) / length
 
         slope = jax.grad(objective)(inner.mu)
         moves = jnp.full((len(others),), norms[place] > 0)
         there = None
-        if layout.present is not None:
-            moves &= layout.present[others]
-            there = [layout.present[k] for k in others]
-        mu, optimizer = descend(
-            tx, slope, inner.optimizer, inner.mu, moves, present=there
+        if spec.present is not None:
+            moves &= spec.present[others]
+            there = [spec.present[k] for k in others]
+        mu, opt_state = descend(
+            tx, slope, inner.opt_state, inner.mu, moves, present=there
         )
-        return weights(inner.mu, layout), SoftmaxAlignmentState(
+        return weights(inner.mu, spec), SoftmaxAlignmentState(
             mu,
             angles,
             nu,
-            optimizer,
+            opt_state,
             inner.num_seen + some.astype(jnp.int32),
             inner.num_batches + 1,
         )
@@ -171,5 +171,5 @@ def softmax_alignment(
         update,
         needs=("gramian",),
         downstream=downstream,
-        first_weights=lambda layout: weights(logits(layout), layout),
+        first_weights=lambda spec: weights(logits(spec), spec),
     )

@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 
 from yoto_jax._losses import PyTree
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 
 
 def static(weights: PyTree) -> LossWeighting:
@@ -36,15 +36,15 @@ def static(weights: PyTree) -> LossWeighting:
     """
 
     def update(
-        losses: jax.Array, inner: tuple[()], layout: Layout
+        losses: jax.Array, inner: tuple[()], spec: LossSpec
     ) -> tuple[jax.Array, tuple[()]]:
         del losses
-        return layout.vector("weights", weights), inner
+        return spec.vector("weights", weights), inner
 
     return make_weighting(
-        lambda layout: (),
+        lambda spec: (),
         update,
-        first_weights=lambda layout: layout.vector("weights", weights),
+        first_weights=lambda spec: spec.vector("weights", weights),
     )
 
 
@@ -76,11 +76,11 @@ def equal(reduction: Literal["mean", "sum"] = "mean") -> LossWeighting:
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
 
-    def weight(layout: Layout) -> jax.Array:
-        return layout.equal() if reduction == "mean" else layout.full(1.0)
+    def weight(spec: LossSpec) -> jax.Array:
+        return spec.equal() if reduction == "mean" else spec.full(1.0)
 
     return make_weighting(
-        lambda layout: (),
-        lambda losses, inner, layout: (weight(layout), inner),
+        lambda spec: (),
+        lambda losses, inner, spec: (weight(spec), inner),
         first_weights=weight,
     )

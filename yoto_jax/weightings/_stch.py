@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from yoto_jax._checks import check_not_negative, check_positive
 from yoto_jax._losses import PyTree
 from yoto_jax._serialization import serializable_state
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 
 
 @serializable_state
@@ -97,42 +97,42 @@ def stch(
 
 
 def _linear(smoothing: float, preference: PyTree, ideal: PyTree) -> LossWeighting:
-    def preferences(layout: Layout) -> jax.Array:
-        return layout.preference(preference)
+    def preferences(spec: LossSpec) -> jax.Array:
+        return spec.preference(preference)
 
-    def ideals(layout: Layout) -> jax.Array:
-        return layout.vector("ideal", ideal)
+    def ideals(spec: LossSpec) -> jax.Array:
+        return spec.vector("ideal", ideal)
 
-    def init(layout: Layout) -> tuple[()]:
-        ideals(layout)  # To be told now if they do not fit.
+    def init(spec: LossSpec) -> tuple[()]:
+        ideals(spec)  # To be told now if they do not fit.
         return ()
 
     def update(
-        losses: jax.Array, inner: tuple[()], layout: Layout
+        losses: jax.Array, inner: tuple[()], spec: LossSpec
     ) -> tuple[jax.Array, tuple[()]]:
-        p = preferences(layout)
-        distances = p * (losses - ideals(layout))
-        return p * layout.softmax(distances / smoothing), inner
+        p = preferences(spec)
+        distances = p * (losses - ideals(spec))
+        return p * spec.softmax(distances / smoothing), inner
 
     return make_weighting(
         init,
         update,
-        first_weights=lambda layout: preferences(layout) / layout.size,
+        first_weights=lambda spec: preferences(spec) / spec.size,
     )
 
 
 def _logarithmic(smoothing: float, warmup: int) -> LossWeighting:
-    def init(layout: Layout) -> StchState:
-        return StchState(layout.full(0.0), jnp.zeros((layout.size,), jnp.int32))
+    def init(spec: LossSpec) -> StchState:
+        return StchState(spec.full(0.0), jnp.zeros((spec.size,), jnp.int32))
 
     def update(
-        losses: jax.Array, inner: StchState, layout: Layout
+        losses: jax.Array, inner: StchState, spec: LossSpec
     ) -> tuple[jax.Array, StchState]:
         logs, count = jnp.log(losses), inner.warmup_count
         nadir = jnp.where(count > 0, inner.warmup_sum / jnp.maximum(count, 1), 1.0)
-        shares = layout.log_softmax((logs - jnp.log(nadir)) / smoothing)
+        shares = spec.log_softmax((logs - jnp.log(nadir)) / smoothing)
         warm = count < warmup
-        weights = jnp.where(warm, 1.0, layout.count * jnp.exp(shares)) / losses
+        weights = jnp.where(warm, 1.0, spec.count * jnp.exp(shares)) / losses
         return weights, StchState(
             warmup_sum=inner.warmup_sum + jnp.where(warm, losses, 0.0),
             warmup_count=count + warm.astype(jnp.int32),

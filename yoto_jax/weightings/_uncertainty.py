@@ -8,7 +8,7 @@ import optax
 
 from yoto_jax._losses import PyTree, listed
 from yoto_jax._serialization import serializable_state
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 from yoto_jax.weightings._bounds import LOG_LIMIT
 from yoto_jax.weightings._inner_optimizer import descend, init_each
 
@@ -20,7 +20,7 @@ class UncertaintyState(NamedTuple):
     """What :func:`uncertainty` has learned."""
 
     log_variances: jax.Array  # (K,)
-    optimizer: optax.OptState  # with counters for each loss
+    opt_state: optax.OptState  # with counters for each loss
 
 
 def uncertainty(
@@ -81,26 +81,26 @@ def uncertainty(
     """
     tx = optax.adam(0.025) if optimizer is None else optimizer
 
-    def variances(layout: Layout) -> jax.Array:
-        return jnp.clip(layout.vector("initial", initial), -LOG_LIMIT, LOG_LIMIT)
+    def variances(spec: LossSpec) -> jax.Array:
+        return jnp.clip(spec.vector("initial", initial), -LOG_LIMIT, LOG_LIMIT)
 
-    def weights(log_variances: jax.Array, layout: Layout) -> jax.Array:
-        return _factors(kind, layout) * jnp.exp(-log_variances)
+    def weights(log_variances: jax.Array, spec: LossSpec) -> jax.Array:
+        return _factors(kind, spec) * jnp.exp(-log_variances)
 
-    def init(layout: Layout) -> UncertaintyState:
-        log_variances = variances(layout)
+    def init(spec: LossSpec) -> UncertaintyState:
+        log_variances = variances(spec)
         return UncertaintyState(log_variances, init_each(tx, log_variances))
 
     def update(
-        losses: jax.Array, inner: UncertaintyState, layout: Layout
+        losses: jax.Array, inner: UncertaintyState, spec: LossSpec
     ) -> tuple[jax.Array, UncertaintyState]:
-        used = weights(inner.log_variances, layout)
+        used = weights(inner.log_variances, spec)
         log_variances, state = descend(
             tx,
             0.5 - used * losses,
-            inner.optimizer,
+            inner.opt_state,
             inner.log_variances,
-            layout.present,
+            spec.present,
         )
         log_variances = jnp.clip(log_variances, -LOG_LIMIT, LOG_LIMIT)
         return used, UncertaintyState(log_variances, state)
@@ -109,24 +109,24 @@ def uncertainty(
         init,
         update,
         positive=True,
-        first_weights=lambda layout: weights(variances(layout), layout),
+        first_weights=lambda spec: weights(variances(spec), spec),
     )
 
 
-def _factors(kind: Any, layout: Layout) -> jax.Array:
+def _factors(kind: Any, spec: LossSpec) -> jax.Array:
     """The constant in front of every loss."""
     kinds: list[Any] = []
     if isinstance(kind, str):
-        kinds = [kind] * layout.size
-    elif isinstance(kind, dict) and set(kind) == set(layout.names):
-        kinds = [kind[name] for name in layout.names]
-    elif jax.tree.structure(kind) == layout.structure:
+        kinds = [kind] * spec.size
+    elif isinstance(kind, dict) and set(kind) == set(spec.names):
+        kinds = [kind[name] for name in spec.names]
+    elif jax.tree.structure(kind) == spec.structure:
         kinds = jax.tree.leaves(kind)
     elif isinstance(kind, list | tuple):
         kinds = list(kind)
-    if len(kinds) != layout.size or any(k not in list(_FACTORS) for k in kinds):
+    if len(kinds) != spec.size or any(k not in list(_FACTORS) for k in kinds):
         raise ValueError(
             "kind must be 'regression' or 'classification', or one of them for each "
-            f"loss ({listed(layout.names)}), got {kind!r}."
+            f"loss ({listed(spec.names)}), got {kind!r}."
         )
-    return jnp.asarray([_FACTORS[k] for k in kinds], layout.dtype)
+    return jnp.asarray([_FACTORS[k] for k in kinds], spec.dtype)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from yoto_jax._checks import check_not_negative
 from yoto_jax._losses import PyTree
 from yoto_jax._solvers import solve_axis_qps, unit_trace
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 
 
 def upgrad(preference: PyTree = None, *, regularization: float = 1e-4) -> LossWeighting:
@@ -51,17 +51,17 @@ def upgrad(preference: PyTree = None, *, regularization: float = 1e-4) -> LossWe
     """
     check_not_negative(regularization=regularization)
 
-    def preferred(layout: Layout) -> jax.Array:
-        return layout.preference(preference)
+    def preferred(spec: LossSpec) -> jax.Array:
+        return spec.preference(preference)
 
     def update(
-        losses: jax.Array, inner: tuple[()], layout: Layout, *, gramian: jax.Array
+        losses: jax.Array, inner: tuple[()], spec: LossSpec, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
         del losses
-        eye = jnp.eye(layout.size, dtype=layout.dtype)
+        eye = jnp.eye(spec.size, dtype=spec.dtype)
         matrix = unit_trace(gramian) + regularization * eye
-        return jnp.sum(solve_axis_qps(matrix, preferred(layout)), axis=0), inner
+        return jnp.sum(solve_axis_qps(matrix, preferred(spec)), axis=0), inner
 
     return make_weighting(
-        lambda layout: (), update, needs=("gramian",), first_weights=preferred
+        lambda spec: (), update, needs=("gramian",), first_weights=preferred
     )

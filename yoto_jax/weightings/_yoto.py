@@ -10,7 +10,7 @@ from yoto_jax._loss_logits import LossLogits, init_loss_logits, loss_weights
 from yoto_jax._losses import PyTree
 from yoto_jax._optimizers import adamw
 from yoto_jax._serialization import serializable_state
-from yoto_jax._weighting import Layout, LossWeighting, make_weighting
+from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 from yoto_jax.weightings._inner_optimizer import descend, init_each
 
 
@@ -19,7 +19,7 @@ class YotoState(NamedTuple):
     """What :func:`yoto` has learned."""
 
     mu: LossLogits  # (K,) logits, primary loss left out
-    optimizer: optax.OptState  # with counters for each loss
+    opt_state: optax.OptState  # with counters for each loss
 
 
 def yoto(
@@ -67,30 +67,30 @@ def yoto(
     """
     tx = adamw(1e-3) if optimizer is None else optimizer
 
-    def logits(layout: Layout) -> LossLogits:
-        losses = layout.structure.unflatten([layout.full(0.0)[0]] * layout.size)
+    def logits(spec: LossSpec) -> LossLogits:
+        losses = spec.structure.unflatten([spec.full(0.0)[0]] * spec.size)
         mu = init_loss_logits(losses, primary, epsilon)
-        return jax.tree.map(lambda x: x.astype(layout.dtype), mu)
+        return jax.tree.map(lambda x: x.astype(spec.dtype), mu)
 
-    def init(layout: Layout) -> YotoState:
-        mu: Any = logits(layout)
+    def init(spec: LossSpec) -> YotoState:
+        mu: Any = logits(spec)
         return YotoState(mu, init_each(tx, mu))
 
-    def weights(mu: LossLogits, layout: Layout) -> jax.Array:
-        values = layout.vector("weights", loss_weights(mu))
-        return values if layout.present is None else values / layout.sum(values)
+    def weights(mu: LossLogits, spec: LossSpec) -> jax.Array:
+        values = spec.vector("weights", loss_weights(mu))
+        return values if spec.present is None else values / spec.sum(values)
 
     def update(
-        losses: jax.Array, inner: YotoState, layout: Layout
+        losses: jax.Array, inner: YotoState, spec: LossSpec
     ) -> tuple[jax.Array, YotoState]:
-        tree: Any = layout.structure.unflatten(list(losses))
-        there = layout.presence
+        tree: Any = spec.structure.unflatten(list(losses))
+        there = spec.presence
         slope = jax.grad(composite_loss, argnums=1)(tree, inner.mu, present=there)
         mu, state = descend(
-            tx, slope, inner.optimizer, inner.mu, layout.present, present=there
+            tx, slope, inner.opt_state, inner.mu, spec.present, present=there
         )
-        return weights(inner.mu, layout), YotoState(mu, state)
+        return weights(inner.mu, spec), YotoState(mu, state)
 
     return make_weighting(
-        init, update, first_weights=lambda layout: weights(logits(layout), layout)
+        init, update, first_weights=lambda spec: weights(logits(spec), spec)
     )
