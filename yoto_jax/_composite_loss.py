@@ -63,9 +63,7 @@ def composite_loss(
             "composite_loss takes the logits of one run, of shape (K,); got shape "
             f"{mu.learned.shape}. Use vmap over losses and logits together."
         )
-    # Python floats take the dtype of the others, as everywhere in JAX.
-    given = [mu.learned, *(leaf for leaf in leaves if type(leaf) is not float)]
-    dtype = float_type(given)
+    dtype = float_type([mu.learned, *leaves])
     values = [jnp.asarray(leaf, dtype) for leaf in leaves]
     mask = present_in_order(present, mu)
     if mask is not None:

@@ -31,8 +31,13 @@ def upcast(x: jax.Array) -> jax.Array:
 
 
 def float_type(values: Iterable[Any]) -> Any:
-    """float64 if one of the values (numbers, arrays, dtypes) is, else float32."""
-    wide = jnp.float64 in map(jax.dtypes.result_type, values)
+    """float64 if one of the values (numbers, arrays, dtypes) is, else float32.
+
+    A Python number takes the dtype of its company: it counts only if all are such.
+    """
+    values = list(values)
+    typed = [x for x in values if type(x) not in (bool, int, float)]
+    wide = jnp.float64 in map(jax.dtypes.result_type, typed or values)
     return jnp.float64 if wide else jnp.float32
 
 

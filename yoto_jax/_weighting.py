@@ -22,7 +22,7 @@ from yoto_jax._losses import (
     split,
     stack_present,
 )
-from yoto_jax._numerics import all_finite, where_rows
+from yoto_jax._numerics import all_finite, float_type, where_rows
 from yoto_jax._serialization import serializable_state
 
 GRADIENT_STATISTICS = ("gramian", "norms", "max_abs", "mean_abs")
@@ -241,23 +241,7 @@ def make_weighting(
     """
     statistics_needed = tuple(name for name in needs if name != "losses")
 
-    @functools.lru_cache(maxsize=16)
-    def expected(structure: Any, dtype: Any) -> Any:
-        shapes = jax.eval_shape(lambda: init(LossSpec(structure, dtype)))
-        return jax.tree.structure(shapes)
-
-    def check(state: Any) -> None:
-        """Raise unless ``init`` made this state."""
-        check_state(state, WeightingState)
-        spec = _spec_of(state)
-        wanted = expected(spec.structure, spec.dtype)
-        if jax.tree.structure(state.inner) != wanted:
-            raise TypeError(
-                "state is that of another weighting: expected "
-                f"{wanted} in its field inner, got "
-                f"{jax.tree.structure(state.inner)}. Take it from the init of the "
-                "weighting that is updated."
-            )
+    check = _state_check(init)
 
     def init_fn(losses: PyTree) -> WeightingState:
         spec = _spec(losses)
@@ -334,14 +318,34 @@ def check_state(state: Any, kind: type) -> None:
         )
 
 
+def _state_check(init: Callable[[LossSpec], Any]) -> Callable[[Any], None]:
+    """A function that raises unless this ``init`` made a state."""
+
+    @functools.lru_cache(maxsize=16)
+    def expected(structure: Any, dtype: Any) -> Any:
+        shapes = jax.eval_shape(lambda: init(LossSpec(structure, dtype)))
+        return jax.tree.structure(shapes)
+
+    def check(state: Any) -> None:
+        check_state(state, WeightingState)
+        spec = _spec_of(state)
+        wanted = expected(spec.structure, spec.dtype)
+        if jax.tree.structure(state.inner) != wanted:
+            raise TypeError(
+                "state is that of another weighting: expected "
+                f"{wanted} in its field inner, got "
+                f"{jax.tree.structure(state.inner)}. Take it from the init of the "
+                "weighting that is updated."
+            )
+
+    return check
+
+
 def _spec(losses: PyTree) -> LossSpec:
     _, leaves, structure = scalar_losses(losses)
     if not leaves:
         raise ValueError("losses has no leaves: there is nothing to weigh.")
-    typed = [leaf for leaf in leaves if not isinstance(leaf, float)]
-    dtypes = [jax.dtypes.result_type(leaf) for leaf in typed or leaves]
-    wide = jnp.float64 in dtypes
-    return LossSpec(structure, jnp.dtype(jnp.float64 if wide else jnp.float32))
+    return LossSpec(structure, jnp.dtype(float_type(leaves)))
 
 
 def _spec_of(state: WeightingState) -> LossSpec:

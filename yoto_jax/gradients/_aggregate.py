@@ -1,6 +1,7 @@
 """The weightings as a link of an Optax chain, over stacked per-loss gradients."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -63,7 +64,6 @@ def aggregate(
     """
     if isinstance(losses, int):
         losses = (0.0,) * losses
-    count = jax.tree.structure(losses).num_leaves
     names = loss_names(jax.tree.structure(losses))
     asked = [name for name in weighting.needs if name in GRADIENT_STATISTICS]
     aligned = "alignment" in weighting.needs
@@ -82,13 +82,7 @@ def aggregate(
         **extra_args: Any,
     ) -> tuple[PyTree, Any]:
         del params
-        for path, leaf in jax.tree.leaves_with_path(updates):
-            if leaf.shape[:1] != (count,):
-                raise ValueError(
-                    f"update{jax.tree_util.keystr(path)} must have a leading axis of "
-                    f"length {count}, one entry for each of the losses "
-                    f"{listed(names)}, got shape {leaf.shape}."
-                )
+        _check_rows(updates, names)
         if losses is None:
             if "losses" in weighting.needs:
                 raise ValueError(
@@ -113,6 +107,17 @@ def aggregate(
         return found | {"alignment": found["gramian"][position]}
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_rows(updates: PyTree, names: Sequence[str]) -> None:
+    """Raise unless every array has one row for each loss."""
+    for path, leaf in jax.tree.leaves_with_path(updates):
+        if leaf.shape[:1] != (len(names),):
+            raise ValueError(
+                f"update{jax.tree_util.keystr(path)} must have a leading axis of "
+                f"length {len(names)}, one entry for each of the losses "
+                f"{listed(names)}, got shape {leaf.shape}."
+            )
 
 
 def _present_rows(present: jax.Array, rows: jax.Array) -> jax.Array:
