@@ -21,10 +21,7 @@ from yoto_jax._digests import digests
 
 ocp = pytest.importorskip("orbax.checkpoint")
 
-from yoto_jax.checkpoints import (  # noqa: E402
-    CheckpointError,
-    Checkpoints,
-)
+from yoto_jax.checkpoints import CheckpointError, Checkpoints  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -544,11 +541,11 @@ def test_folders_of_others(copied, tmp_path):
 
 def rewrite(folder, **changes):
     """Change a record as a program that knows its digest would."""
-    from yoto_jax.checkpoints import _digest
+    from yoto_jax.checkpoints._record import digest_of
 
     path = folder / "record" / "metadata"
     record = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps(record | {"digest": _digest(record)}))
+    path.write_text(json.dumps(record | {"digest": digest_of(record)}))
 
 
 def test_a_newer_format_is_refused(copied):

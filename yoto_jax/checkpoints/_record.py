@@ -1,0 +1,179 @@
+"""What is stored of a state: its arrays, and a record of what they are."""
+
+import hashlib
+import importlib.metadata
+import json
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+import yoto_jax
+from yoto_jax._digests import digests
+from yoto_jax._loss_logits import LossLogits
+from yoto_jax._losses import PyTree, loss_names
+from yoto_jax._weighting import WeightingState
+from yoto_jax.checkpoints._errors import CheckpointError, reason_of, some_of
+
+FORMAT = "yoto_jax checkpoint"
+VERSION = 1
+"""Of the record. A checkpoint of a newer version is refused."""
+
+ARRAYS = "arrays"
+"""A part of a checkpoint, a folder with the arrays."""
+RECORD = "record"
+"""A part of a checkpoint, a folder with a JSON file "metadata"."""
+
+
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by their paths, such as ``"params/mu/learned"``."""
+    flat = jax.tree.leaves_with_path(tree)
+    keystr = jax.tree_util.keystr
+    names = [keystr(path, simple=True, separator="/") or "state" for path, _ in flat]
+    if len(set(names)) < len(names):  # {"a/b": ..., "a": {"b": ...}}
+        names = [keystr(path) for path, _ in flat]
+    if len(set(names)) < len(names):
+        twice = {name for name in names if names.count(name) > 1}
+        raise ValueError(f"two leaves have the same path: {some_of(sorted(twice))}.")
+    return dict(zip(names, (leaf for _, leaf in flat), strict=True))
+
+
+class Kind(NamedTuple):
+    """What a leaf is."""
+
+    shape: tuple[int, ...]
+    dtype: str  # "python int" and the like for Python's numbers
+
+
+def holds_key(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def is_abstract(x: Any) -> bool:
+    return isinstance(x, jax.ShapeDtypeStruct)
+
+
+def kind_of(name: str, x: Any, *, abstract: bool = False) -> Kind:
+    if isinstance(x, bool | int | float | complex) and not isinstance(x, np.generic):
+        return Kind((), f"python {type(x).__name__}")
+    if is_abstract(x) and not abstract:
+        raise TypeError(f"{name!r} is a shape without an array.")
+    if isinstance(x, jax.core.Tracer):
+        raise TypeError(f"{name!r} is a tracer: checkpoints are made outside of jit.")
+    if not isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
+        raise TypeError(f"{name!r} is a {type(x).__name__}, not an array.")
+    if holds_key(x):
+        return Kind(x.shape, str(x.dtype))
+    if not (jnp.issubdtype(x.dtype, jnp.number) or x.dtype == np.bool_):
+        raise TypeError(f"{name!r} is an array of {x.dtype}, not of numbers.")
+    return Kind(x.shape, np.dtype(x.dtype).name)
+
+
+def as_stored(name: str, x: Any) -> jax.Array | np.ndarray:
+    """A leaf as Orbax gets it: numbers alone, and nothing that may change later."""
+    if kind_of(name, x).dtype.startswith("python "):
+        x = np.asarray(x)
+        if x.dtype == object:
+            raise TypeError(f"{name!r} is an integer of more than 64 bits.")
+    if holds_key(x):
+        x = jax.random.key_data(x)
+    if not isinstance(x, jax.Array):
+        return np.array(x, dtype=x.dtype.newbyteorder("="))
+    if jax.process_count() > 1 and x.is_fully_addressable:
+        return np.array(x)
+    return x
+
+
+def with_entries(arrays: dict[str, Any]) -> dict[str, Any]:
+    """The arrays that have entries: Orbax cannot store others."""
+    return {name: x for name, x in arrays.items() if x.size}
+
+
+def losses_of(tree: PyTree, place: str = "") -> dict[str, dict[str, Any]]:
+    """The losses of all loss logits and weighting states in a tree, in their order."""
+    if isinstance(tree, LossLogits):
+        primary = None if tree.primary is None else tree.names[tree.primary]
+        return {place: {"names": list(tree.names), "primary": primary}}
+    if isinstance(tree, WeightingState):
+        names = loss_names(jax.tree.structure(tree.loss_weights))
+        return {
+            place: {"names": list(names)},
+            **losses_of(tree.inner, f"{place}/inner".strip("/")),
+        }
+    found: dict[str, dict[str, Any]] = {}
+    ours = lambda x: isinstance(x, LossLogits | WeightingState)
+    for path, x in jax.tree.leaves_with_path(tree, is_leaf=ours):
+        if ours(x):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            found |= losses_of(x, f"{place}/{name}".strip("/"))
+    return found
+
+
+def record_of(
+    step: int, state: PyTree, arrays: dict[str, Any], data: Any
+) -> dict[str, Any]:
+    """What is stored beside the arrays."""
+    found = digests(with_entries(arrays))
+    entries = {}
+    for name, x in named_leaves(state).items():
+        entries[name] = kind_of(name, x)._asdict() | {"digest": found.get(name)}
+        if holds_key(x):
+            entries[name]["implementation"] = str(jax.random.key_impl(x))
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": step,
+        "versions": {
+            "yoto_jax": yoto_jax.__version__,
+            "jax": jax.__version__,
+            "orbax-checkpoint": importlib.metadata.version("orbax-checkpoint"),
+        },
+        "losses": losses_of(state),
+        "arrays": entries,
+        "data": as_json(data),
+    }
+    record = json.loads(json.dumps(record))
+    return {**record, "digest": digest_of(record)}
+
+
+def as_json(data: Any) -> Any:
+    """A copy of a JSON value, which nobody can change while it is being written."""
+    try:
+        copied = json.loads(json.dumps(data, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"data must be a JSON value: {reason_of(error)}") from None
+    if copied != data:  # Tuples would become lists, integer keys text.
+        raise TypeError(
+            "data must be a JSON value, of dicts with text as keys, lists, text, "
+            f"numbers, bools and None; {copied!r} would come back."
+        )
+    return copied
+
+
+def digest_of(record: dict[str, Any]) -> str:
+    rest = {name: value for name, value in record.items() if name != "digest"}
+    text = json.dumps(rest, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_processes(path: str, arrays: dict[str, Any], record: dict[str, Any]) -> None:
+    """Raise if processes disagree on what only the first one of them writes."""
+    if jax.process_count() == 1:
+        return
+    names = [name for name, x in arrays.items() if isinstance(x, np.ndarray)]
+    parts = [record["arrays"][name] for name in names] + [record["data"]]
+    mine = [hashlib.sha256(json.dumps(x).encode()).digest() for x in parts]
+    all_of_them = multihost_utils.process_allgather(
+        np.frombuffer(b"".join(mine), np.uint8).reshape(len(mine), -1)
+    )
+    differs = (all_of_them != all_of_them[0]).any((0, 2))
+    if differs.any():
+        names = [
+            x for x, is_other in zip([*names, "data"], differs, strict=True) if is_other
+        ]
+        raise CheckpointError(
+            f"{path}: not the same in all processes: {some_of(names)}. Make it a "
+            "global array, or the same everywhere."
+        )
