@@ -1,11 +1,10 @@
 """Loss-conditional training: one model for every weighting of its losses."""
 
-from yoto_jax.conditional._distributions import Dirichlet as Dirichlet
+from yoto_jax.conditional._dirichlet import Dirichlet as Dirichlet
 from yoto_jax.conditional._distributions import Distribution as Distribution
 from yoto_jax.conditional._distributions import Fixed as Fixed
 from yoto_jax.conditional._distributions import LogUniform as LogUniform
 from yoto_jax.conditional._distributions import Uniform as Uniform
-from yoto_jax.conditional._distributions import narrow as narrow
 from yoto_jax.conditional._encoding import encode as encode
 from yoto_jax.conditional._encoding import encoding_size as encoding_size
 from yoto_jax.conditional._film import concatenate as concatenate
@@ -16,6 +15,7 @@ from yoto_jax.conditional._film import init_gate as init_gate
 from yoto_jax.conditional._film import modulate as modulate
 from yoto_jax.conditional._modulation import init_modulation as init_modulation
 from yoto_jax.conditional._modulation import modulated as modulated
+from yoto_jax.conditional._narrow import narrow as narrow
 from yoto_jax.conditional._objective import conditional_loss as conditional_loss
 from yoto_jax.conditional._objective import cosmos as cosmos
 from yoto_jax.conditional._objective import focal_loss as focal_loss

@@ -1,25 +1,30 @@
 """Distributions over loss weights: what a conditional model is trained for."""
 
-import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from yoto_jax._checks import as_key, check_integers
-from yoto_jax._losses import PyTree, check_structure, loss_names
+from yoto_jax._losses import PyTree, loss_names
 from yoto_jax._serialization import register_node
 from yoto_jax.conditional import _points
+from yoto_jax.conditional._ranges import (
+    SLACK,
+    TINY,
+    as_float32,
+    bounds_of,
+    check_grid,
+    check_weights,
+    clip,
+    is_traced,
+    say_outside,
+    say_range,
+)
 
 Method = Literal["random", "stratified", "sobol"]
-AnyBox = TypeVar("AnyBox", bound="Box")
-
-_LARGEST_GRID = 10**7
-_SLACK = 1e-4  # relative, for what rounding does to a weight at the edge of its range
-_TINY = float(np.finfo(np.float32).tiny)  # smaller numbers count as 0
 
 
 class Distribution:
@@ -124,7 +129,7 @@ class Distribution:
         """Where weights ``(..., K)``, or the nearest inside, are: from 0 to 1."""
         raise NotImplementedError
 
-    def outside(self, vectors: np.ndarray, slack: float = _SLACK) -> str:
+    def outside(self, vectors: np.ndarray, slack: float = SLACK) -> str:
         """What is wrong with weights that lie outside, or nothing."""
         raise NotImplementedError
 
@@ -142,12 +147,12 @@ class Box(Distribution):
     high: jax.Array  # [K]
 
     def __init__(self, low: PyTree, high: PyTree):
-        self.structure, lows, highs = _bounds(low, high)
+        self.structure, lows, highs = bounds_of(low, high)
         free = []
         for name, a, b in zip(self.names, lows, highs, strict=True):
-            known = not (_traced(a) or _traced(b))
+            known = not (is_traced(a) or is_traced(b))
             if known:
-                a, b = _float32(a), _float32(b)
+                a, b = as_float32(a), as_float32(b)
                 self._check_range(name, a, b)
             free.append(not known or a != b)
         self.free = tuple(free)
@@ -170,7 +175,7 @@ class Box(Distribution):
 
     def __repr__(self) -> str:
         ranges = ", ".join(
-            f"{name or 'loss'}={_range(self.low, self.high, k)}"
+            f"{name or 'loss'}={say_range(self.low, self.high, k)}"
             for k, name in enumerate(self.names)
         )
         return f"{type(self).__name__}({ranges})"
@@ -217,21 +222,21 @@ class Box(Distribution):
         above = self._scale(self.nearest(vectors)) - start
         return jnp.where(wide, above / jnp.where(wide, end - start, 1), 0.0)
 
-    def outside(self, vectors: np.ndarray, slack: float = _SLACK) -> str:
+    def outside(self, vectors: np.ndarray, slack: float = SLACK) -> str:
         low, high = (np.asarray(x, np.float64) for x in self.bounds())
         found = vectors.reshape(-1, len(low))
         inside = (found >= low * (1 - slack)) & (found <= high * (1 + slack))
         if inside.all():
             return ""
         row, k = np.argwhere(~inside)[0]
-        return _outside(found[row, k], self.names[k], low[k], high[k])
+        return say_outside(found[row, k], self.names[k], low[k], high[k])
 
     def _draw(self, key: jax.Array, draws: int, method: str) -> jax.Array:
         return self.at(self._spread(_points.draw(key, draws, sum(self.free), method)))
 
     def _lattice(self, n: int) -> jax.Array:
         varying = sum(self.free)
-        _check_grid(n**varying, "sobol")
+        check_grid(n**varying, "sobol")
         digits = n ** np.arange(varying)[::-1]
         steps = np.arange(n**varying)[:, None] // digits[None] % n
         return self.at(self._spread(jnp.asarray(steps / (n - 1), jnp.float32)))
@@ -294,7 +299,7 @@ class LogUniform(Box):
 
     @staticmethod
     def _check_range(name: str, low: float, high: float) -> None:
-        if not _TINY <= low <= high < math.inf:
+        if not TINY <= low <= high < math.inf:
             raise ValueError(
                 f"the weight of loss {name!r} needs 0 < low <= high, both finite in "
                 f"float32; got low = {low:g}, high = {high:g}."
@@ -366,249 +371,5 @@ class Fixed(Box):
         return self.low, self.low
 
 
-@jax.tree_util.register_pytree_with_keys_class
-class Dirichlet(Distribution):
-    r"""Loss weights that sum to 1.
-
-    .. math::
-      \lambda \sim \mathrm{Dir}(\alpha), \quad \lambda_i \ge 0, \quad
-      \sum_i \lambda_i = 1
-
-    Args:
-      concentration: A tree like the losses, of the :math:`\alpha_i` (positive). All 1
-        is uniform; larger ones draw balanced weights, smaller ones the corners.
-
-    Raises:
-      ValueError: Fewer than two losses, or a concentration that is not positive and
-        finite.
-
-    Examples:
-      >>> from yoto_jax import conditional
-      >>> preferences = conditional.Dirichlet({"left": 1.2, "right": 1.2})
-      >>> print(preferences.grid(3)["left"])
-      [0.  0.5 1. ]
-
-    References:
-      Ruchte and Grabocka, `Scalable Pareto Front Approximation for Deep Multi-Objective
-      Learning <https://arxiv.org/abs/2103.13392>`_, 2021.
-    """
-
-    concentration: jax.Array
-
-    def __init__(self, concentration: PyTree):
-        self.structure = jax.tree.structure(concentration)
-        leaves = jax.tree.leaves(concentration)
-        if len(leaves) < 2:
-            raise ValueError("weights that sum to 1 need at least two losses.")
-        _check_scalars("concentration", self.names, leaves)
-        for name, alpha in zip(self.names, leaves, strict=True):
-            if not _traced(alpha) and not 0 < float(alpha) < math.inf:
-                raise ValueError(
-                    f"the concentration of loss {name!r} must be positive and finite, "
-                    f"got {float(alpha):g}."
-                )
-        self.free = (True,) * len(leaves)
-        self.concentration = jnp.stack([jnp.asarray(x, jnp.float32) for x in leaves])
-
-    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
-        key = jax.tree_util.GetAttrKey("concentration")
-        return ((key, self.concentration),), (self.structure, self.free)
-
-    @classmethod
-    def tree_unflatten(cls, static: Any, children: Any) -> Self:
-        made = object.__new__(cls)
-        made.structure, made.free = static
-        (made.concentration,) = children
-        return made
-
-    def __repr__(self) -> str:
-        entries = ", ".join(
-            f"{name or 'loss'}={_range(self.concentration, self.concentration, k)}"
-            for k, name in enumerate(self.names)
-        )
-        return f"Dirichlet({entries})"
-
-    def positions(self, vectors: jax.Array) -> jax.Array:
-        return clip(vectors, jnp.zeros_like(vectors), jnp.ones_like(vectors))
-
-    def outside(self, vectors: np.ndarray, slack: float = _SLACK) -> str:
-        rows = vectors.reshape(-1, len(self.free))
-        inside = (rows >= -slack) & (rows <= 1 + slack)
-        if not inside.all():
-            row, k = np.argwhere(~inside)[0]
-            return _outside(rows[row, k], self.names[k], 0, 1)
-        sums = rows.sum(axis=-1)
-        if not (abs(sums - 1) <= slack * len(self.free)).all():
-            worst = sums[np.argmax(abs(sums - 1))]
-            return f"the weights of an example must sum to 1, not to {worst:g}"
-        return ""
-
-    def _draw(self, key: jax.Array, draws: int, method: str) -> jax.Array:
-        if method != "random":
-            raise ValueError(
-                f"a Dirichlet distribution is drawn by method 'random', got {method!r}."
-            )
-        return jax.random.dirichlet(key, self.concentration, (draws,), jnp.float32)
-
-    def _lattice(self, n: int) -> jax.Array:
-        # n - 1 stars between K - 1 bars: how many are left of each bar, and at the end.
-        places = n + len(self.free) - 2
-        _check_grid(math.comb(places, len(self.free) - 1), "random")
-        bars = itertools.combinations(range(places), len(self.free) - 1)
-        stars = np.diff([(-1, *b, places) for b in bars], axis=-1) - 1
-        return jnp.asarray(stars / (n - 1), jnp.float32)
-
-
-for _kind in (LogUniform, Uniform, Fixed, Dirichlet):
+for _kind in (LogUniform, Uniform, Fixed):
     register_node(_kind, _kind.tree_unflatten)
-
-
-def narrow(
-    distribution: AnyBox,
-    center: PyTree,
-    factor: float | jax.Array,
-    support: Box | None = None,
-) -> AnyBox:
-    r"""The distribution with narrower ranges, around some weights.
-
-    On the scale on which a weight is evenly distributed (that of logarithms for
-    :class:`LogUniform`), its range becomes ``factor`` times as wide, centred as near to
-    ``center`` as possible inside the support. So a conditional model can spend more and
-    more of its training on what validates best. Works under ``jit``: bounds are data.
-
-    Args:
-      distribution: What to narrow.
-      center: A tree of scalars like the losses.
-      factor: Between 0 and 1.
-      support: What not to leave: usually the distribution that training began with,
-        and that weights are encoded by. Default: ``distribution``.
-
-    Returns:
-      A distribution of the same type. A free weight stays free, however narrow.
-
-    Raises:
-      TypeError: The distribution has no ranges (:class:`Dirichlet`).
-      ValueError: The trees do not match, ``center`` is not made of finite scalars, or
-        ``factor`` is not between 0 and 1. Under ``jit``, where values are not known, a
-        ``center`` of NaN makes bounds of NaN.
-
-    Examples:
-      >>> from yoto_jax import conditional
-      >>> support = conditional.LogUniform({"kl": 0.01}, {"kl": 100.0})
-      >>> narrower = conditional.narrow(support, {"kl": 1.0}, 0.5)
-      >>> narrower
-      LogUniform(kl=0.1..10)
-      >>> conditional.narrow(narrower, {"kl": 100.0}, 0.5, support)
-      LogUniform(kl=10..100)
-    """
-    support = distribution if support is None else support
-    for given in (distribution, support):
-        if not isinstance(given, Box):
-            raise TypeError(
-                "only LogUniform and Uniform have ranges that can be narrowed, got "
-                f"{type(given).__name__}."
-            )
-    if not isinstance(factor, jax.core.Tracer) and not 0 <= float(factor) <= 1:
-        raise ValueError(f"factor must be between 0 and 1, got {factor}.")
-    check_structure(
-        distribution.structure, support.structure, "the support", "the losses"
-    )
-    center = support.vectors(center)
-    if center.ndim > 1:
-        raise ValueError(f"center must be a tree of scalars, got {center.shape[:-1]}.")
-    if not _traced(center) and not np.isfinite(center).all():
-        raise ValueError(f"center must be finite, got {support.tree(center)}.")
-    middle = support.positions(center)
-    width = support.positions(distribution.high) - support.positions(distribution.low)
-    width = jnp.asarray(factor, jnp.float32) * width
-    start = jnp.clip(middle - width / 2, 0, 1 - width)
-    (low, high), static = jax.tree.flatten(distribution)
-    free = np.array(distribution.free)  # What is pinned stays, whatever the support.
-    low = jnp.where(free, support.at(start), low)
-    return static.unflatten([low, jnp.where(free, support.at(start + width), high)])
-
-
-# Checks.
-
-
-def _check_grid(size: int, method: str) -> None:
-    if size > _LARGEST_GRID:
-        raise ValueError(
-            f"this grid has {size} weightings, more than {_LARGEST_GRID}: use sample "
-            f"instead, by method {method!r}."
-        )
-
-
-def check_weights(weights: PyTree, structure: jax.tree_util.PyTreeDef) -> None:
-    """Raise unless weights are a tree of this structure and of one shape."""
-    check_structure(
-        jax.tree.structure(weights), structure, "this distribution", "weights"
-    )
-    shapes = {jnp.shape(x) for x in jax.tree.leaves(weights)}
-    if len(shapes) > 1:
-        raise ValueError(f"weights must all have one shape, got {sorted(shapes)}.")
-
-
-def _bounds(
-    low: PyTree, high: PyTree
-) -> tuple[jax.tree_util.PyTreeDef, list[Any], list[Any]]:
-    """Structure and leaves of two trees, of which one may be a number for all."""
-    alone = jax.tree.structure(0)
-    structures = [jax.tree.structure(tree) for tree in (low, high)]
-    structure = next((s for s in structures if s != alone), alone)
-    lows, highs = [], []
-    for bound, tree, leaves in (("low", low, lows), ("high", high, highs)):
-        if jax.tree.structure(tree) == alone:
-            tree = structure.unflatten([tree] * structure.num_leaves)
-        check_structure(
-            jax.tree.structure(tree), structure, "the low ones", f"the {bound} bounds"
-        )
-        leaves += jax.tree.leaves(tree)
-    if not lows:
-        raise ValueError("there are no losses to weigh.")
-    _check_scalars("bound", loss_names(structure) * 2, lows + highs)
-    return structure, lows, highs
-
-
-def _check_scalars(what: str, names: Sequence[str], leaves: Sequence[Any]) -> None:
-    for name, x in zip(names, leaves, strict=True):
-        if isinstance(x, str):
-            raise TypeError(f"the {what} of loss {name!r} must be a number, got {x!r}.")
-        if jnp.shape(x):
-            raise ValueError(
-                f"the {what} of loss {name!r} must be a scalar, got shape "
-                f"{jnp.shape(x)}."
-            )
-
-
-def _outside(weight: float, name: str, low: float, high: float) -> str:
-    return (
-        f"the weight {weight:g} of loss {name!r} is outside its range, {low:g} to "
-        f"{high:g}"
-    )
-
-
-# Small arithmetic.
-
-
-def clip(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    """``x`` within bounds, with all of its gradient at them, unlike ``jnp.clip``."""
-    return jnp.where(x < low, low, jnp.where(x > high, high, x))
-
-
-def _float32(x: Any) -> float:
-    """What is left of a known number in float32."""
-    with np.errstate(over="ignore"):
-        return float(np.float32(x))
-
-
-def _traced(x: Any) -> bool:
-    return isinstance(x, jax.core.Tracer)
-
-
-def _range(low: Any, high: Any, k: int) -> str:
-    try:
-        a, b = float(low[k]), float(high[k])
-    except Exception:  # Tracers, or whatever a transformation puts in place of arrays.
-        return "?"
-    return f"{a:.6g}" if a == b else f"{a:.6g}..{b:.6g}"
