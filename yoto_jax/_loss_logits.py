@@ -19,10 +19,7 @@ from yoto_jax._losses import (
     shape_and_dtype,
     stack_present,
 )
-from yoto_jax._numerics import (
-    softmax,
-    upcast,
-)
+from yoto_jax._numerics import softmax, upcast
 from yoto_jax._serialization import register_node
 
 

@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from yoto_jax._losses import (
-    PyTree,
-)
+from yoto_jax._losses import PyTree
 
 _UNROLL = 9
 """Up to this many losses, small vectors are computed entry by entry.

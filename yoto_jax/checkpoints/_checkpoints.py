@@ -13,12 +13,7 @@ from etils import epath
 
 from yoto_jax._checks import check_integers
 from yoto_jax._losses import PyTree
-from yoto_jax.checkpoints._errors import (
-    CheckpointError,
-    Unfit,
-    reason_of,
-    some_of,
-)
+from yoto_jax.checkpoints._errors import CheckpointError, Unfit, reason_of, some_of
 from yoto_jax.checkpoints._record import (
     ARRAYS,
     RECORD,
@@ -29,12 +24,7 @@ from yoto_jax.checkpoints._record import (
     record_of,
     with_entries,
 )
-from yoto_jax.checkpoints._restore import (
-    agreed_step,
-    compare,
-    load,
-    read_record,
-)
+from yoto_jax.checkpoints._restore import agreed_step, compare, load, read_record
 
 
 class Restored(NamedTuple):

@@ -10,9 +10,7 @@ import numpy as np
 
 from yoto_jax._losses import PyTree
 from yoto_jax._serialization import register_node
-from yoto_jax.conditional._distributions import (
-    Distribution,
-)
+from yoto_jax.conditional._distributions import Distribution
 from yoto_jax.conditional._ranges import (
     SLACK,
     check_grid,

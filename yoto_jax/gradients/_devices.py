@@ -7,10 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from yoto_jax._losses import (
-    PyTree,
-    path_name,
-)
+from yoto_jax._losses import PyTree, path_name
 from yoto_jax._numerics import stacked
 
 Axes = tuple[Hashable, ...]

@@ -10,15 +10,9 @@ import numpy as np
 from jax import lax
 
 from yoto_jax._jaxlib import check_jaxlib
-from yoto_jax._losses import (
-    PyTree,
-    scalar_losses,
-)
+from yoto_jax._losses import PyTree, scalar_losses
 from yoto_jax._numerics import upcast
-from yoto_jax.gradients._devices import (
-    vary_over,
-    varying_axes,
-)
+from yoto_jax.gradients._devices import vary_over, varying_axes
 
 
 def add_leaf(x: Any, y: Any) -> Any:

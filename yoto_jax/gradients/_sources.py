@@ -11,16 +11,9 @@ import optax
 from jax import lax
 
 from yoto_jax._jaxlib import check_jaxlib
-from yoto_jax._losses import (
-    PyTree,
-    find_loss,
-    listed,
-    loss_names,
-)
+from yoto_jax._losses import PyTree, find_loss, listed, loss_names
 from yoto_jax._numerics import stacked
-from yoto_jax._weighting import (
-    LossWeighting,
-)
+from yoto_jax._weighting import LossWeighting
 from yoto_jax.gradients._devices import (
     Axes,
     Devices,

@@ -8,19 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from yoto_jax._losses import (
-    PyTree,
-)
+from yoto_jax._losses import PyTree
 from yoto_jax._numerics import upcast
-from yoto_jax.gradients._devices import (
-    Axes,
-    axis_size,
-)
-from yoto_jax.gradients._rows import (
-    add_axis,
-    add_up,
-    dot_leaves,
-)
+from yoto_jax.gradients._devices import Axes, axis_size
+from yoto_jax.gradients._rows import add_axis, add_up, dot_leaves
 
 _FEW = 4  # losses for which inner products are taken pair by pair
 

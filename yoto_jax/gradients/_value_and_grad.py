@@ -10,12 +10,7 @@ import optax
 from jax import lax
 
 from yoto_jax._jaxlib import warn_of_jaxlib
-from yoto_jax._losses import (
-    PyTree,
-    scalar_losses,
-    split,
-    stack_present,
-)
+from yoto_jax._losses import PyTree, scalar_losses, split, stack_present
 from yoto_jax._masked_mean import MaskedLosses
 from yoto_jax._params import check_params
 from yoto_jax._weighting import (
@@ -35,9 +30,7 @@ from yoto_jax.gradients._devices import (
     spread_of,
     vary_over,
 )
-from yoto_jax.gradients._rows import (
-    rows_of,
-)
+from yoto_jax.gradients._rows import rows_of
 from yoto_jax.gradients._sources import (
     Pass,
     Where,
@@ -46,9 +39,7 @@ from yoto_jax.gradients._sources import (
     pass_of_representation,
     position_of,
 )
-from yoto_jax.gradients._statistics import (
-    replace_row,
-)
+from yoto_jax.gradients._statistics import replace_row
 
 Align = Literal["train", "validation", "train-validation"]
 

@@ -4,12 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._checks import check_not_negative, check_positive
-from yoto_jax._solvers import (
-    combined_norm,
-    cosines,
-    safe_divide,
-    solve_power_equation,
-)
+from yoto_jax._solvers import combined_norm, cosines, safe_divide, solve_power_equation
 from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 
 
