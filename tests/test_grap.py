@@ -672,7 +672,7 @@ def test_a_batch_without_labels_updates_norms_and_cosines_alone(algorithm):
             _, state = feed(weighting, state, *random_gradients(3, 6, seed))
         s, _ = random_gradients(3, 6, 10)
         weights, after = feed(weighting, state, s, np.zeros(6))
-        for name in ("raw_weights", "alignments", "optimizer", "solution"):
+        for name in ("raw_weights", "alignments", "opt_state", "solution"):
             before, now = (getattr(x.inner, name) for x in (state, after))
             jax.tree.map(np.testing.assert_array_equal, before, now)
         assert int(after.inner.num_aligned) == 3

@@ -278,8 +278,8 @@ def test_the_key_given_survives_a_donated_state(make):
     key = jax.random.key(0)
     weighting = make(key)
     consume = jax.jit(lambda learned: learned, donate_argnums=0)
-    first = consume(weighting.init([1.0, 2.0]).learned)
-    again = consume(weighting.init([1.0, 2.0]).learned)
+    first = consume(weighting.init([1.0, 2.0]).inner)
+    again = consume(weighting.init([1.0, 2.0]).inner)
     assert not key.is_deleted()
     assert first.key == again.key
 
@@ -317,7 +317,7 @@ def test_imtl_l_is_twice_uncertainty_with_the_sign_changed():
             kendall, state = run(uncertainty(optimizer=optax.sgd(2 * rate)), losses)
             np.testing.assert_allclose(imtl, 2 * kendall, rtol=1e-12)
             np.testing.assert_allclose(
-                imtl_state.learned.log_scales,
+                imtl_state.inner.log_scales,
                 -state.inner.log_variances,
                 rtol=1e-12,
             )
@@ -455,11 +455,11 @@ def test_exact_famo_learns_once_per_update_and_never_from_a_bad_batch():
     observe = weighting.observe_step
     assert observe is not None
     before = weighting.init([1.0, 1.0])
-    assert not np.any(observe([0.5, 1.0], before).learned.task_logits)
+    assert not np.any(observe([0.5, 1.0], before).inner.task_logits)
 
     _, state = weighting.update([1.0, 1.0], before)
     bad = observe([jnp.nan, 1.0], state)
-    np.testing.assert_array_equal(bad.learned.task_logits, 0)
+    np.testing.assert_array_equal(bad.inner.task_logits, 0)
     state = observe([0.5, 1.0], state)
     np.testing.assert_allclose(state.inner.task_logits, [-0.025, 0.025], rtol=1e-4)
     again = observe([0.1, 1.0], state)
@@ -468,7 +468,7 @@ def test_exact_famo_learns_once_per_update_and_never_from_a_bad_batch():
     # The losses after a step belong to those of the same batch, or to none.
     _, held = weighting.update([jnp.nan, 1.0], state)
     held = observe([0.1, 1.0], held)
-    np.testing.assert_array_equal(held.learned.task_logits, state.inner.task_logits)
+    np.testing.assert_array_equal(held.inner.task_logits, state.inner.task_logits)
 
 
 def test_famo_holds_what_is_below_a_bound():
