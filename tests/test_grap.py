@@ -172,7 +172,8 @@ def test_raw_weights_of_the_mixture_go_to_their_optimal_ratio():
     # of it a step number meets depends on rounding, how far it goes does not.
     assert distance[900:1100].max() < 4e-2
     assert distance[1900:2100].max() < 2e-2
-    assert distance[-1] < 5e-5
+    # 8e-5 up to jaxlib 0.10, 2e-5 from 0.11 on: the same oscillation in its last steps.
+    assert distance[-1] < 2e-4
     raw = seen["phi"][-1]
     # Their length is up to that phase too: 0.5 % between two versions of jaxlib.
     np.testing.assert_allclose(raw, [0.629650, 1.469188], rtol=1e-2)
