@@ -415,6 +415,7 @@ def overhead_folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_sections_of_the_overhead_are_measured_apart(overhead_folder):
     result = _common.read_json(overhead_folder / "overhead.json")
     found = {overhead.section(r) for r in result["records"]}
