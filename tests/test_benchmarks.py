@@ -106,7 +106,7 @@ def test_a_jaxlib_that_miscompiles_is_refused_on_a_cpu(monkeypatch, capsys, tmp_
 
 # Stored results.
 
-NOT_AGAIN = ("overhead", "robustness", "scaling", "sweep")
+NOT_AGAIN = ("overhead", "scaling", "sweep")
 """Still of jaxlib 0.10.2: see "Results of jaxlib 0.10" in benchmarks/README.md."""
 
 
