@@ -28,7 +28,7 @@ import rich.console
 import rich.progress
 import rich.table
 
-from yoto_jax._jaxlib import MISCOMPILING
+from yoto_jax._jaxlib import MISCOMPILING, REMEDY
 
 T = TypeVar("T")
 Record = dict[str, Any]
@@ -57,8 +57,7 @@ def refuse_miscompiling(platform: str | None = None) -> None:
         return
     if (platform or jax.devices()[0].platform) == "cpu":
         raise UsageError(
-            f"jaxlib {version} silently computes wrong numbers on a CPU: "
-            "pip install 'jax!=0.10.*' 'jaxlib!=0.10.*'"
+            f"jaxlib {version} silently computes wrong numbers on a CPU. {REMEDY}"
         )
 
 

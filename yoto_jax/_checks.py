@@ -75,13 +75,13 @@ def check_integers(**values: Any) -> None:
 
 
 def is_key(x: Any) -> bool:
-    """Whether this array holds typed random keys."""
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    """Whether this is an array of typed random keys."""
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def as_key(key: Any) -> jax.Array:
     """A typed key from a typed key, one of ``jax.random.PRNGKey``, or a seed."""
-    if hasattr(key, "dtype") and is_key(key):
+    if is_key(key):
         return key
     if hasattr(key, "dtype") and key.dtype == jnp.uint32 and jnp.ndim(key):
         return jax.random.wrap_key_data(key)

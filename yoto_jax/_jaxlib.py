@@ -24,24 +24,29 @@ small a count there from moderate sizes on.
 
 MISCOMPILING = WRONG_MEANS + WRONG_GRADIENTS
 
-_REMEDY = "Install another version: pip install 'jax!=0.10.*' 'jaxlib!=0.10.*'."
+REMEDY = "Install another version: pip install 'jax!=0.10.*' 'jaxlib!=0.10.*'."
 
 
 def check_jaxlib() -> None:
     """Raise where several gradients taken at once would be wrong."""
-    if jaxlib.__version__ in WRONG_GRADIENTS and jax.default_backend() == "cpu":
+    if _runs(WRONG_GRADIENTS):
         raise RuntimeError(
             f"jaxlib {jaxlib.__version__} computes wrong gradients on a CPU where "
-            f"several are taken at once, as per-loss gradients are. {_REMEDY}"
+            f"several are taken at once, as per-loss gradients are. {REMEDY}"
         )
 
 
 def warn_of_jaxlib() -> None:
     """Warn where masked means of the user, who writes the losses, would be wrong."""
-    if jaxlib.__version__ in WRONG_MEANS and jax.default_backend() == "cpu":
+    if _runs(WRONG_MEANS):
         warnings.warn(
             f"jaxlib {jaxlib.__version__} computes wrong means on a CPU where a mask "
-            f"and reshaped arrays meet, so losses may be wrong. {_REMEDY}",
+            f"and reshaped arrays meet, so losses may be wrong. {REMEDY}",
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def _runs(versions: tuple[str, ...]) -> bool:
+    """Whether one of these versions compiles, and for a CPU."""
+    return jaxlib.__version__ in versions and jax.default_backend() == "cpu"

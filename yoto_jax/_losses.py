@@ -88,8 +88,8 @@ def stack_present(
 
 
 def split(vector: jax.Array, structure: jax.tree_util.PyTreeDef) -> PyTree:
-    """A vector (K,) as a tree like the losses."""
-    return structure.unflatten([vector[k] for k in range(structure.num_leaves)])
+    """A vector (K,), or vectors (..., K), as a tree like the losses."""
+    return structure.unflatten([vector[..., k] for k in range(structure.num_leaves)])
 
 
 def shape_and_dtype(what: str, value: Any) -> tuple[tuple[int, ...], Any]:

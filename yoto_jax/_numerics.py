@@ -19,10 +19,6 @@ saves those kernels, which is what a small model's step consists of.
 """
 
 
-# Arithmetic on logits. Inside these functions the primary loss comes first, so that its
-# constant logit 0 is put in front of the learned ones wherever it stands in the tree.
-
-
 def upcast(x: jax.Array) -> jax.Array:
     """``x`` in float32, or in float64 if it comes in that."""
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
@@ -62,6 +58,10 @@ def sum_of_products(x: jax.Array, y: Sequence[jax.Array]) -> jax.Array:
 def unstack(x: jax.Array) -> list[jax.Array]:
     """The entries along the last axis."""
     return [x[..., k] for k in range(x.shape[-1])]
+
+
+# Arithmetic on logits. Inside these functions the primary loss comes first, so that its
+# constant logit 0 is put in front of the learned ones wherever it stands in the tree.
 
 
 @jax.custom_jvp

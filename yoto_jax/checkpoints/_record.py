@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import yoto_jax
+from yoto_jax._checks import is_key
 from yoto_jax._digests import digests
 from yoto_jax._loss_logits import LossLogits
 from yoto_jax._losses import PyTree, loss_names
@@ -47,10 +48,6 @@ class Kind(NamedTuple):
     dtype: str  # "python int" and the like for Python's numbers
 
 
-def holds_key(x: Any) -> bool:
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
 def is_abstract(x: Any) -> bool:
     return isinstance(x, jax.ShapeDtypeStruct)
 
@@ -64,7 +61,7 @@ def kind_of(name: str, x: Any, *, abstract: bool = False) -> Kind:
         raise TypeError(f"{name!r} is a tracer: checkpoints are made outside of jit.")
     if not isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
         raise TypeError(f"{name!r} is a {type(x).__name__}, not an array.")
-    if holds_key(x):
+    if is_key(x):
         return Kind(x.shape, str(x.dtype))
     if not (jnp.issubdtype(x.dtype, jnp.number) or x.dtype == np.bool_):
         raise TypeError(f"{name!r} is an array of {x.dtype}, not of numbers.")
@@ -77,7 +74,7 @@ def as_stored(name: str, x: Any) -> jax.Array | np.ndarray:
         x = np.asarray(x)
         if x.dtype == object:
             raise TypeError(f"{name!r} is an integer of more than 64 bits.")
-    if holds_key(x):
+    if is_key(x):
         x = jax.random.key_data(x)
     if not isinstance(x, jax.Array):
         return np.array(x, dtype=x.dtype.newbyteorder("="))
@@ -119,7 +116,7 @@ def record_of(
     entries = {}
     for name, x in named_leaves(state).items():
         entries[name] = kind_of(name, x)._asdict() | {"digest": found.get(name)}
-        if holds_key(x):
+        if is_key(x):
             entries[name]["implementation"] = str(jax.random.key_impl(x))
     record = {
         "format": FORMAT,

@@ -11,6 +11,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 import yoto_jax
+from yoto_jax._checks import is_key
 from yoto_jax._digests import digests
 from yoto_jax._losses import PyTree
 from yoto_jax.checkpoints._errors import SHOWN, Unfit, reason_of, some_of
@@ -21,7 +22,6 @@ from yoto_jax.checkpoints._record import (
     VERSION,
     Kind,
     digest_of,
-    holds_key,
     kind_of,
     losses_of,
 )
@@ -167,7 +167,7 @@ def _sharding(like: Any) -> jax.sharding.Sharding | None:
 def _target(like: Any, saved: dict[str, Any]) -> Any:
     """What to ask Orbax for: numbers as they were saved, placed where ``like`` is."""
     shape, dtype = tuple(saved["shape"]), saved["dtype"].removeprefix("python ")
-    if holds_key(like):
+    if is_key(like):
         data = jax.eval_shape(jax.random.key_data, like)
         shape, dtype = data.shape, data.dtype
     sharding = _sharding(like)
@@ -196,7 +196,7 @@ def _placed(read: Any, like: Any, saved: dict[str, Any]) -> Any:
 
 def _back(placed: Any, like: Any, saved: dict[str, Any]) -> Any:
     """A leaf of the kind of ``like``."""
-    if holds_key(like):
+    if is_key(like):
         return jax.random.wrap_key_data(placed, impl=saved["implementation"])
     if isinstance(like, np.generic):
         return placed[()]

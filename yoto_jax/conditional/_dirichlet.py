@@ -16,9 +16,7 @@ from yoto_jax.conditional._ranges import (
     check_grid,
     check_scalars,
     clip,
-    is_traced,
     say_outside,
-    say_range,
 )
 
 
@@ -58,7 +56,10 @@ class Dirichlet(Distribution):
             raise ValueError("weights that sum to 1 need at least two losses.")
         check_scalars("concentration", self.names, leaves)
         for name, alpha in zip(self.names, leaves, strict=True):
-            if not is_traced(alpha) and not 0 < float(alpha) < math.inf:
+            if (
+                not isinstance(alpha, jax.core.Tracer)
+                and not 0 < float(alpha) < math.inf
+            ):
                 raise ValueError(
                     f"the concentration of loss {name!r} must be positive and finite, "
                     f"got {float(alpha):g}."
@@ -77,12 +78,8 @@ class Dirichlet(Distribution):
         (made.concentration,) = children
         return made
 
-    def __repr__(self) -> str:
-        entries = ", ".join(
-            f"{name or 'loss'}={say_range(self.concentration, self.concentration, k)}"
-            for k, name in enumerate(self.names)
-        )
-        return f"Dirichlet({entries})"
+    def _shown(self) -> tuple[jax.Array, jax.Array]:
+        return self.concentration, self.concentration
 
     def positions(self, vectors: jax.Array) -> jax.Array:
         return clip(vectors, jnp.zeros_like(vectors), jnp.ones_like(vectors))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from yoto_jax._checks import as_key, check_integers
-from yoto_jax._losses import PyTree, loss_names
+from yoto_jax._losses import PyTree, loss_names, split
 from yoto_jax._serialization import register_node
 from yoto_jax.conditional import _points
 from yoto_jax.conditional._ranges import (
@@ -19,7 +19,6 @@ from yoto_jax.conditional._ranges import (
     check_grid,
     check_weights,
     clip,
-    is_traced,
     say_outside,
     say_range,
 )
@@ -115,9 +114,7 @@ class Distribution:
                 f"vectors must have a last axis of {self.structure.num_leaves}, one "
                 f"entry for each loss, got shape {jnp.shape(vectors)}."
             )
-        return self.structure.unflatten(
-            vectors[..., k] for k in range(self.structure.num_leaves)
-        )
+        return split(vectors, self.structure)
 
     def vectors(self, weights: PyTree) -> jax.Array:
         """The inverse of :meth:`tree`, with a check of structure and shapes."""
@@ -131,6 +128,18 @@ class Distribution:
 
     def outside(self, vectors: np.ndarray, slack: float = SLACK) -> str:
         """What is wrong with weights that lie outside, or nothing."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        low, high = self._shown()
+        ranges = ", ".join(
+            f"{name or 'loss'}={say_range(low, high, k)}"
+            for k, name in enumerate(self.names)
+        )
+        return f"{type(self).__name__}({ranges})"
+
+    def _shown(self) -> tuple[jax.Array, jax.Array]:
+        """What is shown of each weight: the ends of a range, or one number twice."""
         raise NotImplementedError
 
     def _draw(self, key: jax.Array, draws: int, method: str) -> jax.Array:
@@ -150,7 +159,9 @@ class Box(Distribution):
         self.structure, lows, highs = bounds_of(low, high)
         free = []
         for name, a, b in zip(self.names, lows, highs, strict=True):
-            known = not (is_traced(a) or is_traced(b))
+            known = not (
+                isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer)
+            )
             if known:
                 a, b = as_float32(a), as_float32(b)
                 self._check_range(name, a, b)
@@ -173,12 +184,8 @@ class Box(Distribution):
         box.low, box.high = children
         return box
 
-    def __repr__(self) -> str:
-        ranges = ", ".join(
-            f"{name or 'loss'}={say_range(self.low, self.high, k)}"
-            for k, name in enumerate(self.names)
-        )
-        return f"{type(self).__name__}({ranges})"
+    def _shown(self) -> tuple[jax.Array, jax.Array]:
+        return self.low, self.high
 
     @staticmethod
     def _check_range(name: str, low: float, high: float) -> None:

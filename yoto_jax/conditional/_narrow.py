@@ -8,7 +8,6 @@ import numpy as np
 
 from yoto_jax._losses import PyTree, check_structure
 from yoto_jax.conditional._distributions import Box
-from yoto_jax.conditional._ranges import is_traced
 
 AnyBox = TypeVar("AnyBox", bound="Box")
 
@@ -66,7 +65,7 @@ def narrow(
     center = support.vectors(center)
     if center.ndim > 1:
         raise ValueError(f"center must be a tree of scalars, got {center.shape[:-1]}.")
-    if not is_traced(center) and not np.isfinite(center).all():
+    if not isinstance(center, jax.core.Tracer) and not np.isfinite(center).all():
         raise ValueError(f"center must be finite, got {support.tree(center)}.")
     middle = support.positions(center)
     width = support.positions(distribution.high) - support.positions(distribution.low)

@@ -88,10 +88,6 @@ def as_float32(x: Any) -> float:
         return float(np.float32(x))
 
 
-def is_traced(x: Any) -> bool:
-    return isinstance(x, jax.core.Tracer)
-
-
 def say_range(low: Any, high: Any, k: int) -> str:
     try:
         a, b = float(low[k]), float(high[k])

@@ -13,9 +13,6 @@ from yoto_jax._numerics import stacked
 Axes = tuple[Hashable, ...]
 
 
-# Axes of pmap and shard_map.
-
-
 class Devices(NamedTuple):
     """How a step lies on the devices."""
 

@@ -59,9 +59,6 @@ class Pass(NamedTuple):
     combine: Callable[[PyTree, Any, LossWeighting], tuple[PyTree, Any]]
 
 
-# Where gradients come from.
-
-
 def pass_of_parameters(
     f: Callable[[PyTree], tuple[PyTree, Any]],
     params: PyTree,
@@ -309,7 +306,7 @@ class _Mark:
 
 
 def _at(indices: Sequence[int], tree: PyTree) -> dict[int, jax.Array]:
-    """The leaves of these indices."""
+    """The leaves at these indices."""
     leaves = jax.tree.leaves(tree)
     return {index: leaves[index] for index in indices}
 

@@ -16,9 +16,6 @@ from yoto_jax.gradients._rows import add_axis, add_up, dot_leaves
 _FEW = 4  # losses for which inner products are taken pair by pair
 
 
-# What is told of them.
-
-
 def statistics_of(
     rows: PyTree, names: Sequence[str], spread: Sequence[Axes] | None = None
 ) -> dict[str, jax.Array]:
