@@ -255,6 +255,38 @@ def contend(
 
 def search(contest: Contest, name: str, runs: Runs, seeds: int) -> list[Record]:
     """All runs of a search, seeds side by side, and what each way of choosing takes."""
+    tried, found = try_out(contest, name, runs, seeds)
+    tests = np.array(
+        [
+            [contest.better * unseen_mean(contest, d) for d in of_seed]
+            for of_seed in found
+        ]
+    )
+    if all(points == tried[0] for points in tried):
+        # Which point is the best or the worst is a question about all seeds.
+        tests = np.tile(tests.mean(axis=0), (seeds, 1))
+    records = []
+    for seed in range(seeds):
+        for ratios, done in zip(tried[seed], found[seed], strict=True):
+            config = describe(contest.task, ratios)
+            records += [
+                r
+                for r in run_records(contest.unseen, name, config, seed, done)
+                if r["metric"] in (contest.metric, "validation")
+            ]
+        validation = [done.values["validation", None] for done in found[seed]]
+        for (config, n), i in choices(validation, tests[seed]).items():
+            cost = 1 if config in (MEDIAN, WORST) else n
+            records += run_records(
+                contest.unseen, name, config, seed, found[seed][i], cost
+            )
+    return records
+
+
+def try_out(
+    contest: Contest, name: str, runs: Runs, seeds: int
+) -> tuple[list[list[Ratios]], list[list[Finished]]]:
+    """Search with every seed to the end: points tried and their runs, by seed."""
     make = contest.methods[name].search
     assert make is not None
     searches = [make(seed) for seed in range(seeds)]
@@ -275,40 +307,26 @@ def search(contest: Contest, name: str, runs: Runs, seeds: int) -> list[Record]:
             if points:
                 latest = finished[len(finished) - len(points) :]
                 s.tell([done.values["validation", None] for done in latest])
-    tests = np.array(
-        [
-            [contest.better * unseen_mean(contest, d) for d in of_seed]
-            for of_seed in found
-        ]
-    )
-    if all(points == tried[0] for points in tried):
-        # Which point is the best or the worst is a question about all seeds.
-        tests = np.tile(tests.mean(axis=0), (seeds, 1))
-    records = []
-    for seed in range(seeds):
-        for ratios, done in zip(tried[seed], found[seed], strict=True):
-            config = describe(contest.task, ratios)
-            records += [
-                r
-                for r in run_records(contest.unseen, name, config, seed, done)
-                if r["metric"] in (contest.metric, "validation")
-            ]
-        validation = [done.values["validation", None] for done in found[seed]]
-        total = len(validation)
-        chosen = {
-            (config, total): i
-            for config, i in _searches.selections(validation, tests[seed]).items()
-        }
-        for n in BUDGETS:
-            if n < total:
-                first = _searches.selections(validation[:n], tests[seed][:n])
-                chosen[f"{VALIDATED}, {n} runs", n] = first[VALIDATED]
-        for (config, n), i in chosen.items():
-            cost = 1 if config in (MEDIAN, WORST) else n
-            records += run_records(
-                contest.unseen, name, config, seed, found[seed][i], cost
-            )
-    return records
+    return tried, found
+
+
+def choices(
+    validation: Sequence[float], tests: Sequence[float]
+) -> dict[tuple[str, int], int]:
+    """The run that each way of choosing takes, by its label and the runs it looks at.
+
+    Validation also chooses among the first few runs, as a smaller budget would have.
+    """
+    total = len(validation)
+    chosen = {
+        (config, total): i
+        for config, i in _searches.selections(validation, tests).items()
+    }
+    for n in BUDGETS:
+        if n < total:
+            first = _searches.selections(validation[:n], tests[:n])
+            chosen[f"{VALIDATED}, {n} runs", n] = first[VALIDATED]
+    return chosen
 
 
 def describe(task: Task, ratios: Ratios) -> str:

@@ -6,6 +6,8 @@ asks two views of an image for the same features. Tests are zero-shot: on a lens
 family of scenes, and on both, that were never trained on.
 """
 
+import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -171,52 +173,65 @@ def gradients(log_depth: jax.Array, depth: jax.Array) -> jax.Array:
     return total / jnp.maximum(count, 1)
 
 
-def make(size: Size, extra: int = 0) -> tuple[Task, dict[str, scenes.Scenes], DepthNet]:
-    """The task, the scenes of the tests by domain, and the network.
+class Splits(NamedTuple):
+    """Scenes to train on, to select by, and to test on by domain."""
 
-    Args:
-      size: How large.
-      extra: How many of the further losses to add.
-    """
-    added = EXTRA[:extra]
+    train: scenes.Scenes
+    validation: scenes.Scenes
+    tests: dict[str, scenes.Scenes]
+
+
+def render(size: Size) -> Splits:
+    """The scenes, the same for every run."""
     key = jax.random.key(_DATA_KEY)
 
-    def render(number: int, domain: str, images: int) -> scenes.Scenes:
+    def split(number: int, domain: str, images: int) -> scenes.Scenes:
         own = jax.random.fold_in(key, number)
         look = scenes.DOMAINS[domain]
         return vignette(scenes.render(own, images, look, size.height, size.width))
 
-    train = render(0, SEEN, size.train_images)
-    validation = render(1, SEEN, size.test_images)
-    tests = {
-        domain: render(2 + i, domain, size.test_images)
-        for i, domain in enumerate((SEEN, *UNSEEN))
-    }
-    net = DepthNet(size.features, size.blocks)
+    return Splits(
+        split(0, SEEN, size.train_images),
+        split(1, SEEN, size.test_images),
+        {
+            domain: split(2 + i, domain, size.test_images)
+            for i, domain in enumerate((SEEN, *UNSEEN))
+        },
+    )
 
-    def init(key: Key) -> PyTree:
-        method = DepthNet.everything if added else None
-        return net.init(key, train.images[:1], method=method)["params"]
 
-    def apply(model: PyTree, method: Any, *arguments: Any) -> Any:
-        return net.apply({"params": model}, *arguments, method=method)
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The network as functions of its parameters, with some of the further losses."""
 
-    def encode(model: PyTree, batch: Batch) -> jax.Array:
-        return apply(model, DepthNet.encode, batch.images)
+    net: DepthNet
+    further: tuple[str, ...]
 
-    def predict(model: PyTree, z: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return apply(model, DepthNet.decode, z)
+    def init(self, key: Key, images: jax.Array) -> PyTree:
+        method = DepthNet.everything if self.further else None
+        return self.net.init(key, images, method=method)["params"]
 
-    def losses(model: PyTree, z: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-        log_depth, directions = predict(model, z)
+    def _apply(self, params: PyTree, method: Any, *arguments: Any) -> Any:
+        return self.net.apply({"params": params}, *arguments, method=method)
+
+    def encode(self, params: PyTree, batch: Batch) -> jax.Array:
+        return self._apply(params, DepthNet.encode, batch.images)
+
+    def predict(self, params: PyTree, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return self._apply(params, DepthNet.decode, z)
+
+    def losses(
+        self, params: PyTree, z: jax.Array, batch: Batch
+    ) -> dict[str, jax.Array]:
+        log_depth, directions = self.predict(params, z)
         first, second = jnp.split(z, 2)
         further = {
             "gradient": lambda: gradients(log_depth, batch.depth),
             "reconstruction": lambda: jnp.mean(
-                (apply(model, DepthNet.pixels, z) - batch.images) ** 2
+                (self._apply(params, DepthNet.pixels, z) - batch.images) ** 2
             ),
             "noise": lambda: jnp.mean(
-                (apply(model, DepthNet.guess, z) - batch.noise) ** 2
+                (self._apply(params, DepthNet.guess, z) - batch.noise) ** 2
             ),
             "constant": lambda: jnp.float32(0.5),
             "shuffled": lambda: metrics.silog(
@@ -230,58 +245,78 @@ def make(size: Size, extra: int = 0) -> tuple[Task, dict[str, scenes.Scenes], De
                 metrics.angles_of(directions) / ANGLE, batch.angles / ANGLE
             ),
             "invariance": metrics.invariance(first, second, *batch.views),
-        } | {name: further[name]() for name in added}
+        } | {name: further[name]() for name in self.further}
 
-    def downstream(model: PyTree, z: jax.Array, batch: Batch) -> jax.Array:
-        return metrics.silog(predict(model, z)[0], batch.depth)
+    def downstream(self, params: PyTree, z: jax.Array, batch: Batch) -> jax.Array:
+        return metrics.silog(self.predict(params, z)[0], batch.depth)
 
-    def measure_model(model: PyTree, data: scenes.Scenes) -> dict[str, jax.Array]:
-        log_depth, directions = net.apply({"params": model}, data.images)
-        return measure_images(jnp.exp(log_depth), directions, data)
 
-    @jax.jit
-    def evaluate(models: PyTree, data: scenes.Scenes) -> dict[str, jax.Array]:
-        return jax.lax.map(lambda model: measure_model(model, data), models)
+def make(size: Size, extra: int = 0) -> tuple[Task, dict[str, scenes.Scenes], DepthNet]:
+    """The task, the scenes of the tests by domain, and the network.
 
-    @jax.jit
-    def score(models: PyTree, data: scenes.Scenes) -> jax.Array:
-        """One metric: those of point clouds, which take longest, are left out."""
-        return jax.lax.map(lambda model: measure_model(model, data)["delta1"], models)
-
-    def test(models: PyTree) -> Measured:
-        measured: Measured = {}
-        for domain, data in tests.items():
-            of_domain = evaluate(models, data)
-            measured |= {(m, domain): np.asarray(x) for m, x in of_domain.items()}
-        return measured
-
-    def validate(models: PyTree) -> np.ndarray:
-        return np.asarray(score(models, validation))
-
+    Args:
+      size: How large.
+      extra: How many of the further losses to add.
+    """
+    train, validation, tests = render(size)
+    model = Model(DepthNet(size.features, size.blocks), EXTRA[:extra])
+    auxiliary = (*AUXILIARY, *model.further)
     task = Task(
         name="depth",
         settings={
             "size": size._asdict(),
             "learning_rate": LEARNING_RATE,
-            "auxiliary": (*AUXILIARY, *added),
+            "auxiliary": auxiliary,
         },
         primary=PRIMARY,
-        auxiliary=(*AUXILIARY, *added),
+        auxiliary=auxiliary,
         data=(train, validation),
-        init=init,
+        init=lambda key: model.init(key, train.images[:1]),
         draw=lambda data, key: draw(data[0], size.batch, key),
         draw_held_out=lambda data, key: draw(data[1], max(1, size.batch // 4), key),
-        encode=encode,
-        losses=losses,
-        downstream=downstream,
-        validate=validate,
-        test=test,
+        encode=model.encode,
+        losses=model.losses,
+        downstream=model.downstream,
+        validate=lambda models: np.asarray(score(model.net, models, validation)),
+        test=lambda models: test(model.net, models, tests),
         steps=size.steps,
         learning_rate=LEARNING_RATE,
         weight_decay=WEIGHT_DECAY,
         lanes=size.lanes,
     )
-    return task, tests, net
+    return task, tests, model.net
+
+
+# Metrics.
+
+
+def test(net: DepthNet, models: PyTree, tests: dict[str, scenes.Scenes]) -> Measured:
+    """All metrics of every model, by metric and domain."""
+    measured: Measured = {}
+    for domain, data in tests.items():
+        of_domain = evaluate(net, models, data)
+        measured |= {(m, domain): np.asarray(x) for m, x in of_domain.items()}
+    return measured
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def evaluate(
+    net: DepthNet, models: PyTree, data: scenes.Scenes
+) -> dict[str, jax.Array]:
+    return jax.lax.map(lambda model: measure_model(net, model, data), models)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def score(net: DepthNet, models: PyTree, data: scenes.Scenes) -> jax.Array:
+    """One metric: those of point clouds, which take longest, are left out."""
+    return jax.lax.map(lambda model: measure_model(net, model, data)["delta1"], models)
+
+
+def measure_model(
+    net: DepthNet, model: PyTree, data: scenes.Scenes
+) -> dict[str, jax.Array]:
+    log_depth, directions = net.apply({"params": model}, data.images)
+    return measure_images(jnp.exp(log_depth), directions, data)
 
 
 def measure_images(

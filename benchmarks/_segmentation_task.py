@@ -6,6 +6,8 @@ low-frequency amplitudes come from an unlabelled image of a target condition. La
 target conditions are for the test alone.
 """
 
+import dataclasses
+import functools
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -208,64 +210,47 @@ def name_of(source: Source) -> str:
     return f"segmentation{suffix}"
 
 
-def make(size: Size, source: Source) -> tuple[Task, Any]:
-    """The task, and the network."""
-    data = Data(source.train, source.targets, source.validation)
-    classes = len(source.classes)
-    net = SegmentationNet(size.features, size.blocks, classes)
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The network as functions of its parameters."""
 
-    def init(key: Key) -> PyTree:
-        return net.init(key, source.train.images[:1])["params"]
+    net: SegmentationNet
+    void: int | None
 
-    def apply(model: PyTree, method: Any, *arguments: Any) -> Any:
-        return net.apply({"params": model}, *arguments, method=method)
+    def init(self, key: Key, images: jax.Array) -> PyTree:
+        return self.net.init(key, images)["params"]
 
-    def encode(model: PyTree, batch: Batch) -> jax.Array:
+    def _apply(self, params: PyTree, method: Any, *arguments: Any) -> Any:
+        return self.net.apply({"params": params}, *arguments, method=method)
+
+    def encode(self, params: PyTree, batch: Batch) -> jax.Array:
         both = jnp.concatenate([batch.images, batch.styled])
-        return apply(model, SegmentationNet.encode, both)
+        return self._apply(params, SegmentationNet.encode, both)
 
-    def logits(model: PyTree, z: jax.Array) -> jax.Array:
-        return apply(model, SegmentationNet.logits, z)
+    def logits(self, params: PyTree, z: jax.Array) -> jax.Array:
+        return self._apply(params, SegmentationNet.logits, z)
 
-    def losses(model: PyTree, z: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    def losses(
+        self, params: PyTree, z: jax.Array, batch: Batch
+    ) -> dict[str, jax.Array]:
         clean, styled = jnp.split(z, 2)
         return {
-            "ce": cross_entropy(logits(model, clean), batch.labels, source.void),
+            "ce": cross_entropy(self.logits(params, clean), batch.labels, self.void),
             "invariance": jnp.mean((clean - styled) ** 2),
         }
 
-    def downstream(model: PyTree, z: jax.Array, batch: Batch) -> jax.Array:
+    def downstream(self, params: PyTree, z: jax.Array, batch: Batch) -> jax.Array:
         """The cross-entropy on stylised views of held-out images."""
         _, styled = jnp.split(z, 2)
-        return cross_entropy(logits(model, styled), batch.labels, source.void)
+        return cross_entropy(self.logits(params, styled), batch.labels, self.void)
 
-    @jax.jit
-    def evaluate(models: PyTree, images: Images) -> jax.Array:
-        def of_one(model: PyTree) -> jax.Array:
-            predicted = jnp.argmax(net.apply({"params": model}, images.images), -1)
-            counts = styles.confusion(predicted, images.labels, classes, source.void)
-            return 100 * styles.mean_iou(counts)
 
-        return jax.lax.map(of_one, models)
-
-    validation = source.validation
-    key = jax.random.key(_DATA_KEY)
-    drawn = jax.random.randint(key, (len(validation.images),), 0, len(source.targets))
-    styled = Images(
-        stylise(key, validation.images, source.targets[drawn]), validation.labels
-    )
-
-    def test(models: PyTree) -> Measured:
-        return {
-            ("mIoU", domain): np.asarray(evaluate(models, images))
-            for domain, images in source.tests.items()
-        }
-
-    def validate(models: PyTree) -> np.ndarray:
-        """All that a selection may look at: no labelled image of a target condition."""
-        clean, shifted = evaluate(models, validation), evaluate(models, styled)
-        return np.asarray((clean + shifted) / 2)
-
+def make(size: Size, source: Source) -> tuple[Task, Any]:
+    """The task, and the network."""
+    data = Data(source.train, source.targets, source.validation)
+    net = SegmentationNet(size.features, size.blocks, len(source.classes))
+    model = Model(net, source.void)
+    views = validation_views(source)
     task = Task(
         name=name_of(source),
         settings={
@@ -277,22 +262,59 @@ def make(size: Size, source: Source) -> tuple[Task, Any]:
         primary=PRIMARY,
         auxiliary=AUXILIARY,
         data=data,
-        init=init,
+        init=lambda key: model.init(key, source.train.images[:1]),
         draw=lambda data, key: draw(data.train, data.targets, size.batch, key),
         draw_held_out=lambda data, key: draw(
             data.validation, data.targets, max(1, size.batch // 4), key
         ),
-        encode=encode,
-        losses=losses,
-        downstream=downstream,
-        validate=validate,
-        test=test,
+        encode=model.encode,
+        losses=model.losses,
+        downstream=model.downstream,
+        validate=lambda models: validate(model, models, views),
+        test=lambda models: test(model, models, source.tests),
         steps=size.steps,
         learning_rate=LEARNING_RATE,
         weight_decay=WEIGHT_DECAY,
         lanes=size.lanes,
     )
     return task, net
+
+
+# Metrics.
+
+
+def validation_views(source: Source) -> tuple[Images, Images]:
+    """All that a selection may look at: no labelled image of a target condition."""
+    validation = source.validation
+    key = jax.random.key(_DATA_KEY)
+    drawn = jax.random.randint(key, (len(validation.images),), 0, len(source.targets))
+    styled = stylise(key, validation.images, source.targets[drawn])
+    return validation, Images(styled, validation.labels)
+
+
+def validate(model: Model, models: PyTree, views: tuple[Images, Images]) -> np.ndarray:
+    clean, shifted = (evaluate(model, models, images) for images in views)
+    return np.asarray((clean + shifted) / 2)
+
+
+def test(model: Model, models: PyTree, tests: dict[str, Images]) -> Measured:
+    return {
+        ("mIoU", domain): np.asarray(evaluate(model, models, images))
+        for domain, images in tests.items()
+    }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def evaluate(model: Model, models: PyTree, images: Images) -> jax.Array:
+    """Mean IoU of every model, in percent."""
+
+    def of_one(params: PyTree) -> jax.Array:
+        predicted = jnp.argmax(model.net.apply({"params": params}, images.images), -1)
+        classes = model.net.classes
+        counts = styles.confusion(predicted, images.labels, classes, model.void)
+        return 100 * styles.mean_iou(counts)
+
+    return jax.lax.map(of_one, models)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, void: int | None) -> jax.Array:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,36 @@ def main(options: Options) -> None:
 # Runs.
 
 
+@dataclasses.dataclass
+class Notes:
+    """What has been measured so far."""
+
+    seeds: range
+    records: list[Record] = dataclasses.field(default_factory=list)
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def add(
+        self, runs: Runs, method: str, config: str, wanted: list[Run]
+    ) -> list[Finished]:
+        """Train these runs and note what is measured of them."""
+        finished = runs.finish(wanted, f"{method} {config}")
+        for run, done in zip(wanted, finished, strict=True):
+            self.records.extend(_records(method, config, run.seed, done))
+        return finished
+
+
+def learned(seed: int, **config: Any) -> Run:
+    return Run(_contest.SOFTMAX, seed, experiment.settings(**(DEFAULT | config)))
+
+
+def constant(seed: int, ratios: tuple[float, ...]) -> Run:
+    config = experiment.settings(ratios=ratios, learn=0.0)
+    return Run(_contest.SOFTMAX, seed, config)
+
+
 def ablate(
     options: Options, size: task.Size, quick: bool
 ) -> tuple[list[Record], list[dict[str, Any]]]:
-    seeds = range(options.seeds)
     chosen = options.choose(METHODS)
     steered = "aligned" in chosen and not quick  # its programs take long to compile
     rhos = RHOS[::4] if quick else RHOS
@@ -92,77 +119,83 @@ def ablate(
     extra = EXTRA[-1:] if quick else EXTRA
     of_each = 2 if quick else 3  # methods for each number of losses
     once = len(rhos) + len(VARIANTS) + len(REPLAYED) + (1 if quick else 2)
-    planned = options.seeds * once + len(epsilons) ** 2
+    runs = open_runs(options, size, options.seeds * once + len(epsilons) ** 2)
+    notes = Notes(range(options.seeds))
+    alone: dict[str, Callable[[], Any]] = {
+        "parts": lambda: vary_parts(notes, runs),
+        "equal": lambda: notes.add(
+            runs, "equal", "", [constant(seed, (1.0, 1.0)) for seed in notes.seeds]
+        ),
+        "rho": lambda: vary_rho(notes, runs, rhos),
+        "epsilon": lambda: vary_epsilon(notes, runs, epsilons),
+    }
+    for part, measure in alone.items():
+        if part in chosen:
+            measure()
+    for count in extra if steered or "losses" in chosen else ():
+        of_more = open_runs(options, size, of_each * options.seeds, count)
+        add_losses(notes, of_more, count, "losses" in chosen, steered)
+    if steered:
+        add_losses(notes, runs, 0, False, steered)
+    return notes.records, notes.history
 
-    def open_runs(count: int, name: str, planned: int) -> Runs:
-        made = dataclasses.replace(task.make(size, count)[0], name=name)
-        return Runs(
-            made,
-            _contest.RULES,
-            options.out,
-            resume=options.resume,
-            planned=planned,
-        )
 
-    runs = open_runs(0, "ablations", planned)
-    records: list[Record] = []
-    history: list[dict[str, Any]] = []
+def open_runs(options: Options, size: task.Size, planned: int, extra: int = 0) -> Runs:
+    """Runs of the task with so many further losses."""
+    name = f"ablations_{len(task.AUXILIARY) + extra}_losses" if extra else "ablations"
+    made = dataclasses.replace(task.make(size, extra)[0], name=name)
+    return Runs(
+        made, _contest.RULES, options.out, resume=options.resume, planned=planned
+    )
 
-    def add(
-        method: str, config: str, wanted: list[Run], of: Runs = runs
-    ) -> list[Finished]:
-        finished = of.finish(wanted, f"{method} {config}")
-        for run, done in zip(wanted, finished, strict=True):
-            records.extend(_records(method, config, run.seed, done))
-        return finished
 
-    def learned(seed: int, **config: Any) -> Run:
-        return Run(_contest.SOFTMAX, seed, experiment.settings(**(DEFAULT | config)))
-
-    def constant(seed: int, ratios: tuple[float, ...]) -> Run:
-        config = experiment.settings(ratios=ratios, learn=0.0)
-        return Run(_contest.SOFTMAX, seed, config)
-
-    for name, (_, config) in VARIANTS.items() if "parts" in chosen else ():
-        finished = add(name, "", [learned(seed, **config) for seed in seeds])
-        history += [
+def vary_parts(notes: Notes, runs: Runs) -> None:
+    """Every variant, and some of their final weights as constant ones."""
+    for name, (_, config) in VARIANTS.items():
+        wanted = [learned(seed, **config) for seed in notes.seeds]
+        finished = notes.add(runs, name, "", wanted)
+        notes.history += [
             {"method": name, "seed": seed, **done.history}
-            for seed, done in zip(seeds, finished, strict=True)
+            for seed, done in zip(notes.seeds, finished, strict=True)
         ]
         if name in REPLAYED:
             wanted = [
                 constant(seed, final_ratios(done))
-                for seed, done in zip(seeds, finished, strict=True)
+                for seed, done in zip(notes.seeds, finished, strict=True)
             ]
-            add(f"{name} replayed", "", wanted)
-    if "equal" in chosen:
-        add("equal", "", [constant(seed, (1.0, 1.0)) for seed in seeds])
-    for rho in rhos if "rho" in chosen else ():
-        config = _common.describe(rho=rho)
-        add("rho", config, [learned(seed, rho=rho) for seed in seeds])
+            notes.add(runs, f"{name} replayed", "", wanted)
+
+
+def vary_rho(notes: Notes, runs: Runs, rhos: Sequence[float]) -> None:
+    for rho in rhos:
+        wanted = [learned(seed, rho=rho) for seed in notes.seeds]
+        notes.add(runs, "rho", _common.describe(rho=rho), wanted)
+
+
+def vary_epsilon(notes: Notes, runs: Runs, epsilons: Sequence[float]) -> None:
+    """All pairs of initial weights with the first seed, side by side."""
     pairs = list(itertools.product(epsilons, repeat=2))
-    pairs = pairs if "epsilon" in chosen else []
     wanted = [learned(0, ratios=pair, rho=EPSILON_RHO) for pair in pairs]
-    for pair, run, done in zip(
-        pairs, wanted, runs.finish(wanted, "epsilon"), strict=True
-    ):
+    finished = runs.finish(wanted, "epsilon")
+    for pair, run, done in zip(pairs, wanted, finished, strict=True):
         config = _common.describe(camera=pair[0], invariance=pair[1])
-        records += _records("epsilon", config, run.seed, done)
-    for count in extra if steered or "losses" in chosen else ():
-        k = len(task.AUXILIARY) + count
-        of_more = open_runs(count, f"ablations_{k}_losses", of_each * options.seeds)
-        config = _common.describe(auxiliary=k)
-        relative = (0.1,) * k
-        if "losses" in chosen:
-            more = [learned(s, ratios=relative) for s in seeds]
-            add("K yoto", config, more, of_more)
-            add("K equal", config, [constant(s, (1.0,) * k) for s in seeds], of_more)
-        if steered:
-            add("K aligned", config, [Run("aligned", s) for s in seeds], of_more)
+        notes.records += _records("epsilon", config, run.seed, done)
+
+
+def add_losses(
+    notes: Notes, runs: Runs, extra: int, unsteered: bool, steered: bool
+) -> None:
+    """So many further losses: methods that are not steered, and one that is."""
+    k = len(task.AUXILIARY) + extra
+    config = _common.describe(auxiliary=k)
+    if unsteered:
+        wanted = [learned(seed, ratios=(0.1,) * k) for seed in notes.seeds]
+        notes.add(runs, "K yoto", config, wanted)
+        wanted = [constant(seed, (1.0,) * k) for seed in notes.seeds]
+        notes.add(runs, "K equal", config, wanted)
     if steered:
-        config = _common.describe(auxiliary=2)
-        add("K aligned", config, [Run("aligned", seed) for seed in seeds])
-    return records, history
+        wanted = [Run("aligned", seed) for seed in notes.seeds]
+        notes.add(runs, "K aligned", config, wanted)
 
 
 def final_ratios(done: Finished) -> tuple[float, ...]:

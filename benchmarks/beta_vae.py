@@ -65,34 +65,49 @@ LIMITS = {"forward": 1.10, "step": 1.15}
 
 def main(options: Options) -> None:
     methods = options.choose(METHODS)
-    steps = options.steps or STEPS[options.preset]
-    widths = WIDTHS[options.preset]
     data = task.load(options.data)
     suffix = "" if options.data is None else f"_{options.data.name}"
     path = options.out / f"beta_vae{suffix}.json"
     units = _common.Units(options, path.stem)
+    records, params = train_all(options, methods, data, units)
+    if "cost" in methods:
+        records += units.do("cost", lambda: costs(data, options))
+    meta = _common.meta(options, **_settings(options, data, units))
+    result = _common.write_json(path, *_merged(path, options, methods, meta, records))
+    report(result, params, data, path, WIDTHS[options.preset][-1])
+
+
+def train_all(
+    options: Options, methods: Sequence[str], data: task.Data, units: _common.Units
+) -> tuple[list[Record], dict[str, Any]]:
+    """Records of the trained methods, and the parameters of the widest of each."""
+    quick = options.preset == "quick"
+    steps = options.steps or STEPS[options.preset]
     most = EVALUATED[options.preset]
     records: list[Record] = []
     params: dict[str, Any] = {}
     for method in methods:
-        if method == "cost":
+        if method not in TRAINED or (quick and method in VARIANTS):
             continue
-        if method in VARIANTS and options.preset == "quick":
-            continue
-        of_method = (MIDDLE,) if method in VARIANTS else widths
-        for width in _common.track(of_method, method):
+        widths = (MIDDLE,) if method in VARIANTS else WIDTHS[options.preset]
+        for width in _common.track(widths, method):
             work = functools.partial(
                 finish, method, width, data, options.seeds, steps, most
             )
             found = units.do(f"{method}, {width}", work)
             params[method] = found["params"]  # of the last, which is the widest
             records += found["records"]
-    if "cost" in methods:
-        records += units.do("cost", lambda: costs(data, options))
-    settings = {
+    return records, params
+
+
+def _settings(
+    options: Options, data: task.Data, units: _common.Units
+) -> dict[str, Any]:
+    """What the results depend on."""
+    return {
         "data": data.name,
         "images": [len(data.train), len(data.validation), len(data.test)],
-        "steps": steps,
+        "steps": options.steps or STEPS[options.preset],
         "seeds": options.seeds,
         "batch": task.BATCH,
         "groups": task.GROUPS,
@@ -103,13 +118,17 @@ def main(options: Options) -> None:
         "rounds": ROUNDS[options.preset],
         "seconds": round(units.seconds),
     }
-    meta = _common.meta(options, **settings)
-    result = _common.write_json(path, *_merged(path, options, methods, meta, records))
+
+
+def report(
+    result: Result, params: dict[str, Any], data: task.Data, path: Path, widest: float
+) -> None:
+    """Draw the figures, print the tables."""
     if _widths(result, "conditional") and _widths(result, "fixed"):
         figure(result, path.with_suffix(".png"))
     if {"fixed", "conditional"} <= params.keys():
         drawn = path.with_name(f"{path.stem}_examples.png")
-        examples(params, data, widths[-1], drawn)
+        examples(params, data, widest, drawn)
     for shown in (table(result), *tables(result).values()):
         if shown.rows:
             _common.show(shown)

@@ -46,52 +46,65 @@ def distances_to_solids(origin, rays, solids):
     Candidates are all crossings of all faces' planes, balls and columns; those off the
     solid are dropped. The renderer intersects intervals instead.
     """
-    first_ball, first_pole = task._FIRST_BALL, task._FIRST_POLE
     found = []
     for i in range(len(task._LABELS)):
         x, y, z, *half, cos, sin = (float(field[i]) for field in solids)
-        half = np.array(half)
         turn = np.array([[cos, 0, -sin], [0, 1, 0], [sin, 0, cos]])
         o, d = turn @ (origin - [x, y, z]), rays @ turn.T
-        candidates = []
-
-        def add(t, within, o=o, d=d, candidates=candidates):
-            p = o + t[..., None] * d
-            good = (t > 1e-6) & within(p)
-            candidates.append(np.where(good, t, np.inf))
-
-        def quadratic(columns, o=o, d=d, half=half):
-            a = (d[..., columns] ** 2).sum(-1)
-            b = (o[columns] * d[..., columns]).sum(-1)
-            c = (o[columns] ** 2).sum() - half[0] ** 2
-            root = np.sqrt(np.where(b**2 > a * c, b**2 - a * c, np.nan))
-            return (-b - root) / a, (-b + root) / a
-
         with np.errstate(invalid="ignore", divide="ignore"):
-            if i < first_ball:
-                for axis in range(3):
-                    others = [a for a in range(3) if a != axis]
-                    for side in (-1, 1):
-                        t = (side * half[axis] - o[axis]) / d[..., axis]
-                        add(
-                            t,
-                            lambda p, others=others, half=half: np.all(
-                                np.abs(p[..., others]) <= half[others], axis=-1
-                            ),
-                        )
-            elif i < first_pole:
-                for t in quadratic([0, 1, 2]):
-                    add(t, lambda p: np.ones(p.shape[:-1], bool))
+            if i < task._FIRST_BALL:
+                crossings = box_crossings
+            elif i < task._FIRST_POLE:
+                crossings = ball_crossings
             else:
-                for t in quadratic([0, 2]):
-                    add(t, lambda p, half=half: np.abs(p[..., 1]) <= half[1])
-                for side in (-1, 1):
-                    add(
-                        (side * half[1] - o[1]) / d[..., 1],
-                        lambda p, half=half: np.hypot(p[..., 0], p[..., 2]) <= half[0],
-                    )
-        found.append(np.min(candidates, axis=0))
+                crossings = pole_crossings
+            found.append(np.min(crossings(o, d, np.array(half)), axis=0))
     return np.stack(found)
+
+
+# Distances [candidates, h, w] along rays o + t d to the surfaces of one solid at the
+# origin, infinite where a ray misses.
+
+
+def box_crossings(o, d, half):
+    candidates = []
+    for axis in range(3):
+        others = [a for a in range(3) if a != axis]
+        for side in (-1, 1):
+            t = (side * half[axis] - o[axis]) / d[..., axis]
+            p = o + t[..., None] * d
+            inside = np.all(np.abs(p[..., others]) <= half[others], axis=-1)
+            candidates.append(ahead(t, inside))
+    return candidates
+
+
+def ball_crossings(o, d, half):
+    return [ahead(t, True) for t in round_crossings(o, d, half[0], [0, 1, 2])]
+
+
+def pole_crossings(o, d, half):
+    candidates = []
+    for t in round_crossings(o, d, half[0], [0, 2]):
+        p = o + t[..., None] * d
+        candidates.append(ahead(t, np.abs(p[..., 1]) <= half[1]))
+    for side in (-1, 1):
+        t = (side * half[1] - o[1]) / d[..., 1]
+        p = o + t[..., None] * d
+        candidates.append(ahead(t, np.hypot(p[..., 0], p[..., 2]) <= half[0]))
+    return candidates
+
+
+def round_crossings(o, d, radius, columns):
+    """Where rays meet a ball, or an endless column: roots of a quadratic equation."""
+    a = (d[..., columns] ** 2).sum(-1)
+    b = (o[columns] * d[..., columns]).sum(-1)
+    c = (o[columns] ** 2).sum() - radius**2
+    root = np.sqrt(np.where(b**2 > a * c, b**2 - a * c, np.nan))
+    return (-b - root) / a, (-b + root) / a
+
+
+def ahead(t, inside):
+    return np.where((t > 1e-6) & inside, t, np.inf)
 
 
 @pytest.mark.parametrize("name", ["street", "yard", "room", "both"])

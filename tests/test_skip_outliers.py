@@ -37,44 +37,61 @@ NAN, INF = np.nan, np.inf
 # The rule, against a slow one.
 
 
+class OracleScale:
+    """The scale of one loss, in float64."""
+
+    def __init__(self, options):
+        self.options = options
+        self.mean, self.seen, self.streak = 0.0, 0, 0
+
+    def size(self, loss):
+        return max(abs(loss), self.options["floor"])
+
+    def judge(self, loss):
+        """Count strange losses in a row; whether this one spoils its batch."""
+        o, size = self.options, self.size(loss)
+        high = self.seen > 0 and size > o["limit"] * self.mean
+        low = self.seen > 0 and size * o["limit"] < self.mean
+        low = low and (o["two_sided"] or loss != 0)
+        if high:
+            self.streak = max(self.streak, 0) + 1
+        elif low:
+            self.streak = min(self.streak, 0) - 1
+        elif loss != 0:
+            self.streak = 0
+        self.strange = high or low
+        self.restart = self.strange and abs(self.streak) > o["patience"]
+        return (high or (low and o["two_sided"])) and not self.restart
+
+    def accept(self, loss):
+        """Take in a loss of an accepted batch."""
+        size, decay = self.size(loss), self.options["decay"]
+        if self.restart:
+            self.mean, self.seen, self.streak = size, int(loss != 0), 0
+        elif loss != 0 and not self.strange:
+            early = self.seen < decay / (1 - decay) or not self.seen
+            share = 1 / (self.seen + 1) if early else 1 - decay
+            self.mean += share * (size - self.mean)
+            self.seen += 1
+
+
 def oracle(stream, sound=None, **options):
     """Which batches (T, K) are accepted, loss by loss, in float64."""
     o = DEFAULTS | options
     stream = np.asarray(stream, np.float64)
-    count = stream.shape[1]
-    means, seen, streaks = [0.0] * count, [0] * count, [0] * count
+    scales = [OracleScale(o) for _ in range(stream.shape[1])]
     accepted = []
     for t, losses in enumerate(stream):
         usable = np.isfinite(losses).all() and (sound is None or sound[t])
         if not usable or (o["positive"] and (losses <= 0).any()):
             accepted.append(False)
             continue
-        restart, strange, ok = [False] * count, [False] * count, True
-        for k, loss in enumerate(losses):
-            size = max(abs(loss), o["floor"])
-            high = seen[k] > 0 and size > o["limit"] * means[k]
-            low = seen[k] > 0 and size * o["limit"] < means[k]
-            low = low and (o["two_sided"] or loss != 0)
-            strange[k] = high or low
-            if high:
-                streaks[k] = max(streaks[k], 0) + 1
-            elif low:
-                streaks[k] = min(streaks[k], 0) - 1
-            elif loss != 0:
-                streaks[k] = 0
-            restart[k] = strange[k] and abs(streaks[k]) > o["patience"]
-            if (high or (low and o["two_sided"])) and not restart[k]:
-                ok = False
-        accepted.append(ok)
-        for k, loss in enumerate(losses if ok else ()):
-            size = max(abs(loss), o["floor"])
-            if restart[k]:
-                means[k], seen[k], streaks[k] = size, int(loss != 0), 0
-            elif loss != 0 and not strange[k]:
-                early = seen[k] < o["decay"] / (1 - o["decay"]) or not seen[k]
-                share = 1 / (seen[k] + 1) if early else 1 - o["decay"]
-                means[k] += share * (size - means[k])
-                seen[k] += 1
+        pairs = list(zip(scales, losses, strict=True))
+        spoilt = [scale.judge(loss) for scale, loss in pairs]
+        accepted.append(not any(spoilt))
+        for scale, loss in pairs if accepted[-1] else ():
+            scale.accept(loss)
+    means, streaks = ([getattr(s, x) for s in scales] for x in ("mean", "streak"))
     return np.array(accepted), np.array(means), np.array(streaks)
 
 
