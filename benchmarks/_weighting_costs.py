@@ -4,8 +4,8 @@ import functools
 import importlib.metadata
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import yoto_jax as yoto
-from benchmarks import _common, peers
+from benchmarks import _common, _models, peers
 from benchmarks._models import NAMES, Losses, Shared, heads
 from yoto_jax import weightings
 
@@ -60,7 +60,43 @@ FULL: dict[str, dict[str, Any]] = {
 }
 
 
-def arms_of(model: Shared, quick: bool) -> dict[str, tuple[Any, Any]]:
+TRANSFORMER = "transformer, 2 layers"
+SHARED = {
+    TRANSFORMER: peers.problem(),
+    "residual net": _models.residual(32, 4, batch=16, side=16),
+}
+SMALL = {"small net": _models.with_heads(_models.mlp(16, 32, 8, batch=16), 8)}
+
+SAMPLE = ("uncertainty", "famo", "yoto", "gradnorm", "nash_mtl", "upgrad", "grap")
+"""Weightings that stand for the others of their kind: those differ by noise alone."""
+QUICK = ("uncertainty", "upgrad", "grap")
+BLOCK = 0.06
+"""Seconds that are timed at once: some steps."""
+PATIENCE = 2.0
+"""Seconds for all steps of a weighting that makes them very slow."""
+
+
+def kinds(name: str) -> dict[str, tuple[str, ...]]:
+    """The weightings that are timed with this model, by what they look at.
+
+    Each is timed with one model at least: those that look at gradients with the one
+    that TorchJD is timed with, the others with the one that compiles fast.
+    """
+    few = {
+        TRANSFORMER: (SAMPLE, tuple(GRADIENT_DRIVEN)),
+        "residual net": (tuple(LOSS_DRIVEN), SAMPLE),
+        "small net": (QUICK, QUICK),
+    }
+    of_losses, of_gradients = few[name]
+    return {
+        "fixed weights": ("fixed", "fixed again"),
+        "driven by losses": tuple(n for n in LOSS_DRIVEN if n in of_losses),
+        "driven by gradients": tuple(n for n in GRADIENT_DRIVEN if n in of_gradients),
+        "gradients of all parameters": tuple(FULL),
+    }
+
+
+def arms_of(model: Shared) -> dict[str, tuple[Any, Any]]:
     """For each arm, ``value_and_grad`` and the first state of its weighting."""
     full = lambda params, x: heads(params, model.encoder(params, x), x)
     like = dict.fromkeys(NAMES, 0.0)
@@ -85,9 +121,6 @@ def arms_of(model: Shared, quick: bool) -> dict[str, tuple[Any, Any]]:
     for name, options in FULL.items():
         make = GRADIENT_DRIVEN[name.split(",")[0]]
         arms[name] = yoto.value_and_grad(full, make(), **options), make().init(like)
-    if quick:
-        kept = ("fixed", "fixed again", "uncertainty", "upgrad", "grap", *FULL)
-        arms = {name: arms[name] for name in kept}
     return arms
 
 
@@ -106,59 +139,116 @@ def build(value_and_grad: Any, state: Any, model: Shared) -> tuple[Any, Any]:
     return step, (params, state, tx.init(params))
 
 
-def timed(step: Any, carry: Any, x: Array, count: int) -> float:
+class Compiled(NamedTuple):
+    """A compiled step, the carry it starts from, and what compiling it showed."""
+
+    program: Any
+    carry: Any
+    seconds: float
+    mib: float  # of temporary memory
+
+
+def timed(compiled: Compiled, x: Array, count: int) -> float:
     """Seconds for each of ``count`` steps, on a copy of the carry."""
-    carry = jax.block_until_ready(jax.tree.map(jnp.copy, carry))
+    carry = jax.block_until_ready(jax.tree.map(jnp.copy, compiled.carry))
     start = time.perf_counter()
     for _ in range(count):
-        carry, _ = step(carry, x)
+        carry, _ = compiled.program(carry, x)
     jax.block_until_ready(carry)
     return (time.perf_counter() - start) / count
 
 
-def compare(name: str, model: Shared, rounds: int, quick: bool) -> list[_common.Record]:
-    """Each arm right after the step with fixed weights, in turn; all in one run."""
-    x = jax.random.normal(jax.random.key(1), model.inputs)
-    compiled: dict[str, tuple[Any, Any]] = {}
-    records = []
-    memory: dict[str, float] = {}
-    for arm, (value_and_grad, state) in arms_of(model, quick).items():
-        step, carry = build(value_and_grad, state, model)
+class Bench:
+    """Steps of one model, each timed right beside the one with fixed weights.
+
+    Only the ratio of such neighbours counts: a machine that slows down slows both.
+    """
+
+    def __init__(self, name: str, model: Shared, pairs: int, units: _common.Units):
+        """Nothing is compiled yet.
+
+        Args:
+          name: Of the model.
+          model: What is trained.
+          pairs: How often each step is timed, at most.
+          units: Where finished arms are kept.
+        """
+        self.name, self.model = name, model
+        self.pairs, self.units = pairs, units
+        self.x = jax.random.normal(jax.random.key(1), model.inputs)
+        self.arms = arms_of(model)
+
+    def measure(self, arms: Sequence[str]) -> list[_common.Record]:
+        """Records of these arms, of which each is kept when it is done."""
+        records = []
+        for arm in _common.track(arms, self.name):
+            work = self._baseline if arm == "fixed" else self._beside
+            records += self.units.do(
+                f"{self.name}, {arm}", functools.partial(work, arm)
+            )
+        return records
+
+    @functools.cached_property
+    def _fixed(self) -> Compiled:
+        return self._compile("fixed")
+
+    @functools.cached_property
+    def _count(self) -> int:
+        """How many steps with fixed weights fill a block."""
+        timed(self._fixed, self.x, 1)
+        return max(1, min(20, int(BLOCK / timed(self._fixed, self.x, 3))))
+
+    def _compile(self, arm: str) -> Compiled:
+        step, carry = build(*self.arms[arm], self.model)
         start = time.perf_counter()
-        program = step.lower(carry, x).compile()
+        program = step.lower(carry, self.x).compile()
         seconds = time.perf_counter() - start
         analysis = program.memory_analysis()
-        memory[arm] = analysis.temp_size_in_bytes / 2**20 if analysis else np.nan
-        compiled[arm] = program, carry
-        records.append(_common.record(arm, "compile seconds", seconds, config=name))
-        extra = memory[arm] - memory["fixed"]
-        records.append(_common.record(arm, "extra MiB", extra, config=name))
-    size = sum(x.nbytes for x in jax.tree.leaves(compiled["fixed"][1][0])) / 2**20
-    records.append(_common.record("fixed", "parameters MiB", size, config=name))
+        mib = analysis.temp_size_in_bytes / 2**20 if analysis else np.nan
+        return Compiled(program, carry, seconds, mib)
 
-    count = max(1, min(20, int(0.3 / timed(*compiled["fixed"], x, 3))))
-    ratios: dict[str, list[float]] = {arm: [] for arm in compiled if arm != "fixed"}
-    times: dict[str, list[float]] = {arm: [] for arm in compiled}
-    for arm in compiled:
-        timed(*compiled[arm], x, 1)
-    for turn in _common.track(range(rounds), name):
-        for arm in ratios if turn % 2 else reversed(ratios):
-            pair = {}
-            for which in ("fixed", arm) if turn % 2 else (arm, "fixed"):
-                pair[which] = timed(*compiled[which], x, count)
-                times[which].append(pair[which])
-            ratios[arm].append(pair[arm] / pair["fixed"])
-    for arm, measured in times.items():
-        value = 1e3 * statistics.median(measured)
-        records.append(_common.record(arm, "milliseconds", value, config=name))
-    for arm, measured in ratios.items():
-        for label, value in zip(
-            ("ratio, first quartile", "ratio", "ratio, third quartile"),
-            np.percentile(measured, [25, 50, 75]),
-            strict=True,
-        ):
-            records.append(_common.record(arm, label, value, config=name))
-    return records
+    def _record(self, arm: str, metric: str, value: float) -> _common.Record:
+        return _common.record(arm, metric, value, config=self.name)
+
+    def _of_program(self, arm: str, compiled: Compiled) -> list[_common.Record]:
+        return [
+            self._record(arm, "compile seconds", compiled.seconds),
+            self._record(arm, "extra MiB", compiled.mib - self._fixed.mib),
+        ]
+
+    def _baseline(self, arm: str) -> list[_common.Record]:
+        fixed = self._fixed
+        size = sum(x.nbytes for x in jax.tree.leaves(fixed.carry[0])) / 2**20
+        times = [timed(fixed, self.x, self._count) for _ in range(self.pairs)]
+        return [
+            *self._of_program(arm, fixed),
+            self._record(arm, "parameters MiB", size),
+            self._record(arm, "milliseconds", 1e3 * statistics.median(times)),
+        ]
+
+    def _beside(self, arm: str) -> list[_common.Record]:
+        compiled = self._compile(arm)
+        step = timed(compiled, self.x, 1)  # It warms up, too.
+        patience = int(PATIENCE / step)  # steps
+        count = max(1, min(self._count, patience))
+        pairs = min(self.pairs, max(2, patience // count))
+        times, ratios = [], []
+        for turn in range(pairs):
+            if turn % 2:
+                beside = timed(self._fixed, self.x, self._count)
+                times.append(timed(compiled, self.x, count))
+            else:
+                times.append(timed(compiled, self.x, count))
+                beside = timed(self._fixed, self.x, self._count)
+            ratios.append(times[-1] / beside)
+        first, median, third = np.percentile(ratios, [25, 50, 75])
+        return [
+            *self._of_program(arm, compiled),
+            self._record(arm, "milliseconds", 1e3 * statistics.median(times)),
+            self._record(arm, "ratio, first quartile", first),
+            self._record(arm, "ratio", median),
+            self._record(arm, "ratio, third quartile", third),
+        ]
 
 
 # Solvers alone.
@@ -175,45 +265,52 @@ def gramian(count: int, seed: int = 0) -> np.ndarray:
     return rows @ rows.T
 
 
-def solver_times(rounds: int, sizes: tuple[int, ...] = SIZES) -> list[_common.Record]:
+def solver_times(
+    method: str, rounds: int, sizes: tuple[int, ...] = SIZES
+) -> list[_common.Record]:
     """Microseconds for one call of a weighting on a Gramian."""
     records = []
-    for method in _common.track(SOLVED, "solvers"):
-        for size in sizes:
-            weighting = GRADIENT_DRIVEN[method]()
-            losses = [1.0] * size
-            state = weighting.init(losses)
-            matrix = jnp.asarray(gramian(size), jnp.float32)
-            # One array of weights: to unstack them is Python's work, not a solver's.
-            solve = jax.jit(
-                lambda g, w=weighting, s=state, x=losses: jnp.stack(
-                    w.update(x, s, gramian=g)[0]
-                )
+    for size in sizes:
+        weighting = GRADIENT_DRIVEN[method]()
+        losses = [1.0] * size
+        state = weighting.init(losses)
+        matrix = jnp.asarray(gramian(size), jnp.float32)
+        # One array of weights: to unstack them is Python's work, not a solver's.
+        solve = jax.jit(
+            lambda g, w=weighting, s=state, x=losses: jnp.stack(
+                w.update(x, s, gramian=g)[0]
             )
-            jax.block_until_ready(solve(matrix))
-            measured = []
-            for _ in range(rounds):
-                start = time.perf_counter()
-                for _ in range(20):
-                    out = solve(matrix)
-                jax.block_until_ready(out)
-                measured.append((time.perf_counter() - start) / 20)
-            value = 1e6 * statistics.median(measured)
-            records.append(
-                _common.record(method, "solver microseconds", value, config=f"K={size}")
-            )
+        )
+        jax.block_until_ready(solve(matrix))
+        measured = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            for _ in range(20):
+                out = solve(matrix)
+            jax.block_until_ready(out)
+            measured.append((time.perf_counter() - start) / 20)
+        value = 1e6 * statistics.median(measured)
+        records.append(
+            _common.record(method, "solver microseconds", value, config=f"K={size}")
+        )
     return records
 
 
 # TorchJD, where it is installed.
 
 
-def peer_records(rounds: int, quick: bool) -> tuple[list[_common.Record], Any]:
-    """Steps and solvers of TorchJD beside our plain step, and the versions."""
-    methods = ("upgrad",) if quick else peers.METHODS
+def peer_versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("torch", "torchjd")}
+
+
+def peer_methods(quick: bool) -> tuple[str, ...]:
+    return ("upgrad",) if quick else peers.METHODS
+
+
+def peer_steps(rounds: int, quick: bool) -> list[_common.Record]:
+    """Milliseconds of TorchJD's steps beside PyTorch's plain one."""
     model = peers.problem(*((1, 2, 8) if quick else ()))
-    steps = peers.steps(model, methods)
-    name = "transformer, 6 layers"
+    steps = peers.steps(model, peer_methods(quick))
     times: dict[str, list[float]] = {method: [] for method in steps}
     for step in steps.values():
         step()
@@ -222,16 +319,21 @@ def peer_records(rounds: int, quick: bool) -> tuple[list[_common.Record], Any]:
             start = time.perf_counter()
             step()
             times[method].append(time.perf_counter() - start)
-    records = [
+    return [
         _common.record(
             method,
             "TorchJD milliseconds",
             1e3 * statistics.median(measured),
-            config=name,
+            config=TRANSFORMER,
         )
         for method, measured in times.items()
     ]
-    for method in methods:
+
+
+def peer_solvers(rounds: int, quick: bool) -> list[_common.Record]:
+    """Microseconds of TorchJD's solvers on the Gramians of ours."""
+    records = []
+    for method in _common.track(peer_methods(quick), "TorchJD"):
         for size in (2, 3) if quick else SIZES:
             solve = peers.solver(method, gramian(size).astype(np.float32))
             solve()
@@ -243,8 +345,7 @@ def peer_records(rounds: int, quick: bool) -> tuple[list[_common.Record], Any]:
             value = 1e6 * statistics.median(measured)
             metric = "TorchJD solver microseconds"
             records.append(_common.record(method, metric, value, config=f"K={size}"))
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchjd")}
-    return records, versions
+    return records
 
 
 # Tables.
@@ -259,6 +360,12 @@ def _number(value: float, digits: int) -> str:
     return "" if np.isnan(value) else f"{value:z,.{digits}f}"  # z: no minus zero
 
 
+def _spread(median: float, first: float, third: float) -> str:
+    if np.isnan(median):
+        return ""
+    return f"{median:.3f} ({first:.3f} to {third:.3f})"
+
+
 def step_table(result: _common.Result) -> _common.Table:
     """Time, compilation and memory of a step with each weighting."""
     records = result["records"]
@@ -268,7 +375,9 @@ def step_table(result: _common.Result) -> _common.Table:
     ]
     measured = [r for r in records if r["metric"] == "extra MiB"]
     columns = ["weighting"]
-    rows = [[arm] for arm in dict.fromkeys(r["method"] for r in measured)]
+    order = ("fixed", "fixed again", *LOSS_DRIVEN, *GRADIENT_DRIVEN, *FULL)
+    arms = dict.fromkeys(r["method"] for r in measured)
+    rows = [[arm] for arm in sorted(arms, key=order.index)]
     sizes = []
     for model in models:
         get = lambda arm, metric, model=model: _cell(
@@ -284,7 +393,7 @@ def step_table(result: _common.Result) -> _common.Table:
             row += [
                 f"{get('fixed', 'milliseconds'):.0f} ms"
                 if arm == "fixed"
-                else "{:.3f} ({:.3f} to {:.3f})".format(*quartiles),
+                else _spread(*quartiles),
                 _number(get(arm, "compile seconds"), 1),
                 _number(get(arm, "extra MiB"), 1),
             ]
@@ -294,7 +403,8 @@ def step_table(result: _common.Result) -> _common.Table:
         columns,
         rows,
         "Ratio to the step with fixed weights measured right before or after it, "
-        f"median (quartiles) of {meta['pairs']} pairs, {meta['device']} "
+        f"median (quartiles) of {meta['pairs']} pairs, fewer for steps that take "
+        f"seconds, {meta['device']} "
         f"({meta['cpu_count']} cores), four losses. Methods that look at gradients use "
         "`encoder=` unless they say otherwise. Memory beyond the plain step's, from "
         "the compiled program; "

@@ -16,9 +16,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ MODELS = {
     "MLP 16-32-32-4": mlp(16, 32, 32, 4, batch=64),
     "MLP 64-64-64-10": mlp(64, 64, 64, 10, batch=64),
     "convolutional net": convolutional(32, 4, batch=16, side=32),
-    "transformer": transformer(128, 4, heads=4, batch=8, length=64),
+    "transformer": transformer(128, 2, heads=4, batch=8, length=64),
 }
 QUICK = {name: MODELS[name] for name in ("MLP 16-32-4",)}
 
@@ -103,6 +103,7 @@ def in_scan(step: Callable[..., Any], n: int) -> Callable[..., Any]:
 
 
 WAYS = {"loop": in_loop, "scan": in_scan}
+BLOCK = 0.05  # seconds that are timed at once
 SHORT = 1e-3  # seconds; a call from Python takes some ten microseconds
 
 
@@ -123,7 +124,7 @@ def compare(name: str, model: Model, rounds: int) -> list[_common.Record]:
         for _ in range(2)
         for step, carry in arms.values()
     ]
-    n = max(3, min(1000, int(0.15 / min(warm))))
+    n = max(2, min(1000, int(BLOCK / min(warm))))
     records = []
     for way in WAYS if min(warm) < SHORT else ("loop",):
         repeat = WAYS[way]
@@ -168,57 +169,118 @@ def import_time(rounds: int) -> list[_common.Record]:
     return [_common.record("yoto", "import ms", statistics.median(times))]
 
 
+RESUMABLE = True
 SECTIONS = ("yoto", "weightings", "solvers", "peers")
-SHARED = {
-    "transformer, 6 layers": _models.with_heads(
-        transformer(128, 6, heads=4, batch=8, length=64), 128
-    ),
-    "residual net": _models.residual(32, 4, batch=16, side=32),
-}
+
+
+class Part(NamedTuple):
+    """What is measured at one go, and how the progress names it."""
+
+    name: str
+    measure: Callable[[], list[_common.Record]]
 
 
 def main(options: _common.Options) -> None:
     options.refuse_data()
     sections = options.choose(SECTIONS)
     quick = options.preset == "quick"
-    rounds = options.steps or (3 if quick else 31)  # There is no training to step.
+    rounds = options.steps or (3 if quick else 21)  # There is no training to step.
     pairs = options.steps or (2 if quick else 7)
-    versions: dict[str, str] = {}
+    units = _common.Units(options, rounds=rounds, pairs=pairs)
+    parts = plan(sections, rounds, pairs, quick, units)
     records = []
-    if "yoto" in sections:
-        for name, model in (QUICK if quick else MODELS).items():
-            records += compare(name, model, rounds)
-        records += import_time(2 if quick else 7)
-    if "weightings" in sections:
-        for name, model in SHARED.items():
-            if not quick:
-                records += costs.compare(name, model, pairs, quick)
-        if quick:
-            small = _models.with_heads(mlp(16, 32, 8, batch=16), 8)
-            records += costs.compare("small net", small, pairs, quick)
-    if "solvers" in sections:
-        records += costs.solver_times(rounds, (2, 3) if quick else costs.SIZES)
-    if "peers" in sections and peers.available():
-        measured, versions = costs.peer_records(pairs, quick)
-        records += measured
+    for number, part in enumerate(parts, 1):
+        _common.say(
+            f"{units.seconds:4.0f} s, part {number} of {len(parts)}: {part.name}"
+        )
+        records += part.measure()
     path = Path(options.out) / "overhead.json"
-    meta = _common.meta(options, rounds=rounds, pairs=pairs, **versions)
-    if options.methods is not None and path.is_file():
-        # What was not asked for stays as it was measured before.
-        before = _common.read_json(path)
-        stay = [r for r in before["records"] if section(r) not in sections]
-        meta["before"] = {
-            k: before["meta"].get(k) for k in ("command", "commit", "date")
-        }
-        records = stay + records
-        if "peers" in map(section, stay):
-            kept = ("torch", "torchjd")
-            meta |= {k: before["meta"][k] for k in kept if k in before["meta"]}
-    result = _common.write_json(path, meta, records)
+    seconds = round(units.seconds)
+    meta = _common.meta(options, rounds=rounds, pairs=pairs, seconds=seconds)
+    if "peers" in sections and peers.available():
+        meta |= costs.peer_versions()
+    result = _common.write_json(path, *merged(path, options, meta, records))
     for shown in {"overhead": table(result), **tables(result)}.values():
         if shown.rows:
             _common.show(shown)
-    _common.say(f"Results: {path}")
+    _common.say(f"Results, after {seconds} s: {path}")
+
+
+def plan(
+    sections: Sequence[str], rounds: int, pairs: int, quick: bool, units: _common.Units
+) -> list[Part]:
+    """All that is to be measured, in order."""
+    parts = []
+    if "yoto" in sections:
+        parts += yoto_parts(rounds, quick, units)
+    if "weightings" in sections:
+        parts += weighting_parts(pairs, quick, units)
+    if "solvers" in sections:
+        parts += solver_parts(rounds, quick, units)
+    if "peers" in sections and peers.available():
+        parts += peer_parts(pairs, quick, units)
+    return parts
+
+
+def yoto_parts(rounds: int, quick: bool, units: _common.Units) -> Iterator[Part]:
+    for name, model in (QUICK if quick else MODELS).items():
+        work = functools.partial(compare, name, model, rounds)
+        yield Part(
+            f"learned weights, {name}, {rounds} rounds of {len(ARMS)} programs",
+            functools.partial(units.do, name, work),
+        )
+    imports = 1 if quick else 5
+    work = functools.partial(import_time, imports)
+    yield Part(f"import, {imports} times", functools.partial(units.do, "import", work))
+
+
+def weighting_parts(pairs: int, quick: bool, units: _common.Units) -> Iterator[Part]:
+    for name, model in (costs.SMALL if quick else costs.SHARED).items():
+        bench = costs.Bench(name, model, pairs, units)
+        for kind, arms in costs.kinds(name).items():
+            yield Part(
+                f"weightings, {name}, {kind}: {len(arms)} programs, {pairs} pairs",
+                functools.partial(bench.measure, arms),
+            )
+
+
+def solver_parts(rounds: int, quick: bool, units: _common.Units) -> Iterator[Part]:
+    sizes = (2, 3) if quick else costs.SIZES
+    for method in costs.SOLVED[:3] if quick else costs.SOLVED:
+        work = functools.partial(costs.solver_times, method, rounds, sizes)
+        yield Part(
+            f"solvers, {method}, {len(sizes)} sizes, {rounds} rounds",
+            functools.partial(units.do, f"solver, {method}", work),
+        )
+
+
+def peer_parts(rounds: int, quick: bool, units: _common.Units) -> Iterator[Part]:
+    methods = len(costs.peer_methods(quick))
+    for what, measure in (("steps", costs.peer_steps), ("solvers", costs.peer_solvers)):
+        work = functools.partial(measure, rounds, quick)
+        yield Part(
+            f"TorchJD, {what} of {methods} methods, {rounds} rounds",
+            functools.partial(units.do, f"TorchJD, {what}", work),
+        )
+
+
+def merged(
+    path: Path,
+    options: _common.Options,
+    meta: dict[str, Any],
+    records: list[_common.Record],
+) -> tuple[dict[str, Any], list[_common.Record]]:
+    """What was not asked for stays as it was measured before."""
+    if options.methods is None or not path.is_file():
+        return meta, records
+    before = _common.read_json(path)
+    stay = [r for r in before["records"] if section(r) not in options.methods]
+    of_run = ("command", "commit", "date")
+    meta = meta | {"before": {k: before["meta"].get(k) for k in of_run}}
+    if "peers" in map(section, stay):
+        kept = ("torch", "torchjd")
+        meta |= {k: before["meta"][k] for k in kept if k in before["meta"]}
+    return meta, stay + records
 
 
 def section(record: _common.Record) -> str:

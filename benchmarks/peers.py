@@ -113,7 +113,7 @@ def _quiet() -> warnings.catch_warnings:
 # Steps.
 
 
-def problem(depth: int = 6, batch: int = 8, length: int = 64) -> _models.Shared:
+def problem(depth: int = 2, batch: int = 8, length: int = 64) -> _models.Shared:
     """The model in JAX: a transformer and four heads, a loss for each."""
     model = _models.transformer(WIDTH, depth, heads=HEADS, batch=batch, length=length)
     return _models.with_heads(model, WIDTH)

@@ -235,12 +235,11 @@ def test_resuming_a_finished_benchmark_trains_nothing(folder, results):
     assert resumed["history"] == results["depth"]["history"]
 
 
-@pytest.mark.parametrize("name", ["overhead", "properties"])
-def test_what_cannot_be_resumed_says_so(name, capsys):
+def test_what_cannot_be_resumed_says_so(capsys):
     with pytest.raises(SystemExit) as stop:
-        command_line.main([name, "--resume"])
+        command_line.main(["properties", "--resume"])
     assert stop.value.code == 2
-    assert f"{name} cannot be resumed: drop --resume" in capsys.readouterr().err
+    assert "properties cannot be resumed: drop --resume" in capsys.readouterr().err
 
 
 # Reading.
