@@ -5,7 +5,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,16 @@ class Size(NamedTuple):
     process_steps: int
     trials: int  # of killed runs
     soak: int  # steps
+    sample: bool = False  # whether a method of each kind stands for all
+
+    def of(self, names: Iterable[str]) -> list[str]:
+        """Those of the methods that are measured."""
+        return [name for name in names if not self.sample or name in SAMPLE]
+
+
+SAMPLE = ("plain", "yoto", "upgrad", "gradnorm, all parameters, none kept")
+"""Learned weights, and weightings by gradients that are kept and that are not. Nearly
+all the time of the benchmark is compilation, of every method in every way."""
 
 
 # Devices: the same run.
@@ -48,8 +58,8 @@ def compare_devices(size: Size) -> list[Record]:
     """Differences from the run on one device, and whether replicas agree."""
     drawn = task.batches(size.steps, 128)
     records = []
-    cases = [(name, make()) for name, make in task.METHODS.items() if name != "plain"]
-    for name, method in _common.track(cases, "devices"):
+    for name in _common.track(size.of(task.COMPARED), "devices"):
+        method = task.METHODS[name]()
         reference = task.run(task.one_device(method), method, drawn)
         for way, make in task.WAYS.items():
             for count in size.devices:
@@ -104,7 +114,7 @@ GRADIENT_DRIVEN: dict[str, Callable[[], yoto.LossWeighting]] = {
 }
 
 
-def measure_collectives() -> list[Record]:
+def measure_collectives(size: Size) -> list[Record]:
     """What each method sends beyond a plain step, from the compiled programs."""
     methods: dict[str, task.Method] = {"yoto": task.learned()}
     for name, make in (LOSS_DRIVEN | GRADIENT_DRIVEN).items():
@@ -125,9 +135,9 @@ def measure_collectives() -> list[Record]:
             record("plain", "collectives", traffic.count, config=way),
             record("plain", "bytes", traffic.bytes, config=way),
         ]
-    for name, method in _common.track(list(methods.items()), "collectives"):
+    for name in _common.track(size.of(methods), "collectives"):
         for way, reference in plain.items():
-            extra = collectives.added(sent(method, way, devices), reference)
+            extra = collectives.added(sent(methods[name], way, devices), reference)
             records += [
                 record(name, "collectives", extra.count, config=way),
                 record(name, "bytes", extra.bytes, config=way),
@@ -275,7 +285,7 @@ def measure_speed(size: Size) -> list[Record]:
     """Time of a step on 1, 2, 4, 8 devices for the same batch, all in turns."""
     batch = tiled(task.batches(1, 128)[0], size.batch)
     arms: dict[tuple[str, int], tuple[task.Way, task.Carry, task.Batch]] = {}
-    for name in TIMED:
+    for name in size.of(TIMED):
         method = task.METHODS[name]()
         for count in sorted({1, *size.devices}):
             if count > jax.device_count():

@@ -32,7 +32,7 @@ QUICK = ("devices", "collectives", "memory", "speed")
 
 
 SIZES = {
-    "quick": runs.Size(3, (2,), 64, 2, (2,), 20, 1, 200),
+    "quick": runs.Size(3, (2,), 64, 2, (2,), 20, 1, 200, sample=True),
     "cpu": runs.Size(50, (1, 2, 4, 8), 1024, 30, (1, 2, 4), 200, 20, 100_000),
     "gpu": runs.Size(50, (1, 2, 4, 8), 8192, 30, (1, 2, 4), 200, 20, 100_000),
 }
@@ -51,7 +51,7 @@ def main(options: Options) -> None:
     use_virtual_devices()
     parts: dict[str, Callable[[], list[Record]]] = {
         "devices": lambda: runs.compare_devices(size),
-        "collectives": runs.measure_collectives,
+        "collectives": lambda: runs.measure_collectives(size),
         "memory": runs.measure_memory,
         "speed": lambda: runs.measure_speed(size),
         "processes": lambda: runs.compare_processes(size),
