@@ -1,4 +1,4 @@
-"""Checks of arguments, on what is known of them outside of a trace."""
+"""Checks of arguments whose values are known; tracers pass."""
 
 import math
 import operator
@@ -24,38 +24,38 @@ def _known(name: str, value: Any, kinds: str) -> float | None:
 def check_hyperparameter(
     name: str, value: Any, holds: Callable[[float], bool], what: str
 ) -> None:
-    """Raise unless this is a number for which ``holds``; tracers pass."""
+    """Checks that a number satisfies ``holds``; tracers pass."""
     number = _known(name, value, "a number")
     if number is not None and not holds(number):
         raise ValueError(f"{name} must {what}, got {value}.")
 
 
 def check_positive(**values: Any) -> None:
-    """Raise unless these hyperparameters are positive, as far as that is known."""
+    """Checks that hyperparameters are positive; tracers pass."""
     for name, value in values.items():
         check_hyperparameter(name, value, lambda x: x > 0, "be positive")
 
 
 def check_not_negative(**values: Any) -> None:
-    """Raise if one of these hyperparameters is negative, as far as that is known."""
+    """Checks that hyperparameters are not negative; tracers pass."""
     for name, value in values.items():
         check_hyperparameter(name, value, lambda x: x >= 0, "not be negative")
 
 
 def check_decay(**values: Any) -> None:
-    """Raise unless these decays are in [0, 1), as far as that is known."""
+    """Checks that decays are in [0, 1); tracers pass."""
     for name, value in values.items():
         check_hyperparameter(name, value, lambda x: 0 <= x < 1, "be in [0, 1)")
 
 
 def check_fraction(**values: Any) -> None:
-    """Raise unless these hyperparameters are in [0, 1], as far as that is known."""
+    """Checks that hyperparameters are in [0, 1]; tracers pass."""
     for name, value in values.items():
         check_hyperparameter(name, value, lambda x: 0 <= x <= 1, "be in [0, 1]")
 
 
 def check_rate(name: str, value: Any, below: float = math.inf) -> None:
-    """Reject a number that is negative or too large; schedules and tracers pass."""
+    """Checks that a rate is in [0, ``below``); schedules and tracers pass."""
     if callable(value) or isinstance(value, jax.core.Tracer):
         return
     kinds = "a number, a scalar array or a schedule"
@@ -68,19 +68,19 @@ def check_rate(name: str, value: Any, below: float = math.inf) -> None:
 
 
 def check_integers(**values: Any) -> None:
-    """Raise unless these are integers."""
+    """Checks that arguments are integers."""
     for name, value in values.items():
         if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise TypeError(f"{name} must be an integer, got {value!r}.")
 
 
 def is_key(x: Any) -> bool:
-    """Whether this is an array of typed random keys."""
+    """Whether ``x`` is an array of typed random keys."""
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def as_key(key: Any) -> jax.Array:
-    """A typed key from a typed key, one of ``jax.random.PRNGKey``, or a seed."""
+    """Converts a key, typed or of ``jax.random.PRNGKey``, or a seed to a typed key."""
     if is_key(key):
         return key
     if hasattr(key, "dtype") and key.dtype == jnp.uint32 and jnp.ndim(key):

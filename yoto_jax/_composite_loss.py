@@ -13,7 +13,7 @@ from yoto_jax._numerics import float_type, softmax, stack, sum_of_products
 def composite_loss(
     losses: PyTree, mu: LossLogits, *, present: PyTree | None = None
 ) -> jax.Array:
-    r"""The composite loss, a convex combination of the losses with learned weights.
+    r"""Composite loss: convex combination of the losses with learned weights.
 
     .. math::
       L_e = \sum_i \lambda_i l_i, \quad \lambda = \mathrm{Softmax}(\mu), \qquad
@@ -28,9 +28,9 @@ def composite_loss(
         paper), with the structure that ``mu`` was initialised with.
       mu: Loss logits.
       present: Tree of booleans like the losses, for batches without labels for some of
-        them (see :func:`yoto_jax.masked_mean`). The others share the whole weight, and
-        neither an absent loss nor its logit gets a gradient. Give the optimizer the
-        same ``present=``: its moments and decays do not stand still by themselves.
+        them (see :func:`yoto_jax.masked_mean`). The others share the whole weight;
+        absent losses and their logits get no gradient. Give the optimizer the same
+        ``present=``, or its moments and decays still move absent logits.
 
     Returns:
       Scalar in float32, or in float64 if a loss or the logits are. A loss of NaN or

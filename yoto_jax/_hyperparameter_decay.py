@@ -1,4 +1,4 @@
-"""The regulariser on loss logits, and its decoupled form as an Optax link."""
+"""Regulariser of the loss logits, and its decoupled form as an Optax link."""
 
 import functools
 import warnings
@@ -25,7 +25,7 @@ Entropy = Literal["all", "auxiliary"]
 def regularizer(
     mu: LossLogits, *, entropy: Entropy = "all", present: PyTree | None = None
 ) -> jax.Array:
-    r"""The regulariser of the loss logits: negated entropy plus softplus, without rho.
+    r"""Regulariser of the loss logits: negated entropy plus softplus, without rho.
 
     .. math::
       L_r(\mu) = \sum_{i=0}^{K} p_i \log p_i + \sum_{i=1}^{K} \log(1 + e^{\mu_i}),
@@ -33,16 +33,16 @@ def regularizer(
       \frac{\partial L_r}{\partial \mu_i}
         = p_i \Bigl(\mu_i - \sum_j p_j \mu_j\Bigr) + \sigma(\mu_i).
 
-    The entropy draws the weights together and does not see a common shift of the
-    logits; the softplus bounds them above. Alone, the two are smallest where every
-    auxiliary loss weighs *less* than the primary one: 0.28 times for K = 1, 0.20 for
-    K = 2, 0.16 for K = 3, 0.07 for K = 10.
+    The entropy draws the weights together and is invariant to a common shift of the
+    logits; the softplus bounds them above. The minimum of both weighs every auxiliary
+    loss *less* than the primary one: 0.28 times for K = 1, 0.20 for K = 2, 0.16 for
+    K = 3, 0.07 for K = 10.
 
     Args:
       mu: Loss logits. Leading axes are kept.
       entropy: ``"all"`` takes the entropy over all losses, as printed in the paper.
         ``"auxiliary"`` takes it over the auxiliary losses alone, renormalised to sum to
-        1: then nothing holds them up against the primary loss, only against each other.
+        1: it balances them with each other, not with the primary loss.
       present: Tree of booleans like the losses: the regulariser of those alone.
 
     Returns:
@@ -126,7 +126,7 @@ def regularizer_gradient(
 def _masks(
     mu: LossLogits, entropy: Entropy, present: jax.Array | None
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """Which of the losses that the entropy spans are present; which of the learned."""
+    """Masks of the present losses: those in the entropy, and the learned ones."""
     if present is None:
         return None, None
     there = present[int(mu.primary is not None) :]
@@ -148,15 +148,15 @@ class HyperparameterDecayState(NamedTuple):
 def add_hyperparameter_decay(
     hyperparameter_decay: optax.ScalarOrSchedule, *, entropy: Entropy = "all"
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Add rho times the gradient of the regulariser to the updates of loss logits.
+    r"""Adds rho times the gradient of the regulariser to updates of loss logits.
 
     .. math::
       u_\mu \leftarrow u_\mu + \rho \, \nabla L_r(\mu)
 
-    It does for loss logits what ``optax.add_decayed_weights`` does for weights: it
-    finds every :class:`LossLogits` in the parameters and leaves all else alone. After
-    the scaling by momentum or Adam and before that by the learning rate, the decay is
-    decoupled, as in the paper; before both, it is coupled.
+    The counterpart of ``optax.add_decayed_weights`` for every :class:`LossLogits` in
+    the parameters; all else passes unchanged. After the scaling by momentum or Adam and
+    before that by the learning rate, the decay is decoupled, as in the paper; before
+    both, it is coupled.
 
     Args:
       hyperparameter_decay: rho, the strength of the regulariser (non-negative; in units
@@ -166,10 +166,9 @@ def add_hyperparameter_decay(
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``.
-      With ``present=``, a tree of booleans like the losses, the regulariser is that of
-      the losses that are there. Its ``init`` warns of parameters without loss logits,
-      as ``optax.flatten`` around it leaves them (but not of a part that
-      ``optax.partition`` or ``optax.masked`` picks, nor if rho is 0), and of logits of
+      With ``present=``, a tree of booleans like the losses, the regulariser spans the
+      present losses. Its ``init`` warns of parameters without loss logits, unless
+      ``optax.partition`` or ``optax.masked`` picks them or rho is 0, and of logits of
       less than 32 bits, which small steps do not move.
 
     Raises:
@@ -252,7 +251,7 @@ def add_hyperparameter_decay(
 
 
 def _warn_of_logits(params: PyTree, rho: Any) -> None:
-    """Warn if there are no loss logits, or if they cannot take small steps."""
+    """Warns if there are no loss logits, or if they cannot take small steps."""
     nodes = jax.tree.leaves(
         params, is_leaf=lambda x: isinstance(x, LossLogits | optax.MaskedNode)
     )

@@ -102,7 +102,7 @@ def is_loss_logits(x: Any) -> bool:
 def init_loss_logits(
     losses: PyTree, primary: str | int | None, epsilon: PyTree = 0.1
 ) -> LossLogits:
-    r"""Logits at which every auxiliary loss weighs ``epsilon`` times the primary loss.
+    r"""Initialises loss logits from initial weights relative to the primary loss.
 
     .. math::
       \mu_0 = 0, \quad \mu_i = \log \epsilon_i, \quad\text{so that}\quad
@@ -159,7 +159,7 @@ def init_loss_logits(
 
 
 def loss_weights(mu: LossLogits) -> PyTree:
-    r"""The loss weights :math:`\lambda = \mathrm{Softmax}(\mu)`.
+    r"""Loss weights :math:`\lambda = \mathrm{Softmax}(\mu)` of loss logits.
 
     .. math::
       \lambda_i = \frac{e^{\mu_i}}{\sum_j e^{\mu_j}}, \quad \mu_0 = 0.
@@ -193,16 +193,16 @@ def loss_weights(mu: LossLogits) -> PyTree:
 
 
 def primary_first(items: Sequence[Any], primary: int | None) -> list[Any]:
-    """``items`` in the order of the leaves, but the primary one first."""
+    """Moves the primary item to the front; the others keep their order."""
     items = list(items)
     return items if primary is None else [items.pop(primary), *items]
 
 
-# Checks, all on structure, shape and dtype alone: they cost nothing under jit.
+# Checks on structure, shape and dtype alone: they cost nothing under jit.
 
 
 def check_loss_logits(mu: Any) -> None:
-    """Raise unless ``mu`` holds as many logits as its losses need."""
+    """Checks that ``mu`` holds as many logits as its losses need."""
     if not isinstance(mu, LossLogits):
         raise TypeError(
             f"mu must be a LossLogits (see init_loss_logits), got {type(mu).__name__}."
@@ -229,7 +229,7 @@ def check_loss_logits(mu: Any) -> None:
 
 
 def present_in_order(present: PyTree | None, mu: LossLogits) -> jax.Array | None:
-    """Which losses are there as a vector, the primary loss first; None for all."""
+    """Mask of the present losses, the primary loss first; None for all."""
     check_loss_logits(mu)
     mask = stack_present(present, mu.structure)
     if mask is None:
@@ -238,7 +238,7 @@ def present_in_order(present: PyTree | None, mu: LossLogits) -> jax.Array | None
 
 
 def choose_present(present: PyTree, new: PyTree, old: PyTree) -> PyTree:
-    """``new``, but with the entries of ``old`` at the logits of absent losses."""
+    """Takes the logits of absent losses from ``old``, all else from ``new``."""
 
     def choose(new: Any, old: Any) -> Any:
         if not is_loss_logits(new) or not jax.tree.leaves(new):
@@ -260,7 +260,7 @@ register_node(
 
 
 def losses_in_order(losses: PyTree, mu: LossLogits) -> list[Any]:
-    """The leaves of ``losses``, checked against ``mu``, primary loss first."""
+    """Leaves of ``losses``, checked against ``mu``, primary loss first."""
     check_loss_logits(mu)
     _, leaves, structure = scalar_losses(losses)
     check_structure(structure, mu.structure, "the loss logits")
@@ -268,7 +268,7 @@ def losses_in_order(losses: PyTree, mu: LossLogits) -> list[Any]:
 
 
 def _show(learned: Any, index: int) -> str:
-    """One logit; its dtype and leading axes if it has no value, or one for each run."""
+    """Text of one logit; dtype and leading axes if it has no single value."""
     if not hasattr(learned, "dtype"):
         return str(learned)  # A label, a mask: anything can be a leaf.
     try:
@@ -279,7 +279,7 @@ def _show(learned: Any, index: int) -> str:
 
 
 def _epsilon_per_loss(epsilon: PyTree, names: list[str]) -> list[Any]:
-    """One initial relative weight for each of the losses with these names."""
+    """Initial relative weights of the losses with these names."""
     if getattr(epsilon, "ndim", 0) == 1:
         epsilon = list(epsilon)
     flat = jax.tree.leaves_with_path(epsilon)

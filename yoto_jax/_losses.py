@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 PyTree = Any
-"""Any nesting of containers that JAX knows."""
+"""Any nesting of containers registered with JAX."""
 
 
 def check_structure(
@@ -17,7 +17,7 @@ def check_structure(
     owner: str,
     what: str = "losses",
 ) -> None:
-    """Raise unless ``what`` has the structure that ``owner`` was made with."""
+    """Checks that ``what`` has the structure that ``owner`` was made with."""
     if structure != expected:
         difference = structure_difference(structure, expected)
         raise ValueError(f"{what} do not match those of {owner}; {difference}.")
@@ -26,7 +26,7 @@ def check_structure(
 def structure_difference(
     structure: jax.tree_util.PyTreeDef, expected: jax.tree_util.PyTreeDef
 ) -> str:
-    """Which leaves are missing or unexpected; if none, how the containers differ."""
+    """Names missing and unexpected leaves, or else the containers that differ."""
     got, wanted = set(loss_names(structure)), set(loss_names(expected))
     difference = "; ".join(
         f"{word}: {listed(sorted(which))}"
@@ -43,7 +43,7 @@ def loss_names(structure: jax.tree_util.PyTreeDef) -> tuple[str, ...]:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A path in a tree as text, such as ``"heads/depth"``."""
+    """Text of a path in a tree, such as ``"heads/depth"``."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -71,7 +71,7 @@ def scalar_losses(
 def stack_present(
     present: PyTree | None, structure: jax.tree_util.PyTreeDef
 ) -> jax.Array | None:
-    """A tree of booleans like the losses as a vector (K,); None, all, stays None."""
+    """Stacks a tree of booleans like the losses to a mask (K,); None stays None."""
     if present is None:
         return None
     flat, given = jax.tree.flatten_with_path(present)
@@ -88,7 +88,7 @@ def stack_present(
 
 
 def split(vector: jax.Array, structure: jax.tree_util.PyTreeDef) -> PyTree:
-    """A vector (K,), or vectors (..., K), as a tree like the losses."""
+    """Splits vectors (..., K) into a tree like the losses."""
     return structure.unflatten([vector[..., k] for k in range(structure.num_leaves)])
 
 
@@ -101,7 +101,7 @@ def shape_and_dtype(what: str, value: Any) -> tuple[tuple[int, ...], Any]:
 
 
 def find_loss(role: str, chosen: Any, losses: PyTree, names: Sequence[str]) -> int:
-    """Position of the one loss that ``chosen`` names; ``role`` is for the messages."""
+    """Leaf index of the loss that ``chosen`` names; ``role`` is for messages."""
     if hasattr(chosen, "__index__") and not isinstance(chosen, bool):
         chosen = operator.index(chosen)
     elif not isinstance(chosen, str):

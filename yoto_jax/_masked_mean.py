@@ -13,7 +13,7 @@ from yoto_jax._numerics import upcast
 
 
 class MaskedLosses(NamedTuple):
-    """Losses, and which of them a batch has labels for."""
+    """Losses, and a flag for each that its batch has labels."""
 
     losses: PyTree  # scalars, 0 where absent
     present: PyTree  # bool scalars, a tree like the losses
@@ -25,7 +25,7 @@ def masked_mean(
     *,
     axis_name: Hashable | tuple[Hashable, ...] | None = None,
 ) -> MaskedLosses:
-    r"""Means over the labelled examples of a batch, and whether there are any.
+    r"""Averages losses over the labelled examples of a batch.
 
     .. math::
       L_k = \frac{\sum_b m_{k,b}\, l_{k,b}}{\sum_b m_{k,b}}, \qquad

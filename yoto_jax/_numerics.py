@@ -11,23 +11,23 @@ from jax import lax
 from yoto_jax._losses import PyTree
 
 _UNROLL = 9
-"""Up to this many losses, small vectors are computed entry by entry.
+"""Vectors of up to this many losses are computed entry by entry.
 
 XLA fuses elementwise operations into one kernel but starts a new kernel at every
-reduction and concatenation. With few losses, writing the sums out costs nothing and
-saves those kernels, which is what a small model's step consists of.
+reduction and concatenation. With few losses, sums written out save those kernels, of
+which the step of a small model consists.
 """
 
 
 def upcast(x: jax.Array) -> jax.Array:
-    """``x`` in float32, or in float64 if it comes in that."""
+    """Casts to float32; float64 stays."""
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
 def float_type(values: Iterable[Any]) -> Any:
     """float64 if one of the values (numbers, arrays, dtypes) is, else float32.
 
-    A Python number takes the dtype of its company: it counts only if all are such.
+    Python numbers are weakly typed: they count only if all values are such.
     """
     values = list(values)
     typed = [x for x in values if type(x) not in (bool, int, float)]
@@ -36,7 +36,7 @@ def float_type(values: Iterable[Any]) -> Any:
 
 
 def stack(entries: Sequence[jax.Array]) -> jax.Array:
-    """Stack arrays on a new last axis, as a fusible selection if they are few."""
+    """Stacks arrays on a new last axis, by fusible selections if they are few."""
     if len(entries) > _UNROLL:
         return jnp.stack(entries, axis=-1)
     shape = (*entries[0].shape, len(entries))
@@ -60,8 +60,8 @@ def unstack(x: jax.Array) -> list[jax.Array]:
     return [x[..., k] for k in range(x.shape[-1])]
 
 
-# Arithmetic on logits. Inside these functions the primary loss comes first, so that its
-# constant logit 0 is put in front of the learned ones wherever it stands in the tree.
+# Arithmetic on logits. The primary loss comes first in these functions, wherever it
+# stands in the tree: its constant logit 0 is put in front of the learned ones.
 
 
 @jax.custom_jvp
@@ -109,7 +109,7 @@ def softmax(
 
 
 def where_rows(chosen: jax.Array, x: jax.Array, y: Any) -> jax.Array:
-    """Row k of ``x`` if entry k is chosen, else that of ``y``."""
+    """Selects row k of ``x`` if entry k is chosen, else that of ``y``."""
     return jnp.where(chosen.reshape(chosen.shape + (1,) * (x.ndim - 1)), x, y)
 
 
@@ -126,7 +126,7 @@ def all_finite(tree: PyTree) -> jax.Array:
 def running_mean(
     mean: jax.Array, x: jax.Array, count: jax.Array, warmup: Any, decay: Any
 ) -> jax.Array:
-    """The first as it is; the plain mean of all during the warmup; then with decay."""
+    """Updates a running mean: plain during the warmup, exponential afterwards."""
     number = count.astype(x.dtype)
     early = (count == 0) | (number < warmup)
     return jnp.where(

@@ -1,4 +1,4 @@
-"""Optimizers that learn loss logits along with the model: Algorithm 1 and its kin."""
+"""Optimizers that learn loss logits with the model: Algorithm 1 and its Adam form."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ Mask = PyTree | Callable[[optax.Params], PyTree]
 
 
 def label_loss_logits(params: PyTree) -> PyTree:
-    """Label loss logits ``"loss_logits"`` and all else ``"model"``, for ``partition``.
+    """Labels loss logits ``"loss_logits"`` and all else ``"model"``, for ``partition``.
 
     Args:
       params: Any tree of parameters.
@@ -66,60 +66,43 @@ def sgdw(
       n_t &= \beta n_{t-1} + \eta_t h_t &
       \mu_t &= \mu_{t-1} - n_t - \eta_t \rho \nabla L_r(\mu_{t-1})
 
-    with the gradients :math:`g, h` of the composite loss with respect to the model and
-    the logits. Both decays stay outside the momentum and are scaled by the learning
-    rate, which multiplies a gradient *before* it enters the momentum.
+    with gradients :math:`g, h` with respect to the model and the logits. Both decays
+    stay outside the momentum; the learning rate multiplies a gradient *before* it.
 
     Args:
       learning_rate: :math:`\eta`, a scalar or a schedule.
       momentum: :math:`\beta`.
-      weight_decay: :math:`\lambda`, for everything but loss logits; scalar or schedule.
-      hyperparameter_decay: :math:`\rho`, for loss logits alone (unit: that of a loss),
-        a scalar or a schedule. See "Choosing rho and epsilon" in the README.
-      entropy: Which losses the entropy spans, see :func:`yoto_jax.regularizer`.
-      mask: Which parameters the weight decay applies to, as in ``optax.adamw``; loss
-        logits are exempt whatever it says.
+      weight_decay: :math:`\lambda`, for all but loss logits; a scalar or a schedule.
+      hyperparameter_decay: :math:`\rho`, for loss logits (unit: that of a loss).
+      entropy: Losses that the entropy spans, see :func:`yoto_jax.regularizer`.
+      mask: Parameters with weight decay, as in ``optax.adamw``; never loss logits.
       nesterov: Whether to use Nesterov momentum (not in the paper).
       accumulator_dtype: Dtype of the momentum, default that of the parameters.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``.
-      Give it the ``present=`` of :func:`yoto_jax.composite_loss` too: logits of absent
-      losses and their moments stay what they are (steps are counted for all alike).
+      An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``, and
+      takes ``present=`` to hold the logits of absent losses and their moments.
 
     Raises:
-      TypeError: A rate is neither a number, nor a scalar array, nor a schedule; a dtype
-        is none of floating point; or ``mask`` holds text.
-      ValueError: A rate is negative or not finite, ``momentum`` is not in [0, 1), or
-        ``entropy`` is unknown. In ``update``: ``params`` is missing, or holds no loss
-        logits where the updates do.
+      TypeError: A rate, a dtype or ``mask`` is of another kind.
+      ValueError: An argument is out of its range, or ``update`` misses ``params``.
 
     Examples:
-      >>> import jax, optax, yoto_jax as yoto
-      >>> def losses(w): return {"fit": (w - 2) ** 2 + 1.0, "size": w**2 / 10 + 1.0}
-      >>> params = {"w": 0.0, "mu": yoto.init_loss_logits(losses(0.0), primary="fit")}
-      >>> tx = yoto.sgdw(0.01)
-      >>> state = tx.init(params)
-      >>> @jax.jit
-      ... def step(params, state):
-      ...     objective = lambda p: yoto.composite_loss(losses(p["w"]), p["mu"])
-      ...     updates, state = tx.update(jax.grad(objective)(params), state, params)
-      ...     return optax.apply_updates(params, updates), state
-      >>> for _ in range(300):
-      ...     params, state = step(params, state)
-      >>> print({k: f"{v:.2f}" for k, v in yoto.loss_weights(params["mu"]).items()})
-      {'fit': '0.93', 'size': '0.07'}
+      >>> import jax, yoto_jax as yoto
+      >>> params = {"mu": yoto.init_loss_logits((2.0, 1.0), primary=0, epsilon=1.0)}
+      >>> tx = yoto.sgdw(0.1)
+      >>> grads = jax.grad(lambda p: yoto.composite_loss((2.0, 1.0), p["mu"]))(params)
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> print(f"{updates['mu'].learned[0]:.3f}")  # -0.1 * (-0.25 + 1.0 * 0.5)
+      -0.025
 
     References:
       Sakaridis, `You Only Train Once <https://arxiv.org/abs/2506.04349>`_, 2025,
       Algorithm 1.
 
     .. warning::
-      The paper recommends rho of 20 to 200 with losses of order 1. Taken literally,
-      that pins the weights at the regulariser's own optimum whatever the losses do. It
-      may also be unstable: the decay is a gradient step on the regulariser, which
-      oscillates where the learning rate times rho passes 9 (one auxiliary loss) and
-      from about 20 on throws the logits so far down that nothing brings them back.
+      The paper's rho of 20 to 200 pins the weights at the regulariser's optimum. Keep
+      learning rate times rho below 9: "Choosing rho and epsilon" in the README.
     """
     check_rate("learning_rate", learning_rate)
     check_rate("weight_decay", weight_decay)
@@ -161,9 +144,7 @@ def adamw(
       w_t = w_{t-1} - \eta_t (\hat g_t + \lambda w_{t-1}), \quad
       \mu_t = \mu_{t-1} - \eta_t (\hat h_t + \rho \nabla L_r(\mu_{t-1})),
 
-    where :math:`\hat g, \hat h` are Adam's normalised gradients of the composite loss.
-    Weight decay never touches loss logits; hyperparameter decay touches nothing else.
-    Without loss logits among the parameters this is ``optax.adamw``; ``init`` warns.
+    with Adam's normalised gradients. Without loss logits it is ``optax.adamw``.
 
     Args:
       learning_rate: :math:`\eta`, a scalar or a schedule.
@@ -173,55 +154,35 @@ def adamw(
       eps_root: Added under the square root.
       mu_dtype: Dtype of the first moment (Optax's name; not the loss logits).
       weight_decay: :math:`\lambda`, for everything but loss logits; scalar or schedule.
-      mask: Which parameters the weight decay applies to, as in ``optax.adamw``; loss
-        logits are exempt whatever it says.
-      hyperparameter_decay: :math:`\rho`, for loss logits alone (no unit: Adam's steps
-        have none), scalar or schedule. See "Choosing rho and epsilon" in the README.
-      entropy: Which losses the entropy spans, see :func:`yoto_jax.regularizer`.
+      mask: Parameters with weight decay, as in ``optax.adamw``; never loss logits.
+      hyperparameter_decay: :math:`\rho`, for loss logits (no unit); scalar or schedule.
+      entropy: Losses that the entropy spans, see :func:`yoto_jax.regularizer`.
       nesterov: Whether to use Nesterov momentum.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``.
-      Give it the ``present=`` of :func:`yoto_jax.composite_loss` too: logits of absent
-      losses and their moments stay what they are (steps are counted for all alike).
+      An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``, and
+      takes ``present=`` to hold the logits of absent losses and their moments.
 
     Raises:
-      TypeError: A rate is neither a number, nor a scalar array, nor a schedule; a dtype
-        is none of floating point; or ``mask`` holds text.
-      ValueError: A rate, ``eps`` or ``eps_root`` is negative or not finite, ``b1`` or
-        ``b2`` is not in [0, 1), or ``entropy`` is unknown. In ``update``: ``params`` is
-        missing, or holds no loss logits where the updates do.
+      TypeError: A rate, a dtype or ``mask`` is of another kind.
+      ValueError: An argument is out of its range, or ``update`` misses ``params``.
 
     Examples:
-      >>> import jax, optax, yoto_jax as yoto
-      >>> def losses(w): return {"fit": (w - 2) ** 2 + 1.0, "size": w**2 / 10 + 1.0}
-      >>> params = {"w": 0.0, "mu": yoto.init_loss_logits(losses(0.0), primary="fit")}
+      >>> import jax, yoto_jax as yoto
+      >>> params = {"mu": yoto.init_loss_logits((2.0, 1.0), primary=0, epsilon=1.0)}
       >>> tx = yoto.adamw(0.01)
-      >>> state = tx.init(params)
-      >>> @jax.jit
-      ... def step(params, state):
-      ...     objective = lambda p: yoto.composite_loss(losses(p["w"]), p["mu"])
-      ...     updates, state = tx.update(jax.grad(objective)(params), state, params)
-      ...     return optax.apply_updates(params, updates), state
-      >>> for _ in range(300):
-      ...     params, state = step(params, state)
-      >>> print({k: f"{v:.2f}" for k, v in yoto.loss_weights(params["mu"]).items()})
-      {'fit': '0.79', 'size': '0.21'}
+      >>> grads = jax.grad(lambda p: yoto.composite_loss((2.0, 1.0), p["mu"]))(params)
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> print(f"{updates['mu'].learned[0]:.3f}")  # -0.01 * (-1.0 + 10.0 * 0.5)
+      -0.040
 
     References:
-      Sakaridis, `You Only Train Once <https://arxiv.org/abs/2506.04349>`_, 2025,
-      Algorithm 1 ("analogously" for AdamW); Loshchilov and Hutter,
-      `Decoupled Weight Decay <https://arxiv.org/abs/1711.05101>`_, 2019.
+      Sakaridis, `You Only Train Once <https://arxiv.org/abs/2506.04349>`_, 2025.
+      Loshchilov and Hutter, `AdamW <https://arxiv.org/abs/1711.05101>`_, 2019.
 
     .. warning::
-      The paper does not print this form, and uses rho = 20 with it. Adam normalises the
-      push of the losses on a logit to about 1, however small it is. The regulariser
-      pulls a dominant weight down by about rho, but a vanishing one up by no more than
-      rho / 10, 17, 23 or 36 with 1, 2, 3 or 5 auxiliary losses. Below that rho, a push
-      that never wavers drives a weight to 0 in the end. At the default of 10 the losses
-      still move a weight from the regulariser's own optimum, several times down and up
-      to 1.4 times up; for very long runs or many losses take 20 or more, where the
-      weights hardly move.
+      The paper does not print this form, and uses rho = 20 with it. See "Choosing rho
+      and epsilon" in the README: below 10, a weight may vanish in a long run.
     """
     rates = {"learning_rate": learning_rate, "weight_decay": weight_decay}
     for name, value in {**rates, "eps": eps, "eps_root": eps_root}.items():
@@ -251,7 +212,7 @@ def adamw(
 def _hold_absent(
     inner: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
-    """Hold logits of absent losses and their moments, given ``present=``."""
+    """Holds logits of absent losses and their moments, given ``present=``."""
 
     def update_fn(
         updates: PyTree,
@@ -276,7 +237,7 @@ def _check_dtype(name: str, dtype: Any) -> None:
 
 
 def _but_loss_logits(mask: Mask | None) -> Callable[[optax.Params], PyTree]:
-    """``mask`` with every ``LossLogits`` taken out."""
+    """Excludes every ``LossLogits`` from ``mask``."""
 
     def but_loss_logits(params: optax.Params) -> PyTree:
         chosen = True if mask is None else mask(params) if callable(mask) else mask
@@ -300,7 +261,7 @@ def _but_loss_logits(mask: Mask | None) -> Callable[[optax.Params], PyTree]:
 def _add(
     inner: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
-    """Add to the updates what ``inner`` makes of zeros."""
+    """Adds the output of ``inner`` for zero updates to the updates."""
 
     def update_fn(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
@@ -315,15 +276,13 @@ def _add(
 def unwrap_loss_logits(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Show ``inner`` all loss logits bare, outside any ``flax.nnx.Variable``.
+    """Unwraps loss logits from ``flax.nnx.Variable`` for the inner transformation.
 
     ``nnx.Optimizer`` initialises a transformation with variables and updates it with
-    their values. Between the two it turns a variable whose value is a container, as a
-    :class:`LossLogits` is, into another container, and the second step fails in any
-    transformation that keeps a copy of the parameters. A state that has never seen the
-    variable is left whole. :func:`yoto_jax.adamw` and :func:`yoto_jax.sgdw` do this
-    themselves. Put it around all of an optimizer of your own, and around a wrapper
-    that accumulates or averages, such as ``optax.MultiSteps``, even with ours inside.
+    their values: one that keeps a copy of loss logits fails in its second step.
+    :func:`yoto_jax.adamw` and :func:`yoto_jax.sgdw` unwrap them; an optimizer of your
+    own needs it around all of it, and so does a wrapper that accumulates or averages,
+    such as ``optax.MultiSteps``, even with ours inside.
 
     Args:
       inner: Any transformation.

@@ -1,4 +1,4 @@
-"""What may stand in a tree of parameters."""
+"""Checks of parameter trees."""
 
 import sys
 from collections.abc import Callable
@@ -27,11 +27,8 @@ _OTHER = (
 
 
 def check_params(params: PyTree) -> None:
-    """Raise for modules with a state of their own, and for leaves that are no arrays.
-
-    Flax and Equinox are looked up among what is imported: a module of theirs cannot
-    come from anywhere else.
-    """
+    """Rejects NNX modules, and leaves that are not arrays."""
+    # Looked up among the imported modules: a module of Flax or Equinox implies them.
     is_nnx, is_equinox = _is_module_of("flax.nnx"), _is_module_of("equinox")
     for path, node in jax.tree.leaves_with_path(
         params, is_leaf=lambda x: is_nnx(x) or is_equinox(x)

@@ -1,4 +1,4 @@
-"""Our pytree nodes in exported programs (``jax.export``) and in Flax's state dicts."""
+"""Serialisation of our pytree nodes by ``jax.export`` and ``flax.serialization``."""
 
 import contextlib
 import functools
@@ -19,14 +19,14 @@ _state_dicts: dict[type, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 
 
 def serializable_state(kind: Kind) -> Kind:
-    """Let ``jax.export`` write programs that take or return this named tuple."""
+    """Registers a named tuple with ``jax.export``."""
     jax.export.register_namedtuple_serialization(
         kind, serialized_name=_public_name(kind)
     )
     return kind
 
 
-# The states of Optax that ours are made of, unless somebody has registered them.
+# States of Optax inside ours, unless another library has registered them.
 for _kind in (
     optax.EmptyState,
     optax.MaskedState,
@@ -45,13 +45,13 @@ def register_node(
     from_children: Callable[..., Any],
     check: Callable[[Any], None] = lambda node: None,
 ) -> None:
-    """Let ``jax.export`` and ``flax.serialization`` write this pytree node.
+    """Registers a pytree node with ``jax.export`` and ``flax.serialization``.
 
     Args:
-      kind: A registered class. Its static data are a tree structure and what JSON can
-        write (a tuple, a number or None), its leaves have names.
-      from_children: ``from_children(static, leaves)`` makes a node of both.
-      check: Raises if a node that was restored is not whole.
+      kind: A registered class with named leaves. Its static data are a tree structure
+        and a JSON value (a tuple, a number or None).
+      from_children: ``from_children(static, leaves)`` makes a node.
+      check: Raises if a restored node is incomplete.
     """
     jax.export.register_pytree_node_serialization(
         kind,
@@ -80,13 +80,13 @@ def register_node(
 
 
 def _public_name(kind: type) -> str:
-    """Where users find a class, so that files stay readable when modules change."""
+    """Public path of a class: files stay readable when private modules move."""
     public = [part for part in kind.__module__.split(".") if not part.startswith("_")]
     return ".".join([*public, kind.__name__])
 
 
 def _named_leaves(node: Any) -> dict[str, Any]:
-    """The leaves of a node by the names of its attributes."""
+    """Leaves of a node by attribute name."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree.leaves_with_path(node)
@@ -94,8 +94,8 @@ def _named_leaves(node: Any) -> dict[str, Any]:
 
 
 def _write_static(static: tuple[Any, Any]) -> bytes:
-    # The losses may be in containers that their owner has registered with jax.export.
-    # It writes those as the arguments of a program: here, of one that does nothing.
+    # Losses may be in containers of the user, registered with jax.export, which writes
+    # tree structures only as arguments of a program: here, of the identity.
     structure, rest = static
     scalar = jax.ShapeDtypeStruct((), "float32")
     losses = structure.unflatten([scalar] * structure.num_leaves)
@@ -109,8 +109,8 @@ def _read_static(written: bytes) -> tuple[Any, Any]:
     return structure, tuple(rest) if isinstance(rest, list) else rest
 
 
-# Flax looks types up in a registry. The core does not import Flax, so where that is
-# imported after us, our types are added at the end of the import.
+# Flax looks types up in a registry. The core does not import Flax: where it is imported
+# after us, our types are added at the end of that import.
 
 
 def _tell_flax(flax: types.ModuleType, kind: type) -> None:
@@ -118,7 +118,7 @@ def _tell_flax(flax: types.ModuleType, kind: type) -> None:
 
 
 class _Finder:
-    """Has ``flax.serialization`` found by the others, and adds our types to it."""
+    """Import hook that registers our types once ``flax.serialization`` is loaded."""
 
     def find_spec(
         self, name: str, path: Any = None, target: Any = None

@@ -1,4 +1,4 @@
-"""Layers for Flax Linen. Needs ``pip install yoto_jax[flax]``."""
+"""Layers for Flax Linen: ``pip install 'yoto_jax[flax]'``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -62,7 +62,7 @@ class CompositeLoss(nn.Module):
 
     @nn.compact
     def __call__(self, losses: PyTree, *, present: PyTree | None = None) -> jax.Array:
-        """Composite loss of a tree of scalar losses."""
+        """Returns the composite loss of a tree of scalar losses."""
         if self.has_variable("params", "loss_logits"):
             # Not self.param, which would compare shapes first and hide our message
             # on losses that do not match.
@@ -77,7 +77,7 @@ class CompositeLoss(nn.Module):
 
 
 def _is_empty(layer: nn.Module, encoding: jax.Array) -> bool:
-    """Whether no weight is encoded; raise if the layer has learned from some."""
+    """Whether the encoding is empty; an error if the layer has parameters for one."""
     empty = is_empty(encoding)
     if empty and layer.variables.get("params"):
         raise ValueError(
@@ -88,7 +88,7 @@ def _is_empty(layer: nn.Module, encoding: jax.Array) -> bool:
 
 
 class FiLM(nn.Module):
-    r"""Scale and shift every feature by what the loss weights say.
+    r"""FiLM: scales and shifts every feature by functions of the loss weights.
 
     .. math::
       y = (1 + s(c))\, x + t(c)
@@ -99,7 +99,7 @@ class FiLM(nn.Module):
     Attributes:
       hidden: Widths of the hidden layers between encoding and modulation. ``()`` is a
         linear map: the choice behind a trunk of your own that several layers share.
-      initialization: ``"identity"``: the layer changes nothing at the start, exactly.
+      initialization: ``"identity"``: exactly the identity at the start.
         ``"reference"``: a network each for scale and shift, near the identity.
       gain: Of the last layers of the reference initialisation.
       dtype: Of the computation of scale and shift; default: that of its inputs.
@@ -128,7 +128,7 @@ class FiLM(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, encoding: jax.Array) -> jax.Array:
-        """Modulated features ``(n, ..., C)``, for an encoding ``(n, E)``."""
+        """Returns modulated features ``(n, ..., C)``, for an encoding ``(n, E)``."""
         check_initialization(self.initialization)
         if _is_empty(self, encoding):
             return x
@@ -156,7 +156,7 @@ class FiLM(nn.Module):
 
 
 class Gate(nn.Module):
-    r"""Multiply every feature by a gate that the loss weights open and close.
+    r"""Multiplies every feature by a gate, a function of the loss weights.
 
     .. math::
       y = 2\, \sigma(W c + b)\, x
@@ -184,7 +184,7 @@ class Gate(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, encoding: jax.Array) -> jax.Array:
-        """Gated features ``(n, ..., C)``, for an encoding ``(n, E)``."""
+        """Returns gated features ``(n, ..., C)``, for an encoding ``(n, E)``."""
         if _is_empty(self, encoding):
             return x
         logits = nn.Dense(

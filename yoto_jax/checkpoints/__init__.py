@@ -1,11 +1,4 @@
-"""Checkpoints of training. Needs ``pip install yoto_jax[checkpoints]``.
-
-A thin layer over Orbax, which writes the arrays and coordinates the processes. What is
-added: what a tree of arrays does not say by itself, such as which losses it is for, is
-stored beside it; a checkpoint is compared with the state that it is restored into, and
-with digests of what was saved; and every failure is a :class:`CheckpointError` that
-says what is wrong with which folder.
-"""
+"""Checkpoints of training, with Orbax: ``pip install 'yoto_jax[checkpoints]'``."""
 
 try:
     import orbax.checkpoint  # noqa: F401

@@ -1,4 +1,4 @@
-"""A folder of checkpoints."""
+"""Saving and restoring of checkpoints in one folder."""
 
 import contextlib
 import operator
@@ -28,7 +28,7 @@ from yoto_jax.checkpoints._restore import agreed_step, compare, load, read_recor
 
 
 class Restored(NamedTuple):
-    """What :meth:`Checkpoints.restore` returns."""
+    """Result of :meth:`Checkpoints.restore`."""
 
     step: int  # that it was saved with; 0 if there was no checkpoint
     state: PyTree
@@ -36,16 +36,16 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one training run, in one folder.
+    """Checkpoints of one training run, in one folder.
 
-    Use it in a ``with`` statement: leaving it waits for what is still being written.
-    With several processes, all of them make the same calls, with a folder that all see.
+    Leaving its ``with`` statement waits for unfinished writes. With several processes,
+    all of them make the same calls, with a folder that all see.
 
     Args:
-      folder: Where they are, one folder for each step. Made if it is not there.
-      every: :meth:`save` does something at multiples of this number of steps.
-      keep: How many of the latest are kept, ``None`` for all. An old one is removed
-        after a new one is complete.
+      folder: Path, with one subfolder for each step. Created if missing.
+      every: Steps from one checkpoint to the next: :meth:`save` skips all others.
+      keep: Number of latest checkpoints to keep, ``None`` for all. An old one is
+        removed after a new one is complete.
       asynchronous: Whether :meth:`save` returns when the state is copied to the host,
         and files are written while training goes on.
 
@@ -73,8 +73,8 @@ class Checkpoints:
 
     .. note::
       Orbax makes a checkpoint visible by renaming its folder when all of it is there.
-      A process that is killed leaves at most a folder ``<step>.orbax-checkpoint-tmp``,
-      which is no checkpoint and is removed at the next run's first save.
+      A killed process leaves at most a folder ``<step>.orbax-checkpoint-tmp``, which is
+      no checkpoint and is removed at the next run's first save.
 
     .. warning::
       One run writes to a folder at a time. Others may read from it meanwhile.
@@ -128,7 +128,7 @@ class Checkpoints:
             error.add_note(str(failure))  # What went wrong first is what matters.
 
     def steps(self) -> list[int]:
-        """The steps of the complete checkpoints in the folder, in ascending order.
+        """Returns the steps of the complete checkpoints, in ascending order.
 
         If a run was killed while it removed an old one, what is left of that is listed
         too, until the next run's first save; :meth:`restore` refuses it.
@@ -142,13 +142,13 @@ class Checkpoints:
             ) from error
 
     def latest_step(self) -> int | None:
-        """The step of the latest complete checkpoint, ``None`` if there is none."""
+        """Returns the step of the latest complete checkpoint, or ``None``."""
         return max(self.steps(), default=None)
 
     def save(
         self, step: int, state: PyTree, data: Any = None, *, force: bool = False
     ) -> bool:
-        """Save the state of training after ``step`` steps, if it is due.
+        """Saves the state of training after ``step`` steps, if it is due.
 
         Call it after every step. It waits for the checkpoint before to be complete, and
         for a copy of ``state`` on the host: the next step may donate its buffers.
@@ -213,7 +213,7 @@ class Checkpoints:
         *,
         missing: Literal["raise", "ok"] = "raise",
     ) -> Restored:
-        """Restore the state of training, as it was saved to the last bit.
+        """Restores the state of training, bit for bit.
 
         Args:
           like: A state as training starts with, or ``jax.eval_shape`` of it. Arrays go
@@ -282,7 +282,7 @@ class Checkpoints:
         return Restored(chosen, state, record["data"])
 
     def wait(self) -> None:
-        """Wait until what has been saved is complete.
+        """Waits until all saved checkpoints are complete.
 
         Raises:
           CheckpointError: It could not be written.
@@ -292,7 +292,7 @@ class Checkpoints:
                 self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait until what has been saved is complete, and release what it took.
+        """Waits until all saved checkpoints are complete, and releases resources.
 
         Raises:
           CheckpointError: It could not be written.
@@ -303,9 +303,9 @@ class Checkpoints:
             manager.close()
 
     def _writer(self) -> ocp.CheckpointManager:
-        """Orbax's manager, made when there is something to write and not before.
+        """Orbax's manager, created at the first write.
 
-        It removes what a killed run has left: one that only reads must not do that.
+        It removes the remains of killed runs: a process that only reads must not.
         """
         if self._manager is None:
             self._last = -1 if (last := self.latest_step()) is None else last
@@ -323,7 +323,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self, step: int | None) -> Iterator[None]:
-        """Turn a failure to write into a :class:`CheckpointError`."""
+        """Turns a failure to write into a :class:`CheckpointError`."""
         try:
             yield
         except Exception as error:

@@ -1,25 +1,25 @@
-"""What goes wrong with a checkpoint, in words."""
+"""Errors of checkpoints and their messages."""
 
 from collections.abc import Iterable
 
 from yoto_jax._losses import listed
 
 SHOWN = 6
-"""Names in a message; of further ones the number."""
+"""Error messages list this many names and count the rest."""
 LENGTH = 160
-"""Characters of a foreign message from its start, and from its end."""
+"""Foreign messages keep this many characters at either end."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, or is not what it should be."""
+    """Error raised if a checkpoint cannot be written or does not fit."""
 
 
 class Unfit(Exception):
-    """Why a checkpoint cannot be restored."""
+    """Internal error with the reason why a checkpoint cannot be restored."""
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of a message as a sentence, without the middle if it is long."""
+    """First line of an error message as a sentence, shortened in the middle."""
     text = str(error).strip().partition("\n")[0]
     text = text.partition(" [tensorstore_spec")[0]  # Hundreds of settings.
     if len(text) > 2 * LENGTH:
@@ -29,7 +29,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def some_of(names: Iterable[str]) -> str:
-    """The first of some names, and how many more there are."""
+    """Lists the first names, and the number of further ones."""
     names = list(names)
     rest = len(names) - SHOWN
     return listed(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")

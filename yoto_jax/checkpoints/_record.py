@@ -1,4 +1,4 @@
-"""What is stored of a state: its arrays, and a record of what they are."""
+"""Contents of a checkpoint: arrays, and a record that describes them."""
 
 import hashlib
 import importlib.metadata
@@ -20,16 +20,16 @@ from yoto_jax.checkpoints._errors import CheckpointError, reason_of, some_of
 
 FORMAT = "yoto_jax checkpoint"
 VERSION = 1
-"""Of the record. A checkpoint of a newer version is refused."""
+"""Version of the record. Checkpoints of newer versions are refused."""
 
 ARRAYS = "arrays"
-"""A part of a checkpoint, a folder with the arrays."""
+"""Folder of a checkpoint with the arrays."""
 RECORD = "record"
-"""A part of a checkpoint, a folder with a JSON file "metadata"."""
+"""Folder of a checkpoint with the JSON file "metadata"."""
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a tree by their paths, such as ``"params/mu/learned"``."""
+    """Leaves of a tree by their paths, such as ``"params/mu/learned"``."""
     flat = jax.tree.leaves_with_path(tree)
     keystr = jax.tree_util.keystr
     names = [keystr(path, simple=True, separator="/") or "state" for path, _ in flat]
@@ -42,7 +42,7 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
 
 
 class Kind(NamedTuple):
-    """What a leaf is."""
+    """Shape and dtype of a leaf."""
 
     shape: tuple[int, ...]
     dtype: str  # "python int" and the like for Python's numbers
@@ -69,7 +69,7 @@ def kind_of(name: str, x: Any, *, abstract: bool = False) -> Kind:
 
 
 def as_stored(name: str, x: Any) -> jax.Array | np.ndarray:
-    """A leaf as Orbax gets it: numbers alone, and nothing that may change later."""
+    """Converts a leaf to an array of numbers that no later write can change."""
     if kind_of(name, x).dtype.startswith("python "):
         x = np.asarray(x)
         if x.dtype == object:
@@ -84,12 +84,12 @@ def as_stored(name: str, x: Any) -> jax.Array | np.ndarray:
 
 
 def with_entries(arrays: dict[str, Any]) -> dict[str, Any]:
-    """The arrays that have entries: Orbax cannot store others."""
+    """Arrays with entries: Orbax cannot store empty ones."""
     return {name: x for name, x in arrays.items() if x.size}
 
 
 def losses_of(tree: PyTree, place: str = "") -> dict[str, dict[str, Any]]:
-    """The losses of all loss logits and weighting states in a tree, in their order."""
+    """Loss names of all loss logits and weighting states in a tree, in order."""
     if isinstance(tree, LossLogits):
         primary = None if tree.primary is None else tree.names[tree.primary]
         return {place: {"names": list(tree.names), "primary": primary}}
@@ -111,7 +111,7 @@ def losses_of(tree: PyTree, place: str = "") -> dict[str, dict[str, Any]]:
 def record_of(
     step: int, state: PyTree, arrays: dict[str, Any], data: Any
 ) -> dict[str, Any]:
-    """What is stored beside the arrays."""
+    """Makes the record that is stored beside the arrays."""
     found = digests(with_entries(arrays))
     entries = {}
     for name, x in named_leaves(state).items():
@@ -136,7 +136,7 @@ def record_of(
 
 
 def as_json(data: Any) -> Any:
-    """A copy of a JSON value, which nobody can change while it is being written."""
+    """Copies a JSON value, so that it cannot change while it is being written."""
     try:
         copied = json.loads(json.dumps(data, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
@@ -156,7 +156,7 @@ def digest_of(record: dict[str, Any]) -> str:
 
 
 def check_processes(path: str, arrays: dict[str, Any], record: dict[str, Any]) -> None:
-    """Raise if processes disagree on what only the first one of them writes."""
+    """Checks that processes agree on the values that only the first one writes."""
     if jax.process_count() == 1:
         return
     names = [name for name, x in arrays.items() if isinstance(x, np.ndarray)]

@@ -1,4 +1,4 @@
-"""What is restored: compared with the state it is for, and put in its place."""
+"""Restoring: comparison with the expected state, reading and placement."""
 
 import json
 from typing import Any
@@ -28,7 +28,7 @@ from yoto_jax.checkpoints._record import (
 
 
 def agreed_step(step: int | None) -> int | None:
-    """The latest step as the first process sees it: file systems may lag behind."""
+    """Latest step as the first process sees it: file systems may lag behind."""
     if jax.process_count() == 1:
         return step
     mine = np.asarray(-1 if step is None else step)
@@ -37,7 +37,7 @@ def agreed_step(step: int | None) -> int | None:
 
 
 def read_record(path: epath.Path, step: int) -> dict[str, Any]:
-    """The record of a checkpoint."""
+    """Reads and verifies the record of a checkpoint."""
     file = path / RECORD / "metadata"
     try:
         if not path.exists():
@@ -68,7 +68,7 @@ def read_record(path: epath.Path, step: int) -> dict[str, Any]:
 
 
 def compare(like: PyTree, wanted: dict[str, Any], record: dict[str, Any]) -> None:
-    """Raise unless a checkpoint fits the state that it is to be restored into."""
+    """Checks that a checkpoint fits the state that it is to be restored into."""
     here, there = losses_of(like), record["losses"]
     for place in here:
         if place in there:
@@ -134,7 +134,7 @@ def _shown(kind: Kind) -> str:
 def load(
     path: epath.Path, wanted: dict[str, Any], saved: dict[str, dict[str, Any]]
 ) -> list[Any]:
-    """The leaves, in the order of ``wanted``, checked against their digests."""
+    """Reads the leaves in the order of ``wanted`` and verifies their digests."""
     targets = {name: _target(x, saved[name]) for name, x in wanted.items()}
     filled = {name: x for name, x in targets.items() if np.prod(x.shape, dtype=int)}
     try:
@@ -152,7 +152,7 @@ def load(
 
 
 def _sharding(like: Any) -> jax.sharding.Sharding | None:
-    """Where an array is to go, ``None`` if it has no place of its own."""
+    """Target sharding of an array, ``None`` if it has none of its own."""
     sharding = getattr(like, "sharding", None)
     if isinstance(like, jax.Array) and not getattr(like, "committed", True):
         return None
@@ -165,7 +165,7 @@ def _sharding(like: Any) -> jax.sharding.Sharding | None:
 
 
 def _target(like: Any, saved: dict[str, Any]) -> Any:
-    """What to ask Orbax for: numbers as they were saved, placed where ``like`` is."""
+    """Request to Orbax: the saved shape and dtype, on the devices of ``like``."""
     shape, dtype = tuple(saved["shape"]), saved["dtype"].removeprefix("python ")
     if is_key(like):
         data = jax.eval_shape(jax.random.key_data, like)
@@ -182,7 +182,7 @@ def _target(like: Any, saved: dict[str, Any]) -> Any:
 
 
 def _placed(read: Any, like: Any, saved: dict[str, Any]) -> Any:
-    """What was read, as a JAX array if it is to be one."""
+    """Converts what was read to a JAX array where ``like`` is one."""
     if isinstance(read, jax.Array):
         return read
     if isinstance(read, jax.ShapeDtypeStruct):  # No entries: nothing was stored.
@@ -195,7 +195,7 @@ def _placed(read: Any, like: Any, saved: dict[str, Any]) -> Any:
 
 
 def _back(placed: Any, like: Any, saved: dict[str, Any]) -> Any:
-    """A leaf of the kind of ``like``."""
+    """Converts a leaf to the type of ``like``."""
     if is_key(like):
         return jax.random.wrap_key_data(placed, impl=saved["implementation"])
     if isinstance(like, np.generic):

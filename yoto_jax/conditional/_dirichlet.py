@@ -1,4 +1,4 @@
-"""Loss weights on the simplex."""
+"""Dirichlet distribution over loss weights."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ from yoto_jax.conditional._ranges import (
 
 @jax.tree_util.register_pytree_with_keys_class
 class Dirichlet(Distribution):
-    r"""Loss weights that sum to 1.
+    r"""Dirichlet distribution over loss weights, which sum to 1.
 
     .. math::
       \lambda \sim \mathrm{Dir}(\alpha), \quad \lambda_i \ge 0, \quad
@@ -104,7 +104,7 @@ class Dirichlet(Distribution):
         return jax.random.dirichlet(key, self.concentration, (draws,), jnp.float32)
 
     def _lattice(self, n: int) -> jax.Array:
-        # n - 1 stars between K - 1 bars: how many are left of each bar, and at the end.
+        # Stars and bars: every way to split n - 1 stars by K - 1 bars is a weighting.
         places = n + len(self.free) - 2
         check_grid(math.comb(places, len(self.free) - 1), "random")
         bars = itertools.combinations(range(places), len(self.free) - 1)

@@ -1,4 +1,4 @@
-"""Distributions over loss weights: what a conditional model is trained for."""
+"""Distributions over loss weights that a conditional model is trained on."""
 
 import math
 from typing import Any, Literal, Self
@@ -27,7 +27,7 @@ Method = Literal["random", "stratified", "sobol"]
 
 
 class Distribution:
-    """What all distributions over loss weights have in common.
+    """Base class of the distributions over loss weights.
 
     A distribution is a pytree: pass it into ``jit``, store it in a checkpoint.
 
@@ -52,7 +52,7 @@ class Distribution:
         groups: int | None = None,
         method: Method = "random",
     ) -> PyTree:
-        """Loss weights for the ``n`` examples of a batch.
+        """Draws loss weights for the ``n`` examples of a batch.
 
         Weights of different losses are independent of each other (but for those of a
         :class:`Dirichlet`, which have a sum).
@@ -87,7 +87,7 @@ class Distribution:
         return self.tree(weights)
 
     def grid(self, n: int) -> PyTree:
-        """Evenly spaced loss weights, to sweep over.
+        """Returns evenly spaced loss weights, for a sweep.
 
         Args:
           n: How many values of each free weight, from its lowest to its highest. The
@@ -108,7 +108,7 @@ class Distribution:
         return self.tree(self._lattice(n))
 
     def tree(self, vectors: jax.Array) -> PyTree:
-        """Weights ``(..., K)`` as a tree like the losses."""
+        """Turns weights ``(..., K)`` into a tree like the losses."""
         if jnp.shape(vectors)[-1:] != (self.structure.num_leaves,):
             raise ValueError(
                 f"vectors must have a last axis of {self.structure.num_leaves}, one "
@@ -117,17 +117,17 @@ class Distribution:
         return split(vectors, self.structure)
 
     def vectors(self, weights: PyTree) -> jax.Array:
-        """The inverse of :meth:`tree`, with a check of structure and shapes."""
+        """Stacks a tree of weights to ``(..., K)``: the inverse of :meth:`tree`."""
         check_weights(weights, self.structure)
         leaves = [jnp.asarray(x, jnp.float32) for x in jax.tree.leaves(weights)]
         return jnp.stack(leaves, axis=-1)
 
     def positions(self, vectors: jax.Array) -> jax.Array:
-        """Where weights ``(..., K)``, or the nearest inside, are: from 0 to 1."""
+        """Positions of weights ``(..., K)`` in their ranges, clipped to [0, 1]."""
         raise NotImplementedError
 
     def outside(self, vectors: np.ndarray, slack: float = SLACK) -> str:
-        """What is wrong with weights that lie outside, or nothing."""
+        """Message about weights outside the support, empty if all are inside."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -139,7 +139,7 @@ class Distribution:
         return f"{type(self).__name__}({ranges})"
 
     def _shown(self) -> tuple[jax.Array, jax.Array]:
-        """What is shown of each weight: the ends of a range, or one number twice."""
+        """Numbers in the repr of each weight: both ends of its range."""
         raise NotImplementedError
 
     def _draw(self, key: jax.Array, draws: int, method: str) -> jax.Array:
@@ -150,7 +150,7 @@ class Distribution:
 
 
 class Box(Distribution):
-    """Independent weights, each evenly distributed on some scale between two bounds."""
+    """Independent loss weights, each uniform on some scale between two bounds."""
 
     low: jax.Array  # [K]
     high: jax.Array  # [K]
@@ -206,7 +206,7 @@ class Box(Distribution):
         return x
 
     def at(self, positions: jax.Array) -> jax.Array:
-        """Weights ``(..., K)`` at these positions; the inverse of :meth:`positions`."""
+        """Weights ``(..., K)`` at positions in [0, 1]: inverse of :meth:`positions`."""
         low, high = (jnp.broadcast_to(x, positions.shape) for x in self.bounds())
         start, end = self._scale(low), self._scale(high)
         inside = self._unscale(start + positions * (end - start))
@@ -215,7 +215,7 @@ class Box(Distribution):
         return jnp.clip(inside, low, high)
 
     def nearest(self, vectors: jax.Array) -> jax.Array:
-        """The nearest weights inside their ranges."""
+        """Clips weights ``(..., K)`` to their ranges."""
         low, high = (jnp.broadcast_to(x, vectors.shape) for x in self.bounds())
         return clip(vectors, low, high)
 
@@ -249,7 +249,7 @@ class Box(Distribution):
         return self.at(self._spread(jnp.asarray(steps / (n - 1), jnp.float32)))
 
     def _spread(self, points: jax.Array) -> jax.Array:
-        """Positions ``(..., K)``, from those of the weights that vary."""
+        """Positions ``(..., K)``, 0 for pinned weights, from those of the free ones."""
         columns = iter(range(points.shape[-1]))
         fixed = jnp.zeros(points.shape[:-1], points.dtype)
         entries = [points[..., next(columns)] if f else fixed for f in self.free]
@@ -258,7 +258,7 @@ class Box(Distribution):
 
 @jax.tree_util.register_pytree_with_keys_class
 class LogUniform(Box):
-    r"""Loss weights whose logarithms are uniform, independently of each other.
+    r"""Log-uniform distribution over independent loss weights.
 
     .. math::
       \log \lambda_i \sim U(\log \mathrm{low}_i, \log \mathrm{high}_i)
@@ -323,12 +323,12 @@ class LogUniform(Box):
 
 @jax.tree_util.register_pytree_with_keys_class
 class Uniform(Box):
-    r"""Loss weights that are uniform, independently of each other.
+    r"""Uniform distribution over independent loss weights.
 
     .. math::
       \lambda_i \sim U(\mathrm{low}_i, \mathrm{high}_i)
 
-    Also for parameters of a loss that are not weights, such as the level of a quantile.
+    It also serves parameters of a loss that are not weights, such as a quantile level.
 
     Args:
       low: A tree like the losses, of the lowest weights (not negative, no unit), or one
@@ -353,10 +353,10 @@ class Uniform(Box):
 
 @jax.tree_util.register_pytree_with_keys_class
 class Fixed(Box):
-    """Constant loss weights: an ordinary model, trained by the same code.
+    """Constant loss weights, for an ordinary model trained by the same code.
 
-    The encoding of its weights is empty, and layers that are conditioned on an empty
-    encoding do nothing: this is the fixed-weight model to compare with.
+    The encoding of its weights is empty, and layers conditioned on an empty encoding
+    are the identity: this is the fixed-weight baseline.
 
     Args:
       weights: A tree like the losses, of the weights (not negative, no unit).

@@ -1,4 +1,4 @@
-"""What a network is told of the loss weights that it is to be good for."""
+"""Encoding of loss weights as network inputs."""
 
 from typing import Literal
 
@@ -20,23 +20,22 @@ def encode(
     fourier: int = 0,
     transform: Transform = "standardize",
 ) -> jax.Array:
-    r"""Loss weights as the input of a network.
+    r"""Encodes loss weights as network inputs.
 
     .. math::
       u_i = 2\, \frac{\log \lambda_i - \log \mathrm{low}_i}
                      {\log \mathrm{high}_i - \log \mathrm{low}_i} - 1
       \qquad (\text{LogUniform; without logarithms for Uniform and Dirichlet})
 
-    Weights that are pinned carry no information and are dropped.
+    Pinned weights carry no information and are dropped.
 
     Args:
       weights: Tree of arrays like the losses, all of shape ``(n,)``, or of scalars.
       support: The distribution that the model is trained with, as it was at the start.
       fourier: Number of octaves F of further features :math:`\sin(2^k \pi u_i),
         \cos(2^k \pi u_i),\ k < F`, for models that have to react sharply.
-      transform: ``"standardize"`` as above, or ``"log"``: the raw logarithms of all
-        weights in the order of ``jax.tree.leaves``, pinned ones too, as the reference
-        has it.
+      transform: ``"standardize"`` as above, or ``"log"``: raw logarithms of all
+        weights, pinned ones too, in the order of ``jax.tree.leaves``.
 
     Returns:
       Float32 array ``(n, E)``, or ``(E,)`` for scalars, of ``E =``
@@ -45,10 +44,8 @@ def encode(
     Raises:
       TypeError: ``support`` is no distribution, or ``fourier`` no integer.
       ValueError: The weights do not match the support, have different shapes, or lie
-        outside: a model knows nothing of weights it was not trained for. Under ``jit``
-        and ``vmap``, where values are not known, each weight outside counts as the
-        nearest one inside its own range.
-        Or unknown options; or ``"log"`` for weights that can be 0.
+        outside (under ``jit`` and ``vmap`` each counts as the nearest one inside);
+        unknown options; or ``"log"`` for weights that can be 0.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -59,19 +56,13 @@ def encode(
       [[-1.]
        [ 0.]
        [ 1.]]
-      >>> conditional.encode({"fit": 1.0, "kl": 2.0}, support)
-      Traceback (most recent call last):
-      ...
-      ValueError: the weight 2 of loss 'kl' is outside its range, 0.01 to 1.
 
     References:
       Dosovitskiy and Djolonga, `You Only Train Once: Loss-Conditional Training of Deep
-      Networks <https://openreview.net/forum?id=HyxY6JHKwr>`_, 2020, whose networks see
-      raw logarithms.
+      Networks <https://openreview.net/forum?id=HyxY6JHKwr>`_, 2020.
 
     .. warning::
-      Raw logarithms span [-2, 6] for weights from 1/8 to 512, which a layer feels as
-      large inputs. Standardising them is ours.
+      The reference takes raw logarithms, ``transform="log"``; standardising is ours.
     """
     _check_options(support, fourier, transform)
     vectors = support.vectors(weights)
@@ -89,7 +80,7 @@ def encode(
 def encoding_size(
     support: Distribution, *, fourier: int = 0, transform: Transform = "standardize"
 ) -> int:
-    """Number of features that :func:`encode` gives with these arguments.
+    """Returns the number of features that :func:`encode` gives.
 
     Args:
       support: The distribution that the model is trained with.
@@ -121,7 +112,7 @@ def _check_known(weights: PyTree, vectors: jax.Array, support: Distribution) -> 
     arrays = (vectors, *jax.tree.leaves(support))
     if any(isinstance(x, jax.core.Tracer) for x in arrays):
         return
-    # What their own type does to weights at the edge of a range is no mistake.
+    # Rounding to a narrow dtype may move a weight at the edge of its range outside.
     kinds = [jnp.result_type(x) for x in jax.tree.leaves(weights)]
     narrow = [k for k in kinds if jnp.issubdtype(k, jnp.floating)]
     slack = max([1e-4, *(float(jnp.finfo(k).eps) for k in narrow)])

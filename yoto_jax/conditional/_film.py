@@ -1,4 +1,4 @@
-"""Layers that a network is conditioned by, as plain functions on dicts of arrays."""
+"""Conditioning layers as pure functions on dicts of arrays."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ def init_film(
     initialization: Initialization = "identity",
     gain: float = 0.1,
 ) -> dict[str, Any]:
-    r"""Parameters of :func:`film`: feature-wise scale and shift, by a small network.
+    r"""Initialises the parameters of :func:`film`.
 
     Args:
       key: A random key, or an integer seed.
@@ -31,10 +31,9 @@ def init_film(
       features: Number C of features to modulate.
       hidden: Widths of the hidden layers. ``()`` makes scale and shift linear in the
         encoding: the right choice behind a trunk that several layers share.
-      initialization: ``"identity"``: the last layer is zero, so that the layer changes
-        nothing at the start, exactly. ``"reference"``: two networks, one for the scale
-        and one for the shift, with random last layers times ``gain``, near the
-        identity.
+      initialization: ``"identity"``: the last layer is zero, and the layer exactly the
+        identity at the start. ``"reference"``: two networks, for scale and shift, with
+        random last layers times ``gain``, near the identity.
       gain: Of the reference initialisation (0.1 and 0.01 there).
 
     Returns:
@@ -77,7 +76,7 @@ def init_film(
 
 
 def film(params: dict[str, Any], x: jax.Array, encoding: jax.Array) -> jax.Array:
-    r"""Scale and shift every feature by what the loss weights say.
+    r"""FiLM: scales and shifts every feature by functions of the loss weights.
 
     .. math::
       y = (1 + s(c))\, x + t(c)
@@ -121,9 +120,9 @@ def film(params: dict[str, Any], x: jax.Array, encoding: jax.Array) -> jax.Array
 
 
 def modulate(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
-    r"""Apply a scale and a shift of your own making: :math:`(1 + s)\, x + t`.
+    r"""Applies a given scale and shift to features: :math:`(1 + s)\, x + t`.
 
-    For networks in any framework: let a layer give ``scale`` and ``shift``, with its
+    For networks in any framework: a layer gives ``scale`` and ``shift``, with its
     parameters zero at the start.
 
     Args:
@@ -149,7 +148,7 @@ def modulate(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
 
 
 def init_gate(key: jax.Array, encoding_size: int, features: int) -> dict[str, Any]:
-    """Parameters of :func:`gate`: zeros, so that it changes nothing at the start.
+    """Initialises the parameters of :func:`gate` with zeros: the identity.
 
     Args:
       key: Not used; nothing here is random.
@@ -177,12 +176,12 @@ def init_gate(key: jax.Array, encoding_size: int, features: int) -> dict[str, An
 
 
 def gate(params: dict[str, Any], x: jax.Array, encoding: jax.Array) -> jax.Array:
-    r"""Multiply every feature by a gate that the loss weights open and close.
+    r"""Multiplies every feature by a gate, a function of the loss weights.
 
     .. math::
       y = 2\, \sigma(W c + b)\, x
 
-    Two vectors per layer and encoded weight: the lightest way of conditioning.
+    With two vectors per layer and encoded weight, the cheapest conditioning here.
 
     Args:
       params: From :func:`init_gate`.
@@ -212,13 +211,13 @@ def gate(params: dict[str, Any], x: jax.Array, encoding: jax.Array) -> jax.Array
 
 
 def open_gate(x: jax.Array, logits: jax.Array) -> jax.Array:
-    """Multiply features by gates, which are 1 where their logits are 0."""
+    """Multiplies features by gates, which are 1 where their logits are 0."""
     opened = beside(x, 2 * jax.nn.sigmoid(logits), "the gate")
     return (opened * x).astype(x.dtype)
 
 
 def concatenate(x: jax.Array, encoding: jax.Array) -> jax.Array:
-    """Append the encoding of the loss weights to the features, everywhere.
+    """Appends the encoding of the loss weights to the features at every position.
 
     Args:
       x: Features ``(n, ..., C)``.
@@ -242,7 +241,7 @@ def concatenate(x: jax.Array, encoding: jax.Array) -> jax.Array:
 
 
 def check_sizes(encoding_size: int, features: int, hidden: Sequence[int] = ()) -> None:
-    """Raise unless layers can have these sizes."""
+    """Checks the sizes of a layer."""
     if not isinstance(hidden, list | tuple):
         raise TypeError(f"hidden must be a sequence of widths, got {hidden!r}.")
     check_integers(encoding_size=encoding_size, features=features)
@@ -256,7 +255,7 @@ def check_sizes(encoding_size: int, features: int, hidden: Sequence[int] = ()) -
 
 
 def check_initialization(initialization: str) -> None:
-    """Raise unless there is such an initialisation."""
+    """Checks the name of an initialisation."""
     if initialization not in ("identity", "reference"):
         raise ValueError(
             f"initialization must be 'identity' or 'reference', got {initialization!r}."
@@ -264,7 +263,7 @@ def check_initialization(initialization: str) -> None:
 
 
 def is_empty(encoding: jax.Array, size: int | None = None) -> bool:
-    """Whether no weight is encoded; raise unless it has a shape that can be."""
+    """Whether an encoding has no features, after a check of its shape."""
     if encoding.ndim not in (1, 2) or size not in (None, encoding.shape[-1]):
         wanted = "E" if size is None else size
         raise ValueError(
@@ -277,7 +276,7 @@ def is_empty(encoding: jax.Array, size: int | None = None) -> bool:
 def beside(
     x: jax.Array, v: jax.Array, what: str, features: int | None = None
 ) -> jax.Array:
-    """``(n, C)`` with axes of length 1 between, so that it broadcasts with ``x``."""
+    """Reshapes ``(n, C)`` with axes of length 1 between to broadcast with ``x``."""
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(f"only floating-point features are conditioned, got {x.dtype}.")
     expected = x.shape[-1] if features is None else features

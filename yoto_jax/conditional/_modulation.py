@@ -1,4 +1,4 @@
-"""Condition any model on its loss weights, without a change to its code."""
+"""Conditioning of any model on its loss weights by modulated parameters."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ def init_modulation(
     *,
     where: Where | None = None,
 ) -> dict[str, Any]:
-    """Parameters of :func:`modulated` for a model, which changes nothing at the start.
+    """Initialises the parameters of :func:`modulated`, at first the identity.
 
     Args:
       key: A random key, or an integer seed.
@@ -67,15 +67,15 @@ def init_modulation(
 def modulated(
     params: PyTree, modulation: dict[str, Any], encoding: jax.Array
 ) -> PyTree:
-    r"""The model for one weighting of its losses: parameters like ``params``.
+    r"""Modulates the parameters of a model for one weighting of its losses.
 
     .. math::
       W' = W \operatorname{diag}(1 + s(c)), \quad b' = b + t(c)
 
     FiLM of every layer, folded into the parameters: those of one axis are shifted, all
     others (the biases of Flax's attention, or of stacked layers, among them) are scaled
-    along their last axis. Whatever takes ``params`` takes the result: train
-    through it, and keep the result as an ordinary model, with no cost at inference.
+    along their last axis. The result replaces ``params`` anywhere: gradients flow
+    through it, and it is an ordinary model, with no cost at inference.
 
     Args:
       params: The parameters of the model. Output features are on the last axis, as in

@@ -1,4 +1,4 @@
-"""A distribution narrowed around weights that were found good."""
+"""Narrowing of a distribution around chosen loss weights."""
 
 from typing import TypeVar
 
@@ -18,19 +18,19 @@ def narrow(
     factor: float | jax.Array,
     support: Box | None = None,
 ) -> AnyBox:
-    r"""The distribution with narrower ranges, around some weights.
+    r"""Narrows the ranges of a distribution around some loss weights.
 
     On the scale on which a weight is evenly distributed (that of logarithms for
     :class:`LogUniform`), its range becomes ``factor`` times as wide, centred as near to
-    ``center`` as possible inside the support. So a conditional model can spend more and
-    more of its training on what validates best. Works under ``jit``: bounds are data.
+    ``center`` as possible inside the support. Training can thus concentrate on the
+    weights that validate best. It works under ``jit``: bounds are data.
 
     Args:
-      distribution: What to narrow.
+      distribution: The distribution to narrow.
       center: A tree of scalars like the losses.
       factor: Between 0 and 1.
-      support: What not to leave: usually the distribution that training began with,
-        and that weights are encoded by. Default: ``distribution``.
+      support: Outer bounds: usually the distribution that training began with, by
+        which weights are encoded. Default: ``distribution``.
 
     Returns:
       A distribution of the same type. A free weight stays free, however narrow.
@@ -72,6 +72,6 @@ def narrow(
     width = jnp.asarray(factor, jnp.float32) * width
     start = jnp.clip(middle - width / 2, 0, 1 - width)
     (low, high), static = jax.tree.flatten(distribution)
-    free = np.array(distribution.free)  # What is pinned stays, whatever the support.
+    free = np.array(distribution.free)  # Pinned weights stay, whatever the support.
     low = jnp.where(free, support.at(start), low)
     return static.unflatten([low, jnp.where(free, support.at(start + width), high)])

@@ -1,4 +1,4 @@
-"""Objectives of conditional training: losses and weights per example to a number."""
+"""Objectives of conditional training, from losses and weights per example."""
 
 import functools
 from collections.abc import Callable
@@ -23,27 +23,26 @@ def conditional_loss(
     scalarization: Callable[[PyTree, PyTree], jax.Array] | None = None,
     groups: int | None = None,
 ) -> jax.Array:
-    r"""The objective of a model that is conditioned on its loss weights.
+    r"""Objective of a model that is conditioned on its loss weights.
 
     .. math::
       \frac1n \sum_{b=1}^n \frac{1}{c(\lambda_b)} \sum_i \lambda_{b,i}\, l_i(x_b;
       \lambda_b)
 
-    Every example is weighted by the very weights that its forward pass was told.
+    Every example is weighted by the weights that condition its forward pass.
 
     Args:
       losses: Tree of losses, each with one value per example: arrays ``(n,)``.
       weights: Tree of arrays ``(n,)`` with the same structure, from ``sample``.
       normalize: The divisor c: ``None`` for 1, ``"sum"`` of an example's weights, their
         ``"geometric"`` mean (the reference's option; for positive weights alone), their
-        ``"max"``, or a function of the tree of weights. The network is told the
-        weights as they were.
-      scalarization: What makes one number of the losses of an example: a function of
-        two trees, such as :func:`weighted_sum` (the default), :func:`cosmos`,
-        :func:`smooth_chebyshev`, :func:`pbi`, or ``functools.partial`` of one of them.
-      groups: For losses that mean something only over several examples: means over
-        ``groups`` groups of consecutive examples take the place of single examples.
-        Sample the weights with the same ``groups``.
+        ``"max"``, or a function of the tree of weights.
+      scalarization: Function of two trees, the losses and weights of an example, such
+        as :func:`weighted_sum` (the default), :func:`cosmos`, :func:`smooth_chebyshev`
+        or :func:`pbi`.
+      groups: Number of groups of consecutive examples whose means take the place of
+        single examples, for losses defined over several examples. Sample the weights
+        with the same ``groups``.
 
     Returns:
       Scalar in float32, or in float64 if an input is.
@@ -51,9 +50,9 @@ def conditional_loss(
     Raises:
       TypeError: A loss is complex, or ``scalarization`` no function.
       ValueError: Missing or unexpected losses, losses or weights that are not arrays of
-        one shape ``(n,)``, an unknown normalisation, or ``groups`` not dividing n. A
-        weight that is negative or not finite, or a divisor that is not positive, where
-        values are known; under ``jit`` NaN and infinity arrive in the objective.
+        one shape ``(n,)``, an unknown normalisation, or ``groups`` not dividing n;
+        where values are known, a negative or non-finite weight, or a divisor that is
+        not positive.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -69,12 +68,6 @@ def conditional_loss(
       Dosovitskiy and Djolonga, `You Only Train Once: Loss-Conditional Training of Deep
       Networks <https://openreview.net/forum?id=HyxY6JHKwr>`_, 2020.
 
-    .. warning::
-      To divide by :math:`c(\lambda)` leaves the optimum for every weighting where it
-      is, but draws the weights, in effect, from a density :math:`1/c` times as high. A
-      model of finite capacity feels that: without it, large weights, which draw large
-      gradients, get most of the attention (of weights log-uniform in [1/8, 512], those
-      over 128 have three quarters of it).
     """
     check_per_example(losses, weights)
     _check_known_weights(weights)
@@ -124,7 +117,7 @@ def _divisor(normalize: Normalization | None, weights: PyTree) -> jax.Array:
 
 
 def group_mean(tree: PyTree, groups: int) -> PyTree:
-    """Means over groups of consecutive examples.
+    """Averages over groups of consecutive examples.
 
     Args:
       tree: Tree of arrays ``(n, ...)``.
@@ -161,10 +154,10 @@ def group_mean(tree: PyTree, groups: int) -> PyTree:
 
 
 def weighted_sum(losses: PyTree, weights: PyTree) -> jax.Array:
-    r"""The linear scalarization, :math:`\sum_i \lambda_i l_i`.
+    r"""Linear scalarization, :math:`\sum_i \lambda_i l_i`.
 
-    What weights mean: a larger :math:`\lambda_i` makes :math:`l_i` smaller. The minima
-    reach the convex parts of a Pareto front alone.
+    A larger :math:`\lambda_i` makes :math:`l_i` smaller. The minima reach only the
+    convex parts of a Pareto front.
 
     Args:
       losses: Tree of arrays of one shape, such as ``(n,)`` or scalars.
@@ -186,14 +179,14 @@ def weighted_sum(losses: PyTree, weights: PyTree) -> jax.Array:
 
 
 def cosmos(losses: PyTree, weights: PyTree, penalty: float = 2.0) -> jax.Array:
-    r"""COSMOS: the weighted sum, less a cosine that spreads solutions over the front.
+    r"""COSMOS: weighted sum minus a cosine that spreads solutions over the front.
 
     .. math::
       \sum_i r_i l_i - \mu\, \frac{r \cdot l}{\lVert r \rVert \lVert l \rVert}
 
-    What weights mean: two things at once. In the sum, a larger :math:`r_i` makes
-    :math:`l_i` smaller; the cosine pulls the vector of losses parallel to r, so that a
-    larger :math:`r_i` makes :math:`l_i` *larger*. Which one wins is up to the penalty.
+    In the sum, a larger :math:`r_i` makes :math:`l_i` smaller; the cosine pulls the
+    vector of losses parallel to r, so that a larger :math:`r_i` makes :math:`l_i`
+    *larger*. The penalty decides between the two.
 
     Args:
       losses: Tree of non-negative losses, arrays of one shape, means over a batch in
@@ -269,15 +262,15 @@ def smooth_chebyshev(
 def pbi(
     losses: PyTree, weights: PyTree, penalty: float = 5.0, ideal: PyTree | None = None
 ) -> jax.Array:
-    r"""Penalty-based boundary intersection: along a ray, and close to it.
+    r"""Penalty-based boundary intersection: distance along a ray and from it.
 
     .. math::
       d_1 + \theta\, d_2, \quad d_1 = \frac{(l - z) \cdot \lambda}{\lVert \lambda
       \rVert}, \quad
       d_2 = \Big\lVert (l - z) - d_1 \frac{\lambda}{\lVert \lambda \rVert} \Big\rVert
 
-    What weights mean: the losses become *parallel* to them, so that a larger
-    :math:`\lambda_i` makes :math:`l_i` larger.
+    The losses become *parallel* to the weights, so that a larger :math:`\lambda_i`
+    makes :math:`l_i` larger.
 
     Args:
       losses: Tree of arrays of one shape.
@@ -315,7 +308,7 @@ def pbi(
 def pinball_loss(
     predictions: jax.Array, targets: jax.Array, quantile: jax.Array
 ) -> jax.Array:
-    r"""The loss whose minimum is a quantile: one model for all of them.
+    r"""Pinball loss, minimised by a quantile of the targets.
 
     .. math::
       \max(\tau e, (\tau - 1) e), \quad e = y - \hat y
@@ -359,7 +352,7 @@ def pinball_loss(
 def focal_loss(
     logits: jax.Array, labels: jax.Array, gamma: jax.Array | float
 ) -> jax.Array:
-    r"""Softmax cross-entropy that makes little of examples that are right already.
+    r"""Focal loss: cross-entropy that downweights well-classified examples.
 
     .. math::
       -(1 - p_y)^\gamma \log p_y
@@ -417,7 +410,7 @@ def focal_loss(
 
 
 def check_per_example(losses: PyTree, weights: PyTree) -> None:
-    """Raise unless both are trees of arrays ``(n,)`` with one structure and one n."""
+    """Checks that both are trees of arrays ``(n,)`` with one structure and one n."""
     check_match(losses, weights)
     leaves = jax.tree.leaves(losses) + jax.tree.leaves(weights)
     n = jnp.shape(jax.tree.leaves(weights)[0])
@@ -434,7 +427,7 @@ def check_per_example(losses: PyTree, weights: PyTree) -> None:
 
 
 def _known(x: Any) -> np.ndarray | None:
-    """The values, unless they are being traced or lie in other processes."""
+    """The values; None if they are traced or lie in other processes."""
     traced = isinstance(x, jax.core.Tracer)
     if traced or not getattr(x, "is_fully_addressable", True):
         return None
@@ -467,7 +460,7 @@ def _check_labels(labels: Any, classes: int) -> None:
 
 
 def check_match(losses: PyTree, weights: PyTree) -> None:
-    """Raise unless losses have the structure of the weights."""
+    """Checks that losses have the structure of the weights."""
     structure = jax.tree.structure(weights)
     check_structure(jax.tree.structure(losses), structure, "the weights")
     if not structure.num_leaves:
@@ -475,7 +468,7 @@ def check_match(losses: PyTree, weights: PyTree) -> None:
 
 
 def _pair(losses: PyTree, weights: PyTree) -> tuple[jax.Array, jax.Array]:
-    """Losses and weights, with an axis of losses last."""
+    """Losses and weights, stacked on a last axis."""
     check_match(losses, weights)
     values, w = _stack(losses, "losses"), _stack(weights, "weights")
     if values.shape != w.shape:
@@ -518,7 +511,7 @@ def _norm(x: jax.Array) -> jax.Array:
 
 
 def _per_example(what: str, value: Any, beside: jax.Array) -> jax.Array:
-    """A parameter per example, with axes of length 1 to broadcast with ``beside``."""
+    """A parameter per example, broadcast to the shape of ``beside``."""
     value = jnp.asarray(value, beside.dtype)
     if value.shape not in ((), beside.shape[:1]):
         raise ValueError(

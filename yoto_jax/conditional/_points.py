@@ -1,4 +1,4 @@
-"""Points in the unit cube, at random or spread evenly."""
+"""Random and quasi-random points in the unit cube."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Ranges of loss weights: checks, clipping, and what messages say of them."""
+"""Ranges of loss weights: checks, clipping and error messages."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 from yoto_jax._losses import PyTree, check_structure, loss_names
 
 LARGEST_GRID = 10**7
-SLACK = 1e-4  # relative, for what rounding does to a weight at the edge of its range
+SLACK = 1e-4  # relative, for rounding of weights at the edge of their range
 TINY = float(np.finfo(np.float32).tiny)  # smaller numbers count as 0
 
 
@@ -38,7 +38,7 @@ def check_weights(weights: PyTree, structure: jax.tree_util.PyTreeDef) -> None:
 def bounds_of(
     low: PyTree, high: PyTree
 ) -> tuple[jax.tree_util.PyTreeDef, list[Any], list[Any]]:
-    """Structure and leaves of two trees, of which one may be a number for all."""
+    """Structure and leaves of two trees; one of them may be a single number."""
     alone = jax.tree.structure(0)
     structures = [jax.tree.structure(tree) for tree in (low, high)]
     structure = next((s for s in structures if s != alone), alone)
@@ -78,12 +78,12 @@ def say_outside(weight: float, name: str, low: float, high: float) -> str:
 
 
 def clip(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    """``x`` within bounds, with all of its gradient at them, unlike ``jnp.clip``."""
+    """Clips ``x``; at a bound the gradient is 1, unlike the 1/2 of ``jnp.clip``."""
     return jnp.where(x < low, low, jnp.where(x > high, high, x))
 
 
 def as_float32(x: Any) -> float:
-    """What is left of a known number in float32."""
+    """Rounds a known number to float32; infinite if it is too large."""
     with np.errstate(over="ignore"):
         return float(np.float32(x))
 

@@ -1,4 +1,4 @@
-"""What to do with a conditional model once it is trained: sweep, check, choose."""
+"""Sweeps over loss weights, checks of calibration, and selection."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +15,7 @@ from yoto_jax.conditional._pareto import arrays, check_alike
 def sweep(
     function: Callable[[PyTree], PyTree], weights: PyTree, batch_size: int | None = None
 ) -> PyTree:
-    """Evaluate a conditional model at many weightings.
+    """Evaluates a conditional model at many weightings.
 
     Compile it with everything around it: ``jax.jit(lambda params: sweep(...))``.
 
@@ -60,13 +60,13 @@ def sweep(
 
 
 def cross_matrix(losses: PyTree, weights: PyTree) -> jax.Array:
-    r"""The objective of every weighting, at the model of every weighting.
+    r"""Objective of every weighting at the model of every weighting.
 
     .. math::
       M_{ij} = \sum_k w_{i,k} L_k(\theta(w_j)).
 
-    Row i asks which of the models is best for weighting i. It should be the one that is
-    conditioned on it, ``M[i, i]``: a check of calibration that needs no other models.
+    In a calibrated model the minimum of row i is ``M[i, i]``: the model conditioned on
+    weighting i is the best one for it.
 
     Args:
       losses: Tree of ``(n,)`` arrays: the losses of the model conditioned on each
@@ -98,13 +98,13 @@ def cross_matrix(losses: PyTree, weights: PyTree) -> jax.Array:
 
 
 def gap(losses: PyTree, reference_losses: PyTree, weights: PyTree) -> jax.Array:
-    r"""How much worse a conditional model is than others, at the weightings of both.
+    r"""Excess objective of a conditional model over reference models.
 
     .. math::
       g_i = \sum_k w_{i,k} \bigl(L_k(w_i) - L^{\mathrm{ref}}_k(w_i)\bigr).
 
-    A difference and not a ratio, which would mean nothing where a loss may be negative,
-    such as the negative logarithm of a density.
+    A difference and not a ratio: losses may be negative, such as negative
+    log-likelihoods of densities.
 
     Args:
       losses: Tree of ``(n,)`` arrays: the losses of the model conditioned on each
@@ -137,13 +137,13 @@ def gap(losses: PyTree, reference_losses: PyTree, weights: PyTree) -> jax.Array:
 
 
 def monotonicity_violations(losses: PyTree, weights: PyTree) -> jax.Array:
-    r"""By how much losses follow their weights: 0 for true minimisers.
+    r"""Violations of monotonicity between weights and losses: 0 for minimisers.
 
     .. math::
       v_{ab} = \max\Bigl(0, \sum_k (w_{a,k} - w_{b,k}) (L_k(w_a) - L_k(w_b))\Bigr).
 
-    If each model is best for its own weighting then the two inequalities that say so
-    for a and b add up to :math:`v_{ab} = 0`: more weight on a loss, less of it.
+    If each model minimises its own weighted sum, the inequalities for a and b add up
+    to :math:`v_{ab} = 0`: a larger weight on a loss, a smaller loss.
 
     Args:
       losses: Tree of ``(n,)`` arrays: the losses of the model conditioned on each
@@ -171,7 +171,7 @@ def monotonicity_violations(losses: PyTree, weights: PyTree) -> jax.Array:
       >>> print(conditional.monotonicity_violations(swapped, weights).max())
       2.0
     """
-    # Of differences: the same sum of entries of the cross matrix would cancel.
+    # As products of differences: the sum of entries of the cross matrix would cancel.
     terms = [
         (w[:, None] - w[None, :]) * (x[:, None] - x[None, :])
         for x, w in zip(*_pair(losses, weights), strict=True)
@@ -180,7 +180,7 @@ def monotonicity_violations(losses: PyTree, weights: PyTree) -> jax.Array:
 
 
 def concavity_violations(values: jax.Array, positions: jax.Array) -> jax.Array:
-    r"""By how much a value lies below the chord of its neighbours: 0 for true minima.
+    r"""Violations of concavity along a line of weightings: 0 for minima.
 
     .. math::
       c_i = \max\Bigl(0,\ \frac{(x_{i+1} - x_i) V_{i-1} + (x_i - x_{i-1}) V_{i+1}}
@@ -246,10 +246,10 @@ def select(
     at_least: Mapping[str, float] | None = None,
     at_most: Mapping[str, float] | None = None,
 ) -> int:
-    """Choose the weighting that is best in one metric while others stay in bounds.
+    """Selects the weighting that is best in one metric, subject to bounds on others.
 
-    On the host, with known values. Measure the metrics on validation data: what is
-    chosen on test data is biased there.
+    It runs on the host, with known values. Measure the metrics on validation data: a
+    selection on test data is biased.
 
     Args:
       metrics: Tree of ``(n,)`` arrays, such as
@@ -261,8 +261,8 @@ def select(
       at_most: Upper bounds of metrics.
 
     Returns:
-      Index of the weighting: the first of those that are equally good. Never one at
-      which a metric that was asked for is NaN.
+      Index of the weighting, the first among equals, never one at which a requested
+      metric is NaN.
 
     Raises:
       TypeError: The values are not known, as under ``jit``.
@@ -320,7 +320,7 @@ def select(
 
 
 def _known(metrics: PyTree) -> dict[str, np.ndarray]:
-    """The metrics by name, on the host."""
+    """Metrics by name, on the host."""
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(metrics)):
         raise TypeError("select needs known values: call it outside of jit and vmap.")
     names = loss_names(jax.tree.structure(metrics))

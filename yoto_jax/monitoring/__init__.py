@@ -1,10 +1,4 @@
-"""Watch the loss weights of a long run: record on the device, read at leisure.
-
-:func:`record` (a link of an Optax chain) and :func:`recorded` (a wrapper of a
-weighting) keep the last rows of what happened in the state. :func:`history` fetches
-them, :func:`check` says what looks wrong, :func:`plot_loss_weights` draws them and
-:func:`write_scalars` hands them to TensorBoard.
-"""
+"""Monitoring of loss weights: recorded on the device, read and checked on the host."""
 
 from yoto_jax.monitoring._findings import Finding as Finding
 from yoto_jax.monitoring._findings import LossWeightWarning as LossWeightWarning

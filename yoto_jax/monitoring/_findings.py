@@ -1,4 +1,4 @@
-"""What looks wrong with recorded loss weights."""
+"""Checks of recorded loss weights."""
 
 import warnings
 from collections.abc import Iterable, Iterator
@@ -9,21 +9,21 @@ import numpy as np
 from yoto_jax._checks import check_positive
 from yoto_jax.monitoring._history import History, check_history, weighed
 
-_FEWEST_ROWS = 10  # Fewer say nothing of a run.
+_FEWEST_ROWS = 10  # With fewer, nothing is judged.
 _NEARLY_ALL = 0.9  # Of the rows: some methods have a weight of 0 now and then.
 _SELDOM = 0.1  # Of the rows or steps: batches that are bad by chance are far fewer.
 _OTHER_GRADIENT = 10.0  # Times larger or smaller: no noise of batches makes that.
-_SAID: set[tuple[str, tuple[str, ...]]] = set()  # In this process, by warn.
+_SAID: set[tuple[str, tuple[str, ...]]] = set()  # Warned of in this process.
 
 
 class Finding(NamedTuple):
-    """Something that looks wrong.
+    """A problem that :func:`check` has found.
 
     Attributes:
       kind: ``"not finite"``, ``"skipped"``, ``"collapsed"``, ``"prior"``, ``"scale"``
         or ``"gradient"``.
       losses: Names of the losses it is about.
-      message: What it is, the numbers, and what to do.
+      message: Description with the numbers, and the remedy.
     """
 
     kind: str
@@ -32,7 +32,7 @@ class Finding(NamedTuple):
 
 
 class LossWeightWarning(UserWarning):
-    """Loss weights, or the losses behind them, look wrong; see :func:`check`."""
+    """Warning of a problem with loss weights or losses; see :func:`check`."""
 
 
 def check(
@@ -43,28 +43,23 @@ def check(
     scale: float = 1e3,
     last: int = 100,
 ) -> list[Finding]:
-    """Say what looks wrong with the loss weights, and what to do about it.
+    """Finds problems with recorded loss weights, and names remedies.
 
-    Everything is judged by the last rows together, never by a single one, and nothing
-    is said of fewer than ten. A downstream loss has no weight and is left out.
+    The last rows are judged together, at least ten. A downstream loss is left out.
 
-    - ``"not finite"``: in more than one of ten rows a loss was NaN or infinite, or a
+    - ``"not finite"``: a loss was NaN or infinite in more than one of ten rows, or a
       weight is now.
-    - ``"skipped"``: of the steps from the first to the last row, the weighting learned
-      nothing from more than one in ten: a loss was not positive where it has to be, or
-      something was not finite. Bad batches that come by chance are far fewer.
-    - ``"collapsed"``: in nine of ten rows, the share of a weight in all of them was
-      below ``collapsed``, and so was the share of the weighted loss, if losses are
-      known. A small weight on a large loss is as it should be.
+    - ``"skipped"``: the weighting learned nothing from more than one in ten steps: a
+      loss was not positive where it has to be, or a number was not finite.
+    - ``"collapsed"``: in nine of ten rows, the shares of a weight and of its weighted
+      loss in their sums were below ``collapsed``.
     - ``"prior"``: in nine of ten rows, all weights were within a fraction ``prior`` of
-      those that the regulariser alone would choose. The losses have no say.
-    - ``"scale"``: the losses differ by more than a factor ``scale``, in the median.
-      With learned logits that is about the losses themselves, which the weights follow;
-      with any other weighting about the weighted losses, which it should have evened
-      out.
-    - ``"gradient"``: in nine of ten rows, the gradient of the logits that reached
-      :func:`record` was ten times larger or smaller than that of the composite loss: it
-      is not the first link of the chain, or was given other losses.
+      those that the regulariser alone would choose.
+    - ``"scale"``: the medians of the losses (of the weighted losses, unless logits are
+      learned) differ by more than a factor ``scale``.
+    - ``"gradient"``: in nine of ten rows, the gradient of the logits at :func:`record`
+      was ten times larger or smaller than that of the composite loss: it is not the
+      first link of the chain, or was given other losses.
 
     Args:
       history: From :func:`history`.
@@ -74,7 +69,7 @@ def check(
       last: How many rows to look at.
 
     Returns:
-      Findings, each with a message that names losses and numbers. Empty if all is well.
+      Findings, each with a message that names losses and numbers; empty without any.
 
     Raises:
       TypeError: ``history`` is something else, such as the state.
@@ -111,12 +106,12 @@ def warn(
     said: set[tuple[str, tuple[str, ...]]] | None = None,
     **limits: Any,
 ) -> list[Finding]:
-    """Issue a Python warning for each finding, once for each kind and its losses.
+    """Issues a Python warning for each finding, once per kind and losses.
 
     Args:
       history: From :func:`history`.
-      said: What has been said already; it is added to. The default is one set for the
-        whole process: give each run its own if one process trains several.
+      said: Kinds and losses already warned of; new ones are added. Default: one set for
+        the process. Runs that share a process need a set each.
       **limits: As in :func:`check`.
 
     Returns:
@@ -184,7 +179,7 @@ def _not_finite(seen: History) -> Iterator[Finding]:
         )
 
 
-_CAUSES = (  # Of a batch that changes nothing: what losses are, and what to do.
+_CAUSES = (  # Of skipped batches: the state of a loss, its test and the remedy.
     (
         "0 or less",
         lambda x: x <= 0,
@@ -353,7 +348,7 @@ def _another_gradient(seen: History) -> Iterator[Finding]:
 
 
 def _nearly_all(values: np.ndarray) -> np.ndarray:
-    """What nine of ten along the last axis stay below; infinite if NaN are more."""
+    """Upper 90 % quantile on the last axis; infinite if more than 10 % are NaN."""
     known = np.where(np.isnan(values), np.inf, values)
     return np.quantile(known, _NEARLY_ALL, axis=-1, method="higher")
 
@@ -363,7 +358,7 @@ def _rows(seen: History) -> str:
 
 
 def _some(shown: Iterable[str]) -> str:
-    """The first few, and how many more."""
+    """Lists the first few, and the number of further ones."""
     shown = list(shown)
     rest = f" and {len(shown) - 6} more" if len(shown) > 6 else ""
     return ", ".join(shown[:6]) + rest

@@ -1,4 +1,4 @@
-"""Recorded loss weights, read on the host."""
+"""Histories of loss weights, fetched to the host."""
 
 import math
 import warnings
@@ -21,7 +21,7 @@ from yoto_jax.weightings._wrappers import EveryState, NormalizeState, SmoothStat
 
 
 class History(NamedTuple):
-    """What has been recorded, in NumPy and in the order of time.
+    """Recorded rows as NumPy arrays, in the order of time.
 
     Attributes:
       steps: (n,) number of the step of each row; the first step is 0.
@@ -47,10 +47,10 @@ class History(NamedTuple):
 
 
 def history(state: PyTree, index: int | tuple[int, ...] | None = None) -> History:
-    """Fetch what :func:`record` or :func:`recorded` has kept: one transfer.
+    """Fetches the rows of :func:`record` or :func:`recorded` in one transfer.
 
-    It waits for the step that made ``state``, and for nothing else. In a program of
-    several processes each reads its own copy, without talking to the others.
+    It waits for the step that made ``state``. Each of several processes reads its own
+    copy, without communication.
 
     Args:
       state: Any tree with one recorded history in it: the state of a chain or of a
@@ -129,7 +129,7 @@ def _find(state: PyTree) -> HistoryState:
 
 
 def _local(x: Any) -> Any:
-    """What this process holds of an array that all processes share."""
+    """The part of an array that this process holds."""
     if hasattr(x, "get_raw_value"):  # Flax NNX puts the leaves of a state into these.
         x = x.get_raw_value()
     if isinstance(x, jax.core.Tracer):
@@ -177,7 +177,7 @@ def _as_history(
 
 
 def _prior_weights(group: Columns) -> dict[str, float]:
-    """The weights where the regulariser is smallest; none where it has no minimum."""
+    """Weights at the minimum of the regulariser, empty where it has none."""
     named = [item for pair in group for item in pair.items()]
     if any(isinstance(role, Weighed) for _, role in named):
         return {}
@@ -188,7 +188,7 @@ def _prior_weights(group: Columns) -> dict[str, float]:
 
 
 def _best_logit(auxiliary: int) -> float:
-    """Where Eq. 8 is 0 with the same logit for all auxiliary losses: a bisection."""
+    """Root of Eq. 8 with one logit for all auxiliary losses, by bisection."""
 
     def slope(m: float) -> float:
         p = math.exp(m) / (1 + auxiliary * math.exp(m))
@@ -202,7 +202,7 @@ def _best_logit(auxiliary: int) -> float:
 
 
 def check_history(history: Any) -> None:
-    """Raise unless this is what :func:`history` returns."""
+    """Checks that this is a :class:`History`."""
     if not isinstance(history, History):
         raise TypeError(
             "history must be a History, what monitoring.history(state) returns, got "
@@ -211,5 +211,5 @@ def check_history(history: Any) -> None:
 
 
 def weighed(seen: History) -> list[str]:
-    """The losses with a weight of their own."""
+    """Names of the losses with a weight: all but a downstream loss."""
     return [name for name in seen.loss_weights if name != seen.downstream]

@@ -1,4 +1,4 @@
-"""A figure of recorded loss weights."""
+"""Figure of recorded loss weights."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,11 +21,11 @@ _LEADER = {  # From a label to its line.
 
 
 def plot_loss_weights(history: History, ax: Any = None) -> Any:
-    """Draw the loss weights over the steps.
+    """Plots loss weights over steps.
 
-    The axis of weights is logarithmic where they span more than two decades; weights
-    of 0 then have no place on it, and those below 1e-8 of the largest run out at the
-    bottom. A downstream loss, which has no weight, is left out.
+    The axis of weights is logarithmic where they span more than two decades; it then
+    omits weights of 0 and ends at 1e-8 of the largest. A downstream loss, which has no
+    weight, is left out.
 
     Args:
       history: From :func:`history`.
@@ -97,7 +97,7 @@ def plot_loss_weights(history: History, ax: Any = None) -> Any:
 
 
 def _label_ends(ax: Any) -> None:
-    """The name of each line at its end, moved up or down until none overlap."""
+    """Labels each line at its end, moved up or down until none overlap."""
     to_axes = ax.transData + ax.transAxes.inverted()
     left, bottom = ax.get_xlim()[0], ax.get_ylim()[0]
     ends = []
@@ -128,7 +128,7 @@ def _label_ends(ax: Any) -> None:
 
 
 def _spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Sorted heights, moved as little as neighbours at this distance allow."""
+    """Moves sorted heights as little as possible to at least this distance."""
     groups: list[list[float]] = []  # Neighbours that touch: their wishes, first at 0.
     start = lambda group: sum(group) / len(group)
     for height in heights:

@@ -1,4 +1,4 @@
-"""Loss weights kept in the state, on the device."""
+"""Recording of loss weights in the state, on the device."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -32,28 +32,28 @@ from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import LossWeighting, and_present
 from yoto_jax.weightings._wrappers import observing_inner
 
-# What a loss is to its weight. These are empty nodes: they live in the structure of the
-# state, as optax.EmptyState does, so that names cost nothing and pass every checkpoint.
+# Roles of losses. These are empty nodes, part of the tree structure of the state like
+# optax.EmptyState, so that names take no memory and pass every checkpoint.
 
 
 @serializable_state
 class Weighed(NamedTuple):
-    """A loss with a weight of which nothing more is known."""
+    """Role of a loss with a weight of any origin."""
 
 
 @serializable_state
 class Primary(NamedTuple):
-    """A loss whose logit is 0."""
+    """Role of the loss whose logit is 0."""
 
 
 @serializable_state
 class Auxiliary(NamedTuple):
-    """A loss whose logit is learned under the whole regulariser."""
+    """Role of a loss whose logit is learned under the whole regulariser."""
 
 
 @serializable_state
 class Downstream(NamedTuple):
-    """A loss that steers the weights without one of its own."""
+    """Role of the loss that steers the weights and has none."""
 
 
 Role = Weighed | Primary | Auxiliary | Downstream
@@ -62,7 +62,7 @@ Columns = tuple[dict[str, Role], ...]  # Of one name each: JAX sorts those of a 
 
 @serializable_state
 class HistoryState(NamedTuple):
-    """A ring of rows, and one spare row behind it for what is not to be kept."""
+    """Ring buffer of rows, with a spare last row for steps that are not recorded."""
 
     calls: jax.Array  # int32 scalar
     row_steps: jax.Array  # int32 (length + 1,), -1 where nothing has been written
@@ -87,36 +87,29 @@ def record(
     *,
     entropy: Entropy = "all",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Keep the last loss weights in the state of an optimizer, to look at later.
+    r"""Records the loss weights in the optimizer state, as first link of a chain.
 
-    The first link of a chain: it lets all updates pass as they are, and writes down the
-    loss weights, the losses if they are given, :math:`\|\partial L_e / \partial \mu\|`
-    as it arrives, and :math:`\|\rho \nabla L_r(\mu)\|`. Each row belongs to one step:
-    the weights are those that the step was taken with. Nothing leaves the device until
-    :func:`history` fetches it.
+    Updates pass unchanged. A row holds the loss weights of a step, the losses if given,
+    :math:`\|\partial L_e / \partial \mu\|` and :math:`\|\rho \nabla L_r(\mu)\|`.
+    Rows stay on the device until :func:`history` fetches them.
 
     Args:
-      length: Number of rows. When they are full, the oldest go.
-      every: Steps from one row to the next (a positive integer). The first step is
-        recorded.
-      hyperparameter_decay: rho, the one of the optimizer behind: a scalar, or a
-        schedule of the steps. Without it the regulariser's gradient is not recorded.
+      length: Number of rows, the latest ones.
+      every: Steps from one row to the next (positive integer), from the first step on.
+      hyperparameter_decay: rho of the optimizer: a scalar or a schedule. Without it the
+        regulariser's gradient is not recorded.
       entropy: Which losses the entropy spans, see :func:`yoto_jax.regularizer`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``, and
-      takes ``losses=``, a tree like the losses of the :class:`yoto_jax.LossLogits`.
-      If ``params`` hold several of those, all are recorded, the names of the losses
-      begin with the path of their logits, and ``losses=`` is a sequence of trees.
+      takes ``losses=``, a tree like the losses of the :class:`yoto_jax.LossLogits`
+      (a sequence of trees if ``params`` hold several).
 
     Raises:
-      TypeError: ``length`` is not an integer (with ``optax.inject_hyperparams`` make
-        it one of the ``static_args``), ``every`` is not one, or rho is no number and no
-        schedule.
-      ValueError: ``length`` or ``every`` is not positive, rho is negative or not
-        finite, or ``entropy`` is unknown. In ``init``: the parameters hold no
-        ``LossLogits``. In ``update``: ``params`` is missing, or the updates or the
-        losses do not match the logits.
+      TypeError: ``length`` (static under ``optax.inject_hyperparams``) or ``every`` is
+        no integer, or rho neither a number nor a schedule.
+      ValueError: An argument is out of its range; the parameters hold no
+        ``LossLogits``; or ``params``, updates or losses do not match in ``update``.
 
     Examples:
       >>> import jax, optax, yoto_jax as yoto
@@ -138,16 +131,7 @@ def record(
       [200 299] [0.29 0.29]
 
     .. note::
-      Behind other links it sees updates where it should see gradients: weights and
-      losses are the same, ``data_gradient`` is the norm of an update, and :func:`check`
-      says so where the losses are known. Only :func:`yoto_jax.aggregate` goes first.
-
-      The losses must be averaged over devices, as the gradients are. Around
-      ``optax.MultiSteps``, each mini-batch is a step; inside it, the rows are copied at
-      every one. ``flax.training.TrainState.apply_gradients`` takes no ``losses=``.
-
-      The two norms are those of gradients. Under Adam, the push of the losses is
-      normalised before it meets the regulariser, and the norms do not compare.
+      Losses must be averaged over devices, as gradients are.
     """
     _check_size(length, every)
     check_entropy(entropy)
@@ -223,14 +207,14 @@ def record(
 def recorded(
     weighting: LossWeighting, length: int = 1000, every: jax.typing.ArrayLike = 1
 ) -> LossWeighting:
-    """Keep the last loss weights and losses in the state of a weighting.
+    """Records loss weights and losses in the state of a weighting.
 
-    Put it around all other wrappers. A batch that is not finite is recorded too, with
-    its losses as they were and the weights that were held.
+    It goes around all other wrappers. Batches that are not finite are recorded too,
+    with their losses and the weights that were held.
 
     Args:
       weighting: Any :class:`yoto_jax.LossWeighting`.
-      length: Number of rows. When they are full, the oldest go.
+      length: Number of rows, the latest ones.
       every: Updates from one row to the next (a positive integer). The first update is
         recorded.
 
@@ -307,7 +291,7 @@ def _columns(
     special: Mapping[int | None, Role],
     prefix: str = "",
 ) -> Columns:
-    """Name and role of each loss, some in a ``special`` role by their position."""
+    """Name and role of each loss; ``special`` roles are given by position."""
     names = [prefix + (name or "loss") for name in loss_names(structure)]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(
@@ -318,7 +302,7 @@ def _columns(
 
 
 def _write(state: HistoryState, row: Sequence[Any], every: Any) -> HistoryState:
-    """One row in place. One that is not due goes where nobody looks: no branch."""
+    """Writes a row in place; one that is not due goes to the spare row, unbranched."""
     length = state.row_steps.shape[-1] - 1
     due = state.calls % every == 0
     place = jnp.where(due, state.calls // every % length, length)
@@ -332,14 +316,14 @@ def _write(state: HistoryState, row: Sequence[Any], every: Any) -> HistoryState:
 
 
 def nodes(tree: PyTree, kind: type | tuple[type, ...]) -> list[tuple[str, Any]]:
-    """All nodes of this type, or one of these, with their paths."""
+    """Nodes of these types, with their paths."""
     is_kind = lambda x: isinstance(x, kind)
     flat = jax.tree.leaves_with_path(tree, is_leaf=is_kind)
     return [(path_name(path), x) for path, x in flat if is_kind(x)]
 
 
 def _with_logits(tree: PyTree) -> list[tuple[str, LossLogits]]:
-    """All loss logits with their paths; none that a mask has emptied."""
+    """Loss logits with their paths, without those that a mask has emptied."""
     return [(path, mu) for path, mu in nodes(tree, LossLogits) if jax.tree.leaves(mu)]
 
 
@@ -352,7 +336,7 @@ def _as_float32(x: Any) -> jax.Array:
 
 
 def _given_losses(losses: PyTree, logits: Sequence[LossLogits]) -> list[Any]:
-    """All losses in the order of the weights, 0 if there are none."""
+    """Losses in the order of the weights, 0 if none are given."""
     if losses is None:
         return [0.0] * sum(mu.structure.num_leaves for mu in logits)
     trees = [losses] if len(logits) == 1 else losses

@@ -1,4 +1,4 @@
-"""Recorded loss weights for TensorBoard."""
+"""Export of recorded loss weights to TensorBoard."""
 
 from typing import Any, Protocol
 
@@ -6,16 +6,16 @@ from yoto_jax.monitoring._history import History, check_history
 
 
 class Writer(Protocol):
-    """What ``tensorboardX`` and PyTorch call a ``SummaryWriter``."""
+    """Interface of the ``SummaryWriter`` of ``tensorboardX`` and PyTorch."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int, /) -> Any:
-        """Write one number."""
+        """Writes one number."""
 
 
 def write_scalars(
     history: History, writer: Writer, since: int = -1, prefix: str = "loss_weights"
 ) -> int:
-    """Write rows to TensorBoard, or to anything with ``add_scalar(tag, value, step)``.
+    """Writes rows to TensorBoard, or any object with ``add_scalar(tag, value, step)``.
 
     The tags are ``loss_weights/<name>``, ``loss_weights_losses/<name>``,
     ``loss_weights_gradients/data`` and ``loss_weights_gradients/prior``.
