@@ -241,8 +241,9 @@ def _grap(
     """GraP, each step at the model for the weights of the moment."""
     support = rule.support(task)
     weighting = held_out_grap()
+    steering = yoto.on_validation(all_losses=True)
     value_and_grad = yoto.value_and_grad(
-        task.steered_losses, weighting, align="validation"
+        task.steered_losses, weighting, steering=steering
     )
 
     def step(state: Any, key: jax.Array) -> tuple[Any, None]:
@@ -250,9 +251,7 @@ def _grap(
         held_out = task.draw_held_out(data, jax.random.fold_in(key, 1))
         weights = _relative(task, _weights_of(state, task), support)
         model = rule.model(task, trained, weights)
-        _, _, state = value_and_grad(
-            model, state, batch, False, validation=(held_out, True)
-        )
+        _, _, state = value_and_grad(model, state, (held_out, True), batch, False)
         return state, None
 
     state = weighting.init(dict.fromkeys((*task.names, DOWNSTREAM), 0.0))

@@ -369,11 +369,12 @@ class Weighted(Rule):
         weighting = self.weighting(task)
         if self.steered:
             held_out = task.draw_held_out(data, jax.random.fold_in(key, 1))
+            steering = yoto.on_validation(all_losses=True)
             value_and_grad = yoto.value_and_grad(
-                task.steered_losses, weighting, align="validation"
+                task.steered_losses, weighting, steering=steering
             )
             losses, grads, state = value_and_grad(
-                carry.model, carry.rule, batch, False, validation=(held_out, True)
+                carry.model, carry.rule, (held_out, True), batch, False
             )
         else:
             value_and_grad = yoto.value_and_grad(

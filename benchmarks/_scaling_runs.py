@@ -120,10 +120,10 @@ def measure_collectives(size: Size) -> list[Record]:
     for name, make in (LOSS_DRIVEN | GRADIENT_DRIVEN).items():
         methods[name] = task.weighted(make())
     methods["upgrad, all parameters"] = task.weighted(
-        weightings.upgrad(), of_parameters=True
+        weightings.upgrad(), gradients=yoto.of_parameters()
     )
     methods["gradnorm, all parameters, none kept"] = task.weighted(
-        weightings.gradnorm(), of_parameters=True, keep_gradients=False
+        weightings.gradnorm(), gradients=yoto.of_parameters(keep=False)
     )
     devices = jax.devices()
     plain = {
@@ -236,33 +236,33 @@ def back_ends(model: Any, batch: tuple[jax.Array, ...]) -> list[Record]:
     last = model[-1].size * 4
     z = 4 * jax.eval_shape(wide_encoder, model, *batch).size
     upgrad, gradnorm = weightings.upgrad(), weightings.gradnorm()
-    of_z = {"encoder": wide_encoder}
-    of_last = {"select": lambda params: params[-1]}
-    cases: dict[str, tuple[yoto.LossWeighting, dict[str, Any], int]] = {
-        "encoder=": (upgrad, of_z, (losses + 1 + products) * z),
-        "select=": (upgrad, of_last, (losses + products) * last),
+    of_last = yoto.of_parameters(select=lambda params: params[-1])
+    none_kept = yoto.of_parameters(keep=False)
+    cases: dict[str, tuple[yoto.LossWeighting, Any, int]] = {
+        "the representation": (
+            upgrad,
+            yoto.of_representation(wide_encoder),
+            (losses + 1 + products) * z,
+        ),
+        "the last layer, select=": (upgrad, of_last, (losses + products) * last),
         "all parameters": (
             upgrad,
-            {},
+            yoto.of_parameters(),
             losses * (whole + largest) + products * largest,
         ),
-        "chunk_size=1": (
+        "all, chunk_size=1": (
             upgrad,
-            {"chunk_size": 1},
+            yoto.of_parameters(chunk_size=1),
             losses * whole + products * largest,
         ),
-        "keep_gradients=False": (
-            upgrad,
-            {"keep_gradients": False},
-            (2 * losses + products) * largest,
-        ),
-        "keep_gradients=False, norms": (gradnorm, {"keep_gradients": False}, whole),
+        "all, keep=False": (upgrad, none_kept, (2 * losses + products) * largest),
+        "all, keep=False, norms": (gradnorm, none_kept, whole),
     }
-    arms: dict[str, Any] = {"plain": (weightings.equal(), {}, 0)} | cases
+    arms: dict[str, Any] = {"plain": (weightings.equal(), None, 0)} | cases
     temporary = {}
-    for name, (weighting, options, _) in arms.items():
-        f = wide_heads if "encoder" in options else wide_losses
-        step = jax.jit(yoto.value_and_grad(f, weighting, **options))
+    for name, (weighting, source, _) in arms.items():
+        f = wide_heads if name == "the representation" else wide_losses
+        step = jax.jit(yoto.value_and_grad(f, weighting, gradients=source))
         state = weighting.init(jax.eval_shape(wide_losses, model, *batch))
         program = step.lower(model, state, *batch).compile()
         temporary[name] = program.memory_analysis().temp_size_in_bytes

@@ -142,24 +142,21 @@ def mean(tree: PyTree, axis: str | None) -> PyTree:
 
 
 def weighted(
-    weighting: yoto.LossWeighting, rate: float = RATE, **options: Any
+    weighting: yoto.LossWeighting, rate: float = RATE, gradients: Any = None
 ) -> Method:
     """Any weighting; one that looks at gradients gets those of the features.
 
-    ``of_parameters=True`` gives it those of all parameters instead; other options go to
-    ``yoto.value_and_grad``.
+    With ``gradients``, such as ``yoto.of_parameters()``, it gets those instead.
     """
     tx = optax.sgd(rate, momentum=0.9)
-    options = dict(options)
     steered = weighting.downstream is not None
     pick = (lambda losses: losses) if steered else three
     losses_of = lambda params, z, batch: pick(heads(params, z, batch))
-    of_parameters = options.pop("of_parameters", weighting.needs == ("losses",))
-    if of_parameters:
-        whole = lambda params, batch: losses_of(params, encoder(params, batch), batch)
-        arguments: tuple[Any, dict[str, Any]] = (whole, options)
+    f: Any = losses_of
+    if gradients is None and weighting.needs != ("losses",):
+        gradients = yoto.of_representation(encoder)
     else:
-        arguments = (losses_of, {"encoder": encoder} | options)
+        f = lambda params, batch: losses_of(params, encoder(params, batch), batch)
 
     def init(params: PyTree) -> Carry:
         names = (*digits.LOSSES, STEERING) if steered else digits.LOSSES
@@ -167,8 +164,9 @@ def weighted(
         return Carry(params, tx.init(params), state)
 
     def step(carry: Carry, batch: Batch, axis: str | None) -> Any:
-        f, given = arguments
-        value_and_grad = yoto.value_and_grad(f, weighting, axis_name=axis, **given)
+        value_and_grad = yoto.value_and_grad(
+            f, weighting, gradients=gradients, axis_name=axis
+        )
         losses, grads, state = value_and_grad(carry.params, carry.weighting, batch)
         updates, optimizer = tx.update(grads, carry.optimizer, carry.params)
         params = optax.apply_updates(carry.params, updates)

@@ -431,7 +431,6 @@ class Method(NamedTuple):
     shared: bool = False
     downstream: bool = False
     weigh_heads: bool = True
-    align: str = "train"
 
 
 def _named(weights: jax.Array) -> dict[str, jax.Array]:
@@ -600,9 +599,9 @@ class _Run:
             value_and_grad = yoto.value_and_grad(
                 heads,
                 weighting,
-                encoder=encoder,
-                weigh_heads=self.method.weigh_heads,
-                align=self.method.align,
+                gradients=yoto.of_representation(
+                    encoder, weigh_heads=self.method.weigh_heads
+                ),
             )
         else:
             value_and_grad = yoto.value_and_grad(everything, weighting)

@@ -52,11 +52,11 @@ GRADIENT_DRIVEN: dict[str, Callable[[], yoto.LossWeighting]] = {
     "config": weightings.config,
     "grap": lambda: weightings.grap("class"),
 }
-FULL: dict[str, dict[str, Any]] = {
-    "upgrad, all parameters": {},
-    "upgrad, all parameters, one at a time": {"chunk_size": 1},
-    "upgrad, all parameters, none kept": {"keep_gradients": False},
-    "gradnorm, all parameters, none kept": {"keep_gradients": False},
+FULL = {
+    "upgrad, all parameters": yoto.of_parameters(),
+    "upgrad, all parameters, one at a time": yoto.of_parameters(chunk_size=1),
+    "upgrad, all parameters, none kept": yoto.of_parameters(keep=False),
+    "gradnorm, all parameters, none kept": yoto.of_parameters(keep=False),
 }
 
 
@@ -116,11 +116,13 @@ def arms_of(model: Shared) -> dict[str, tuple[Any, Any]]:
     for name, make in LOSS_DRIVEN.items():
         arms[name] = yoto.value_and_grad(full, make()), make().init(like)
     for name, make in GRADIENT_DRIVEN.items():
-        value_and_grad = yoto.value_and_grad(heads, make(), encoder=model.encoder)
+        of_z = yoto.of_representation(model.encoder)
+        value_and_grad = yoto.value_and_grad(heads, make(), gradients=of_z)
         arms[name] = value_and_grad, make().init(like)
-    for name, options in FULL.items():
+    for name, source in FULL.items():
         make = GRADIENT_DRIVEN[name.split(",")[0]]
-        arms[name] = yoto.value_and_grad(full, make(), **options), make().init(like)
+        value_and_grad = yoto.value_and_grad(full, make(), gradients=source)
+        arms[name] = value_and_grad, make().init(like)
     return arms
 
 
@@ -406,8 +408,8 @@ def step_table(result: _common.Result) -> _common.Table:
         f"median (quartiles) of {meta['pairs']} pairs, fewer for steps that take "
         f"seconds, {meta['device']} "
         f"({meta['cpu_count']} cores), four losses. Methods that look at gradients use "
-        "`encoder=` unless they say otherwise. Memory beyond the plain step's, from "
-        "the compiled program; "
+        "those of the representation unless they say otherwise. Memory beyond the "
+        "plain step's, from the compiled program; "
         f"parameters: {', '.join(sizes)}.",
     )
 
@@ -469,8 +471,9 @@ def peer_table(result: _common.Result) -> _common.Table:
         ],
         rows,
         f"A step of the {model}, four losses, {meta['device']} ({meta['cpu_count']} "
-        "cores), median. Ours: `encoder=`. TorchJD: `mtl_backward` to the shared "
-        "parameters, as it is documented, or to the features alone, written by hand. "
+        "cores), median. Ours: `of_representation`. TorchJD: `mtl_backward` to the "
+        "shared parameters, as it is documented, or to the features alone, written by "
+        "hand. "
         "Overhead: ratio to the plain step of the same framework."
         + (f" {', '.join(versions)}." if versions else ""),
     )

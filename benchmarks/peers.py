@@ -125,7 +125,7 @@ def steps(model: _models.Shared, methods: tuple[str, ...] = METHODS) -> dict[str
     The plain step descends the sum of the losses, and so do the heads in all steps.
     *Parameters*: the encoder descends the combination of the gradients of its
     parameters, TorchJD's ``mtl_backward``. *Features*: the gradients that are combined
-    are those of its output, as ``encoder=`` of :func:`yoto_jax.value_and_grad` does.
+    are those of its output, as with :func:`yoto_jax.of_representation`.
     """
     made = {"plain": Trainer(model).plain}
     for method in methods:

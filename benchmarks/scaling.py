@@ -117,7 +117,7 @@ def table(result: dict[str, Any]) -> _common.Table:
         "their results on each, read from the compiled program. First line: a plain "
         "step, which averages gradients; below: what is added to it. Three losses, "
         "float32; methods that look at gradients look at those of the features "
-        "(`encoder=`) unless they say otherwise.",
+        "unless they say otherwise.",
     )
 
 
@@ -315,7 +315,7 @@ def model_table(result: dict[str, Any]) -> _common.Table:
         "plain": (gradient,),
         "YOTO (the logits travel with the gradient)": (gradient + 4 * losses,),
         "from losses (FAMO, ...): K numbers first": (4 * losses, gradient),
-        "from gradients of features (`encoder=`): K x K numbers": (
+        "from gradients of features: K x K numbers": (
             4 * losses**2 + 4 * losses,
             gradient,
         ),

@@ -320,7 +320,8 @@ def test_eight_devices_equal_one(row):
     f: Any = loss_fn
     options: dict[str, Any] = {"statistics": extra(weighting)}
     if not set(weighting.needs) <= {"losses", "ntk_diagonal"}:
-        f, options = functools.partial(head, 3), {"encoder": encoder}
+        f = functools.partial(head, 3)
+        options = {"gradients": yoto.of_representation(encoder)}
         one = jax.jit(yoto.value_and_grad(f, weighting, **options))
     many = yoto.value_and_grad(f, weighting, axis_name="d", **options)
     ways: dict[str, Any] = {"shard_map": on_shards(many)}

@@ -1,7 +1,6 @@
 """The engine: the gradient of the weighted sum, whatever its Gramian is taken of."""
 
 import functools
-import itertools
 
 import chex
 import jax
@@ -72,32 +71,23 @@ MEMORY = {
     "all": {},
     "chunks": {"chunk_size": 2},
     "one at a time": {"chunk_size": 1},
-    "none kept": {"keep_gradients": False},
-    "none kept, chunks": {"keep_gradients": False, "chunk_size": 2},
+    "none kept": {"keep": False},
+    "none kept, chunks": {"keep": False, "chunk_size": 2},
 }
+OF_Z = yoto.of_representation(encoder)
 
 
 def call(f, weighting, *args, **options):
+    """A compiled step, of a batch, or of a validation batch and a batch."""
     state = weighting.init(dict.fromkeys("abc", 0.0))
-    validation = options.pop("validation", None)
-    direction = options.pop("direction", None)
-    step = jax.jit(yoto.value_and_grad(f, weighting, **options))
-    extra = {} if validation is None else {"validation": validation}
-    extra |= {} if direction is None else {"direction": direction}
-    return step(PARAMS, state, *args, **extra)
+    return jax.jit(yoto.value_and_grad(f, weighting, **options))(PARAMS, state, *args)
 
 
-@pytest.mark.parametrize(
-    ("statistic", "mode"),
-    [
-        (statistic, mode)
-        for statistic, mode in itertools.product(EXPECTED, MEMORY)
-        if (statistic, mode) != ("gramian", "none kept, chunks")  # an error, below
-    ],
-)
+@pytest.mark.parametrize("mode", MEMORY)
+@pytest.mark.parametrize("statistic", EXPECTED)
 def test_statistics_and_gradient(statistic, mode):
-    options = MEMORY[mode]
-    losses, grads, state = call(loss_fn, reading(statistic), X, **options)
+    source = yoto.of_parameters(**MEMORY[mode])
+    losses, grads, state = call(loss_fn, reading(statistic), X, gradients=source)
     np.testing.assert_allclose(state.inner, EXPECTED[statistic], rtol=2e-5)
     chex.assert_trees_all_close(losses, loss_fn(PARAMS, X), rtol=1e-6)
     composite = lambda p: sum(
@@ -117,7 +107,8 @@ def test_selected_parameters(statistic):
         "mean_abs": np.abs(rows).mean(1),
         "alignment": rows @ rows[2],
     }[statistic]
-    _, grads, state = call(loss_fn, reading(statistic), X, select=last)
+    source = yoto.of_parameters(select=last)
+    _, grads, state = call(loss_fn, reading(statistic), X, gradients=source)
     np.testing.assert_allclose(state.inner, expected, rtol=2e-5, atol=1e-7)
     weights = np.array([float(state.loss_weights[n]) for n in "abc"])
     np.testing.assert_allclose(
@@ -129,11 +120,10 @@ def test_selected_parameters(statistic):
 
 
 @pytest.mark.parametrize("options", MEMORY.values(), ids=MEMORY)
-def test_heads_descend_the_plain_sum(options):
+def test_unweighted_parameters_descend_the_plain_sum(options):
     weighting = reading("norms")
-    _, grads, state = call(
-        loss_fn, weighting, X, heads=lambda p: p["last"]["kernel"], **options
-    )
+    source = yoto.of_parameters(unweighted=lambda p: p["last"]["kernel"], **options)
+    _, grads, state = call(loss_fn, weighting, X, gradients=source)
     first = J[:, : W.size]  # What the heads do not share is all that is looked at.
     np.testing.assert_allclose(state.inner, np.linalg.norm(first, axis=1), rtol=2e-5)
     plain = jax.grad(lambda p: sum(loss_fn(p, X).values()))(PARAMS)
@@ -157,9 +147,8 @@ EXPECTED_OF_Z = {
 @pytest.mark.parametrize("weigh_heads", [False, True])
 @pytest.mark.parametrize("statistic", EXPECTED_OF_Z)
 def test_gradients_of_the_representation(statistic, weigh_heads):
-    losses, grads, state = call(
-        heads, reading(statistic), X, encoder=encoder, weigh_heads=weigh_heads
-    )
+    source = yoto.of_representation(encoder, weigh_heads=weigh_heads)
+    losses, grads, state = call(heads, reading(statistic), X, gradients=source)
     np.testing.assert_allclose(state.inner, EXPECTED_OF_Z[statistic], rtol=2e-5)
     chex.assert_trees_all_close(losses, loss_fn(PARAMS, X), rtol=1e-6)
     weights = state.loss_weights
@@ -181,7 +170,8 @@ def test_gradients_of_the_representation(statistic, weigh_heads):
 @pytest.mark.parametrize("statistic", EXPECTED_OF_Z)
 def test_with_the_identity_as_encoder_nothing_changes(statistic):
     f = lambda params, z, x: loss_fn(z, x)
-    _, grads, state = call(f, reading(statistic), X, encoder=lambda params, x: params)
+    identity = yoto.of_representation(lambda params, x: params)
+    _, grads, state = call(f, reading(statistic), X, gradients=identity)
     _, full, expected = call(loss_fn, reading(statistic), X)
     chex.assert_trees_all_close(state, expected, rtol=1e-5)
     chex.assert_trees_all_close(grads, full, rtol=1e-4, atol=1e-6)
@@ -197,10 +187,11 @@ def test_a_representation_may_be_any_tree_and_carry_integers_and_statistics():
 
     weighting = reading("gramian")
     state = weighting.init(dict.fromkeys("abc", 0.0))
-    step = yoto.value_and_grad(decode, weighting, encoder=encode, has_aux=True)
+    source = yoto.of_representation(encode)
+    step = yoto.value_and_grad(decode, weighting, gradients=source, has_aux=True)
     (losses, aux), grads, state = jax.jit(step)(PARAMS, state, X)
     np.testing.assert_allclose(aux, X.mean(0), rtol=1e-6)
-    _, expected, reference = call(heads, weighting, X, encoder=encoder)
+    _, expected, reference = call(heads, weighting, X, gradients=OF_Z)
     chex.assert_trees_all_close(grads, expected, rtol=1e-6)
     chex.assert_trees_all_close(state, reference, rtol=1e-6)
     assert set(losses) == set("abc")
@@ -213,12 +204,11 @@ def test_auxiliary_output_and_keyword_arguments(encoded):
         if encoded
         else (lambda p, x, *, scale: (loss_fn(p, scale * x), scale))
     )
-    options = {"encoder": lambda p, x, *, scale: encoder(p, scale * x)}
+    of_z = yoto.of_representation(lambda p, x, *, scale: encoder(p, scale * x))
     weighting = weightings.equal()
     state = weighting.init(dict.fromkeys("abc", 0.0))
-    step = yoto.value_and_grad(
-        f, weighting, has_aux=True, **(options if encoded else {})
-    )
+    source = of_z if encoded else None
+    step = yoto.value_and_grad(f, weighting, has_aux=True, gradients=source)
     (losses, aux), _, _ = step(PARAMS, state, X, scale=2.0)
     assert aux == 2.0
     chex.assert_trees_all_close(losses, loss_fn(PARAMS, 2.0 * X), rtol=1e-6)
@@ -227,29 +217,53 @@ def test_auxiliary_output_and_keyword_arguments(encoded):
 # Downstream losses.
 
 X_VALIDATION = X[::-1] * 0.7
+ON_VALIDATION = yoto.on_validation()
+ALL_ON_VALIDATION = yoto.on_validation(all_losses=True)
 V = jacobian(lambda p: loss_fn(p, X_VALIDATION), PARAMS)[2]
 
 
 def test_alignment_with_a_validation_batch_is_exact():
-    _, _, state = call(loss_fn, reading("alignment"), X, validation=(X_VALIDATION,))
+    _, _, state = call(
+        loss_fn, reading("alignment"), (X_VALIDATION,), X, steering=ON_VALIDATION
+    )
     np.testing.assert_allclose(state.inner, J @ V, rtol=2e-5)
 
 
-def test_alignment_looks_ahead():
+@pytest.mark.parametrize("statistic", ["alignment", "gramian"])
+@pytest.mark.parametrize("batch", ["training", "validation", "validation alone"])
+def test_the_downstream_gradient_may_be_taken_ahead(statistic, batch):
     rate = 0.1
-    weighting = reading("alignment")
-    state = weighting.init(dict.fromkeys("abc", 0.0))
-    step = yoto.value_and_grad(loss_fn, weighting, lookahead=rate)
-    _, _, state = step(PARAMS, state, X, validation=(X_VALIDATION,))
+    steering, args, seen, own = {
+        "training": (yoto.on_training(lookahead=rate), (X,), X, X),
+        "validation": (
+            yoto.on_validation(lookahead=rate),
+            ((X_VALIDATION,), X),
+            X_VALIDATION,
+            X,
+        ),
+        "validation alone": (
+            yoto.on_validation(lookahead=rate, all_losses=True),
+            ((X_VALIDATION,), X),
+            X_VALIDATION,
+            X_VALIDATION,
+        ),
+    }[batch]
+    _, _, state = call(loss_fn, reading(statistic), *args, steering=steering)
     composite = jax.grad(lambda p: sum(loss_fn(p, X).values()))(PARAMS)  # weights 1
     ahead = jax.tree.map(lambda p, g: p - rate * g, PARAMS, composite)
-    v = jacobian(lambda p: loss_fn(p, X_VALIDATION), ahead)[2]
-    np.testing.assert_allclose(state.inner, J @ v, rtol=2e-4)
+    v = jacobian(lambda p: loss_fn(p, seen), ahead)[2]
+    rows = jacobian(lambda p: loss_fn(p, own), PARAMS)
+    expected = rows @ v
+    if statistic == "gramian":
+        expected = rows @ rows.T
+        expected[2, :] = expected[:, 2] = rows @ v
+        expected[2, 2] = v @ v
+    np.testing.assert_allclose(state.inner, expected, rtol=2e-4)
 
 
 def test_weights_formed_on_a_validation_batch():
     losses, grads, state = call(
-        loss_fn, reading("gramian"), X, align="validation", validation=(X_VALIDATION,)
+        loss_fn, reading("gramian"), (X_VALIDATION,), X, steering=ALL_ON_VALIDATION
     )
     rows = jacobian(lambda p: loss_fn(p, X_VALIDATION), PARAMS)
     np.testing.assert_allclose(state.inner, rows @ rows.T, rtol=2e-5)
@@ -260,21 +274,20 @@ def test_weights_formed_on_a_validation_batch():
 
 
 @pytest.mark.parametrize("encoded", [False, True])
-@pytest.mark.parametrize("given", ["validation", "direction"])
-def test_training_gradients_against_a_validation_gradient(encoded, given):
+def test_training_gradients_against_a_validation_gradient(encoded):
     """The downstream row of the Gramian is that of the validation batch."""
     if encoded:
-        f, options, rows = heads, {"encoder": encoder}, S
+        f, source, rows = heads, OF_Z, S
         # What reaches the parameters through z, and the same of the training losses.
         through = lambda p, x: heads(PARAMS, encoder(p, x), x)
     else:
-        f, options, rows = loss_fn, {}, J
+        f, source, rows = loss_fn, None, J
         through = loss_fn
     v = jax.grad(lambda p: through(p, X_VALIDATION)["c"])(PARAMS)
     flat = np.concatenate([np.asarray(g, float).ravel() for g in jax.tree.leaves(v)])
     derivatives = jacobian(lambda p: through(p, X), PARAMS) @ flat
-    options[given] = (X_VALIDATION,) if given == "validation" else v
-    _, _, state = call(f, reading("gramian"), X, align="train-validation", **options)
+    options = {"gradients": source, "steering": ON_VALIDATION}
+    _, _, state = call(f, reading("gramian"), (X_VALIDATION,), X, **options)
     if encoded:  # The direction of z that the direction of the parameters makes.
         _, tangent = jax.jvp(lambda p: encoder(p, X), (PARAMS,), (v,))
         flat = np.asarray(tangent, float).ravel()
@@ -285,33 +298,34 @@ def test_training_gradients_against_a_validation_gradient(encoded, given):
     np.testing.assert_allclose(state.inner, expected, rtol=5e-5, atol=1e-7)
 
 
-PLACES = {
-    "plain": (loss_fn, {}),
-    "heads": (loss_fn, {"heads": lambda p: p["last"]}),
-    "select": (loss_fn, {"select": lambda p: p["first"]}),
+PARTS = {
+    "all": {},
+    "unweighted": {"unweighted": lambda p: p["last"]},
+    "select": {"select": lambda p: p["first"]},
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_a_validation_batch_that_is_the_training_batch_changes_nothing(place):
-    f, options = PLACES[place]
-    _, _, expected = call(f, reading("gramian"), X, **options)
-    mixed = {"align": "train-validation", "validation": (X,)}
-    _, _, got = call(f, reading("gramian"), X, **mixed, **options)
+@pytest.mark.parametrize("part", PARTS)
+def test_a_validation_batch_that_is_the_training_batch_changes_nothing(part):
+    options = {"gradients": yoto.of_parameters(**PARTS[part])}
+    _, _, expected = call(loss_fn, reading("gramian"), X, **options)
+    mixed = options | {"steering": ON_VALIDATION}
+    _, _, got = call(loss_fn, reading("gramian"), (X,), X, **mixed)
     np.testing.assert_allclose(got.inner, expected.inner, rtol=2e-5, atol=1e-7)
-    _, _, got = call(f, reading("alignment"), X, **options)
+    _, _, got = call(loss_fn, reading("alignment"), X, **options)
     np.testing.assert_allclose(got.inner, expected.inner[2], rtol=2e-5)
 
 
 def test_cosines_with_a_validation_gradient_are_cosines():
-    options = {"align": "train-validation", "validation": (X_VALIDATION,)}
-    _, _, state = call(heads, reading("gramian"), X, encoder=encoder, **options)
+    options = {"gradients": OF_Z, "steering": ON_VALIDATION}
+    _, _, state = call(heads, reading("gramian"), (X_VALIDATION,), X, **options)
     assert np.linalg.eigvalsh(np.asarray(state.inner, float)).min() > -1e-7
 
 
 def test_alignment_on_a_validation_batch_alone():
-    options = {"align": "validation", "validation": (X_VALIDATION,)}
-    _, _, state = call(loss_fn, reading("alignment"), X, **options)
+    options = {"steering": ALL_ON_VALIDATION}
+    weighting = reading("alignment")
+    _, _, state = call(loss_fn, weighting, (X_VALIDATION,), X, **options)
     rows = jacobian(lambda p: loss_fn(p, X_VALIDATION), PARAMS)
     np.testing.assert_allclose(state.inner, rows @ rows[2], rtol=2e-5)
 
@@ -320,12 +334,13 @@ def test_integers_among_the_parameters_and_nothing_in_the_representation():
     params = PARAMS | {"places": jnp.arange(3)}
     nothing = lambda p, x: {"z": encoder(p, x), "nothing": None}
     with_z = lambda p, z, x: heads(p, z["z"], x)
+    ahead = {"steering": yoto.on_training(lookahead=0.1)}
     for needs in ("gramian", "alignment", "norms"):
         state = reading(needs).init(dict.fromkeys("abc", 0.0))
         for f, options in (
             (loss_fn, {}),
-            (with_z, {"encoder": nothing}),
-            (loss_fn, {"lookahead": 0.1} if needs == "alignment" else {}),
+            (with_z, {"gradients": yoto.of_representation(nothing)}),
+            (loss_fn, ahead if needs == "alignment" else {}),
         ):
             step = yoto.value_and_grad(f, reading(needs), **options)
             _, grads, new = jax.jit(lambda s, step=step: step(params, s, X))(state)
@@ -360,7 +375,9 @@ def test_sharded_parameters(kind):
 
 
 def test_directional_derivatives_agree_with_finite_differences():
-    _, _, state = call(loss_fn, reading("alignment"), X, validation=(X_VALIDATION,))
+    _, _, state = call(
+        loss_fn, reading("alignment"), (X_VALIDATION,), X, steering=ON_VALIDATION
+    )
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda p: jnp.asarray(np.asarray(p), "float64"), PARAMS)
         x, x_validation = (
@@ -434,25 +451,33 @@ def test_value_and_jacobian_with_auxiliary_output_and_chunks():
 # Devices.
 
 SOURCES = {
-    "losses alone": (loss_fn, "losses", {}),
-    "all": (loss_fn, "gramian", {}),
-    "chunks": (loss_fn, "gramian", {"chunk_size": 2}),
-    "none kept": (loss_fn, "norms", {"keep_gradients": False}),
-    "selected": (loss_fn, "gramian", {"select": lambda p: p["first"]}),
-    "heads apart": (loss_fn, "max_abs", {"heads": lambda p: p["last"]}),
-    "encoder": (heads, "gramian", {"encoder": encoder}),
-    "encoder, heads": (heads, "mean_abs", {"encoder": encoder, "weigh_heads": True}),
-    "encoder, maximum": (heads, "max_abs", {"encoder": encoder}),
-    "downstream": (loss_fn, "alignment", {}),
-    "downstream, encoder": (heads, "alignment", {"encoder": encoder}),
-    "every": (loss_fn, "every", {}),
+    "losses alone": (loss_fn, "losses", None),
+    "all": (loss_fn, "gramian", None),
+    "chunks": (loss_fn, "gramian", yoto.of_parameters(chunk_size=2)),
+    "none kept": (loss_fn, "norms", yoto.of_parameters(keep=False)),
+    "selected": (loss_fn, "gramian", yoto.of_parameters(select=lambda p: p["first"])),
+    "a part unweighted": (
+        loss_fn,
+        "max_abs",
+        yoto.of_parameters(unweighted=lambda p: p["last"]),
+    ),
+    "encoder": (heads, "gramian", OF_Z),
+    "encoder, heads": (
+        heads,
+        "mean_abs",
+        yoto.of_representation(encoder, weigh_heads=True),
+    ),
+    "encoder, maximum": (heads, "max_abs", OF_Z),
+    "downstream": (loss_fn, "alignment", None),
+    "downstream, encoder": (heads, "alignment", OF_Z),
+    "every": (loss_fn, "every", None),
 }
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")
 @pytest.mark.parametrize("source", SOURCES)
 def test_eight_devices_equal_one(source):
-    f, needs, options = SOURCES[source]
+    f, needs, gradients = SOURCES[source]
     g = lambda *args: f(*args) | {"c": jnp.mean(encoder(args[0], args[-1])[:, 0])}
     if f is heads:
         g = lambda p, z, x: f(p, z, x) | {"c": jnp.mean(z[:, 0])}
@@ -462,8 +487,9 @@ def test_eight_devices_equal_one(source):
     }.get(needs, lambda: reading(needs))()
     state = weighting.init(dict.fromkeys("abc", 0.0))
     x = jax.random.normal(jax.random.key(2), (64, 4))
-    expected = jax.jit(yoto.value_and_grad(g, weighting, **options))(PARAMS, state, x)
-    many = yoto.value_and_grad(g, weighting, axis_name="d", **options)
+    one = yoto.value_and_grad(g, weighting, gradients=gradients)
+    expected = jax.jit(one)(PARAMS, state, x)
+    many = yoto.value_and_grad(g, weighting, gradients=gradients, axis_name="d")
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec
     for check in (True, False):
@@ -489,28 +515,29 @@ def test_errors_name_what_is_wrong():
     make = yoto.value_and_grad
     with pytest.raises(TypeError, match="weighting must be a LossWeighting.*str"):
         make(loss_fn, "upgrad")
-    with pytest.raises(ValueError, match="neither select= nor heads="):
-        make(heads, upgrad, encoder=encoder, select=lambda p: p["last"])
-    with pytest.raises(ValueError, match="weigh_heads= is about the heads of encoder="):
-        make(loss_fn, upgrad, weigh_heads=True)
-    with pytest.raises(ValueError, match="align must be .* got 'test'"):
-        make(loss_fn, upgrad, align="test")
-    with pytest.raises(ValueError, match="follow a downstream loss"):
-        make(loss_fn, plain, align="validation")
-    with pytest.raises(ValueError, match="keep_gradients=True"):
-        make(loss_fn, upgrad, keep_gradients=False, chunk_size=2)
+    with pytest.raises(TypeError, match="gradients must be .* got a function"):
+        make(heads, upgrad, gradients=encoder)
+    with pytest.raises(TypeError, match="steering must be .* got a str"):
+        make(loss_fn, upgrad, steering="validation")
+    with pytest.raises(TypeError, match="encoder must be a function.* got a dict"):
+        yoto.of_representation(PARAMS)
+    for steering in (ON_VALIDATION, yoto.on_training(lookahead=0.1)):
+        with pytest.raises(ValueError, match="follow a downstream loss"):
+            make(loss_fn, plain, steering=steering)
+        with pytest.raises(ValueError, match="never sees: it needs .*norms"):
+            make(loss_fn, reading("norms"), steering=steering)
     with pytest.raises(ValueError, match="needs 'curvature'.*statistics="):
         make(loss_fn, upgrad._replace(needs=("curvature",)))
-    with pytest.raises(ValueError, match="needs validation="):
-        call(loss_fn, upgrad, X, align="validation")
-    with pytest.raises(ValueError, match="are for align="):
-        call(loss_fn, upgrad, X, validation=(X,))
-    with pytest.raises(TypeError, match="validation must be a tuple"):
-        call(loss_fn, upgrad, X, align="validation", validation=X)
-    with pytest.raises(ValueError, match="select and heads must return a part"):
-        call(loss_fn, upgrad, X, select=lambda p: ())
+    with pytest.raises(TypeError, match="arguments of the validation batch after"):
+        call(loss_fn, upgrad, steering=ON_VALIDATION)
+    with pytest.raises(TypeError, match="must be a tuple of arguments.* got"):
+        call(loss_fn, upgrad, X, X, steering=ON_VALIDATION)
+    of_nothing = yoto.of_parameters(select=lambda p: ())
+    with pytest.raises(ValueError, match="select and unweighted must return a part"):
+        call(loss_fn, upgrad, X, gradients=of_nothing)
+    for_nothing = yoto.of_parameters(unweighted=lambda p: (p, p))
     with pytest.raises(ValueError, match="none are left to be weighed"):
-        call(loss_fn, upgrad, X, heads=lambda p: p)
+        call(loss_fn, upgrad, X, gradients=for_nothing)
     with pytest.raises(ValueError, match="downstream 'd' is unknown.*'a', 'b', 'c'"):
         call(loss_fn, reading("alignment")._replace(downstream="d"), X)
     with pytest.raises(ValueError, match="loss 'a' must be a scalar, got shape"):
@@ -544,34 +571,28 @@ def test_what_each_mode_keeps_in_memory():
             x = jnp.tanh(x @ kernel)
         return [jnp.mean((x[:, k::count] - k) ** 2) for k in range(count)]
 
-    def mebibytes(weighting, **options):
+    def mebibytes(weighting, f=many, gradients=None):
         state = weighting.init([0.0] * count)
-        step = yoto.value_and_grad(many, weighting, **options)
+        step = yoto.value_and_grad(f, weighting, gradients=gradients)
         lowered = jax.jit(lambda *args: step(*args)[1:]).lower(params, state, x)
         return lowered.compile().memory_analysis().temp_size_in_bytes / 2**20
 
     needs = lambda name: reading(name)._replace(downstream=None)
     plain = mebibytes(weightings.equal())
     assert mebibytes(needs("gramian")) > 40  # all gradients
-    assert (
-        mebibytes(needs("gramian"), keep_gradients=False) < 26
-    )  # a few arrays of each
-    assert mebibytes(needs("norms"), keep_gradients=False) < plain + 3
-    identity = {
-        "encoder": lambda params, x: functools.reduce(
-            lambda x, kernel: jnp.tanh(x @ kernel), params, x
-        )
-    }
+    none_kept = yoto.of_parameters(keep=False)
+    a_few_arrays = mebibytes(needs("gramian"), gradients=none_kept)
+    assert a_few_arrays < 26
+    assert mebibytes(needs("norms"), gradients=none_kept) < plain + 3
+
+    def encode(params, x):
+        return functools.reduce(lambda x, kernel: jnp.tanh(x @ kernel), params, x)
 
     def last(params, z, x):
         return [jnp.mean((z[:, k::count] - k) ** 2) for k in range(count)]
 
-    weighting = needs("gramian")
-    state = weighting.init([0.0] * count)
-    step = yoto.value_and_grad(last, weighting, **identity)
-    lowered = jax.jit(lambda *args: step(*args)[1:]).lower(params, state, x)
-    encoded = lowered.compile().memory_analysis().temp_size_in_bytes / 2**20
-    assert encoded < plain + 1
+    of_z = yoto.of_representation(encode)
+    assert mebibytes(needs("gramian"), last, of_z) < plain + 1
 
 
 def test_training_with_sgd_goes_down():
@@ -632,6 +653,18 @@ def test_a_part_of_the_parameters_may_be_named_twice():
     f = lambda p: {"a": jnp.sum(p["w"] ** 2), "b": jnp.sum((p["w"] - p["v"]) ** 2)}
     params = {"w": jnp.ones(3), "v": jnp.zeros(3)}
     state = upgrad.init({"a": 0.0, "b": 0.0})
-    twice = yoto.value_and_grad(f, upgrad, select=lambda p: (p["w"], p["w"]))
-    once = yoto.value_and_grad(f, upgrad, select=lambda p: p["w"])
+    step = lambda part: yoto.value_and_grad(
+        f, upgrad, gradients=yoto.of_parameters(select=part)
+    )
+    twice, once = step(lambda p: (p["w"], p["w"])), step(lambda p: p["w"])
     chex.assert_trees_all_equal(twice(params, state), once(params, state))
+
+
+def test_all_keyword_arguments_are_those_of_the_losses():
+    names = ("validation", "direction", "present", "params", "state", "weighting")
+    given = {name: float(k) for k, name in enumerate(names)}
+    f = lambda w, **kwargs: {k: w * v for k, v in kwargs.items()}
+    weighting = weightings.equal()
+    state = weighting.init(given)
+    losses, _, _ = yoto.value_and_grad(f, weighting)(2.0, state, **given)
+    assert losses == {k: 2 * v for k, v in given.items()}

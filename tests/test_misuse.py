@@ -91,7 +91,7 @@ def test_auxiliary_output_that_is_missing():
 @pytest.mark.parametrize("chunk_size", [0, -1, 1.5, "2"])
 def test_chunk_sizes(chunk_size):
     with pytest.raises(ValueError, match="chunk_size must be a positive integer"):
-        yoto.value_and_grad(loss_fn, weightings.upgrad(), chunk_size=chunk_size)
+        yoto.of_parameters(chunk_size=chunk_size)
     with pytest.raises(ValueError, match="chunk_size must be a positive integer"):
         yoto.value_and_jacobian(loss_fn, chunk_size=chunk_size)
 
@@ -107,13 +107,13 @@ def test_an_axis_that_is_not_there():
 
 def test_heads_that_do_not_use_the_representation():
     weighting = weightings.mgda()
-    encoder = lambda w: jnp.tanh(w)
+    of_z = yoto.of_representation(lambda w: jnp.tanh(w))
     heads = lambda w, z: {"a": jnp.sum(z**2), "b": jnp.sum(w**2)}
-    step = yoto.value_and_grad(heads, weighting, encoder=encoder)
+    step = yoto.value_and_grad(heads, weighting, gradients=of_z)
     with pytest.raises(ValueError, match="'b' do not depend on z"):
         step(W, weighting.init(LOSSES))
     constant = lambda w, z: {"a": jnp.sum(z**2), "b": jnp.float32(1)}
-    step = yoto.value_and_grad(constant, weighting, encoder=encoder)
+    step = yoto.value_and_grad(constant, weighting, gradients=of_z)
     with pytest.raises(ValueError, match="'b' do not depend on z"):
         jax.jit(step)(W, weighting.init(LOSSES))
 

@@ -94,29 +94,32 @@ def assert_close(tree, other, rtol=1e-5, atol=1e-6):
 
 HEADS = {"out", "out_norm"}
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+OF_Z = yoto.of_representation(encoder)
+OF_OUT = yoto.of_parameters(select=lambda params: params.out.kernel)
+APART = yoto.of_parameters(unweighted=lambda params: (params.out, params["out_norm"]))
 WAYS = {
-    "losses": (yoto.weightings.scale_invariant(), {}),
-    "gramian": (UPGRAD, {}),
-    "chunks": (UPGRAD, {"chunk_size": 2}),
-    "keep_gradients": (UPGRAD, {"keep_gradients": False}),
+    "losses": (yoto.weightings.scale_invariant(), None),
+    "gramian": (UPGRAD, None),
+    "chunks": (UPGRAD, yoto.of_parameters(chunk_size=2)),
+    "none kept": (UPGRAD, yoto.of_parameters(keep=False)),
     "norms": slow(
         yoto.weightings.grad_norm_balance(),
-        {"keep_gradients": False, "chunk_size": 1},
+        yoto.of_parameters(keep=False, chunk_size=1),
     ),
-    "select": (UPGRAD, {"select": lambda params: params.out.kernel}),
-    "heads": slow(UPGRAD, {"heads": lambda params: (params.out, params["out_norm"])}),
-    "encoder": (UPGRAD, {"encoder": encoder}),
-    "weigh_heads": slow(UPGRAD, {"encoder": encoder, "weigh_heads": True}),
-    "due": (yoto.weightings.every(UPGRAD, 2), {}),
-    "due_encoder": slow(yoto.weightings.every(UPGRAD, 2), {"encoder": encoder}),
+    "select": (UPGRAD, OF_OUT),
+    "unweighted": slow(UPGRAD, APART),
+    "encoder": (UPGRAD, OF_Z),
+    "weigh_heads": slow(UPGRAD, yoto.of_representation(encoder, weigh_heads=True)),
+    "due": (yoto.weightings.every(UPGRAD, 2), None),
+    "due_encoder": slow(yoto.weightings.every(UPGRAD, 2), OF_Z),
 }
 
 
-@pytest.mark.parametrize(("weighting", "options"), WAYS.values(), ids=WAYS)
-def test_gradients_and_state_are_those_of_nnx_grad(weighting, options):
+@pytest.mark.parametrize(("weighting", "source"), WAYS.values(), ids=WAYS)
+def test_gradients_and_state_are_those_of_nnx_grad(weighting, source):
     model = Model()
-    f = heads_fn if "encoder" in options else loss_fn
-    fn = yoto_nnx.value_and_grad(f, weighting, **options)
+    f = heads_fn if hasattr(source, "encoder") else loss_fn
+    fn = yoto_nnx.value_and_grad(f, weighting, gradients=source)
     optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
     state, traces = weighting.init(LOSSES), []
 
@@ -131,7 +134,7 @@ def test_gradients_and_state_are_those_of_nnx_grad(weighting, options):
         before = nnx.clone(model)
         losses, grads, state = step(model, optimizer, state, x)
         expected, copy = reference(before, optax.tree.get(state, "loss_weights"), x)
-        if "heads" in options or {*options} == {"encoder"}:
+        if source in (APART, OF_Z):
             plain, _ = reference(before, dict.fromkeys(NAMES, 1.0), x)
             for part in HEADS:
                 expected[part] = plain[part]
@@ -146,20 +149,20 @@ def test_gradients_and_state_are_those_of_nnx_grad(weighting, options):
 
 GRAP, AUTO = yoto.weightings.grap("flat"), yoto.weightings.auto_lambda("flat")
 STEERED = {
-    "validation": (GRAP, {"align": "validation"}),
-    "train-validation": (GRAP, {"align": "train-validation"}),
-    "encoder": (GRAP, {"align": "train-validation", "encoder": encoder}),
-    "lookahead": (AUTO, {"lookahead": 0.1}),
+    "all on validation": (GRAP, {"steering": yoto.on_validation(all_losses=True)}),
+    "validation": (GRAP, {"steering": yoto.on_validation()}),
+    "encoder": (GRAP, {"steering": yoto.on_validation(), "gradients": OF_Z}),
+    "lookahead": (AUTO, {"steering": yoto.on_validation(lookahead=0.1)}),
 }
 
 
 @pytest.mark.parametrize(("weighting", "options"), STEERED.values(), ids=STEERED)
 def test_what_steers_leaves_no_trace_in_the_module(weighting, options):
     model = Model()
-    f = heads_fn if "encoder" in options else loss_fn
+    f = heads_fn if "gradients" in options else loss_fn
     fn = nnx.jit(yoto_nnx.value_and_grad(f, weighting, **options))
     x, other = BATCHES[0], (BATCHES[1] + 5,)
-    _, _, state = fn(model, weighting.init(LOSSES), x, validation=other)
+    _, _, state = fn(model, weighting.init(LOSSES), other, x)
     _, copy = reference(Model(), LOSSES, x)
     assert_close(state_of(model), state_of(copy))
     assert state.num_updates == 1
@@ -192,10 +195,11 @@ def test_aux_and_keywords(way):
         return losses_of(y), {"y": y}
 
     model = Model()
+    of_z = yoto.of_representation(lambda model, x, shift: model.encode(x))
     fn = yoto_nnx.value_and_grad(
         aux_fn if way == "direct" else heads_aux_fn,
         UPGRAD,
-        encoder=None if way == "direct" else lambda model, x, shift: model.encode(x),
+        gradients=None if way == "direct" else of_z,
         has_aux=True,
     )
     fn = nnx.jit(fn)
@@ -289,7 +293,7 @@ def test_a_statistic_sees_the_module_and_leaves_it_as_it_is():
 def test_batch_statistics_are_no_part_of_the_representation():
     """The mean over the entries of z is that of z alone; without jit, too."""
     weighting, model = yoto.weightings.lr_annealing("fit"), Model()
-    _, _, state = yoto_nnx.value_and_grad(heads_fn, weighting, encoder=encoder)(
+    _, _, state = yoto_nnx.value_and_grad(heads_fn, weighting, gradients=OF_Z)(
         model, weighting.init(LOSSES), BATCHES[0]
     )
     _, copy = reference(Model(), LOSSES, BATCHES[0])
@@ -302,8 +306,8 @@ def test_batch_statistics_are_no_part_of_the_representation():
         model.dropout.rngs.count[...] += 1  # as the encoder does
         return losses_of(model.decode(z))
 
-    encode = lambda params, x: merged(params).encode(x)
-    _, _, expected = yoto.value_and_grad(heads, weighting, encoder=encode)(
+    of_z = yoto.of_representation(lambda params, x: merged(params).encode(x))
+    _, _, expected = yoto.value_and_grad(heads, weighting, gradients=of_z)(
         params, weighting.init(LOSSES), BATCHES[0]
     )
     assert_close(state.loss_weights, expected.loss_weights)
@@ -326,7 +330,8 @@ def test_gradients_flow_through_what_the_encoder_leaves_in_the_module():
             return self.decode(self.encode(x))
 
     model, before = Skipping(), Skipping()
-    fn = yoto_nnx.value_and_grad(heads_fn, UPGRAD, encoder=encoder, weigh_heads=True)
+    of_z = yoto.of_representation(encoder, weigh_heads=True)
+    fn = yoto_nnx.value_and_grad(heads_fn, UPGRAD, gradients=of_z)
     _, grads, state = fn(model, UPGRAD.init(LOSSES), BATCHES[0])
     expected, copy = reference(before, state.loss_weights, BATCHES[0])
     assert_close(grads, expected)
@@ -405,8 +410,9 @@ def test_what_cannot_be_kept_is_an_error():
     with pytest.raises(TraceContextError, match=r"(?s)Cannot mutate .*nnx.Dict\("):
         yoto_nnx.value_and_grad(noisy, UPGRAD)(model, state, BATCHES[0], nnx.Rngs(0))
 
-    with pytest.raises(TypeError, match="validation must be a tuple"):
-        fn(model, state, BATCHES[0], validation=BATCHES[0])
+    steered = yoto_nnx.value_and_grad(loss_fn, GRAP, steering=yoto.on_validation())
+    with pytest.raises(TypeError, match="follows the state must be a tuple"):
+        steered(model, state, BATCHES[0], BATCHES[0])
 
 
 @pytest.mark.parametrize("where", [lambda m: m, lambda m: {"net": [nnx.List([m])]}])

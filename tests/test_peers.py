@@ -154,13 +154,17 @@ def test_training_with_upgrad_is_the_same(small, way):
     weighting = weightings.upgrad()
     value_and_grad = {
         "features": yoto.value_and_grad(
-            _models.heads, weighting, encoder=small.encoder
+            _models.heads,
+            weighting,
+            gradients=yoto.of_representation(small.encoder),
         ),
         "parameters": yoto.value_and_grad(
             full,
             weighting,
-            select=lambda params: params["encoder"],
-            heads=lambda params: params["heads"],
+            gradients=yoto.of_parameters(
+                select=lambda params: params["encoder"],
+                unweighted=lambda params: params["heads"],
+            ),
         ),
     }[way]
     tx = optax.adamw(1e-3, weight_decay=1e-2)  # PyTorch's default decay

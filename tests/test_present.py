@@ -233,36 +233,36 @@ def two_losses(params, x):
 
 
 WAYS = {
-    "all": {},
-    "chunks": {"chunk_size": 2},
-    "not kept": {"keep_gradients": False},
-    "selected": {"select": lambda params: params["w"]},
-    "encoder": {"encoder": encoder, "weigh_heads": True},
+    "all": yoto.of_parameters(),
+    "chunks": yoto.of_parameters(chunk_size=2),
+    "not kept": yoto.of_parameters(keep=False),
+    "selected": yoto.of_parameters(select=lambda params: params["w"]),
+    "encoder": yoto.of_representation(encoder, weigh_heads=True),
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_engine_weighs_what_is_there(way):
-    options = WAYS[way]
-    f = head if "encoder" in options else loss_fn
+    source = WAYS[way]
+    f = head if way == "encoder" else loss_fn
     weighting = weightings.upgrad()
     state = weighting.init(jax.eval_shape(loss_fn, PARAMS, X, MASKS).losses)
-    step = jax.jit(yoto.value_and_grad(f, weighting, **options))
+    step = jax.jit(yoto.value_and_grad(f, weighting, gradients=source))
     losses, grads, state = step(PARAMS, state, X, MASKS)
     assert isinstance(losses, yoto.MaskedLosses)
     assert jax.tree.map(bool, losses.present) == {"a": True, "b": True, "c": False}
 
-    alone = dict(options)
     g = two_losses
-    if "encoder" in options:
-        alone["encoder"] = lambda params, x: encoder(params, x, None)
+    if way == "encoder":
+        encode = lambda params, x: encoder(params, x, None)
+        source = yoto.of_representation(encode, weigh_heads=True)
         g = lambda params, z, x: {
             "a": jnp.mean(errors(params, z)["a"]),
             "b": jnp.mean(errors(params, z)["b"][:4]),
         }
     first = weighting.init(jax.eval_shape(two_losses, PARAMS, X))
     expected, expected_grads, after = jax.jit(
-        yoto.value_and_grad(g, weighting, **alone)
+        yoto.value_and_grad(g, weighting, gradients=source)
     )(PARAMS, first, X)
     chex.assert_trees_all_close(grads, expected_grads, rtol=1e-4, atol=1e-6)
     for name in "ab":
@@ -272,23 +272,30 @@ def test_the_engine_weighs_what_is_there(way):
         )
 
 
-def test_present_as_an_argument():
+@pytest.mark.parametrize("way", ["all", "encoder"])
+def test_plain_losses_with_a_mask_of_their_own(way):
     weighting = weightings.mgda()
     f = lambda params, x: {**two_losses(params, x), "c": jnp.float32(0)}
     state = weighting.init(jax.eval_shape(f, PARAMS, X))
-    step = jax.jit(yoto.value_and_grad(f, weighting))
-    _, grads, after = step(PARAMS, state, X)
+    _, grads, after = jax.jit(yoto.value_and_grad(f, weighting))(PARAMS, state, X)
     largest = max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(grads))
     assert largest < 1e-12, "all weight on c, but for rounding"
     present = {"a": True, "b": True, "c": False}
-    losses, grads, after = step(PARAMS, state, X, present=present)
-    assert set(losses) == set("abc")
+    masked = lambda *args: yoto.MaskedLosses(f(*args[:-1]), args[-1])
+    source = None
+    if way == "encoder":  # which an absent loss need not depend on
+        source = yoto.of_representation(lambda params, *_: params)
+        masked = lambda _, z, x, there: yoto.MaskedLosses(f(z, x), there)
+    step = jax.jit(yoto.value_and_grad(masked, weighting, gradients=source))
+    losses, grads, after = step(PARAMS, state, X, present)
+    assert set(losses.losses) == set("abc")
+    chex.assert_trees_all_equal(losses.present, present)
     first = weighting.init(jax.eval_shape(two_losses, PARAMS, X))
     _, expected, _ = yoto.value_and_grad(two_losses, weighting)(PARAMS, first, X)
     chex.assert_trees_all_close(grads, expected, rtol=1e-4, atol=1e-6)
 
     nothing = dict.fromkeys(present, False)
-    _, grads, same = step(PARAMS, after, X, present=nothing)
+    _, grads, same = step(PARAMS, after, X, nothing)
     assert not any(jnp.any(g) for g in jax.tree.leaves(grads))
     chex.assert_trees_all_equal(same, after)
 
@@ -298,9 +305,9 @@ def test_a_downstream_loss_that_only_the_validation_batch_has():
     unlabelled = MASKS | {"a": jnp.zeros(16, bool), "c": jnp.ones(16, bool)}
     labelled = MASKS | {"c": jnp.ones(16, bool)}
     state = weighting.init(jax.eval_shape(loss_fn, PARAMS, X, MASKS).losses)
-    step = yoto.value_and_grad(loss_fn, weighting, align="train-validation")
+    step = yoto.value_and_grad(loss_fn, weighting, steering=yoto.on_validation())
     step = jax.jit(step)
-    _, _, after = step(PARAMS, state, X, unlabelled, validation=(X, labelled))
+    _, _, after = step(PARAMS, state, (X, labelled), X, unlabelled)
     assert after.inner.num_aligned == 1
     assert (after.inner.num_compared == 1).all()
     # Nor does a batch without it teach anything where no other one is given.
@@ -344,24 +351,23 @@ def test_devices_that_disagree_about_labels(way):
 @pytest.mark.skipif(MESH is None, reason="needs eight (virtual) devices")
 def test_losses_are_averaged_over_the_devices_that_have_them():
     weighting = weightings.equal()
-    f = lambda w, x, there: {
-        "a": jnp.mean(x * w),
-        "b": jnp.where(there[0], x[0] * w, 7),
-    }
+    f = lambda w, x, there: yoto.MaskedLosses(
+        {"a": jnp.mean(x * w), "b": jnp.where(there[0], x[0] * w, 7)},
+        {"a": True, "b": there[0]},
+    )
     state = weighting.init({"a": 0.0, "b": 0.0})
     step = yoto.value_and_grad(f, weighting, axis_name="d")
-    present = lambda there: {"a": True, "b": there[0]}
     mapped = jax.shard_map(
-        lambda w, state, x, there: step(w, state, x, there, present=present(there)),
+        step,
         mesh=MESH,
         in_specs=(jax.P(), jax.P(), jax.P("d"), jax.P("d")),
         out_specs=jax.P(),
     )
     x, there = jnp.arange(8.0), jnp.arange(8) >= 6
-    losses, grad, _ = jax.jit(mapped)(2.0, state, x, there)
+    (losses, _), grad, _ = jax.jit(mapped)(2.0, state, x, there)
     np.testing.assert_allclose([losses["a"], losses["b"]], [7.0, 13.0])
     np.testing.assert_allclose(grad, (3.5 + 6.5) / 2)
-    losses, grad, _ = jax.jit(mapped)(2.0, state, x, there & False)
+    (losses, _), grad, _ = jax.jit(mapped)(2.0, state, x, there & False)
     np.testing.assert_allclose([losses["a"], losses["b"], grad], [7.0, 0.0, 3.5])
 
 
@@ -508,9 +514,10 @@ def test_presence_that_does_not_fit(present, error, match):
     mu = yoto.init_loss_logits(losses, "a")
     with pytest.raises(error, match=match):
         yoto.composite_loss(losses, mu, present=present)
-    step = yoto.value_and_grad(lambda w: {"a": w, "b": w}, weighting)
+    f = lambda w: yoto.MaskedLosses({"a": w, "b": w}, present)
+    step = yoto.value_and_grad(f, weighting)
     with pytest.raises(error, match=match):
-        step(1.0, state, present=present)
+        step(1.0, state)
 
 
 def test_masked_losses_for_losses():

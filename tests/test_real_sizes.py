@@ -139,7 +139,7 @@ DTYPES = [jnp.float32, jnp.bfloat16]
 SOURCES = {
     "all": {},
     "chunks": {"chunk_size": 2},
-    "not kept": {"keep_gradients": False},
+    "not kept": {"keep": False},
     "selected": {"select": lambda params: params["wide"]},
 }
 
@@ -152,7 +152,8 @@ def test_gradients_of_parameters(name, dtype):
     options = SOURCES[name]
     params, batch, _ = problem(dtype)
     weighting = looking_at("gramian", "norms")
-    step = jax.jit(yoto.value_and_grad(loss_fn, weighting, **options))
+    source = yoto.of_parameters(**options)
+    step = jax.jit(yoto.value_and_grad(loss_fn, weighting, gradients=source))
     _, grads, state = step(params, weighting.init(None), batch)
     rows = rows_of(dtype)
     assert_near(flat(grads), np.array(list(WEIGHTS.values())) @ rows, dtype)
@@ -164,7 +165,8 @@ def test_gradients_of_parameters(name, dtype):
 def test_norms_one_gradient_at_a_time():
     params, batch, _ = problem(jnp.float32)
     weighting = looking_at("max_abs", "mean_abs")
-    f = yoto.value_and_grad(loss_fn, weighting, keep_gradients=False, chunk_size=3)
+    source = yoto.of_parameters(keep=False, chunk_size=3)
+    f = yoto.value_and_grad(loss_fn, weighting, gradients=source)
     _, _, state = jax.jit(f)(params, weighting.init(None), batch)
     rows = np.abs(rows_of(jnp.float32))
     assert_near(np.asarray(state["max_abs"]), rows.max(1), jnp.float32)
@@ -175,9 +177,8 @@ def test_norms_one_gradient_at_a_time():
 def test_gradients_of_the_representation(dtype):
     params, batch, _ = problem(dtype)
     weighting = looking_at("gramian")
-    step = yoto.value_and_grad(
-        head_losses, weighting, encoder=encoder, weigh_heads=True
-    )
+    source = yoto.of_representation(encoder, weigh_heads=True)
+    step = yoto.value_and_grad(head_losses, weighting, gradients=source)
     _, grads, state = jax.jit(step)(params, weighting.init(None), batch)
     rows = rows_of(dtype)
     assert_near(flat(grads), np.array(list(WEIGHTS.values())) @ rows, dtype)
@@ -213,21 +214,21 @@ def test_a_jacobian_and_its_aggregate():
     assert_near(np.asarray(state["gramian"]), rows @ rows.T, jnp.float32)
 
 
-@pytest.mark.parametrize("align", ["train", "validation", "train-validation"])
-def test_downstream_rows_and_directional_derivatives(align):
+@pytest.mark.parametrize("needs", ["alignment", "gramian"])
+@pytest.mark.parametrize("all_losses", [False, True])
+def test_downstream_rows_and_directional_derivatives(needs, all_losses):
     params, batch, other = problem(jnp.float32)
-    needs = "alignment" if align == "train" else "gramian"
     weighting = looking_at(needs, downstream="label")
-    step = yoto.value_and_grad(loss_fn, weighting, align=align)
-    step = jax.jit(step)
-    _, grads, state = step(params, weighting.init(None), batch, validation=(other,))
+    steering = yoto.on_validation(all_losses=all_losses)
+    step = jax.jit(yoto.value_and_grad(loss_fn, weighting, steering=steering))
+    _, grads, state = step(params, weighting.init(None), (other,), batch)
     training, held_out = rows_of(jnp.float32), rows_of(jnp.float32, validation=True)
     assert_near(flat(grads), np.array(list(WEIGHTS.values())) @ training, jnp.float32)
     place = NAMES.index("label")
     v = held_out[place]
-    if align == "train":
-        expected = training @ v
-    elif align == "validation":
+    if needs == "alignment":
+        expected = (held_out if all_losses else training) @ v
+    elif all_losses:
         expected = held_out @ held_out.T
     else:
         expected = training @ training.T

@@ -66,7 +66,7 @@ def make(weighting, by_encoder, gather=WHOLE, total=WHOLE, **options):
         return yoto.value_and_grad(
             functools.partial(heads, gather=gather, total=total),
             weighting,
-            encoder=functools.partial(encoder, gather=gather),
+            gradients=yoto.of_representation(functools.partial(encoder, gather=gather)),
             **options,
         )
     f = functools.partial(loss_fn, gather=gather, total=total)
@@ -155,17 +155,17 @@ def test_layers_cut_up_over_a_second_axis(name, by_encoder):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "source"),
     [
-        ("gradnorm", {"keep_gradients": False, "chunk_size": 1}),
-        ("upgrad", {"keep_gradients": False}),
+        ("gradnorm", yoto.of_parameters(keep=False, chunk_size=1)),
+        ("upgrad", yoto.of_parameters(keep=False)),
     ],
 )
-def test_parts_of_gradients_that_are_not_kept(name, options):
+def test_parts_of_gradients_that_are_not_kept(name, source):
     mesh = mesh_of((2, 4), ("d", "m"))
     specs = {"w1": jax.P(None, "m"), "w2": jax.P("m", None), "b": jax.P()}
     total = lambda y: lax.psum(y, "m")
-    options = {"axis_name": "d", "param_specs": specs} | options
+    options = {"axis_name": "d", "param_specs": specs, "gradients": source}
     step = make(WEIGHTINGS[name], False, total=total, **options)
     check(name, False, mesh, specs, jax.P("d"), True, step)
 
@@ -188,7 +188,8 @@ def test_jit_with_sharded_parameters(name, by_encoder, axis_type):
         return heads({"w2": jnp.eye(8), "b": params["b"]}, y, x)
 
     if by_encoder:
-        step = yoto.value_and_grad(heads_on_mesh, WEIGHTINGS[name], encoder=encoder)
+        of_z = yoto.of_representation(encoder)
+        step = yoto.value_and_grad(heads_on_mesh, WEIGHTINGS[name], gradients=of_z)
     else:
         whole = lambda params, x: heads_on_mesh(params, encoder(params, x), x)
         step = yoto.value_and_grad(whole, WEIGHTINGS[name])
@@ -257,9 +258,13 @@ def gather_over_d(w):
 
 
 OPTIONS = {
-    "select": {"select": lambda p: (p["w2"], p["w1"])},
-    "heads": {"heads": lambda p: (p["w2"], p["b"])},
-    "aligned": {"align": "train-validation"},
+    "select": {
+        "gradients": yoto.of_parameters(select=lambda p: (p["w2"], p["w1"])),
+    },
+    "unweighted": {
+        "gradients": yoto.of_parameters(unweighted=lambda p: (p["w2"], p["b"])),
+    },
+    "aligned": {"steering": yoto.on_validation()},
 }
 
 
@@ -269,7 +274,7 @@ def test_options_of_the_engine_see_all_parts(option):
     given = OPTIONS[option]
     state = weighting.init(dict.fromkeys(NAMES, 0.0))
     call = lambda f: (
-        (lambda p, s, x, v: f(p, s, x, validation=(v,)))
+        (lambda p, s, x, v: f(p, s, (v,), x))
         if option == "aligned"
         else (lambda p, s, x, v: f(p, s, x))
     )
@@ -373,11 +378,13 @@ def test_a_representation_that_the_encoder_averages():
 
     params, mgda = {"w1": PARAMS["w1"]}, weightings.mgda()
     state = mgda.init({"a": 0.0, "b": 0.0})
-    alone = yoto.value_and_grad(of_z, mgda, encoder=pooled)
+    alone = yoto.value_and_grad(of_z, mgda, gradients=yoto.of_representation(pooled))
     expected = alone(params, state, BATCHES[0])
     mean = functools.partial(pooled, mean=lambda x: lax.pmean(x, "d"))
     mapped = jax.shard_map(
-        yoto.value_and_grad(of_z, mgda, encoder=mean, axis_name="d"),
+        yoto.value_and_grad(
+            of_z, mgda, gradients=yoto.of_representation(mean), axis_name="d"
+        ),
         mesh=mesh_of((8,), ("d",)),
         in_specs=(jax.P(), jax.P(), jax.P("d")),
         out_specs=jax.P(),

@@ -24,8 +24,12 @@ from yoto_jax._skip_outliers import skip_outliers as skip_outliers
 from yoto_jax._weighting import LossWeighting as LossWeighting
 from yoto_jax._weighting import WeightingState as WeightingState
 from yoto_jax.gradients._aggregate import aggregate as aggregate
+from yoto_jax.gradients._jacobian import value_and_jacobian as value_and_jacobian
+from yoto_jax.gradients._parameters import of_parameters as of_parameters
+from yoto_jax.gradients._representation import of_representation as of_representation
+from yoto_jax.gradients._steering import on_training as on_training
+from yoto_jax.gradients._steering import on_validation as on_validation
 from yoto_jax.gradients._value_and_grad import value_and_grad as value_and_grad
-from yoto_jax.gradients._value_and_grad import value_and_jacobian as value_and_jacobian
 
 if typing.TYPE_CHECKING:
     from yoto_jax import conditional as conditional
@@ -49,6 +53,10 @@ __all__ = [
     "loss_weights",
     "masked_mean",
     "monitoring",
+    "of_parameters",
+    "of_representation",
+    "on_training",
+    "on_validation",
     "regularizer",
     "sgdw",
     "skip_outliers",

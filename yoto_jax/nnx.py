@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +30,11 @@ from yoto_jax.conditional._film import (
     modulate,
     open_gate,
 )
-from yoto_jax.gradients import _value_and_grad as _engine
+from yoto_jax.gradients._output import split_aux
+from yoto_jax.gradients._pass import GradientSource
+from yoto_jax.gradients._representation import OfRepresentation
+from yoto_jax.gradients._steering import Steering
+from yoto_jax.gradients._value_and_grad import value_and_grad as _value_and_grad
 
 
 class CompositeLoss(nnx.Module):
@@ -237,10 +241,12 @@ def value_and_grad(
     weighting: LossWeighting,
     *,
     wrt: Any = nnx.Param,
-    encoder: Callable[..., PyTree] | None = None,
     has_aux: bool = False,
-    statistics: dict[str, Callable[..., Any]] | None = None,
-    **options: Any,
+    gradients: GradientSource | None = None,
+    steering: Steering | None = None,
+    statistics: Mapping[str, Callable[..., Any]] | None = None,
+    axis_name: Hashable | tuple[Hashable, ...] | None = None,
+    param_specs: PyTree | None = None,
 ) -> Callable[..., Any]:
     r"""Losses, the gradient of their weighted sum, and the weighting's next state.
 
@@ -248,27 +254,28 @@ def value_and_grad(
     in the module (batch statistics, counts of random streams, caches) is updated in
     place, as by ``nnx.value_and_grad``: once in a call, with the values of one forward
     pass on ``args``, however many gradients the weighting looks at. What is run for
-    ``validation``, ``lookahead`` and ``statistics`` leaves no trace.
+    ``steering`` and ``statistics`` leaves no trace.
 
     Args:
-      loss_fn: ``loss_fn(model, *args) -> losses``, any tree of scalars. With
-        ``encoder``, ``loss_fn(model, z, *args) -> losses``. Random streams or other
-        modules that it changes must be part of ``model``.
+      loss_fn: ``loss_fn(model, *args) -> losses``, any tree of scalars. Random streams
+        or other modules that it changes must be part of ``model``.
       weighting: Any :class:`yoto_jax.LossWeighting`.
       wrt: Filter of the variables to differentiate, as that of the ``nnx.Optimizer``.
-      encoder: ``encoder(model, *args) -> z``. ``loss_fn`` sees the module as the
-        encoder left it. Batch statistics are passed on as they are; any other variable
-        that the encoder changes, such as an ``nnx.Cache``, is part of z.
       has_aux: Whether ``loss_fn`` returns ``(losses, aux)``.
+      gradients: See there. ``yoto.of_parameters`` selects from the ``nnx.State`` of
+        ``wrt``: ``select=lambda params: params.encoder``. With
+        ``yoto.of_representation(encoder)``, ``encoder(model, *args) -> z`` and
+        ``loss_fn(model, z, *args)``, which sees the module as the encoder left it.
+        Batch statistics are passed on as they are; any other variable that the encoder
+        changes, such as an ``nnx.Cache``, is part of z.
+      steering: See there.
       statistics: Functions ``(model, *args) -> (K,)``, see there.
-      **options: The others of :func:`yoto_jax.value_and_grad`. What is a part of the
-        parameters there is one of the ``nnx.State`` of ``wrt`` here:
-        ``select=lambda params: params.encoder``.
+      axis_name: See there.
+      param_specs: See there.
 
     Returns:
-      ``fn(model, state, *args, validation=None, direction=None, **kwargs)``, giving
-      ``(losses, grads, state)`` as there. ``grads`` is an ``nnx.State``, for
-      ``optimizer.update(model, grads)``.
+      ``fn(model, state, *args, **kwargs) -> (losses, grads, state)`` as there.
+      ``grads`` is an ``nnx.State``, for ``optimizer.update(model, grads)``.
 
     Raises:
       ValueError: ``wrt`` finds nothing in the module, or ``loss_fn`` changes more of it
@@ -307,12 +314,13 @@ def value_and_grad(
         model: Any, params: nnx.State, rest: "_Rest", *args: Any, **kwargs: Any
     ) -> tuple[PyTree, Any]:
         out = _call(loss_fn, model, *args, **kwargs)
-        losses, aux = _engine.split_aux(out, has_aux)
+        losses, aux = split_aux(out, has_aux)
         return losses, (aux, rest.changes(params, model))
 
     def pure_encoder(
         params: nnx.State, rest: "_Rest", *args: Any, **kwargs: Any
     ) -> tuple[PyTree, nnx.State]:
+        assert encoder is not None
         model = rest.merge(params)
         z = _call(encoder, model, *args, **kwargs)
         return z, _hide(rest.changes(params, model))
@@ -322,27 +330,34 @@ def value_and_grad(
             statistic, rest.merge(params), *args, **kwargs
         )
 
-    engine = _engine.value_and_grad(
+    encoder = None
+    if isinstance(gradients, OfRepresentation):
+        encoder = gradients.encoder
+        gradients = dataclasses.replace(gradients, encoder=pure_encoder)
+    engine = _value_and_grad(
         pure_loss if encoder is None else pure_heads,
         weighting,
-        encoder=None if encoder is None else pure_encoder,
         has_aux=True,
+        gradients=gradients,
+        steering=steering,
         statistics={name: pure(f) for name, f in (statistics or {}).items()},
-        **options,
+        axis_name=axis_name,
+        param_specs=param_specs,
     )
 
     def fn(
-        model: Any, state: Any, *args: Any, validation: Any = None, **kwargs: Any
+        model: Any, state: Any, /, *args: Any, **kwargs: Any
     ) -> tuple[Any, nnx.State, Any]:
         graphdef, params, others = nnx.split(model, wrt, ...)
         if not jax.tree.leaves(params):
             raise ValueError(f"wrt={wrt} finds no variable in {type(model).__name__}.")
         rest = _Rest(graphdef, others)
-        if isinstance(validation, tuple):
-            validation = (rest, *validation)
-        (losses, (aux, changed)), grads, state = engine(
-            params, state, rest, *args, validation=validation, **kwargs
-        )
+        if steering is not None and steering.validation:
+            validation, args = steering.take(args)
+            args = ((rest, *validation), rest, *args)
+        else:
+            args = (rest, *args)
+        (losses, (aux, changed)), grads, state = engine(params, state, *args, **kwargs)
         _update(model, changed)
         return ((losses, aux) if has_aux else losses), grads, state
 

@@ -3,9 +3,14 @@
 Data flows through the rooms in this order::
 
     _value_and_grad  asks a source for a pass, a weighting for weights
-    _sources         the gradients of the parameters, or of a representation
-    _statistics      what a weighting is told of them
-    _rows            arithmetic on them
+    _output          reads losses off what the loss function returns
+    _pass            what a source of gradients is, and what it gives
+    _parameters      the source: gradients of the parameters
+    _representation  the source: gradients of a representation
+    _steering        where a downstream loss is looked at
+    _statistics      what a weighting is told of the gradients
+    _rows            arithmetic on the gradients
     _devices         axes of pmap and shard_map that they are averaged over
+    _jacobian        all gradients, stacked
     _aggregate       the same weightings on gradients that are stacked already
 """

@@ -12,8 +12,8 @@ from yoto_jax._numerics import stacked, where_rows
 from yoto_jax._weighting import GRADIENT_STATISTICS, LossWeighting, and_present
 from yoto_jax.gradients._devices import spread_of
 from yoto_jax.gradients._rows import combine_rows
-from yoto_jax.gradients._sources import if_due, position_of
-from yoto_jax.gradients._statistics import statistics_of
+from yoto_jax.gradients._statistics import if_due, statistics_of
+from yoto_jax.gradients._steering import position_of
 
 
 def aggregate(

@@ -31,7 +31,7 @@ def tangent_of(v: PyTree, params: PyTree) -> PyTree:
     """A tangent for parameters, in their dtypes."""
 
     def cast(x: Any, p: Any) -> Any:
-        return x if x.dtype == jax.dtypes.float0 else x.astype(p.dtype)
+        return x if x.dtype == jax.dtypes.float0 else x.astype(jnp.result_type(p))
 
     return jax.tree.map(cast, v, params)
 

@@ -1,15 +1,17 @@
 """Statistics of per-loss gradients: norms, means, inner products."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 from yoto_jax._losses import PyTree
 from yoto_jax._numerics import upcast
+from yoto_jax._weighting import LossWeighting
 from yoto_jax.gradients._devices import Axes, axis_size
 from yoto_jax.gradients._rows import add_axis, add_up, dot_leaves
 
@@ -160,3 +162,14 @@ def replace_row(
 ) -> jax.Array:
     gramian = gramian.at[position, :].set(row).at[:, position].set(row)
     return gramian.at[position, position].set(corner)
+
+
+def if_due(weighting: LossWeighting, state: Any, look: Callable[[], Any]) -> Any:
+    """What ``look`` returns if the weighting is about to look at it, or else zeros."""
+    if weighting.due is None:
+        return look()
+    shapes = jax.eval_shape(look)
+    if not jax.tree.leaves(shapes):
+        return shapes
+    idle = lambda: optax.tree.zeros_like(shapes)
+    return lax.cond(weighting.due(state), look, idle)

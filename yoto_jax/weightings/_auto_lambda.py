@@ -40,9 +40,9 @@ def auto_lambda(
     and an optimizer steps on :math:`\lambda`. All the inner products are one
     directional derivative of the losses along v.
 
-    :func:`yoto_jax.value_and_grad` takes v on the training batch, or on the batch given
-    as ``validation=``, and at :math:`\theta` unless it is told a ``lookahead``,
-    which is :math:`\alpha`.
+    :func:`yoto_jax.value_and_grad` takes v on the training batch, at :math:`\theta`.
+    With ``steering=yoto.on_validation(lookahead=alpha)`` it takes v on a validation
+    batch, at :math:`\theta'`, as in the paper.
 
     Args:
       downstream: The loss to descend: its path or its index among the losses. For a sum
@@ -71,9 +71,9 @@ def auto_lambda(
       ...     return {"helps": x**2, "hurts": (x - 9) ** 2, "label": (x - center) ** 2}
       >>> weighting = yoto.weightings.auto_lambda("label", optimizer=optax.sgd(1e-3))
       >>> state = weighting.init({"helps": 0.0, "hurts": 0.0, "label": 0.0})
-      >>> value_and_grad = jax.jit(yoto.value_and_grad(loss_fn, weighting))
+      >>> step = yoto.value_and_grad(loss_fn, weighting, steering=yoto.on_validation())
       >>> x, training, validation = 3.0, 0.0, 1.0
-      >>> _, grad, state = value_and_grad(x, state, training, validation=(validation,))
+      >>> _, grad, state = jax.jit(step)(x, state, (validation,), training)
       >>> print({k: round(float(w), 3) for k, w in state.loss_weights.items()})
       {'helps': 0.124, 'hurts': 0.052, 'label': 0.0}
 

@@ -1,0 +1,74 @@
+"""What a loss function returns, checked."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from yoto_jax._losses import PyTree, scalar_losses, stack_present
+from yoto_jax._masked_mean import MaskedLosses
+from yoto_jax.gradients._devices import Axes, axis_size, vary_over
+
+
+def read_output(
+    out: Any, has_aux: bool, axes: Axes
+) -> tuple[PyTree, tuple[Any, jax.Array | None]]:
+    """Losses, checked and each device's own, and ``(aux, present)``.
+
+    A loss that is the same on all devices, as after a ``pmean``, is made their own too:
+    its gradient is then that of a mean of such losses.
+    """
+    losses, aux = split_aux(out, has_aux)
+    own = None
+    if isinstance(losses, MaskedLosses):
+        losses, own = losses
+    scalar_losses(losses)
+    losses = vary_over(jax.tree.map(jnp.asarray, losses) if axes else losses, axes)
+    there = stack_present(own, jax.tree.structure(losses))
+    if there is None:
+        return losses, (aux, None)
+    losses, there = _mask_losses(losses, there, axes)
+    return losses, (aux, there)
+
+
+def _mask_losses(
+    losses: PyTree, there: jax.Array, axes: Axes
+) -> tuple[PyTree, jax.Array]:
+    """Losses scaled so that means over devices are over those that have the loss."""
+    share = there.astype(jnp.float32)
+    if axes:
+        number = lax.psum(vary_over(share, axes), axes)
+        there = number > 0
+        share = vary_over(share, axes) * axis_size(axes) / jnp.maximum(number, 1)
+    leaves, structure = jax.tree.flatten(losses)
+    leaves = [
+        jnp.where(share[k] > 0, x * share[k].astype(x.dtype), 0)
+        for k, x in enumerate(map(jnp.asarray, leaves))
+    ]
+    return structure.unflatten(leaves), there
+
+
+def split_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
+    """Losses and auxiliary output of ``loss_fn``, as it was said to return them."""
+    is_pair = type(out) is tuple and len(out) == 2
+    if not has_aux:
+        if is_pair and isinstance(out[0], Mapping | MaskedLosses):
+            raise TypeError(
+                "loss_fn returned a pair that begins with a dict of losses: if the "
+                "rest is auxiliary, give has_aux=True; if it is losses too, put both "
+                "in one dict."
+            )
+        return out, None
+    if isinstance(out, MaskedLosses):
+        raise TypeError(
+            "with has_aux=True, loss_fn must return (losses, aux), got MaskedLosses "
+            "alone: return (masked_losses, aux), or leave has_aux out."
+        )
+    if not (isinstance(out, tuple) and len(out) == 2):
+        raise TypeError(
+            "with has_aux=True, loss_fn must return (losses, aux), got a "
+            f"{type(out).__name__}."
+        )
+    return out

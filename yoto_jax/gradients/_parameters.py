@@ -1,0 +1,254 @@
+"""Gradients of the parameters: all of them, or a part."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from yoto_jax._jaxlib import check_jaxlib
+from yoto_jax._losses import PyTree
+from yoto_jax._numerics import stacked
+from yoto_jax._weighting import LossWeighting
+from yoto_jax.gradients._devices import mean_losses, mean_over, vary_over
+from yoto_jax.gradients._pass import Batch, Pass
+from yoto_jax.gradients._rows import (
+    add_axis,
+    combine_rows,
+    cotangents_of,
+    one_hot,
+    one_hots,
+    rows_of,
+    tangent_of,
+)
+from yoto_jax.gradients._statistics import squared_norm, statistics_of
+
+Part = Callable[[PyTree], PyTree]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OfParameters:
+    """The source that :func:`of_parameters` makes."""
+
+    select: Part | None = None
+    unweighted: Part | None = None
+    chunk_size: int | None = None
+    keep: bool = True
+
+    def forward(self, batch: Batch) -> Pass:
+        return _ParametersPass(self, batch)
+
+
+def of_parameters(
+    *,
+    select: Callable[[Any], Any] | None = None,
+    unweighted: Callable[[Any], Any] | None = None,
+    chunk_size: int | None = None,
+    keep: bool = True,
+) -> OfParameters:
+    r"""Takes per-loss gradients of the parameters: K backward passes.
+
+    .. math::
+      J_k = \nabla_\theta L_k, \qquad \text{update} = \sum_k w_k J_k .
+
+    Args:
+      select: ``select(params) -> part``, such as ``lambda params: params["last"]``. The
+        weighting then sees gradients of that part alone: K backward passes down to
+        there, and one all the way for the update.
+      unweighted: ``unweighted(params) -> part``: parameters that descend the plain sum
+        of the losses, such as the losses' own heads. All others follow the weights, and
+        the weighting sees gradients of those alone.
+      chunk_size: Number of gradients computed at a time (``None``: all in one
+        ``vmap``). It bounds the memory of the backward passes.
+      keep: Whether the K gradients are kept until the weights are known. If not, the
+        Gramian is summed up array by array, norms gradient by gradient, and one more
+        backward pass makes the update. (A Gramian in chunks still needs all K at once.)
+
+    Returns:
+      The value of ``gradients=`` in :func:`yoto_jax.value_and_grad`.
+
+    Raises:
+      ValueError: ``chunk_size`` is not a positive integer. In the call: ``select`` or
+        ``unweighted`` returns something else than a part of the parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp, yoto_jax as yoto
+      >>> loss_fn = lambda p: {"a": (p["u"] * p["v"]) ** 2, "b": (p["v"] - 1) ** 2}
+      >>> weighting = yoto.weightings.upgrad()
+      >>> step = yoto.value_and_grad(
+      ...     loss_fn,
+      ...     weighting,
+      ...     gradients=yoto.of_parameters(select=lambda p: p["v"]),
+      ... )
+      >>> params = {"u": jnp.array(2.0), "v": jnp.array(0.5)}
+      >>> losses, grads, state = step(params, weighting.init({"a": 0.0, "b": 0.0}))
+      >>> print(f'{grads["u"]:.3f} {state.loss_weights["a"]:.3f}')
+      0.625 0.625
+    """
+    check_chunk_size(chunk_size)
+    return OfParameters(select, unweighted, chunk_size, keep)
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Raise unless this is a number of gradients, or None."""
+    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
+        raise ValueError(
+            f"chunk_size must be a positive integer or None, got {chunk_size!r}."
+        )
+
+
+class _ParametersPass(Pass):
+    def __init__(self, source: OfParameters, batch: Batch) -> None:
+        self.params = params = batch.params
+        self.axes, self.spread = batch.devices
+        self.chunk_size = source.chunk_size
+        self.loss_fn = lambda p: batch.losses(p)[0]
+        self.local_losses, pullback, (self.aux, self.present) = jax.vjp(
+            batch.losses, params, has_aux=True
+        )
+        self.losses = mean_losses(self.local_losses, self.axes)
+        self.pull = lambda ct: pullback(ct)[0]
+        self.seen, self.unweighted = _parts(params, source.select, source.unweighted)
+        if source.select is None:
+            self.pull_seen = lambda ct: _at(self.seen, self.pull(ct))
+        else:
+            self.pull_seen = _pull_part(self.loss_fn, params, self.seen)
+        # What is computed in a branch of a cond cannot be kept beyond it.
+        due = batch.weighting.due is None
+        self.keeps = source.keep and source.select is None and due
+        self.kept: PyTree | None = None
+
+    def statistics(self, names: Sequence[str]) -> dict[str, jax.Array]:
+        if self.keeps:
+            rows = rows_of(self.pull, self.local_losses, self.chunk_size)
+            self.kept = mean_over(rows, self.axes, self.spread)
+            seen = _at(self.seen, self.kept)
+        elif "gramian" in names:
+            rows = rows_of(self.pull_seen, self.local_losses, self.chunk_size)
+            seen = self._average_at(self.seen, rows)
+        else:
+            return self._statistics_one_by_one(names)
+        return statistics_of(seen, names, self._spread_at(self.seen))
+
+    def _statistics_one_by_one(self, names: Sequence[str]) -> dict[str, jax.Array]:
+        check_jaxlib()
+
+        def one(cotangents: PyTree) -> dict[str, jax.Array]:
+            row = add_axis(self._average_at(self.seen, self.pull_seen(cotangents)))
+            return statistics_of(row, names, self._spread_at(self.seen))
+
+        several = None if self.chunk_size == 1 else self.chunk_size
+        found = lax.map(one, one_hots(self.local_losses), batch_size=several)
+        return {name: x[:, 0] for name, x in found.items()}
+
+    def direction(self, position: int) -> PyTree:
+        return self._average(self.pull(one_hot(self.local_losses, position)))
+
+    def along(self, v: PyTree) -> tuple[jax.Array, jax.Array]:
+        leaves, structure = jax.tree.flatten(tangent_of(v, self.params))
+        is_float0 = lambda x: x.dtype == jax.dtypes.float0
+        v = structure.unflatten(
+            x if index in self.seen or is_float0(x) else jnp.zeros_like(x)
+            for index, x in enumerate(leaves)
+        )
+        tangent = vary_over(v, self.axes)
+        _, tangents = jax.jvp(self.loss_fn, (self.params,), (tangent,))
+        derivatives = stacked(mean_losses(tangents, self.axes))
+        return derivatives, squared_norm(v, self.spread)
+
+    def combine(
+        self, weights: PyTree, state: Any, weighting: LossWeighting
+    ) -> tuple[PyTree, Any]:
+        del weighting
+        if self.kept is not None:
+            grads = combine_rows(self.kept, stacked(weights))
+        else:
+            cotangents = cotangents_of(weights, self.local_losses)
+            grads = self._average(self.pull(cotangents))
+        if self.unweighted:
+            plain = self._plain_sum(jax.tree.map(jnp.ones_like, weights))
+            leaves, structure = jax.tree.flatten(grads)
+            leaves = [plain.get(index, leaf) for index, leaf in enumerate(leaves)]
+            grads = structure.unflatten(leaves)
+        return grads, state
+
+    def _plain_sum(self, ones: PyTree) -> dict[int, jax.Array]:
+        """The gradient of the plain sum of the losses, of the unweighted leaves."""
+        if self.kept is not None:
+            return combine_rows(_at(self.unweighted, self.kept), stacked(ones))
+        pull = _pull_part(self.loss_fn, self.params, self.unweighted)
+        cotangents = cotangents_of(ones, self.local_losses)
+        return self._average_at(self.unweighted, pull(cotangents))
+
+    def _average(self, tree: PyTree) -> PyTree:
+        return mean_over(tree, self.axes, self.spread)
+
+    def _average_at(self, indices: Sequence[int], part: PyTree) -> PyTree:
+        return mean_over(part, self.axes, self._spread_at(indices))
+
+    def _spread_at(self, indices: Sequence[int]) -> list[Any]:
+        return [self.spread[index] for index in sorted(set(indices))]
+
+
+# Parts of the parameters.
+
+
+def _parts(
+    params: PyTree, select: Part | None, unweighted: Part | None
+) -> tuple[list[int], list[int]]:
+    """Indices of the leaves that the weighting sees, and of those left unweighted."""
+    count = len(jax.tree.leaves(params))
+    apart = [] if unweighted is None else _leaf_indices(params, unweighted)
+    if apart and len(set(apart)) == count:
+        raise ValueError(
+            "unweighted= names all parameters: none are left to be weighed."
+        )
+    if select is not None:
+        return _leaf_indices(params, select), apart
+    return [index for index in range(count) if index not in apart], apart
+
+
+def _leaf_indices(params: PyTree, part: Part) -> list[int]:
+    """Which leaves a function picks out of a tree."""
+    structure = jax.tree.structure(params)
+    marks = [_Mark(index) for index in range(structure.num_leaves)]
+    try:
+        found = jax.tree.leaves(part(structure.unflatten(marks)))
+    except TypeError:  # such as for an index into an array
+        found = []
+    indices = [mark.index for mark in found if isinstance(mark, _Mark)]
+    if not indices or len(indices) != len(found):
+        raise ValueError(
+            "select and unweighted must return a part of the parameters as it is, such "
+            "as lambda params: params['encoder'], with at least one array in it."
+        )
+    return indices
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mark:
+    """Stands for one leaf."""
+
+    index: int
+
+
+def _at(indices: Sequence[int], tree: PyTree) -> dict[int, jax.Array]:
+    """The leaves at these indices."""
+    leaves = jax.tree.leaves(tree)
+    return {index: leaves[index] for index in indices}
+
+
+def _pull_part(
+    f: Callable[[PyTree], PyTree], params: PyTree, indices: Sequence[int]
+) -> Callable[[PyTree], dict[int, jax.Array]]:
+    """A pullback to some leaves alone: what lies before them is never computed."""
+    leaves, structure = jax.tree.flatten(params)
+
+    def of_part(part: dict[int, jax.Array]) -> PyTree:
+        merged = [part.get(index, leaf) for index, leaf in enumerate(leaves)]
+        return f(structure.unflatten(merged))
+
+    _, pullback = jax.vjp(of_part, _at(indices, params))
+    return lambda ct: pullback(ct)[0]
