@@ -428,6 +428,23 @@ def test_sections_of_the_overhead_are_measured_apart(overhead_folder):
     assert result["meta"]["before"]["command"].endswith(str(overhead_folder.name))
 
 
+@pytest.mark.slow
+def test_the_overhead_goes_on_where_it_stopped(overhead_folder, monkeypatch, capsys):
+    before = _common.read_json(overhead_folder / "overhead.json")
+    monkeypatch.setattr(_weighting_costs, "solver_times", lambda *_: 1 / 0)
+    quick = f"--preset quick --steps 1 --out {overhead_folder}"
+    command_line.main(f"overhead {quick} --methods solvers --resume".split())
+    after = _common.read_json(overhead_folder / "overhead.json")
+    assert after["records"] == before["records"]
+    assert "part 1 of 3: solvers, nash_mtl, 2 sizes" in capsys.readouterr().out
+
+
+def test_each_weighting_is_timed_with_a_model():
+    kinds = [_weighting_costs.kinds(name).values() for name in _weighting_costs.SHARED]
+    timed = {arm for of_model in kinds for arms in of_model for arm in arms}
+    assert timed == set(_weighting_costs.ARMS)
+
+
 def test_tables_of_costs_show_no_minus_zero_and_name_versions_that_are_known():
     assert _weighting_costs._number(-0.04, 1) == "0.0"
     assert _weighting_costs._number(-1234.5, 1) == "-1,234.5"
