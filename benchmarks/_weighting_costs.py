@@ -4,7 +4,6 @@ import functools
 import importlib.metadata
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,37 +20,29 @@ Array = jax.Array
 FIXED = dict(zip(NAMES, (0.4, 0.2, 0.3, 0.1), strict=True))
 
 
-LOSS_DRIVEN: dict[str, Callable[[], yoto.LossWeighting]] = {
-    "static": lambda: weightings.static(FIXED),
-    "random": weightings.random,
-    "scale_invariant": weightings.scale_invariant,
-    "geometric": weightings.geometric,
-    "uncertainty": weightings.uncertainty,
-    "imtl_l": weightings.imtl_l,
-    "dwa": weightings.dwa,
-    "softadapt": weightings.softadapt,
-    "relobralo": weightings.relobralo,
-    "famo": weightings.famo,
-    "stch": weightings.stch,
-    "yoto": lambda: weightings.yoto("fit"),
+LEFT_OUT = {
+    "equal": "what fixed weights are",
+    "causal": "for losses in the order of time",
+    "ntk": "its kernel is the user's",
+    "ntk_surrogate": "as gradnorm",
+    "softmax_alignment": "as grap",
+    "auto_lambda": "as grap",
 }
-GRADIENT_DRIVEN: dict[str, Callable[[], yoto.LossWeighting]] = {
-    "gradnorm": weightings.gradnorm,
-    "grad_norm_balance": weightings.grad_norm_balance,
-    "lr_annealing": lambda: weightings.lr_annealing("fit"),
-    "mgda": weightings.mgda,
-    "pcgrad": weightings.pcgrad,
-    "gradvac": weightings.gradvac,
-    "cagrad": weightings.cagrad,
-    "imtl_g": weightings.imtl_g,
-    "nash_mtl": weightings.nash_mtl,
-    "fair_grad": weightings.fair_grad,
-    "aligned_mtl": weightings.aligned_mtl,
-    "upgrad": weightings.upgrad,
-    "dual_proj": weightings.dual_proj,
-    "config": weightings.config,
-    "grap": lambda: weightings.grap("class"),
+MEASURED = {
+    name: method
+    for name, method in weightings.methods().items()
+    if name not in LEFT_OUT
 }
+
+
+def make(name: str) -> yoto.LossWeighting:
+    """A weighting for the losses of the models; "class" steers, "fit" leads."""
+    method = MEASURED[name]
+    if name == "static":
+        return weightings.static(FIXED)
+    return method.example("class" if method.requires == "downstream" else "fit")
+
+
 FULL: dict[str, dict[str, Any]] = {
     "upgrad, all parameters": {},
     "upgrad, all parameters, one at a time": {"chunk_size": 1},
@@ -77,14 +68,18 @@ def arms_of(model: Shared, quick: bool) -> dict[str, tuple[Any, Any]]:
         "fixed": (plain, ()),
         "fixed again": (plain, ()),
     }
-    for name, make in LOSS_DRIVEN.items():
-        arms[name] = yoto.value_and_grad(full, make()), make().init(like)
-    for name, make in GRADIENT_DRIVEN.items():
-        value_and_grad = yoto.value_and_grad(heads, make(), encoder=model.encoder)
-        arms[name] = value_and_grad, make().init(like)
+    for name in MEASURED:
+        weighting = make(name)
+        value_and_grad = yoto.value_and_grad(full, weighting)
+        if weighting.needs != ("losses",):
+            value_and_grad = yoto.value_and_grad(
+                heads, weighting, encoder=model.encoder
+            )
+        arms[name] = value_and_grad, weighting.init(like)
     for name, options in FULL.items():
-        make = GRADIENT_DRIVEN[name.split(",")[0]]
-        arms[name] = yoto.value_and_grad(full, make(), **options), make().init(like)
+        weighting = make(name.split(",")[0])
+        value_and_grad = yoto.value_and_grad(full, weighting, **options)
+        arms[name] = value_and_grad, weighting.init(like)
     if quick:
         kept = ("fixed", "fixed again", "uncertainty", "upgrad", "grap", *FULL)
         arms = {name: arms[name] for name in kept}
@@ -180,7 +175,7 @@ def solver_times(rounds: int, sizes: tuple[int, ...] = SIZES) -> list[_common.Re
     records = []
     for method in _common.track(SOLVED, "solvers"):
         for size in sizes:
-            weighting = GRADIENT_DRIVEN[method]()
+            weighting = make(method)
             losses = [1.0] * size
             state = weighting.init(losses)
             matrix = jnp.asarray(gramian(size), jnp.float32)
