@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _common, _kept
+from benchmarks import _common, _kept, _methods_table
 
 BENCHMARKS = {
     "digits": "learned against searched loss weights on digits under shift",
@@ -45,13 +45,14 @@ def load(benchmark: str) -> Any:
 
 
 def update_tables(pages: tuple[Path, ...], results: Path) -> None:
-    """Rewrite the marked tables of the pages from the stored results.
+    """Rewrite the marked tables of the pages from the stored results and the registry.
 
     The table goes to the mark ``name`` of its benchmark, a summary to ``name-summary``,
     further tables to marks that the benchmark chooses, and what all benchmarks with a
-    ``view`` have in common to ``searches``.
+    ``view`` have in common to ``searches``; all weightings go to ``methods``.
     """
-    blocks, views = {}, {}
+    blocks = {"methods": _common.markdown(_methods_table.table(), numbers=False)}
+    views = {}
     for name, module, path in _stored(results):
         result = _common.read_json(path)
         blocks[path.stem] = _common.markdown(module.table(result))
@@ -90,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=f"benchmarks:\n{listing}\n\nupkeep:\n"
-        "  tables     rewrite the tables of the READMEs from the stored results\n"
+        "  tables     rewrite the tables of the pages from the stored results\n"
         "  figures    redraw the figures from the stored results\n"
         "  merge DIR  put results of some methods into the stored ones; with --drop,\n"
         "             old ones of methods that look at gradients go",

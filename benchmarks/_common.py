@@ -505,9 +505,9 @@ def _grid(table: Table) -> rich.table.Table:
     return grid
 
 
-def markdown(table: Table) -> str:
-    """The table in GitHub's Markdown."""
-    rule = ["---", *["---:"] * (len(table.columns) - 1)]
+def markdown(table: Table, *, numbers: bool = True) -> str:
+    """The table in GitHub's Markdown; columns of numbers are flush right."""
+    rule = ["---", *["---:" if numbers else "---"] * (len(table.columns) - 1)]
     lines = [f"| {' | '.join(row)} |" for row in (table.columns, rule, *table.rows)]
     return "\n".join([*lines, "", table.caption] if table.caption else lines)
 

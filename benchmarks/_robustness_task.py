@@ -6,6 +6,7 @@ multiplies a loss by a factor, inside the loss function: its gradient goes wrong
 it, as it would in life.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -73,40 +74,9 @@ def _firm(rate: float) -> optax.GradientTransformationExtraArgs:
 
 w = yoto.weightings
 WEIGHTINGS: dict[str, Callable[[], yoto.LossWeighting]] = {
-    "static": lambda: w.static(0.5),
-    "equal": w.equal,
-    "random": w.random,
-    "scale_invariant": w.scale_invariant,
-    "geometric": w.geometric,
-    "uncertainty": w.uncertainty,
-    "imtl_l": w.imtl_l,
-    "dwa": w.dwa,
-    "softadapt": w.softadapt,
-    "relobralo": w.relobralo,
-    "famo": w.famo,
-    "stch": w.stch,
-    "causal": w.causal,
-    "yoto": lambda: w.yoto("a"),
+    name: functools.partial(method.example, "a") for name, method in w.methods().items()
+} | {
     "yoto(rho=20)": lambda: w.yoto("a", optimizer=_firm(RATE)),
-    "gradnorm": w.gradnorm,
-    "grad_norm_balance": w.grad_norm_balance,
-    "lr_annealing": lambda: w.lr_annealing("a"),
-    "ntk": w.ntk,
-    "ntk_surrogate": w.ntk_surrogate,
-    "mgda": w.mgda,
-    "pcgrad": w.pcgrad,
-    "gradvac": w.gradvac,
-    "cagrad": w.cagrad,
-    "imtl_g": w.imtl_g,
-    "nash_mtl": w.nash_mtl,
-    "fair_grad": w.fair_grad,
-    "aligned_mtl": w.aligned_mtl,
-    "upgrad": w.upgrad,
-    "dual_proj": w.dual_proj,
-    "config": w.config,
-    "grap": lambda: w.grap("a"),
-    "softmax_alignment": lambda: w.softmax_alignment("a"),
-    "auto_lambda": lambda: w.auto_lambda("a"),
     "every(imtl_g)": lambda: w.every(w.imtl_g(), 2),
     "smooth(imtl_g)": lambda: w.smooth(w.imtl_g(), 0.5),
     "normalize(famo)": lambda: w.normalize(w.famo()),

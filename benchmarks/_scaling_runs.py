@@ -77,48 +77,25 @@ def compare_devices(size: Size) -> list[Record]:
 
 # Collectives: what is sent.
 
-LOSS_DRIVEN: dict[str, Callable[[], yoto.LossWeighting]] = {
-    "equal": weightings.equal,
-    "random": weightings.random,
-    "scale_invariant": weightings.scale_invariant,
-    "geometric": weightings.geometric,
-    "uncertainty": weightings.uncertainty,
-    "imtl_l": weightings.imtl_l,
-    "dwa": weightings.dwa,
-    "softadapt": weightings.softadapt,
-    "relobralo": weightings.relobralo,
-    "famo": weightings.famo,
-    "stch": weightings.stch,
-    "causal": weightings.causal,
-    "weightings.yoto": lambda: weightings.yoto(digits.PRIMARY),
+LEFT_OUT = {"static": "as equal", "ntk": "its kernel is the user's"}
+WEIGHTINGS = {
+    "weightings.yoto" if name == "yoto" else name: method
+    for name, method in weightings.methods().items()
+    if name not in LEFT_OUT
 }
-GRADIENT_DRIVEN: dict[str, Callable[[], yoto.LossWeighting]] = {
-    "gradnorm": weightings.gradnorm,
-    "grad_norm_balance": weightings.grad_norm_balance,
-    "lr_annealing": lambda: weightings.lr_annealing(digits.PRIMARY),
-    "ntk_surrogate": weightings.ntk_surrogate,
-    "mgda": weightings.mgda,
-    "pcgrad": weightings.pcgrad,
-    "gradvac": weightings.gradvac,
-    "cagrad": weightings.cagrad,
-    "imtl_g": weightings.imtl_g,
-    "nash_mtl": weightings.nash_mtl,
-    "fair_grad": weightings.fair_grad,
-    "aligned_mtl": weightings.aligned_mtl,
-    "upgrad": weightings.upgrad,
-    "dual_proj": weightings.dual_proj,
-    "config": weightings.config,
-    "grap": lambda: weightings.grap(task.STEERING),
-    "softmax_alignment": lambda: weightings.softmax_alignment(task.STEERING),
-    "auto_lambda": lambda: weightings.auto_lambda(task.STEERING),
-}
+"""By their labels; "yoto" is layer 1."""
+
+
+def make(method: weightings.Method) -> yoto.LossWeighting:
+    steered = method.requires == "downstream"
+    return method.example(task.STEERING if steered else digits.PRIMARY)
 
 
 def measure_collectives(size: Size) -> list[Record]:
     """What each method sends beyond a plain step, from the compiled programs."""
     methods: dict[str, task.Method] = {"yoto": task.learned()}
-    for name, make in (LOSS_DRIVEN | GRADIENT_DRIVEN).items():
-        methods[name] = task.weighted(make())
+    for name, weighting in WEIGHTINGS.items():
+        methods[name] = task.weighted(make(weighting))
     methods["upgrad, all parameters"] = task.weighted(
         weightings.upgrad(), gradients=yoto.of_parameters()
     )

@@ -4,7 +4,7 @@ import functools
 import importlib.metadata
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,45 +21,37 @@ Array = jax.Array
 FIXED = dict(zip(NAMES, (0.4, 0.2, 0.3, 0.1), strict=True))
 
 
-LOSS_DRIVEN: dict[str, Callable[[], yoto.LossWeighting]] = {
-    "static": lambda: weightings.static(FIXED),
-    "random": weightings.random,
-    "scale_invariant": weightings.scale_invariant,
-    "geometric": weightings.geometric,
-    "uncertainty": weightings.uncertainty,
-    "imtl_l": weightings.imtl_l,
-    "dwa": weightings.dwa,
-    "softadapt": weightings.softadapt,
-    "relobralo": weightings.relobralo,
-    "famo": weightings.famo,
-    "stch": weightings.stch,
-    "yoto": lambda: weightings.yoto("fit"),
+LEFT_OUT = {
+    "equal": "what fixed weights are",
+    "causal": "for losses in the order of time",
+    "ntk": "its kernel is the user's",
+    "ntk_surrogate": "as gradnorm",
+    "softmax_alignment": "as grap",
+    "auto_lambda": "as grap",
 }
-GRADIENT_DRIVEN: dict[str, Callable[[], yoto.LossWeighting]] = {
-    "gradnorm": weightings.gradnorm,
-    "grad_norm_balance": weightings.grad_norm_balance,
-    "lr_annealing": lambda: weightings.lr_annealing("fit"),
-    "mgda": weightings.mgda,
-    "pcgrad": weightings.pcgrad,
-    "gradvac": weightings.gradvac,
-    "cagrad": weightings.cagrad,
-    "imtl_g": weightings.imtl_g,
-    "nash_mtl": weightings.nash_mtl,
-    "fair_grad": weightings.fair_grad,
-    "aligned_mtl": weightings.aligned_mtl,
-    "upgrad": weightings.upgrad,
-    "dual_proj": weightings.dual_proj,
-    "config": weightings.config,
-    "grap": lambda: weightings.grap("class"),
+MEASURED = {
+    name: method
+    for name, method in weightings.methods().items()
+    if name not in LEFT_OUT
 }
+LOSS_DRIVEN = tuple(n for n, m in MEASURED.items() if set(m.needs) <= {"losses"})
+GRADIENT_DRIVEN = tuple(n for n in MEASURED if n not in LOSS_DRIVEN)
+
+
+def make(name: str) -> yoto.LossWeighting:
+    """A weighting for the losses of the models; "class" steers, "fit" leads."""
+    method = MEASURED[name]
+    if name == "static":
+        return weightings.static(FIXED)
+    return method.example("class" if method.requires == "downstream" else "fit")
+
+
 FULL = {
     "upgrad, all parameters": yoto.of_parameters(),
     "upgrad, all parameters, one at a time": yoto.of_parameters(chunk_size=1),
     "upgrad, all parameters, none kept": yoto.of_parameters(keep=False),
     "gradnorm, all parameters, none kept": yoto.of_parameters(keep=False),
 }
-
-
 ARMS = ("fixed", "fixed again", *LOSS_DRIVEN, *GRADIENT_DRIVEN, *FULL)
 """What is timed, in the order of the table."""
 
@@ -86,8 +78,8 @@ def kinds(name: str) -> dict[str, tuple[str, ...]]:
     that TorchJD is timed with, the others with the one that compiles fast.
     """
     few = {
-        TRANSFORMER: (SAMPLE, tuple(GRADIENT_DRIVEN)),
-        "residual net": (tuple(LOSS_DRIVEN), SAMPLE),
+        TRANSFORMER: (SAMPLE, GRADIENT_DRIVEN),
+        "residual net": (LOSS_DRIVEN, SAMPLE),
         "small net": (QUICK, QUICK),
     }
     of_losses, of_gradients = few[name]
@@ -116,16 +108,17 @@ def arms_of(model: Shared) -> dict[str, tuple[Any, Any]]:
         "fixed": (plain, ()),
         "fixed again": (plain, ()),
     }
-    for name, make in LOSS_DRIVEN.items():
-        arms[name] = yoto.value_and_grad(full, make()), make().init(like)
-    for name, make in GRADIENT_DRIVEN.items():
-        of_z = yoto.of_representation(model.encoder)
-        value_and_grad = yoto.value_and_grad(heads, make(), gradients=of_z)
-        arms[name] = value_and_grad, make().init(like)
+    of_z = yoto.of_representation(model.encoder)
+    for name in MEASURED:
+        weighting = make(name)
+        value_and_grad = yoto.value_and_grad(full, weighting)
+        if weighting.needs != ("losses",):
+            value_and_grad = yoto.value_and_grad(heads, weighting, gradients=of_z)
+        arms[name] = value_and_grad, weighting.init(like)
     for name, source in FULL.items():
-        make = GRADIENT_DRIVEN[name.split(",")[0]]
-        value_and_grad = yoto.value_and_grad(full, make(), gradients=source)
-        arms[name] = value_and_grad, make().init(like)
+        weighting = make(name.split(",")[0])
+        value_and_grad = yoto.value_and_grad(full, weighting, gradients=source)
+        arms[name] = value_and_grad, weighting.init(like)
     return arms
 
 
@@ -276,7 +269,7 @@ def solver_times(
     """Microseconds for one call of a weighting on a Gramian."""
     records = []
     for size in sizes:
-        weighting = GRADIENT_DRIVEN[method]()
+        weighting = make(method)
         losses = [1.0] * size
         state = weighting.init(losses)
         matrix = jnp.asarray(gramian(size), jnp.float32)

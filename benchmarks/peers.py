@@ -23,19 +23,20 @@ Tensor = Any  # torch is imported where it is needed
 Step = Callable[[], Tensor]
 
 NEEDED = ("torch", "torchjd", "quadprog", "cvxpy", "ecos")
-METHODS = (
-    "pcgrad",
-    "gradvac",
-    "cagrad",
-    "mgda",
-    "nash_mtl",
-    "fair_grad",
-    "imtl_g",
-    "aligned_mtl",
-    "upgrad",
-    "dual_proj",
-    "config",
-)
+AGGREGATORS: dict[str, tuple[str, dict[str, Any]]] = {  # with the papers' settings
+    "pcgrad": ("PCGrad", {}),
+    "gradvac": ("GradVac", {"beta": 0.01}),
+    "cagrad": ("CAGrad", {"c": 0.4}),
+    "mgda": ("MGDA", {}),
+    "nash_mtl": ("NashMTL", {}),
+    "fair_grad": ("FairGrad", {"alpha": 2.0}),
+    "imtl_g": ("IMTLG", {}),
+    "aligned_mtl": ("AlignedMTL", {}),
+    "upgrad": ("UPGrad", {}),
+    "dual_proj": ("DualProj", {}),
+    "config": ("ConFIG", {}),
+}
+METHODS = tuple(AGGREGATORS)
 WAYS = ("parameters", "features")
 WIDTH, HEADS = 128, 4
 
@@ -49,23 +50,13 @@ def available() -> bool:
 
 
 def aggregator(method: str, count: int) -> Any:
-    """TorchJD's aggregator of ``count`` gradients, with the papers' settings."""
-    torchjd = importlib.import_module("torchjd.aggregation")
-    make = {
-        "pcgrad": torchjd.PCGrad,
-        "gradvac": functools.partial(torchjd.GradVac, beta=0.01),
-        "cagrad": functools.partial(torchjd.CAGrad, c=0.4),
-        "mgda": torchjd.MGDA,
-        "nash_mtl": functools.partial(torchjd.NashMTL, n_tasks=count),
-        "fair_grad": functools.partial(torchjd.FairGrad, alpha=2.0),
-        "imtl_g": torchjd.IMTLG,
-        "aligned_mtl": torchjd.AlignedMTL,
-        "upgrad": torchjd.UPGrad,
-        "dual_proj": torchjd.DualProj,
-        "config": torchjd.ConFIG,
-    }
+    """TorchJD's aggregator of ``count`` gradients."""
+    kind, settings = AGGREGATORS[method]
+    if method == "nash_mtl":
+        settings = settings | {"n_tasks": count}
     with _quiet():
-        return make[method]()
+        torchjd = importlib.import_module("torchjd.aggregation")
+        return getattr(torchjd, kind)(**settings)
 
 
 def weights(method: str, gramian: np.ndarray) -> np.ndarray:

@@ -2,37 +2,22 @@
 
 import yoto_jax as yoto
 from benchmarks import _common
-from tests import _properties
+from yoto_jax.testing import gramian_properties
 
-EXACT = ("upgrad", "dual_proj")  # also with a regularisation next to none
-METHODS = (
-    "equal",
-    "mgda",
-    "pcgrad",
-    "gradvac",
-    "cagrad",
-    "imtl_g",
-    "nash_mtl",
-    "fair_grad",
-    "aligned_mtl",
-    "upgrad",
-    "dual_proj",
-    "config",
-)
+METHODS = {name: m for name, m in yoto.weightings.methods().items() if m.properties}
 
 
 def main(options: _common.Options) -> None:
     options.refuse_data()
-    methods = options.choose(METHODS)
+    methods = options.choose(tuple(METHODS))
     records = []
     for method in _common.track(methods, "properties"):
-        make = getattr(yoto.weightings, method)
-        variants = {"": make()}
-        if method in EXACT:
-            variants["regularization=1e-8"] = make(regularization=1e-8)
+        variants = {"": METHODS[method].example()}
+        if exact := METHODS[method].exact:  # with a regularisation next to none
+            config = " ".join(f"{name}={x:g}" for name, x in exact.items())
+            variants[config.replace("e-0", "e-")] = METHODS[method].example(**exact)
         for config, weighting in variants.items():
-            for name, holds in _properties.PROPERTIES.items():
-                held = holds(weighting)
+            for name, held in gramian_properties(weighting).items():
                 records.append(_common.record(method, name, held, config=config))
     path = options.out / "properties.json"
     result = _common.write_json(path, _common.meta(options), records)

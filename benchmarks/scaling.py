@@ -353,7 +353,10 @@ def conclusions(result: dict[str, Any]) -> list[str]:
         for r in records
         if r["metric"] == "collectives" and r["config"] == "shard_map"
     }
-    if driven := [sent_by[name] for name in runs.LOSS_DRIVEN if name in sent_by]:
+    by_losses = [
+        name for name, m in runs.WEIGHTINGS.items() if {*m.needs} <= {"losses"}
+    ]
+    if driven := [sent_by[name] for name in by_losses if name in sent_by]:
         said.append(
             f"Weightings that look at losses add at most {int(max(driven))} all-reduce "
             f"to a step; YOTO adds {int(sent_by['yoto'])}."

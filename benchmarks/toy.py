@@ -48,27 +48,42 @@ def above_bounds(weighting: yoto.LossWeighting) -> yoto.LossWeighting:
 
 
 w = yoto.weightings
-METHODS: dict[str, Build] = {
+LEFT_OUT = {
+    "static": "its weights are the user's",
+    "causal": "for losses in the order of time",
+    "ntk": "for residuals at many points",
+    "ntk_surrogate": "for mean squares of residuals",
+    "lr_annealing": "for the residual of an equation",
+    "geometric": "as scale_invariant, but for the length of the gradient",
+    "imtl_l": "as uncertainty, but for the length of the gradient",
+    "dwa": "for averages of epochs",
+    "softadapt": "for averages of epochs",
+    "relobralo": "for averages of epochs",
+    "grap": "no loss steers the others",
+    "softmax_alignment": "no loss steers the others",
+    "auto_lambda": "no loss steers the others",
+}
+OWN: dict[str, Build] = {
     "equal": lambda key: w.equal("sum"),
     "random": lambda key: w.random(key),
     "yoto": lambda key: w.yoto(None),
-    "uncertainty": lambda key: above_bounds(w.uncertainty()),
-    "scale_invariant": lambda key: above_bounds(w.scale_invariant()),
     "stch": lambda key: w.stch(ideal=LOWER_BOUNDS),
     "famo": lambda key: w.famo(lower_bounds=LOWER_BOUNDS, gamma=0.0),
-    "gradnorm": lambda key: above_bounds(w.gradnorm()),
-    "grad_norm_balance": lambda key: w.grad_norm_balance(),
-    "pcgrad": lambda key: w.pcgrad(),
-    "gradvac": lambda key: w.gradvac(),
     "cagrad": lambda key: w.cagrad(c=0.4),
-    "mgda": lambda key: w.mgda(),
-    "nash_mtl": lambda key: w.nash_mtl(),
-    "fair_grad": lambda key: w.fair_grad(),
-    "imtl_g": lambda key: w.imtl_g(),
-    "aligned_mtl": lambda key: w.aligned_mtl(),
-    "upgrad": lambda key: w.upgrad(),
-    "dual_proj": lambda key: w.dual_proj(),
-    "config": lambda key: w.config(),
+}
+
+
+def usual(method: yoto.weightings.Method) -> Build:
+    """With its defaults, above the lower bounds if it needs positive losses."""
+    if method.accepts == "any":
+        return lambda key: method.example()
+    return lambda key: above_bounds(method.example())
+
+
+METHODS: dict[str, Build] = {
+    name: OWN.get(name) or usual(method)
+    for name, method in w.methods().items()
+    if name not in LEFT_OUT
 }
 STOCHASTIC = ("random",)  # PCGrad and GradVac draw an order: of two losses there is one
 

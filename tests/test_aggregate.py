@@ -11,8 +11,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import yoto_jax as yoto
-from yoto_jax import weightings
-from yoto_jax._weighting import make_weighting
+from yoto_jax import make_weighting, weightings
 
 X = jax.random.normal(jax.random.key(0), (16, 3))
 

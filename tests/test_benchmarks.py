@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import yoto_jax as yoto
 from benchmarks import __main__ as command_line
 from benchmarks import (
     _common,
     _kept,
+    _robustness_task,
+    _scaling_runs,
     _weighting_costs,
     digits,
     overhead,
@@ -19,6 +22,7 @@ from benchmarks import (
     pretraining,
     properties,
     rho,
+    toy,
 )
 from benchmarks import _digits_task as task
 
@@ -454,6 +458,29 @@ def test_tables_of_costs_show_no_minus_zero_and_name_versions_that_are_known():
         caption = _weighting_costs.peer_table(result).caption
         named = " PyTorch 2.9.1, TorchJD 0.17.0." if versions else ""
         assert caption.endswith(f"the same framework.{named}")
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "stored_in", "names"),
+    [
+        (toy, "toy", toy.METHODS),
+        (_robustness_task, "robustness", _robustness_task.WEIGHTINGS),
+        (_weighting_costs, "overhead", _weighting_costs.MEASURED),
+        (_scaling_runs, "scaling", _scaling_runs.WEIGHTINGS),
+        (properties, "properties", properties.METHODS),
+    ],
+)
+def test_benchmarks_take_the_weightings_of_the_registry(benchmark, stored_in, names):
+    known = set(yoto.weightings.methods())
+    left_out = set(getattr(benchmark, "LEFT_OUT", ()))
+    assert left_out <= known
+    taking_part = {name.removeprefix("weightings.") for name in names}
+    if benchmark is properties:
+        left_out = {name for name in known if name not in properties.METHODS}
+    assert known - left_out <= taking_part
+    assert not left_out & taking_part
+    result = _common.read_json(ROOT / "benchmarks" / "results" / f"{stored_in}.json")
+    assert {*names} <= {r["method"] for r in result["records"]}
 
 
 def test_properties_have_a_row_for_each_method(tmp_path):

@@ -1,7 +1,13 @@
-"""What every loss weighting of this package promises; a new one is a new row."""
+"""What every loss weighting of this package promises, and what the registry says.
+
+The rows are those of the registry; wrappers have theirs here.
+"""
 
 import dataclasses
 import functools
+import inspect
+import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +21,12 @@ import pytest
 
 import yoto_jax as yoto
 from yoto_jax import weightings
+from yoto_jax.testing import Trial, checks
+from yoto_jax.weightings import _registry
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+CHECKS = checks()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,120 +34,48 @@ class Row:
     """A weighting for losses of which the first is called ``first``."""
 
     make: Callable[[Any], yoto.LossWeighting]
+    method: weightings.Method | None = None  # None: a wrapper
     at_least: int = 1  # losses that it takes
+    order_matters: bool = False
+    about: bool = False  # about the first loss
 
 
-def trace_of_ntk(params, x, count=3):
-    """A stand-in for the NTK's diagonal: positive, and zero where the gradients are."""
-    return (jnp.arange(1.0, count + 1) + jnp.mean(jnp.abs(x))) * jnp.any(params["w"])
-
-
-def simple(factory, **kwargs):
-    return lambda first: factory(**kwargs)
-
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-ROWS = {
-    "static": Row(simple(weightings.static, weights=0.5)),
-    "equal": Row(simple(weightings.equal)),
-    "random": Row(simple(weightings.random)),
-    "scale_invariant": Row(simple(weightings.scale_invariant)),
-    "geometric": Row(simple(weightings.geometric)),
-    "uncertainty": Row(simple(weightings.uncertainty)),
-    "imtl_l": Row(simple(weightings.imtl_l)),
-    "dwa": Row(simple(weightings.dwa)),
-    "softadapt": Row(simple(weightings.softadapt)),
-    "relobralo": Row(simple(weightings.relobralo)),
-    "famo": Row(simple(weightings.famo)),
-    "stch": Row(simple(weightings.stch)),
-    "causal": Row(simple(weightings.causal)),
-    "yoto": Row(lambda first: weightings.yoto(first)),
-    "gradnorm": Row(simple(weightings.gradnorm)),
-    "grad_norm_balance": Row(simple(weightings.grad_norm_balance)),
-    "lr_annealing": Row(lambda first: weightings.lr_annealing(first)),
-    "ntk": Row(simple(weightings.ntk)),
-    "ntk_surrogate": Row(simple(weightings.ntk_surrogate)),
-    "mgda": Row(simple(weightings.mgda)),
-    "pcgrad": Row(simple(weightings.pcgrad)),
-    "gradvac": Row(simple(weightings.gradvac)),
-    "cagrad": Row(simple(weightings.cagrad)),
-    "imtl_g": Row(simple(weightings.imtl_g)),
-    "nash_mtl": Row(simple(weightings.nash_mtl)),
-    "fair_grad": Row(simple(weightings.fair_grad)),
-    "aligned_mtl": Row(simple(weightings.aligned_mtl)),
-    "upgrad": Row(simple(weightings.upgrad)),
-    "dual_proj": Row(simple(weightings.dual_proj)),
-    "config": Row(simple(weightings.config)),
-    "grap": Row(lambda first: weightings.grap(first), at_least=2),
-    "softmax_alignment": Row(
-        lambda first: weightings.softmax_alignment(first), at_least=2
-    ),
-    "auto_lambda": Row(lambda first: weightings.auto_lambda(first), at_least=2),
-    "every": Row(lambda first: weightings.every(weightings.imtl_g(), 2)),
-    "smooth": Row(lambda first: weightings.smooth(weightings.imtl_g(), 0.5)),
-    "normalize": Row(lambda first: weightings.normalize(weightings.famo())),
-    "skip_outliers": Row(lambda first: weightings.skip_outliers(weightings.imtl_g())),
-    "all wrapped": Row(
-        lambda first: weightings.normalize(
-            weightings.smooth(weightings.every(weightings.imtl_g(), 2), 0.5)
-        )
+METHODS = weightings.methods()
+WRAPPED = {
+    "every": lambda first: weightings.every(weightings.imtl_g(), 2),
+    "smooth": lambda first: weightings.smooth(weightings.imtl_g(), 0.5),
+    "normalize": lambda first: weightings.normalize(weightings.famo()),
+    "skip_outliers": lambda first: weightings.skip_outliers(weightings.imtl_g()),
+    "all wrapped": lambda first: weightings.normalize(
+        weightings.smooth(weightings.every(weightings.imtl_g(), 2), 0.5)
     ),
 }
+ROWS = {
+    name: Row(
+        method.example,
+        method,
+        method.smallest_count,
+        method.order_matters,
+        method.requires in ("primary", "reference", "downstream"),
+    )
+    for name, method in METHODS.items()
+} | {name: Row(make) for name, make in WRAPPED.items()}
 
 
 @pytest.fixture(scope="module", params=ROWS.values(), ids=list(ROWS))
 def row(request):
     """Of module scope, so that a row's tests follow each other and share programs."""
     yield request.param
-    parts.cache_clear()
-
-
-PARAMS = {
-    "w": jax.random.normal(jax.random.key(0), (4, 3)) / 2,
-    "b": jnp.linspace(-1, 1, 3),
-    "none": None,
-}
-BATCHES = jax.random.normal(jax.random.key(1), (6, 16, 4))
-
-
-def encoder(params, x):
-    return jnp.tanh(x @ params["w"])
-
-
-def head(count, params, z, x):
-    shifts = jnp.arange(count, dtype=z.dtype)
-    waves = jnp.sin((z @ params["b"])[:, None] + shifts[None])
-    sizes = jnp.mean(z**2, axis=0)[jnp.arange(count) % 3]
-    losses = jnp.mean((waves - 0.5) ** 2, axis=0) + 0.05 * sizes + 0.05
-    losses = [losses[k] for k in range(count)]
-    return dict(zip("abc", losses, strict=False)) if count <= 3 else losses
-
-
-def loss_fn(params, x, count=3):
-    return head(count, params, encoder(params, x), x)
+    trial_of.cache_clear()
 
 
 @functools.cache
-def parts(row, count=3):
-    """The weighting of a row, its first state and the engine's function, compiled."""
-    weighting = row.make("a" if count <= 3 else 0)
-    f = functools.partial(loss_fn, count=count)
-    state = weighting.init(jax.eval_shape(f, PARAMS, BATCHES[0]))
-    statistics = extra(weighting, functools.partial(trace_of_ntk, count=count))
-    step = yoto.value_and_grad(f, weighting, statistics=statistics)
-    return weighting, state, jax.jit(step)
-
-
-def extra(weighting, statistic=trace_of_ntk):
-    return {"ntk_diagonal": statistic} if "ntk_diagonal" in weighting.needs else None
-
-
-def types(tree):
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, [
-        (x.shape, x.dtype, getattr(x, "weak_type", None)) for x in leaves
-    ]
+def trial_of(row, count=3):
+    """The weighting of a row on a small problem; its programs are compiled once."""
+    names = dict.fromkeys("abc"[:count], 0.0) if count <= 3 else [0.0] * count
+    first = "a" if count <= 3 else 0
+    about = first if row.about else None
+    return Trial(row.make(first), names, about=about)
 
 
 def unkeyed(tree):
@@ -148,159 +88,109 @@ def assert_close(tree, reference, rtol=1e-5):
     chex.assert_trees_all_close(unkeyed(tree), unkeyed(reference), rtol=rtol, atol=1e-6)
 
 
-RATE = 0.05
+# One test for each check, so that some can stand for all in `make test`.
 
 
-def loop(row, batches, scale=1.0):
-    """What training comes to, and the weights on the way."""
-    _, state, value_and_grad = parts(row)
-    params = jax.tree.map(lambda p: p * scale, PARAMS)
-    history = []
-    for x in batches:
-        _, grads, state = value_and_grad(params, state, x)
-        params = jax.tree.map(lambda p, g: p - RATE * g, params, grads)
-        history.append(optax.tree.get(state, "loss_weights"))
-    return params, state, history
+def test_the_state_says_the_weights_and_counts(row):
+    CHECKS["state"](trial_of(row))
 
 
 def test_one_trace_and_the_same_types_ever_after(row):
-    _, start, step = parts(row)
-    params, state, history = loop(row, BATCHES)
-    assert step._cache_size() == 1
-    assert types(state) == types(start)
+    trial = trial_of(row)
+    CHECKS["training"](trial)
+    _, state, history = trial.train(6)
     assert all(weights.keys() == set("abc") for weights in history)
-    chex.assert_tree_all_finite(unkeyed((params, state)))
     updates = int(optax.tree.get(state, "num_updates"))
     assert updates == (3 if optax.tree.get(state, "step") is not None else 6)
-    assert int(optax.tree.get(state, "num_skipped")) == 0
 
 
 def test_scan_under_vmap_equals_a_loop(row):
-    _, state, value_and_grad = parts(row)
-
-    def run(scale):
-        def step(carry, x):
-            params, state = carry
-            _, grads, state = value_and_grad(params, state, x)
-            new = jax.tree.map(lambda p, g: p - RATE * g, params, grads)
-            return (new, state), optax.tree.get(state, "loss_weights")
-
-        params = jax.tree.map(lambda p: p * scale, PARAMS)
-        return jax.lax.scan(step, (params, state), BATCHES[:3])
-
-    (params, state), weights = jax.jit(jax.vmap(run))(jnp.array([0.5, 1.0]))
-    for place, scale in enumerate((0.5, 1.0)):
-        *expected, history = loop(row, BATCHES[:3], scale)
-        got = jax.tree.map(lambda x: x[place], (params, state))
-        assert_close(got, tuple(expected), rtol=1e-4)
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *history)
-        assert_close(jax.tree.map(lambda x: x[place], weights), stacked, rtol=1e-4)
+    CHECKS["scan and vmap"](trial_of(row))
 
 
 @pytest.mark.parametrize(
     "name", ["random", "relobralo", "pcgrad", "grap", "all wrapped"]
 )
 def test_donation(name):
-    weighting, _, _ = parts(ROWS[name])
-    step = jax.jit(yoto.value_and_grad(loss_fn, weighting), donate_argnums=1)
-    state = weighting.init(jax.eval_shape(loss_fn, PARAMS, BATCHES[0]))
-    for x in BATCHES[:3]:
-        _, grads, state = step(PARAMS, state, x)
+    trial = trial_of(ROWS[name])
+    step, state = jax.jit(trial.value_and_grad(), donate_argnums=1), trial.init()
+    for x in trial.batches[:3]:
+        _, grads, state = step(trial.params, state, x)
     chex.assert_tree_all_finite(unkeyed((grads, state)))
 
 
 @pytest.mark.parametrize("name", ["equal", "famo", "lr_annealing", "upgrad", "grap"])
 def test_eager_equals_jit(name):
-    weighting, state, step = parts(ROWS[name])
-    eager = yoto.value_and_grad(loss_fn, weighting)
-    expected = step(PARAMS, state, BATCHES[0])
-    assert_close(eager(PARAMS, state, BATCHES[0]), expected)
+    CHECKS["eager"](trial_of(ROWS[name]))
 
 
 def test_the_gradient_is_the_weighted_sum(row):
-    _, state, step = parts(row)
-    for x in BATCHES[:2]:
-        losses, grads, state = step(PARAMS, state, x)
-    weights = optax.tree.get(state, "loss_weights")
-    composite = lambda p: sum(
-        weights[name] * loss for name, loss in loss_fn(p, BATCHES[1]).items()
-    )
-    assert_close(grads, jax.grad(composite)(PARAMS))
-    assert_close(losses, loss_fn(PARAMS, BATCHES[1]))
+    CHECKS["gradient"](trial_of(row))
 
 
 @pytest.mark.parametrize("count", [1, 40])
 def test_one_loss_and_forty(row, count):
-    count = max(count, row.at_least)
-    _, state, step = parts(row, count)
-    for x in BATCHES[:2]:
-        _, grads, state = step(PARAMS, state, x)
-    chex.assert_tree_all_finite(unkeyed((grads, state)))
-    assert int(optax.tree.get(state, "num_skipped")) == 0
-    assert len(jax.tree.leaves(optax.tree.get(state, "loss_weights"))) == count
+    trial = trial_of(row, max(count, row.at_least))
+    CHECKS["training"](trial)
+    weights = optax.tree.get(trial.stay(2)[-1], "loss_weights")
+    assert len(jax.tree.leaves(weights)) == max(count, row.at_least)
 
 
 def test_low_precision_and_double(row):
-    for dtype, wide in (("bfloat16", "float32"), ("float64", "float64")):
-        with jax.enable_x64(dtype == "float64"):
-            cast = lambda x: jnp.asarray(np.asarray(x), dtype)
-            params = jax.tree.map(cast, PARAMS)
-            weighting = row.make("a")
-            state = weighting.init(jax.eval_shape(loss_fn, params, cast(BATCHES[0])))
-            step = yoto.value_and_grad(loss_fn, weighting, statistics=extra(weighting))
-            step = jax.jit(step)
-            for x in BATCHES[:2]:
-                losses, grads, new = step(params, state, cast(x))
-                assert types(new) == types(state)
-                state = new
-            chex.assert_trees_all_equal_dtypes(grads, params)
-            assert losses["a"].dtype == dtype
-            assert optax.tree.get(state, "loss_weights")["a"].dtype == wide
-            chex.assert_tree_all_finite(unkeyed((grads, state)))
+    CHECKS["precision"](trial_of(row))
 
 
 def test_zero_gradients_give_finite_weights(row):
-    _, state, step = parts(row)
-    nothing = jax.tree.map(jnp.zeros_like, PARAMS)  # No loss has a slope there.
-    for x in BATCHES[:3]:
-        _, grads, state = step(nothing, state, x)
-        assert not any(jnp.any(g) for g in jax.tree.leaves(grads))
-    chex.assert_tree_all_finite(unkeyed((grads, state)))
-    assert int(optax.tree.get(state, "num_skipped")) == 0
+    CHECKS["zero gradients"](trial_of(row))
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_bad_batch_changes_nothing_but_a_counter(row, bad):
-    _, state, step = parts(row)
-    for x in BATCHES[:2]:
-        _, _, state = step(PARAMS, state, x)
-    spoilt = BATCHES[2].at[3, 1].set(bad)
-    spoilt = spoilt.at[4, 1].set(-bad)  # tanh turns infinities into numbers
-    poison = jax.tree.map(lambda p: p * bad, PARAMS)
-    _, _, after = step(poison, state, spoilt)
-    skipped = int(optax.tree.get(after, "num_skipped"))
-    assert skipped == 1
-    expected = optax.tree.set(state, num_skipped=jnp.int32(1))
-    if optax.tree.get(state, "accepted") is not None:  # what became of the last batch
-        expected = optax.tree.set(expected, accepted=jnp.asarray(False))
-    chex.assert_trees_all_equal(unkeyed(after), unkeyed(expected))
-    _, grads, state = step(PARAMS, after, BATCHES[3])
-    chex.assert_tree_all_finite(unkeyed((grads, state)))
+def test_a_bad_batch_changes_nothing_but_a_counter(row):
+    CHECKS["bad batches"](trial_of(row))
+
+
+def test_a_bad_number_changes_nothing_but_a_counter(row):
+    CHECKS["bad numbers"](trial_of(row))
+
+
+def test_absent_losses_leave_no_trace(row):
+    CHECKS["absent losses"](trial_of(row))
+
+
+def test_losses_that_trade_places_trade_weights_unless_order_matters(row):
+    if row.order_matters:
+        with pytest.raises(AssertionError, match="order_matters=True"):
+            CHECKS["order"](trial_of(row))
+    else:
+        CHECKS["order"](trial_of(row))
+
+
+def test_nothing_is_promoted_in_silence(row):
+    CHECKS["promotion"](trial_of(row))
+
+
+def test_what_does_not_fit_is_an_error(row):
+    CHECKS["errors"](trial_of(row))
+
+
+def test_no_check_is_left_out():
+    source = inspect.getsource(inspect.getmodule(test_no_check_is_left_out))
+    assert all(f'CHECKS["{name}"]' in source for name in CHECKS)
 
 
 def test_a_checkpoint_continues_bit_for_bit(row, tmp_path):
-    weighting, state, step = parts(row)
-    for x in BATCHES[:3]:
-        _, _, state = step(PARAMS, state, x)
+    trial = trial_of(row)
+    weighting, step, params = trial.weighting, trial.step, trial.params
+    _, _, state = trial.stay(3)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
-        like = jax.eval_shape(weighting.init, jax.eval_shape(loss_fn, PARAMS, x))
+        losses = jax.eval_shape(trial.loss_fn, params, trial.batches[0])
+        like = jax.eval_shape(weighting.init, losses)
         restored = checkpointer.restore(tmp_path / "state", like)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
-    for x in BATCHES[3:5]:
-        _, grads, state = step(PARAMS, state, x)
-        _, again, restored = step(PARAMS, restored, x)
+    for x in trial.batches[3:5]:
+        _, grads, state = step(params, state, x)
+        _, again, restored = step(params, restored, x)
     chex.assert_trees_all_equal(again, grads)
     chex.assert_trees_all_equal(unkeyed(restored), unkeyed(state))
 
@@ -316,23 +206,22 @@ MESH = jax.make_mesh((8,), ("d",), axis_types=AUTO) if jax.device_count() >= 8 e
 
 @pytest.mark.skipif(MESH is None, reason="needs eight (virtual) devices")
 def test_eight_devices_equal_one(row):
-    weighting, state, one = parts(row)
-    f: Any = loss_fn
-    options: dict[str, Any] = {"statistics": extra(weighting)}
-    if not set(weighting.needs) <= {"losses", "ntk_diagonal"}:
-        f = functools.partial(head, 3)
-        options = {"gradients": yoto.of_representation(encoder)}
-        one = jax.jit(yoto.value_and_grad(f, weighting, **options))
-    many = yoto.value_and_grad(f, weighting, axis_name="d", **options)
+    trial = trial_of(row)
+    f, one, options = trial.loss_fn, trial.step, {}
+    if not set(trial.weighting.needs) <= {"losses", "ntk_diagonal"}:
+        f = trial.heads
+        options = {"gradients": yoto.of_representation(trial.encoder)}
+        one = jax.jit(trial.value_and_grad(f, **options))
+    many = trial.value_and_grad(f, axis_name="d", **options)
     ways: dict[str, Any] = {"shard_map": on_shards(many)}
     if row in PMAPPED:
         ways["pmap"] = on_replicas(many)
     # Placed as they come out: otherwise the second step is another program.
     everywhere = jax.sharding.NamedSharding(MESH, jax.P())
-    params, first = jax.device_put((PARAMS, state), everywhere)
-    expected, got = state, dict.fromkeys(ways, first)
-    for x in BATCHES[:2]:
-        losses, grads, expected = one(PARAMS, expected, x)
+    params, first = jax.device_put((trial.params, trial.init()), everywhere)
+    expected, got = trial.init(), dict.fromkeys(ways, first)
+    for x in trial.batches[:2]:
+        losses, grads, expected = one(trial.params, expected, x)
         for name, way in ways.items():
             out = way(params, got[name], x)
             got[name] = jax.device_put(out[2], everywhere)
@@ -351,33 +240,137 @@ def on_shards(step):
     return jax.jit(jax.shard_map(step, mesh=MESH, in_specs=in_specs, out_specs=jax.P()))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-def test_nothing_is_promoted_in_silence(row, dtype):
-    weighting = row.make("a")
-    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, dtype)
+# The registry tells the truth.
 
-    def run(losses, gramian, numbers, norm):
-        given = {
-            name: gramian if name == "gramian" else numbers
-            for name in weighting.needs
-            if name != "losses"
-        }
-        first = weighting.init(losses)
-        weights, state = weighting.update(losses, first, **given)
-        if weighting.due:
-            weighting.due(state)
-        if weighting.observe:
-            norms = {"cotangent_norm": norm, "gradient_norm": norm}
-            state = weighting.observe(state, **norms)
-        if weighting.observe_step:
-            state = weighting.observe_step(losses, state)
-        return weights, first, state
+methods = pytest.mark.parametrize(
+    "row", [ROWS[name] for name in METHODS], ids=list(METHODS), indirect=True
+)
 
-    with jax.enable_x64(dtype == "float64"), jax.numpy_dtype_promotion("strict"):
-        losses = {name: shape() for name in "abc"}
-        traced = (losses, shape(3, 3), shape(3), shape())
-        weights, first, state = jax.eval_shape(run, *traced)
-    wide = jnp.float64 if dtype == "float64" else jnp.float32
-    assert all(weight.dtype == wide for weight in weights.values())
-    dtypes = lambda tree: [leaf.dtype for leaf in jax.tree.leaves(tree)]
-    assert dtypes(first) == dtypes(state)
+
+def after_updates(trial, count=4, change=lambda seed, batch: None):
+    """Weights (K,) after some updates, with batches that are changed on the way."""
+    state = trial.init()
+    for seed in range(count):
+        change(seed, batch := trial.batch(seed))
+        weights, state = trial.tell(batch, state)
+    return np.stack(jax.tree.leaves(weights))
+
+
+@methods
+def test_weights_depend_on_what_a_method_needs_and_on_nothing_else(row):
+    method, trial = row.method, trial_of(row)
+    assert trial.weighting.needs == (method.needs or ("losses",))
+    plain = after_updates(trial)
+    for what in {"losses", *method.needs}:
+
+        def change(seed, batch, what=what):
+            x = batch.losses if what == "losses" else batch.statistics[what]
+            factors = np.exp(np.random.default_rng(seed).normal(size=len(x)))
+            x *= factors
+            if what == "gramian":
+                x *= factors[:, None]
+
+        changed = not np.array_equal(after_updates(trial, change=change), plain)
+        assert changed == (what in method.needs), what
+
+
+@methods
+def test_losses_that_a_method_does_not_accept_are_skipped(row):
+    accepts, trial = row.method.accepts, trial_of(row)
+    for value, accepted in ((0.0, accepts != "positive"), (-1.0, accepts == "any")):
+        batch, state = trial.batch(0), trial.init()
+        batch.losses[1] = value
+        _, state = trial.tell(batch, state)
+        assert (int(state.num_skipped) == 0) == accepted
+        if not accepted:
+            losses = dict(zip("abc", batch.losses.tolist(), strict=True))
+            seen = jax.tree.map(jnp.float32, batch.statistics)
+            with pytest.raises(ValueError, match=f"loss 'b' is {value:.4g}"):
+                trial.weighting.update(losses, trial.init(), **seen)
+
+
+@methods
+def test_the_sum_of_weights_is_as_the_registry_says(row):
+    sums = [after_updates(trial_of(row), count).sum() for count in (2, 4)]
+    known = {"1": 1, "K": 3}
+    found = [name for name, total in known.items() if np.allclose(sums, total)]
+    assert (found or ["free"]) == [row.method.sum_of_weights]
+
+
+@methods
+def test_weights_are_negative_where_the_registry_says_so(row):
+    method = row.method
+    if method.properties:  # which are tested by themselves
+        positive = "non-negative weights" in method.properties
+        assert method.negative_weights == (not positive)
+        return
+    fast = {"optimizer": optax.sgd(1.0)} if method.name == "auto_lambda" else {}
+    trial = Trial(method.example("a", **fast), about="a" if row.about else None)
+    least = min(after_updates(trial, count).min() for count in range(1, 20))
+    assert (least < 0) == method.negative_weights
+
+
+@methods
+def test_signature_state_and_papers_are_as_the_registry_says(row):
+    method = row.method
+    parameters = inspect.signature(method.factory).parameters.values()
+    required = [p.name for p in parameters if p.default is p.empty]
+    assert required == ([method.requires] if method.requires else [])
+    options = {"form": "log"} if method.name == "stch" else {}
+    inner = method.example("a", **options).init({"a": 1.0, "b": 1.0}).inner
+    assert (method.state is None) == (inner == ()) == (method.remembers == "nothing")
+    if method.state is not None:
+        assert type(inner) is getattr(weightings, method.state)
+    text = " ".join(inspect.getdoc(method.factory).split())
+    assert method.papers
+    for paper in method.papers:
+        assert f"`{paper.title} <{paper.url}>`_, {paper.year}" in text
+        assert paper.author in text.split("References:")[1]
+
+
+@methods
+def test_properties_agree_with_what_else_the_registry_says(row):
+    method = row.method
+    gramian = method.needs == ("gramian",) and method.requires is None
+    assert bool(method.properties) == (gramian or method.name == "equal")
+    if method.properties:
+        permutes = "permutation equivariant" in method.properties
+        assert permutes == (not method.order_matters)
+
+
+def test_methods_that_need_two_losses_say_so():
+    for method in METHODS.values():
+        if method.smallest_count > 1:
+            with pytest.raises(ValueError, match="besides the downstream one"):
+                method.example("a").init({"a": 1.0})
+
+
+def test_what_the_registry_names_is_there_and_nothing_else():
+    stated = {method.state for method in METHODS.values()} - {None}
+    stated |= {wrapper.state for wrapper in _registry.WRAPPERS}
+    helpers = {helper for method in METHODS.values() for helper in method.helpers}
+    wrappers = {wrapper.name for wrapper in _registry.WRAPPERS}
+    own = {"Method", "Paper", "methods"}
+    assert {*weightings.__all__} == {*METHODS} | stated | helpers | wrappers | own
+    assert wrappers == {*WRAPPED} - {"all wrapped"}
+    for wrapper in _registry.WRAPPERS:
+        state = WRAPPED[wrapper.name]("a").init({"a": 1.0, "b": 1.0})
+        assert type(state) is getattr(weightings, wrapper.state)
+    with pytest.raises(TypeError):
+        METHODS["mine"] = METHODS["famo"]
+
+
+def test_the_files_of_methods_are_those_of_the_registry():
+    folder = pathlib.Path(weightings.__file__).parent
+    shared = {"__init__", "_averages", "_bounds", "_inner_optimizer", "_registry"}
+    found = {path.stem for path in folder.glob("*.py")} - shared
+    assert found == {*_registry.HOMES.values()} - shared
+
+
+def test_type_checkers_see_the_names_of_the_registry():
+    source = inspect.getsource(weightings)
+    lines = re.findall(
+        r"from yoto_jax\.weightings\.(\w+) import \(?\s*(\w+) as \2\b", source
+    )
+    seen = {name: module for module, name in lines if module != "_registry"}
+    assert seen == dict(_registry.HOMES)

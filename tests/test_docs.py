@@ -10,6 +10,8 @@ import tomllib
 import pytest
 
 import yoto_jax as yoto
+import yoto_jax.testing
+from benchmarks import _common, _methods_table
 
 ROOT = pathlib.Path(__file__).parent.parent
 GUIDES = set((ROOT / "docs").glob("*.md")) - {ROOT / "docs" / "dependencies.md"}
@@ -95,7 +97,7 @@ def test_links_of_the_readme_on_pypi_lead_to_the_repository():
     assert f"repository-code: {source}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-PACKAGES = (yoto.conditional, yoto.monitoring, yoto.weightings)
+PACKAGES = (yoto.conditional, yoto.monitoring, yoto.testing, yoto.weightings)
 NAMES = {package.__name__.split(".")[-1] for package in PACKAGES}
 PUBLIC = [(yoto, name) for name in yoto.__all__ if name not in NAMES]
 PUBLIC += [(package, name) for package in PACKAGES for name in package.__all__]
@@ -122,12 +124,12 @@ def test_all_is_what_a_package_shows(module):
     assert shown | NAMES == {*module.__all__} | NAMES
 
 
-@pytest.mark.parametrize("name", sorted({*yoto.weightings.__all__} - {"ntk_diagonal"}))
-def test_every_weighting_is_in_the_contract_and_in_the_table(name):
+def test_the_table_of_weightings_is_that_of_the_registry():
     page = (ROOT / "docs" / "weightings.md").read_text()
-    assert f"`{name}`" in page or f"`{name}(" in page
-    contract = (ROOT / "tests" / "test_contract_weightings.py").read_text()
-    assert re.search(rf"weightings\.{name}\b", contract)
+    block = _common.markdown(_methods_table.table(), numbers=False)
+    assert f"<!-- methods:begin -->\n{block}\n<!-- methods:end -->" in page
+    for name in ("normalize", "smooth", "every", "skip_outliers"):
+        assert re.search(rf"`{name}\b", page)
 
 
 def test_the_core_imports_jax_and_optax_alone():
@@ -147,7 +149,8 @@ def test_importing_the_package_imports_no_more_than_it_has_to():
     new = run(code).stdout.split()
     # All else is there with Optax: checkify alone would double the time.
     assert {name.split(".")[0] for name in new} == {"yoto_jax"}
-    for name in ("conditional", "monitoring", "checkpoints", "weightings._grap"):
+    late = ("conditional", "monitoring", "checkpoints", "testing", "weightings._grap")
+    for name in late:
         assert f"yoto_jax.{name}" not in new
 
 

@@ -10,8 +10,7 @@ import optax
 import pytest
 
 import yoto_jax as yoto
-from yoto_jax import weightings
-from yoto_jax._weighting import make_weighting
+from yoto_jax import make_weighting, weightings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -12,12 +12,12 @@ LAYERS = (
     ("_jaxlib", "_serialization", "_digests"),
     ("_checks", "_losses", "_numerics"),
     ("_params", "_masked_mean", "_loss_logits", "_solvers"),
-    ("_composite_loss", "_hyperparameter_decay"),
+    ("_composite_loss", "_hyperparameter_decay", "_unwrap_loss_logits"),
     ("_optimizers",),
-    ("_weighting", "_outliers"),
+    ("_weighting", "_loss_spec", "_make_weighting", "_outliers"),
     ("gradients", "_skip_outliers"),
     ("weightings",),
-    ("conditional", "monitoring", "checkpoints"),
+    ("conditional", "monitoring", "checkpoints", "testing"),
     ("linen", "nnx"),
 )
 """From the bottom to the top: a room imports from its own layer and from lower ones."""

@@ -18,8 +18,7 @@ import pytest
 import yoto_jax as yoto
 from tests import helpers
 from tests.test_devices import data, loss_fn
-from yoto_jax import monitoring, weightings
-from yoto_jax._weighting import make_weighting
+from yoto_jax import make_weighting, monitoring, weightings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -197,7 +197,7 @@ def test_the_model_of_an_all_reduce():
 @pytest.mark.usefixtures("quick_compilation")
 def test_it_writes_its_results(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "TIMED", ("plain", "yoto"))
-    monkeypatch.setattr(runs, "LOSS_DRIVEN", {})
+    monkeypatch.setattr(runs, "WEIGHTINGS", {"famo": runs.WEIGHTINGS["famo"]})
     monkeypatch.setattr(runs, "SAMPLE", ("plain", "yoto"))
     methods = ("collectives", "speed")
     options = Options("scaling", preset="quick", methods=methods, out=tmp_path)

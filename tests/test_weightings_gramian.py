@@ -6,34 +6,24 @@ import numpy as np
 import pytest
 
 from tests import _oracles_gramian as oracles
-from tests._properties import PROPERTIES, sample, weights_of
+from yoto_jax import weightings
+from yoto_jax.testing import check_gramian_properties, gramian_properties
+from yoto_jax.testing._gramian import sample, weights_of
 from yoto_jax.weightings._aligned_mtl import aligned_mtl
 from yoto_jax.weightings._cagrad import cagrad
-from yoto_jax.weightings._config import config
-from yoto_jax.weightings._dual_proj import dual_proj
 from yoto_jax.weightings._fair_grad import fair_grad
 from yoto_jax.weightings._gradvac import gradvac
-from yoto_jax.weightings._imtl_g import imtl_g
 from yoto_jax.weightings._mgda import mgda
 from yoto_jax.weightings._nash_mtl import nash_mtl
-from yoto_jax.weightings._pcgrad import pcgrad
 from yoto_jax.weightings._upgrad import upgrad
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 PAIR = np.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
 METHODS = {
-    "aligned_mtl": aligned_mtl(),
-    "cagrad": cagrad(),
-    "config": config(),
-    "dual_proj": dual_proj(),
-    "fair_grad": fair_grad(),
-    "gradvac": gradvac(),
-    "imtl_g": imtl_g(),
-    "mgda": mgda(),
-    "nash_mtl": nash_mtl(),
-    "pcgrad": pcgrad(),
-    "upgrad": upgrad(),
+    name: method.example()
+    for name, method in weightings.methods().items()
+    if method.needs == ("gramian",) and method.requires is None
 }
 # TorchJD's constants for the same matrix, and their own derivation for Nash.
 GOLDEN = {
@@ -220,41 +210,26 @@ def test_weights_are_finite_at_all_scales_and_ranks(name):
         assert np.isfinite(found).all()
 
 
-# What holds. The properties that are left out do not hold, which the samples show.
-CLAIMS = {
-    "aligned_mtl": "stops permutation",
-    "cagrad": "stops permutation non-negative",
-    "config": "off linear stops permutation direction",
-    "dual_proj": "non-conflicting off stops permutation non-negative",
-    "fair_grad": "off stops permutation non-negative",
-    "gradvac": "linear stops non-negative",
-    "imtl_g": "stops permutation",
-    "mgda": "non-conflicting off permutation non-negative",
-    "nash_mtl": "off stops permutation direction non-negative",
-    "pcgrad": "linear stops non-negative",
-    "upgrad": "non-conflicting off linear stops permutation non-negative",
-}
-KEYWORDS = {
-    "non-conflicting": "non-conflicting",
-    "off": "non-conflicting off stationarity",
-    "linear": "linear under scaling",
-    "stops": "stops at strong stationarity alone",
-    "permutation": "permutation equivariant",
-    "direction": "direction independent of scale",
-    "non-negative": "non-negative weights",
-}
-# With the default regularisation they hold up to that.
-EXACT = {
-    "upgrad": upgrad(regularization=1e-8),
-    "dual_proj": dual_proj(regularization=1e-8),
-}
+CLAIMS = {name: m for name, m in weightings.methods().items() if m.properties}
 
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_properties_hold_where_claimed_and_fail_where_not(name):
-    weighting = EXACT.get(name, METHODS[name])
-    held = {p for p, check in PROPERTIES.items() if check(weighting)}
-    assert held == {KEYWORDS[word] for word in CLAIMS[name].split()}
+    """What is not claimed does not hold, which the samples show."""
+    method = CLAIMS[name]
+    weighting = method.example(**(method.exact or {}))
+    found = gramian_properties(weighting)
+    assert {p for p, held in found.items() if held} == {*method.properties}
+    assert all(type(held) is bool for held in found.values())
+    check_gramian_properties(weighting, method.properties)
+    for missing in {*found} - {*method.properties}:
+        with pytest.raises(AssertionError, match=f"samples contradict '{missing}'"):
+            check_gramian_properties(weighting, [missing])
+
+
+def test_unknown_properties_are_an_error():
+    with pytest.raises(ValueError, match="unknown properties 'brave'; there are"):
+        check_gramian_properties(weightings.equal(), ["brave"])
 
 
 @pytest.mark.parametrize("c", [0.5, 1.0, 2.0])

@@ -7,8 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from yoto_jax import weightings
-from yoto_jax._weighting import make_weighting
+from yoto_jax import make_weighting, weightings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -15,11 +15,14 @@ from yoto_jax._hyperparameter_decay import regularizer as regularizer
 from yoto_jax._loss_logits import LossLogits as LossLogits
 from yoto_jax._loss_logits import init_loss_logits as init_loss_logits
 from yoto_jax._loss_logits import loss_weights as loss_weights
+from yoto_jax._loss_spec import LossSpec as LossSpec
+from yoto_jax._make_weighting import make_weighting as make_weighting
 from yoto_jax._masked_mean import MaskedLosses as MaskedLosses
 from yoto_jax._masked_mean import masked_mean as masked_mean
 from yoto_jax._optimizers import adamw as adamw
 from yoto_jax._optimizers import label_loss_logits as label_loss_logits
 from yoto_jax._optimizers import sgdw as sgdw
+from yoto_jax._skip_outliers import SkipOutliersState as SkipOutliersState
 from yoto_jax._skip_outliers import skip_outliers as skip_outliers
 from yoto_jax._weighting import LossWeighting as LossWeighting
 from yoto_jax._weighting import WeightingState as WeightingState
@@ -40,8 +43,10 @@ __version__ = "0.1.0"
 __all__ = [
     "HyperparameterDecayState",
     "LossLogits",
+    "LossSpec",
     "LossWeighting",
     "MaskedLosses",
+    "SkipOutliersState",
     "WeightingState",
     "adamw",
     "add_hyperparameter_decay",
@@ -51,6 +56,7 @@ __all__ = [
     "init_loss_logits",
     "label_loss_logits",
     "loss_weights",
+    "make_weighting",
     "masked_mean",
     "monitoring",
     "of_parameters",

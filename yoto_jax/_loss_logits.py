@@ -72,8 +72,8 @@ class LossLogits:
         """The logits as a tree like the losses, with ``None`` at the primary loss."""
         learned = iter(range(self.structure.num_leaves))
         return self.structure.unflatten(
-            None if leaf == self.primary else self.learned[..., next(learned)]
-            for leaf in range(self.structure.num_leaves)
+            None if position == self.primary else self.learned[..., next(learned)]
+            for position in range(self.structure.num_leaves)
         )
 
     @property
@@ -84,8 +84,8 @@ class LossLogits:
     def __repr__(self) -> str:
         learned = iter(range(self.structure.num_leaves))
         values = (
-            "None" if leaf == self.primary else _show(self.learned, next(learned))
-            for leaf in range(self.structure.num_leaves)
+            "None" if position == self.primary else _show(self.learned, next(learned))
+            for position in range(self.structure.num_leaves)
         )
         entries = (
             f"{name or 'loss'}={value}"
@@ -149,7 +149,7 @@ def init_loss_logits(
     if not leaves:
         raise ValueError("losses has no leaves: there is nothing to weigh.")
     position = None if primary is None else find_loss("primary", primary, losses, names)
-    auxiliary = [name for leaf, name in enumerate(names) if leaf != position]
+    auxiliary = [name for k, name in enumerate(names) if k != position]
     values = _epsilon_per_loss(epsilon, auxiliary)
     if any(isinstance(value, jax.core.Tracer) for value in values):
         learned = jnp.log(jnp.stack([jnp.asarray(v, jnp.float32) for v in values]))
@@ -188,8 +188,8 @@ def loss_weights(mu: LossLogits) -> PyTree:
     check_loss_logits(mu)
     weights = softmax(upcast(mu.learned), mu.primary is not None)
     order = primary_first(range(mu.structure.num_leaves), mu.primary)
-    by_leaf = {leaf: weights[..., place] for place, leaf in enumerate(order)}
-    return mu.structure.unflatten(by_leaf[leaf] for leaf in sorted(by_leaf))
+    by_position = {position: weights[..., k] for k, position in enumerate(order)}
+    return mu.structure.unflatten(by_position[k] for k in sorted(by_position))
 
 
 def primary_first(items: Sequence[Any], primary: int | None) -> list[Any]:

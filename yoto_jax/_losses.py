@@ -120,19 +120,19 @@ def find_loss(role: str, chosen: Any, losses: PyTree, names: Sequence[str]) -> i
         within = jax.tree.structure(losses[chosen]).num_leaves
         found = list(range(before, before + within))
     else:
-        found = [leaf for leaf, name in enumerate(names) if name == wanted]
+        found = [index for index, name in enumerate(names) if name == wanted]
         found = found or [
-            leaf for leaf, name in enumerate(names) if name.endswith("/" + wanted)
+            index for index, name in enumerate(names) if name.endswith("/" + wanted)
         ]
         found = found or [
-            leaf for leaf, name in enumerate(names) if name.startswith(wanted + "/")
+            index for index, name in enumerate(names) if name.startswith(wanted + "/")
         ]
     if not found:
         raise ValueError(
             f"{role} {chosen!r} is unknown; the losses are: {listed(names)}."
         )
     if len(found) > 1:
-        matches = listed(names[leaf] for leaf in found)
+        matches = listed(names[index] for index in found)
         raise ValueError(
             f"{role} {chosen!r} is ambiguous; name one loss among {matches}."
         )

@@ -40,10 +40,11 @@ def stack(entries: Sequence[jax.Array]) -> jax.Array:
     if len(entries) > _UNROLL:
         return jnp.stack(entries, axis=-1)
     shape = (*entries[0].shape, len(entries))
-    place = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+    positions = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
     stacked = jnp.broadcast_to(entries[-1][..., None], shape)
-    for index in reversed(range(len(entries) - 1)):
-        stacked = jnp.where(place == index, entries[index][..., None], stacked)
+    for position in reversed(range(len(entries) - 1)):
+        entry = entries[position][..., None]
+        stacked = jnp.where(positions == position, entry, stacked)
     return stacked
 
 

@@ -10,9 +10,9 @@ import optax
 from yoto_jax._loss_logits import LossLogits, is_loss_logits
 from yoto_jax._losses import PyTree, check_structure, scalar_losses, stack_present
 from yoto_jax._numerics import all_finite, upcast
-from yoto_jax._optimizers import unwrap_loss_logits
 from yoto_jax._outliers import LossScales, OutlierRule, choose, loss_vector
 from yoto_jax._serialization import serializable_state
+from yoto_jax._unwrap_loss_logits import unwrap_loss_logits
 
 
 @serializable_state

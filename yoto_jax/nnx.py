@@ -20,7 +20,7 @@ except ModuleNotFoundError as error:
 from yoto_jax._composite_loss import composite_loss
 from yoto_jax._loss_logits import init_loss_logits, loss_weights
 from yoto_jax._losses import PyTree
-from yoto_jax._optimizers import unwrap_loss_logits as unwrap_loss_logits
+from yoto_jax._unwrap_loss_logits import unwrap_loss_logits as unwrap_loss_logits
 from yoto_jax._weighting import LossWeighting
 from yoto_jax.conditional._film import (
     SLOPE,

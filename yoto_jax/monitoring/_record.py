@@ -27,8 +27,8 @@ from yoto_jax._losses import (
     scalar_losses,
 )
 from yoto_jax._numerics import upcast
-from yoto_jax._optimizers import unwrap_loss_logits
 from yoto_jax._serialization import serializable_state
+from yoto_jax._unwrap_loss_logits import unwrap_loss_logits
 from yoto_jax._weighting import LossWeighting, and_present
 from yoto_jax.weightings._wrappers import observing_inner
 

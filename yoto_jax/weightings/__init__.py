@@ -1,29 +1,43 @@
 """Loss weightings: one function for each method, all with the same use.
 
 A weighting goes into :func:`yoto_jax.value_and_grad` or :func:`yoto_jax.aggregate`.
+:func:`methods` tells what is known of each.
 """
 
-import importlib
 import typing
 
-if typing.TYPE_CHECKING:
+from yoto_jax.weightings._registry import HOMES as _HOMES
+from yoto_jax.weightings._registry import Method as Method
+from yoto_jax.weightings._registry import Paper as Paper
+from yoto_jax.weightings._registry import find as _find
+from yoto_jax.weightings._registry import methods as methods
+
+if typing.TYPE_CHECKING:  # For type checkers: the names that the registry has.
     from yoto_jax.weightings._aligned_mtl import aligned_mtl as aligned_mtl
+    from yoto_jax.weightings._auto_lambda import AutoLambdaState as AutoLambdaState
     from yoto_jax.weightings._auto_lambda import auto_lambda as auto_lambda
+    from yoto_jax.weightings._averages import AverageState as AverageState
     from yoto_jax.weightings._cagrad import cagrad as cagrad
     from yoto_jax.weightings._causal import causal as causal
     from yoto_jax.weightings._config import config as config
     from yoto_jax.weightings._dual_proj import dual_proj as dual_proj
+    from yoto_jax.weightings._dwa import DwaState as DwaState
     from yoto_jax.weightings._dwa import dwa as dwa
     from yoto_jax.weightings._fair_grad import fair_grad as fair_grad
+    from yoto_jax.weightings._famo import FamoState as FamoState
     from yoto_jax.weightings._famo import famo as famo
     from yoto_jax.weightings._geometric import geometric as geometric
     from yoto_jax.weightings._grad_norm_balance import (
         grad_norm_balance as grad_norm_balance,
     )
+    from yoto_jax.weightings._gradnorm import GradNormState as GradNormState
     from yoto_jax.weightings._gradnorm import gradnorm as gradnorm
+    from yoto_jax.weightings._gradvac import GradVacState as GradVacState
     from yoto_jax.weightings._gradvac import gradvac as gradvac
+    from yoto_jax.weightings._grap import GrapState as GrapState
     from yoto_jax.weightings._grap import grap as grap
     from yoto_jax.weightings._imtl_g import imtl_g as imtl_g
+    from yoto_jax.weightings._imtl_l import ImtlLState as ImtlLState
     from yoto_jax.weightings._imtl_l import imtl_l as imtl_l
     from yoto_jax.weightings._lr_annealing import lr_annealing as lr_annealing
     from yoto_jax.weightings._mgda import mgda as mgda
@@ -31,83 +45,49 @@ if typing.TYPE_CHECKING:
     from yoto_jax.weightings._ntk import ntk as ntk
     from yoto_jax.weightings._ntk import ntk_diagonal as ntk_diagonal
     from yoto_jax.weightings._ntk import ntk_surrogate as ntk_surrogate
+    from yoto_jax.weightings._pcgrad import PCGradState as PCGradState
     from yoto_jax.weightings._pcgrad import pcgrad as pcgrad
+    from yoto_jax.weightings._random import RandomState as RandomState
     from yoto_jax.weightings._random import random as random
+    from yoto_jax.weightings._relobralo import RelobraloState as RelobraloState
     from yoto_jax.weightings._relobralo import relobralo as relobralo
     from yoto_jax.weightings._scale_invariant import scale_invariant as scale_invariant
+    from yoto_jax.weightings._skip_outliers import (
+        SkipOutliersState as SkipOutliersState,
+    )
     from yoto_jax.weightings._skip_outliers import skip_outliers as skip_outliers
+    from yoto_jax.weightings._softadapt import SoftAdaptState as SoftAdaptState
     from yoto_jax.weightings._softadapt import softadapt as softadapt
+    from yoto_jax.weightings._softmax_alignment import (
+        SoftmaxAlignmentState as SoftmaxAlignmentState,
+    )
     from yoto_jax.weightings._softmax_alignment import (
         softmax_alignment as softmax_alignment,
     )
     from yoto_jax.weightings._static import equal as equal
     from yoto_jax.weightings._static import static as static
+    from yoto_jax.weightings._stch import StchState as StchState
     from yoto_jax.weightings._stch import stch as stch
+    from yoto_jax.weightings._uncertainty import UncertaintyState as UncertaintyState
     from yoto_jax.weightings._uncertainty import uncertainty as uncertainty
     from yoto_jax.weightings._upgrad import upgrad as upgrad
+    from yoto_jax.weightings._wrappers import EveryState as EveryState
+    from yoto_jax.weightings._wrappers import NormalizeState as NormalizeState
+    from yoto_jax.weightings._wrappers import SmoothState as SmoothState
     from yoto_jax.weightings._wrappers import every as every
     from yoto_jax.weightings._wrappers import normalize as normalize
     from yoto_jax.weightings._wrappers import smooth as smooth
+    from yoto_jax.weightings._yoto import YotoState as YotoState
     from yoto_jax.weightings._yoto import yoto as yoto
 
-__all__ = [
-    "aligned_mtl",
-    "auto_lambda",
-    "cagrad",
-    "causal",
-    "config",
-    "dual_proj",
-    "dwa",
-    "equal",
-    "every",
-    "fair_grad",
-    "famo",
-    "geometric",
-    "grad_norm_balance",
-    "gradnorm",
-    "gradvac",
-    "grap",
-    "imtl_g",
-    "imtl_l",
-    "lr_annealing",
-    "mgda",
-    "nash_mtl",
-    "normalize",
-    "ntk",
-    "ntk_diagonal",
-    "ntk_surrogate",
-    "pcgrad",
-    "random",
-    "relobralo",
-    "scale_invariant",
-    "skip_outliers",
-    "smooth",
-    "softadapt",
-    "softmax_alignment",
-    "static",
-    "stch",
-    "uncertainty",
-    "upgrad",
-    "yoto",
-]
-
-_SHARED = {
-    "equal": "_static",
-    "every": "_wrappers",
-    "normalize": "_wrappers",
-    "ntk_diagonal": "_ntk",
-    "ntk_surrogate": "_ntk",
-    "smooth": "_wrappers",
-}
-"""Modules that hold more than the function they are named after."""
+__all__ = ["Method", "Paper", "methods", *_HOMES]
 
 
 def __getattr__(name: str) -> typing.Any:
     """A method is imported when it is first asked for: there are many of them."""
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{__name__}.{_SHARED.get(name, '_' + name)}")
-    globals()[name] = getattr(module, name)
+    globals()[name] = _find(name)
     return globals()[name]
 
 

@@ -5,9 +5,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from yoto_jax._loss_spec import LossSpec
 from yoto_jax._losses import PyTree
+from yoto_jax._make_weighting import make_weighting
 from yoto_jax._solvers import dot, spectrum, unit_trace
-from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
+from yoto_jax._weighting import LossWeighting
 
 
 def aligned_mtl(

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from yoto_jax._loss_spec import LossSpec
 from yoto_jax._losses import PyTree
+from yoto_jax._make_weighting import make_weighting
 from yoto_jax._serialization import serializable_state
-from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
+from yoto_jax._weighting import LossWeighting
 from yoto_jax.weightings._inner_optimizer import descend, init_each
 
 
@@ -92,8 +94,8 @@ def auto_lambda(
     def current(meta_weights: jax.Array, spec: LossSpec) -> jax.Array:
         if downstream_weight is None:
             return meta_weights
-        place = spec.position("downstream", downstream)
-        return meta_weights.at[place].set(downstream_weight)
+        position = spec.position("downstream", downstream)
+        return meta_weights.at[position].set(downstream_weight)
 
     def init(spec: LossSpec) -> AutoLambdaState:
         spec.position("downstream", downstream)

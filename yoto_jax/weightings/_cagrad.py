@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._checks import check_not_negative
+from yoto_jax._loss_spec import LossSpec
+from yoto_jax._make_weighting import make_weighting
 from yoto_jax._numerics import where_rows
 from yoto_jax._solvers import (
     combined_norm,
@@ -15,7 +17,7 @@ from yoto_jax._solvers import (
     smallest_convex_combination,
     unit_trace,
 )
-from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
+from yoto_jax._weighting import LossWeighting
 
 
 def cagrad(c: float = 0.5, *, rescale: Literal[0, 1, 2] = 0) -> LossWeighting:

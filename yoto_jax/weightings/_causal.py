@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._checks import check_not_negative
-from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
+from yoto_jax._loss_spec import LossSpec
+from yoto_jax._make_weighting import make_weighting
+from yoto_jax._weighting import LossWeighting
 
 
 def causal(tolerance: float = 1.0) -> LossWeighting:

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._checks import check_not_negative, check_positive
+from yoto_jax._loss_spec import LossSpec
+from yoto_jax._make_weighting import make_weighting
 from yoto_jax._solvers import cosines, safe_divide, solve_power_equation
-from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
+from yoto_jax._weighting import LossWeighting
 
 
 def fair_grad(alpha: float = 2.0, *, regularization: float = 1e-4) -> LossWeighting:

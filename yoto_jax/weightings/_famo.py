@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from yoto_jax._checks import check_not_negative
+from yoto_jax._loss_spec import LossSpec
 from yoto_jax._losses import PyTree
+from yoto_jax._make_weighting import make_weighting, refuse_losses
 from yoto_jax._serialization import serializable_state
-from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting, refuse_losses
+from yoto_jax._weighting import LossWeighting
 from yoto_jax.weightings._inner_optimizer import descend, init_each
 
 

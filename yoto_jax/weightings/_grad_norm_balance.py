@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._checks import check_positive
-from yoto_jax._weighting import LossSpec, LossWeighting
+from yoto_jax._loss_spec import LossSpec
+from yoto_jax._weighting import LossWeighting
 from yoto_jax.weightings._averages import averaged
 
 

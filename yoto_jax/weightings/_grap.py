@@ -9,11 +9,13 @@ import optax
 from jax import lax
 
 from yoto_jax._checks import check_decay, check_hyperparameter
+from yoto_jax._loss_spec import LossSpec
 from yoto_jax._losses import PyTree
+from yoto_jax._make_weighting import make_weighting
 from yoto_jax._numerics import running_mean
 from yoto_jax._serialization import serializable_state
 from yoto_jax._solvers import dot, safe_divide, solve_bounded_qp
-from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
+from yoto_jax._weighting import LossWeighting
 from yoto_jax.weightings._inner_optimizer import descend, init_each
 
 Algorithm = Literal[

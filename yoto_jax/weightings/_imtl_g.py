@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from yoto_jax._loss_spec import LossSpec
+from yoto_jax._make_weighting import make_weighting
 from yoto_jax._solvers import cosines, equal_cosine_weights, safe_divide
-from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
+from yoto_jax._weighting import LossWeighting
 
 
 def imtl_g() -> LossWeighting:

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from yoto_jax._loss_spec import LossSpec
+from yoto_jax._make_weighting import make_weighting
 from yoto_jax._serialization import serializable_state
-from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
+from yoto_jax._weighting import LossWeighting
 from yoto_jax.weightings._bounds import LOG_LIMIT
 from yoto_jax.weightings._inner_optimizer import descend, init_each
 

@@ -5,7 +5,8 @@ from typing import Literal
 import jax
 
 from yoto_jax._checks import check_positive
-from yoto_jax._weighting import LossSpec, LossWeighting
+from yoto_jax._loss_spec import LossSpec
+from yoto_jax._weighting import LossWeighting
 from yoto_jax.weightings._averages import averaged, bounded_ratio
 
 

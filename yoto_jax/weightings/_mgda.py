@@ -5,8 +5,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from yoto_jax._loss_spec import LossSpec
+from yoto_jax._make_weighting import make_weighting
 from yoto_jax._solvers import safe_divide, smallest_convex_combination
-from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
+from yoto_jax._weighting import LossWeighting
 
 
 def mgda(

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._checks import check_not_negative, check_positive
+from yoto_jax._loss_spec import LossSpec
+from yoto_jax._make_weighting import make_weighting
 from yoto_jax._solvers import combined_norm, cosines, safe_divide, solve_power_equation
-from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
+from yoto_jax._weighting import LossWeighting
 
 
 def nash_mtl(

@@ -9,9 +9,10 @@ from jax import lax
 
 from yoto_jax._checks import check_positive
 from yoto_jax._jaxlib import check_jaxlib
+from yoto_jax._loss_spec import LossSpec
 from yoto_jax._losses import PyTree
 from yoto_jax._numerics import upcast
-from yoto_jax._weighting import LossSpec, LossWeighting
+from yoto_jax._weighting import LossWeighting
 from yoto_jax.weightings._averages import averaged, bounded_ratio
 
 

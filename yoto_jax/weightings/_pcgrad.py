@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._checks import as_key
+from yoto_jax._loss_spec import LossSpec
+from yoto_jax._make_weighting import make_weighting
 from yoto_jax._serialization import serializable_state
 from yoto_jax._solvers import HIGHEST, cosines, surgery, weights_of_rows
-from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
+from yoto_jax._weighting import LossWeighting
 
 
 @serializable_state

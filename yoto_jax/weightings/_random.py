@@ -5,8 +5,10 @@ from typing import NamedTuple
 import jax
 
 from yoto_jax._checks import as_key
+from yoto_jax._loss_spec import LossSpec
+from yoto_jax._make_weighting import make_weighting
 from yoto_jax._serialization import serializable_state
-from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
+from yoto_jax._weighting import LossWeighting
 
 
 @serializable_state

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._checks import as_key, check_fraction, check_not_negative, check_positive
+from yoto_jax._loss_spec import LossSpec
+from yoto_jax._make_weighting import make_weighting
 from yoto_jax._serialization import serializable_state
-from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
+from yoto_jax._weighting import LossWeighting
 from yoto_jax.weightings._bounds import LARGEST_RATIO
 
 

@@ -1,6 +1,7 @@
 """Weights that make the units of the losses irrelevant."""
 
-from yoto_jax._weighting import LossWeighting, make_weighting
+from yoto_jax._make_weighting import make_weighting
+from yoto_jax._weighting import LossWeighting
 
 
 def scale_invariant() -> LossWeighting:

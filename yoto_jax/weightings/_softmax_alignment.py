@@ -8,12 +8,14 @@ import optax
 
 from yoto_jax._checks import check_decay
 from yoto_jax._loss_logits import LossLogits, init_loss_logits, loss_weights
+from yoto_jax._loss_spec import LossSpec
 from yoto_jax._losses import PyTree
+from yoto_jax._make_weighting import make_weighting
 from yoto_jax._numerics import running_mean
 from yoto_jax._optimizers import adamw
 from yoto_jax._serialization import serializable_state
 from yoto_jax._solvers import cosines, dot, safe_divide
-from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
+from yoto_jax._weighting import LossWeighting
 from yoto_jax.weightings._inner_optimizer import descend, init_each
 
 
@@ -133,7 +135,7 @@ def softmax_alignment(
         gramian: jax.Array,
     ) -> tuple[jax.Array, SoftmaxAlignmentState]:
         del losses
-        place, others = spec.apart(downstream)
+        position, others = spec.apart(downstream)
         seen, norms = cosines(gramian)
         some = (norms > 0)[:, None] & (norms > 0)[None, :]
         angles = mean(inner.cosines, seen, inner.num_seen)
@@ -146,10 +148,10 @@ def softmax_alignment(
             squared = dot(share, dot(angles[others][:, others], share))
             rounding = jnp.finfo(spec.dtype).eps
             length = jnp.sqrt(jnp.maximum(squared, rounding))
-            return -dot(share, angles[others, place]) / length
+            return -dot(share, angles[others, position]) / length
 
         slope = jax.grad(objective)(inner.mu)
-        moves = jnp.full((len(others),), norms[place] > 0)
+        moves = jnp.full((len(others),), norms[position] > 0)
         there = None
         if spec.present is not None:
             moves &= spec.present[others]

@@ -4,8 +4,10 @@ from typing import Literal
 
 import jax
 
+from yoto_jax._loss_spec import LossSpec
 from yoto_jax._losses import PyTree
-from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
+from yoto_jax._make_weighting import make_weighting
+from yoto_jax._weighting import LossWeighting
 
 
 def static(weights: PyTree) -> LossWeighting:

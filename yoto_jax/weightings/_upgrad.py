@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._checks import check_not_negative
+from yoto_jax._loss_spec import LossSpec
 from yoto_jax._losses import PyTree
+from yoto_jax._make_weighting import make_weighting
 from yoto_jax._solvers import solve_axis_qps, unit_trace
-from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
+from yoto_jax._weighting import LossWeighting
 
 
 def upgrad(preference: PyTree = None, *, regularization: float = 1e-4) -> LossWeighting:

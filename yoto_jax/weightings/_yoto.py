@@ -7,10 +7,12 @@ import optax
 
 from yoto_jax._composite_loss import composite_loss
 from yoto_jax._loss_logits import LossLogits, init_loss_logits, loss_weights
+from yoto_jax._loss_spec import LossSpec
 from yoto_jax._losses import PyTree
+from yoto_jax._make_weighting import make_weighting
 from yoto_jax._optimizers import adamw
 from yoto_jax._serialization import serializable_state
-from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
+from yoto_jax._weighting import LossWeighting
 from yoto_jax.weightings._inner_optimizer import descend, init_each
 
 

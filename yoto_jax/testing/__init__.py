@@ -1,0 +1,21 @@
+"""What every weighting promises, as checks for whoever writes one.
+
+:func:`check_weighting` runs all of :func:`checks`; those of weightings that need the
+Gramian may also have some of the properties of :func:`gramian_properties`.
+"""
+
+from yoto_jax.testing._checks import check_weighting as check_weighting
+from yoto_jax.testing._checks import checks as checks
+from yoto_jax.testing._gramian import (
+    check_gramian_properties as check_gramian_properties,
+)
+from yoto_jax.testing._gramian import gramian_properties as gramian_properties
+from yoto_jax.testing._trial import Trial as Trial
+
+__all__ = [
+    "Trial",
+    "check_gramian_properties",
+    "check_weighting",
+    "checks",
+    "gramian_properties",
+]
