@@ -23,6 +23,9 @@ if typing.TYPE_CHECKING:
     from yoto_jax.weightings._gradnorm import gradnorm as gradnorm
     from yoto_jax.weightings._gradvac import gradvac as gradvac
     from yoto_jax.weightings._grap import grap as grap
+    from yoto_jax.weightings._grap_closed_form import (
+        grap_closed_form as grap_closed_form,
+    )
     from yoto_jax.weightings._imtl_g import imtl_g as imtl_g
     from yoto_jax.weightings._imtl_l import imtl_l as imtl_l
     from yoto_jax.weightings._lr_annealing import lr_annealing as lr_annealing
@@ -67,6 +70,7 @@ __all__ = [
     "gradnorm",
     "gradvac",
     "grap",
+    "grap_closed_form",
     "imtl_g",
     "imtl_l",
     "lr_annealing",
