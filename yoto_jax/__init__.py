@@ -20,6 +20,8 @@ from yoto_jax._masked_mean import masked_mean as masked_mean
 from yoto_jax._optimizers import adamw as adamw
 from yoto_jax._optimizers import label_loss_logits as label_loss_logits
 from yoto_jax._optimizers import sgdw as sgdw
+from yoto_jax._outliers import OutlierRule as OutlierRule
+from yoto_jax._outliers import SkipOutliersState as SkipOutliersState
 from yoto_jax._skip_outliers import skip_outliers as skip_outliers
 from yoto_jax._weighting import LossWeighting as LossWeighting
 from yoto_jax._weighting import WeightingState as WeightingState
@@ -38,6 +40,8 @@ __all__ = [
     "LossLogits",
     "LossWeighting",
     "MaskedLosses",
+    "OutlierRule",
+    "SkipOutliersState",
     "WeightingState",
     "adamw",
     "add_hyperparameter_decay",

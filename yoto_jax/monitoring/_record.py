@@ -28,6 +28,7 @@ from yoto_jax._losses import (
 )
 from yoto_jax._numerics import upcast
 from yoto_jax._optimizers import unwrap_loss_logits
+from yoto_jax._outliers import count_skipped
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import LossWeighting, and_present
 from yoto_jax.weightings._wrappers import observing_inner
@@ -81,10 +82,10 @@ class RecordedState(NamedTuple):
 
 
 def record(
+    *,
     length: int = 1000,
     every: jax.typing.ArrayLike = 1,
     hyperparameter_decay: optax.ScalarOrSchedule | None = None,
-    *,
     entropy: Entropy = "all",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keep the last loss weights in the state of an optimizer, to look at later.
@@ -221,7 +222,10 @@ def record(
 
 
 def recorded(
-    weighting: LossWeighting, length: int = 1000, every: jax.typing.ArrayLike = 1
+    weighting: LossWeighting,
+    *,
+    length: int = 1000,
+    every: jax.typing.ArrayLike = 1,
 ) -> LossWeighting:
     """Keep the last loss weights and losses in the state of a weighting.
 
@@ -280,9 +284,9 @@ def recorded(
     ) -> tuple[PyTree, RecordedState]:
         seen = and_present(weighting, statistics, present)
         weights, inner = weighting.update(losses, state.inner, **seen)
-        skipped = [x for _, x in optax.tree.get_all_with_path(inner, "num_skipped")]
-        count = sum(skipped) if skipped else -1
-        row = [*jax.tree.leaves(weights), *jax.tree.leaves(losses), count]
+        skipped = count_skipped(inner)
+        skipped = -1 if skipped is None else skipped
+        row = [*jax.tree.leaves(weights), *jax.tree.leaves(losses), skipped]
         return weights, RecordedState(_write(state.history, row, every), inner)
 
     return observing_inner(weighting)._replace(
