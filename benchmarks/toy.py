@@ -49,8 +49,8 @@ def above_bounds(weighting: yoto.LossWeighting) -> yoto.LossWeighting:
 
 w = yoto.weightings
 METHODS: dict[str, Build] = {
-    "equal": lambda key: w.equal("sum"),
-    "random": lambda key: w.random(key),
+    "equal": lambda key: w.equal(reduction="sum"),
+    "random": lambda key: w.random(key=key),
     "yoto": lambda key: w.yoto(None),
     "uncertainty": lambda key: above_bounds(w.uncertainty()),
     "scale_invariant": lambda key: above_bounds(w.scale_invariant()),

@@ -22,7 +22,7 @@ OURS = {
     "cagrad": weightings.cagrad(c=0.4),
     "mgda": weightings.mgda(),
     "nash_mtl": weightings.nash_mtl(regularization=0.0),
-    "fair_grad": weightings.fair_grad(2.0, regularization=0.0),
+    "fair_grad": weightings.fair_grad(alpha=2.0, regularization=0.0),
     "imtl_g": weightings.imtl_g(),
     "aligned_mtl": weightings.aligned_mtl(),
     "upgrad": weightings.upgrad(),

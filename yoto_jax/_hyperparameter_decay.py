@@ -56,7 +56,8 @@ def regularizer(
 
     Examples:
       >>> import yoto_jax as yoto
-      >>> mu = yoto.init_loss_logits({"depth": 0.0, "camera": 0.0}, "depth", 1.0)
+      >>> losses = {"depth": 0.0, "camera": 0.0}
+      >>> mu = yoto.init_loss_logits(losses, "depth", epsilon=1.0)
       >>> print(round(float(yoto.regularizer(mu)), 4))  # log(1/2) + log(2)
       0.0
 
@@ -167,10 +168,8 @@ def add_hyperparameter_decay(
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``.
       With ``present=``, a tree of booleans like the losses, the regulariser is that of
-      the losses that are there. Its ``init`` warns of parameters without loss logits,
-      as ``optax.flatten`` around it leaves them (but not of a part that
-      ``optax.partition`` or ``optax.masked`` picks, nor if rho is 0), and of logits of
-      less than 32 bits, which small steps do not move.
+      the losses that are there. Its ``init`` warns of parameters without loss logits
+      (as ``optax.flatten`` leaves them) and of logits of less than 32 bits.
 
     Raises:
       TypeError: rho is neither a number, nor a scalar array, nor a schedule.

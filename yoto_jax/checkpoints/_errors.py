@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from yoto_jax._losses import listed
 
 SHOWN = 6
-"""Names in a message; of further ones the number."""
+"""Error messages list this many names and count the rest."""
 LENGTH = 160
-"""Characters of a foreign message from its start, and from its end."""
+"""Error messages quote this many characters of both ends of a foreign message."""
 
 
 class CheckpointError(RuntimeError):

@@ -20,7 +20,7 @@ from yoto_jax.checkpoints._errors import CheckpointError, reason_of, some_of
 
 FORMAT = "yoto_jax checkpoint"
 VERSION = 1
-"""Of the record. A checkpoint of a newer version is refused."""
+"""The version of the record. A checkpoint of a newer version is refused."""
 
 ARRAYS = "arrays"
 """A part of a checkpoint, a folder with the arrays."""

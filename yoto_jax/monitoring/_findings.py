@@ -13,6 +13,9 @@ _FEWEST_ROWS = 10  # Fewer say nothing of a run.
 _NEARLY_ALL = 0.9  # Of the rows: some methods have a weight of 0 now and then.
 _SELDOM = 0.1  # Of the rows or steps: batches that are bad by chance are far fewer.
 _OTHER_GRADIENT = 10.0  # Times larger or smaller: no noise of batches makes that.
+_SMALLEST_SHARE = 1e-4  # Of the sum of all weights.
+_NEAR_PRIOR = 0.05  # Largest relative distance from the regulariser's own weights.
+_UNLIKE_SCALES = 1e3  # Largest ratio of two losses; a loss of 0 is left out.
 _SAID: set[tuple[str, tuple[str, ...]]] = set()  # In this process, by warn.
 
 
@@ -35,14 +38,7 @@ class LossWeightWarning(UserWarning):
     """Loss weights, or the losses behind them, look wrong; see :func:`check`."""
 
 
-def check(
-    history: History,
-    *,
-    collapsed: float = 1e-4,
-    prior: float = 0.05,
-    scale: float = 1e3,
-    last: int = 100,
-) -> list[Finding]:
+def check(history: History, *, last: int = 100) -> list[Finding]:
     """Say what looks wrong with the loss weights, and what to do about it.
 
     Everything is judged by the last rows together, never by a single one, and nothing
@@ -54,11 +50,11 @@ def check(
       nothing from more than one in ten: a loss was not positive where it has to be, or
       something was not finite. Bad batches that come by chance are far fewer.
     - ``"collapsed"``: in nine of ten rows, the share of a weight in all of them was
-      below ``collapsed``, and so was the share of the weighted loss, if losses are
+      below 1e-4, and so was the share of the weighted loss, if losses are
       known. A small weight on a large loss is as it should be.
-    - ``"prior"``: in nine of ten rows, all weights were within a fraction ``prior`` of
+    - ``"prior"``: in nine of ten rows, all weights were within a fraction 0.05 of
       those that the regulariser alone would choose. The losses have no say.
-    - ``"scale"``: the losses differ by more than a factor ``scale``, in the median.
+    - ``"scale"``: the losses differ by more than a factor 1000, in the median.
       With learned logits that is about the losses themselves, which the weights follow;
       with any other weighting about the weighted losses, which it should have evened
       out.
@@ -68,9 +64,6 @@ def check(
 
     Args:
       history: From :func:`history`.
-      collapsed: Smallest share of a weight (of 1).
-      prior: Largest relative distance from the regulariser's own weights.
-      scale: Largest ratio of two losses. A loss of exactly 0 is left out.
       last: How many rows to look at.
 
     Returns:
@@ -78,7 +71,7 @@ def check(
 
     Raises:
       TypeError: ``history`` is something else, such as the state.
-      ValueError: A limit, or ``last``, is not positive.
+      ValueError: ``last`` is not positive.
 
     Examples:
       >>> import numpy as np
@@ -91,7 +84,7 @@ def check(
       collapsed ('camera',)
     """
     check_history(history)
-    check_positive(collapsed=collapsed, prior=prior, scale=scale, last=last)
+    check_positive(last=last)
     if len(history.steps) < _FEWEST_ROWS:
         return []
     recent = _recent(history, last)
@@ -99,17 +92,18 @@ def check(
         return [
             *_not_finite(recent),
             *_skipped(recent),
-            *_collapsed(recent, collapsed),
-            *_prior_alone(recent, prior),
-            *_unlike_scales(recent, scale),
+            *_collapsed(recent),
+            *_prior_alone(recent),
+            *_unlike_scales(recent),
             *_another_gradient(recent),
         ]
 
 
 def warn(
     history: History,
+    *,
     said: set[tuple[str, tuple[str, ...]]] | None = None,
-    **limits: Any,
+    last: int = 100,
 ) -> list[Finding]:
     """Issue a Python warning for each finding, once for each kind and its losses.
 
@@ -117,7 +111,7 @@ def warn(
       history: From :func:`history`.
       said: What has been said already; it is added to. The default is one set for the
         whole process: give each run its own if one process trains several.
-      **limits: As in :func:`check`.
+      last: As in :func:`check`.
 
     Returns:
       All findings, new or not.
@@ -132,12 +126,12 @@ def warn(
       >>> with warnings.catch_warnings(record=True) as caught:
       ...     warnings.simplefilter("always")
       ...     for _ in range(3):
-      ...         findings = monitoring.warn(seen, said)
+      ...         findings = monitoring.warn(seen, said=said)
       >>> print(len(caught), caught[0].category.__name__)
       1 LossWeightWarning
     """
     said = _SAID if said is None else said
-    findings = check(history, **limits)
+    findings = check(history, last=last)
     for finding in findings:
         if (about := (finding.kind, finding.losses)) not in said:
             said.add(about)
@@ -232,7 +226,7 @@ def _skipped(seen: History) -> Iterator[Finding]:
     )
 
 
-def _collapsed(seen: History, limit: float) -> Iterator[Finding]:
+def _collapsed(seen: History) -> Iterator[Finding]:
     names = weighed(seen)
     shares_of = lambda sizes: sizes / np.sum(sizes, axis=0)
     weights = np.abs([seen.loss_weights[name] for name in names])
@@ -240,7 +234,7 @@ def _collapsed(seen: History, limit: float) -> Iterator[Finding]:
     if seen.losses:
         losses = np.abs([seen.losses[name] for name in names])
         felt = np.fmax(shares, shares_of(weights * losses))
-    low = np.flatnonzero(_nearly_all(felt) < limit)
+    low = np.flatnonzero(_nearly_all(felt) < _SMALLEST_SHARE)
     if not len(low):
         return
     cure = (
@@ -262,13 +256,13 @@ def _collapsed(seen: History, limit: float) -> Iterator[Finding]:
     )
 
 
-def _prior_alone(seen: History, limit: float) -> Iterator[Finding]:
+def _prior_alone(seen: History) -> Iterator[Finding]:
     for alone in seen.prior_weights:
         if len(alone) < 2:
             continue
         ratios = [seen.loss_weights[name] / weight for name, weight in alone.items()]
         distance = np.max(np.abs(np.log(ratios)), axis=0)
-        if not _nearly_all(distance) < np.log1p(limit):
+        if not _nearly_all(distance) < np.log1p(_NEAR_PRIOR):
             continue
         weights = _some(f"{name!r} {weight:.3f}" for name, weight in alone.items())
         yield Finding(
@@ -289,7 +283,7 @@ def _pulls(seen: History) -> str:
     return f" (median gradient of the regulariser {own:.2g}, of the losses {data:.2g})"
 
 
-def _unlike_scales(seen: History, limit: float) -> Iterator[Finding]:
+def _unlike_scales(seen: History) -> Iterator[Finding]:
     raw = seen.data_gradient is not None
     sizes = {}
     for name in weighed(seen) if seen.losses else []:
@@ -302,7 +296,7 @@ def _unlike_scales(seen: History, limit: float) -> Iterator[Finding]:
         return
     small, large = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
     ratio = sizes[large] / sizes[small]
-    if not ratio > limit:
+    if not ratio > _UNLIKE_SCALES:
         return
     what = "losses" if raw else "weighted losses"
     cure = (

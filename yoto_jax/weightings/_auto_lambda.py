@@ -37,44 +37,32 @@ def auto_lambda(
       \frac{\partial L_D(\theta')}{\partial \lambda_i}
       = -\alpha \langle g_i, v \rangle,
 
-    and an optimizer steps on :math:`\lambda`. All the inner products are one
-    directional derivative of the losses along v.
-
-    :func:`yoto_jax.value_and_grad` takes v on the training batch, or on the batch given
-    as ``validation=``, and at :math:`\theta` unless it is told a ``lookahead``,
-    which is :math:`\alpha`.
+    and an optimizer steps on :math:`\lambda`. Without lookahead, v is at theta.
 
     Args:
-      downstream: The loss to descend: its path or its index among the losses. For a sum
-        of several, make that sum one of the losses.
-      optimizer: Steps on the weights; ``optax.adam(1e-4)``, as in the paper for NYUv2,
-        if none is given (3e-5 there for Cityscapes).
+      downstream: The loss to descend: its path or its index among the losses.
+      optimizer: Steps on the weights; ``optax.adam(1e-4)`` if none is given.
       step_size: :math:`\alpha`, the learning rate of the model. To Adam it makes no
         difference.
-      initial: Initial weights: one number, one for each loss in the order of
-        ``jax.tree.leaves``, or a tree like the losses.
+      initial: First weights: one number, one for each loss, or a tree like the losses.
       downstream_weight: Weight of the downstream loss itself. 0.0: it steers only.
         ``None``: it is learned as the others are, as in the paper.
 
     Returns:
-      A :class:`yoto_jax.LossWeighting` that needs the alignment of each loss, its
-      derivative along v. Nothing normalises its weights.
+      A :class:`yoto_jax.LossWeighting` that needs the derivative of each loss along v.
 
     Raises:
-      TypeError: ``downstream`` is neither a path nor an index.
-      ValueError: In ``init``: no loss, or more than one, is called ``downstream``, or
-        there is no loss with a weight to learn.
+      ValueError: In ``init``: no single loss is called ``downstream``, or there is no
+        loss with a weight to learn.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax, yoto_jax as yoto
-      >>> def loss_fn(x, center):
-      ...     return {"helps": x**2, "hurts": (x - 9) ** 2, "label": (x - center) ** 2}
+      >>> import jax.numpy as jnp, optax, yoto_jax as yoto
+      >>> losses = {"helps": 1.0, "hurts": 2.0, "label": 0.5}
       >>> weighting = yoto.weightings.auto_lambda("label", optimizer=optax.sgd(1e-3))
-      >>> state = weighting.init({"helps": 0.0, "hurts": 0.0, "label": 0.0})
-      >>> value_and_grad = jax.jit(yoto.value_and_grad(loss_fn, weighting))
-      >>> x, training, validation = 3.0, 0.0, 1.0
-      >>> _, grad, state = value_and_grad(x, state, training, validation=(validation,))
-      >>> print({k: round(float(w), 3) for k, w in state.loss_weights.items()})
+      >>> state = weighting.init(losses)
+      >>> along_v = jnp.array([24.0, -48.0, 16.0])  # Derivatives of the losses.
+      >>> weights, state = weighting.update(losses, state, alignment=along_v)
+      >>> print({k: round(float(w), 3) for k, w in weights.items()})
       {'helps': 0.124, 'hurts': 0.052, 'label': 0.0}
 
     References:
@@ -82,10 +70,8 @@ def auto_lambda(
       <https://arxiv.org/abs/2202.03091>`_, 2022.
 
     .. warning::
-      As in the authors' implementation, a weight may become negative: the model then
-      climbs that loss. As there, the weights of a step are those after the update of
-      that step. Unlike there, the derivative is exact, not a finite difference, and the
-      step ahead has neither momentum nor weight decay.
+      A weight may become negative, as in the authors' code. Unlike there, the
+      derivative is exact, and the step ahead has neither momentum nor weight decay.
     """
     tx = optax.adam(1e-4) if optimizer is None else optimizer
 

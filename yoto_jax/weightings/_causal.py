@@ -7,7 +7,7 @@ from yoto_jax._checks import check_not_negative
 from yoto_jax._weighting import LossSpec, LossWeighting, make_weighting
 
 
-def causal(tolerance: float = 1.0) -> LossWeighting:
+def causal(*, tolerance: float = 1.0) -> LossWeighting:
     r"""No weight for later times until the earlier ones are solved.
 
     .. math::
