@@ -59,7 +59,7 @@ class Conditional(Rule):
         own = jax.random.fold_in(key, 1)
         size = conditional.encoding_size(self.support(task))
         modulation = conditional.init_modulation(
-            own, size, net, HIDDEN, where=self.where
+            own, size, net, hidden=HIDDEN, where=self.where
         )
         return {"net": net, "modulation": modulation}
 
@@ -173,7 +173,7 @@ def _narrowed(
     now: conditional.LogUniform, best: PyTree, support: conditional.LogUniform
 ) -> conditional.LogUniform:
     """Narrower ranges [lanes] around the best weights [lanes]."""
-    narrow = lambda now, best: conditional.narrow(now, best, FACTOR, support)
+    narrow = lambda now, best: conditional.narrow(now, best, FACTOR, support=support)
     return jax.vmap(narrow)(now, best)
 
 

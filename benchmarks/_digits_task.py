@@ -321,7 +321,7 @@ def _init(
 ) -> _Carry:
     def one_run(seed: jax.Array, configuration: Configurations) -> _Carry:
         epsilon = dict(zip(AUXILIARY, configuration.epsilon, strict=True))
-        mu = yoto.init_loss_logits(dict.fromkeys(LOSSES, 0.0), PRIMARY, epsilon)
+        mu = yoto.init_loss_logits(dict.fromkeys(LOSSES, 0.0), PRIMARY, epsilon=epsilon)
         params = {"model": init_model(jax.random.key(seed)), "mu": mu}
         state = transformation(configuration.rho).init(params)
         return _Carry(jnp.zeros((), jnp.int32), params, state)

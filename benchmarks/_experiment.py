@@ -252,7 +252,7 @@ class Softmax(Rule):
         mu = yoto.init_loss_logits(
             dict.fromkeys(task.names, 0.0),
             task.primary,
-            dict(zip(task.auxiliary, config.ratios, strict=True)),
+            epsilon=dict(zip(task.auxiliary, config.ratios, strict=True)),
         )
         return SoftmaxState(
             mu,

@@ -45,6 +45,7 @@ BATCHES = np.array([0, *range(1, OTHERS + 1)] + [0] * len(FAULTS))  # noise of a
 
 RATE = 0.01
 CONSECUTIVE = 10  # bad batches in a row, for apply_if_finite
+RULE = yoto.OutlierRule(positive=True)
 
 
 def losses_of(w: Array, noise: Array, factors: Array) -> dict[str, Array]:
@@ -64,7 +65,7 @@ def kernel_diagonal(w: Array, noise: Array, factors: Array) -> Array:
 
 def _all_wrapped() -> yoto.LossWeighting:
     w = yoto.weightings
-    return w.normalize(w.smooth(w.every(w.imtl_g(), 2), 0.5))
+    return w.normalize(w.smooth(w.every(w.imtl_g(), 2), decay=0.5))
 
 
 def _firm(rate: float) -> optax.GradientTransformationExtraArgs:
@@ -74,11 +75,13 @@ def _firm(rate: float) -> optax.GradientTransformationExtraArgs:
 
 w = yoto.weightings
 WEIGHTINGS: dict[str, Callable[[], yoto.LossWeighting]] = {
-    name: functools.partial(method.example, "a") for name, method in w.methods().items()
+    name: functools.partial(method.example, "a")
+    for name, method in w.methods().items()
+    if name != "grap_closed_form"  # of the same running means as grap
 } | {
     "yoto(rho=20)": lambda: w.yoto("a", optimizer=_firm(RATE)),
     "every(imtl_g)": lambda: w.every(w.imtl_g(), 2),
-    "smooth(imtl_g)": lambda: w.smooth(w.imtl_g(), 0.5),
+    "smooth(imtl_g)": lambda: w.smooth(w.imtl_g(), decay=0.5),
     "normalize(famo)": lambda: w.normalize(w.famo()),
     "normalize(smooth(every(imtl_g)))": _all_wrapped,
 }
@@ -159,9 +162,9 @@ def run(method: str, protected: bool, steps: int) -> Outcome:
         given = jnp.moveaxis(jax.vmap(noise)(seeds), 0, 1), faults, last, earlier
         (state, sums, broke), _ = jax.lax.scan(step, (many, none, never), given)
         count = lambda state, *names: next(
-            found
+            sum(found)
             for name in names
-            if (found := optax.tree.get(state, name)) is not None
+            if (found := [x for _, x in optax.tree.get_all_with_path(state, name)])
         )
         nobody = jnp.zeros(len(STREAMS), jnp.int32)
         weighting_state = one.weighting_state(state)
@@ -190,14 +193,14 @@ def _seen(one: _Run, state: Any) -> Any:
 
 def _protect(tx: Any, protected: bool) -> Any:
     if protected:
-        return skip_outliers(tx, losses=dict.fromkeys(NAMES, 0.0), positive=True)
+        return skip_outliers(tx, RULE, losses=dict.fromkeys(NAMES, 0.0))
     return optax.apply_if_finite(tx, CONSECUTIVE)
 
 
 def _of_weighting(method: str, protected: bool) -> _Run:
     weighting = WEIGHTINGS[method]()
     if protected:
-        weighting = wrapper.skip_outliers(weighting, positive=True)
+        weighting = wrapper.skip_outliers(weighting, RULE)
     tx = _protect(clipped(optax.adam(RATE)), protected)
     statistics = {"ntk_diagonal": kernel_diagonal}
     asked = {k: f for k, f in statistics.items() if k in weighting.needs}

@@ -26,6 +26,7 @@ LEFT_OUT = {
     "causal": "for losses in the order of time",
     "ntk": "its kernel is the user's",
     "ntk_surrogate": "as gradnorm",
+    "grap_closed_form": "as grap",
     "softmax_alignment": "as grap",
     "auto_lambda": "as grap",
 }

@@ -35,7 +35,9 @@ METHODS: dict[str, Conditioning | None] = {
     "linear": Conditioning(1.0, None, conditional.weighted_sum, False),
     "cosmos": Conditioning(1.2, 1, conditional.cosmos, True),
     "cosmos_groups": Conditioning(1.2, 16, conditional.cosmos, True),
-    "chebyshev": Conditioning(1.2, 16, conditional.smooth_chebyshev, True),
+    "chebyshev": Conditioning(
+        1.2, 16, functools.partial(conditional.smooth_chebyshev, smoothing=0.1), True
+    ),
 }
 MODELS = 9  # in the grid: one for each of as many weightings
 RAYS = 25  # weightings that a conditional model is asked for, as published

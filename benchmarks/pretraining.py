@@ -58,9 +58,8 @@ LEARNED = {
     GRAP: _aligned(_grap),
     PLAIN: _aligned(_grap, weigh_heads=False),
     CLOSED: _aligned(
-        lambda _: weightings.grap(
+        lambda _: weightings.grap_closed_form(
             task.DOWNSTREAM,
-            algorithm="closed-form",
             gramian_decay=0.99,
             norm_decay=0.99,
             warmup=100,

@@ -60,12 +60,13 @@ LEFT_OUT = {
     "softadapt": "for averages of epochs",
     "relobralo": "for averages of epochs",
     "grap": "no loss steers the others",
+    "grap_closed_form": "no loss steers the others",
     "softmax_alignment": "no loss steers the others",
     "auto_lambda": "no loss steers the others",
 }
 OWN: dict[str, Build] = {
-    "equal": lambda key: w.equal("sum"),
-    "random": lambda key: w.random(key),
+    "equal": lambda key: w.equal(reduction="sum"),
+    "random": lambda key: w.random(key=key),
     "yoto": lambda key: w.yoto(None),
     "stch": lambda key: w.stch(ideal=LOWER_BOUNDS),
     "famo": lambda key: w.famo(lower_bounds=LOWER_BOUNDS, gamma=0.0),

@@ -9,16 +9,12 @@ from typing import Any
 import numpy as np
 
 
-def best_on_ellipsoid(cosines, alignments, free):
-    """argmax p^T w with w^T C w = 1: all supports are tried, or least squares."""
+def best_on_ellipsoid(cosines, alignments):
+    """argmax p^T w with w^T C w = 1 and no negative w: all supports are tried."""
     cosines, alignments = np.asarray(cosines), np.asarray(alignments)
     count = len(alignments)
     if np.abs(cosines).max() < 1e-12 or np.abs(alignments).max() < 1e-12:
         return np.zeros(count)
-    if free:
-        x = np.linalg.lstsq(cosines, alignments, rcond=1e-8)[0]
-        squared = alignments @ x
-        return x / np.sqrt(squared) if squared > 1e-12 else np.zeros(count)
     best, reached = np.zeros(count), 0.0
     for size in range(1, count + 1):
         for support in map(list, itertools.combinations(range(count), size)):
@@ -63,32 +59,23 @@ class Grap:
         self,
         count,
         *,
-        algorithm="sgd",
+        closed_form=False,
         optimizer=None,
-        transform="abs",
-        normalization="gradient",
         regularization=0.0,
         gramian_decay=0.9,
         norm_decay=0.9,
-        solution_decay=0.0,
         warmup=10,
-        scale=1.0,
-        downstream_weight=0.0,
         max_skipped=5,
     ):
-        self.algorithm, self.transform = algorithm, transform
-        self.normalization, self.regularization = normalization, regularization
+        self.solves, self.regularization = closed_form, regularization
         self.gramian_decay, self.norm_decay = gramian_decay, norm_decay
-        self.solution_decay, self.warmup = solution_decay, warmup
-        self.scale, self.downstream_weight = scale, downstream_weight
-        self.max_skipped = max_skipped
+        self.warmup, self.max_skipped = warmup, max_skipped
         self.optimizer = Adam(0.01) if optimizer is None else optimizer
         self.phi = np.ones(count)
         self.nu: Any = None
         self.C: Any = None
         self.p: Any = None
         self.tau: Any = None
-        self.solution: Any = None
         self.batches = self.t = self.skipped = 0
 
     def mean(self, old, new, count):  # 2.3
@@ -99,7 +86,7 @@ class Grap:
         return self.gramian_decay * old + (1 - self.gramian_decay) * new
 
     def step(self, s, d):
-        """Gradients (K, P) and downstream gradient (P,) to the weights of both."""
+        """Gradients (K, P) and downstream gradient (P,) to weights (K,)."""
         aligned = int(np.linalg.norm(d) > 0)
         direction = d / max(np.linalg.norm(d), 1e-12)  # 2.1
         n = np.linalg.norm(s, axis=1)  # 2.2
@@ -112,44 +99,26 @@ class Grap:
         self.batches += 1
         if aligned:
             self.p = self.mean(self.p, p / r, self.t)
-        if self.algorithm == "closed-form" or (
-            self.algorithm.startswith("warmup") and self.t < self.warmup
-        ):
-            w = self.closed_form(aligned)
-        else:
-            w = self.follow(aligned)
+        w = self.closed_form(aligned) if self.solves else self.follow(aligned)
         self.t += aligned
-        size = self.scale * (1.0 if self.tau is None else self.tau)  # 2.8
-        return (
-            size * w / np.maximum(self.nu, 1e-6),
-            size * self.downstream_weight / max(np.linalg.norm(d), 1e-12) * aligned,
-        )
+        size = 1.0 if self.tau is None else self.tau  # 2.8
+        return size * w / np.maximum(self.nu, 1e-6)
 
     def composite(self, u):  # 2.4
         if np.linalg.norm(u) < 1e-16:
             return u, 1.0
-        if self.normalization == "gradient":
-            N = max(np.sqrt(u @ self.C @ u), 1e-16)
-        elif self.normalization == "sum":
-            N = u.sum()
-        else:
-            N = 1.0
+        N = max(np.sqrt(u @ self.C @ u), 1e-16)
         return u / N, N
 
     def follow(self, aligned):
         sign = np.where(self.phi < 0, -1.0, 1.0)
-        sign = sign if self.transform == "abs" else np.ones_like(sign)
         unit = 1.0 if self.tau is None else self.tau
-        factor = np.ones_like(self.nu) if "scaled" in self.algorithm else self.nu / unit
+        factor = self.nu / unit
         u = sign * self.phi * factor
         w, N = self.composite(u)
         if not aligned:
             return w
-        slope = {  # 2.5
-            "gradient": -(self.p - (self.p @ w) * (self.C @ w)) / N,
-            "sum": -(self.p - (self.p @ w)) / N,
-            "none": -self.p,
-        }[self.normalization]
+        slope = -(self.p - (self.p @ w) * (self.C @ w)) / N  # 2.5
         length = np.linalg.norm(u)
         slope = slope + self.regularization * 2 * (length - 1) * u / length
         self.slope = sign * factor * slope
@@ -159,16 +128,13 @@ class Grap:
     def closed_form(self, aligned):  # 2.6 and 2.7
         if not aligned:
             return self.phi / np.sqrt(self.phi @ self.C @ self.phi)
-        w = best_on_ellipsoid(self.C, self.p, self.transform == "linear")
+        w = best_on_ellipsoid(self.C, self.p)
         if np.linalg.norm(w) < 1e-8:
             self.skipped += 1
-            within = self.max_skipped is None or self.skipped <= self.max_skipped
+            within = self.skipped <= self.max_skipped
             return np.zeros_like(w) if within else np.ones_like(w)
         self.skipped = 0
-        if self.solution is not None:
-            c = self.solution_decay
-            w = c * self.solution + (1 - c) * w
-        self.solution = self.phi = w
+        self.phi = w
         return w
 
     def observe(self, cotangent_norm, gradient_norm):  # 2.8

@@ -38,7 +38,7 @@ TRANSFORMATIONS = {
 
 def small(step=1, losses=LOSSES, primary="b"):
     """A state that is a known function of the step."""
-    mu = yoto.init_loss_logits(losses, primary, 0.1 + 0.01 * step)
+    mu = yoto.init_loss_logits(losses, primary, epsilon=0.1 + 0.01 * step)
     return {"mu": mu, "w": jnp.arange(6.0).reshape(2, 3) * step}
 
 
@@ -67,7 +67,7 @@ print(step, restored["mu"], jax.tree.leaves(state)[-1].shape, data)
 
 
 def test_a_fresh_process_restores_loss_logits(tmp_path):
-    params = {"mu": yoto.init_loss_logits(LOSSES, "b", [0.5, 2.0])}
+    params = {"mu": yoto.init_loss_logits(LOSSES, "b", epsilon=[0.5, 2.0])}
     with Checkpoints(tmp_path / "run") as checkpoints:
         state = (params, yoto.adamw(0.1).init(params))
         assert checkpoints.save(3, state, data={"epoch": 1})
@@ -206,17 +206,17 @@ def test_steps_that_are_due_are_saved_and_the_latest_kept(tmp_path):
         checkpoints.wait()
         assert checkpoints.steps() == [6, 7]
         assert checkpoints.latest_step() == 7
-        assert_same(checkpoints.restore(small(), 6).state, small(6))
+        assert_same(checkpoints.restore(small(), step=6).state, small(6))
 
 
 def test_starting_and_resuming_are_the_same_line(tmp_path):
     state = small()
     for run in range(2):
-        with Checkpoints(tmp_path, asynchronous=False) as checkpoints:
+        with Checkpoints(tmp_path) as checkpoints:
             step, restored, data = checkpoints.restore(state, missing="ok")
             assert (step, data) == ((0, None), (4, {"batch": 9}))[run]
             assert (restored is state) == (run == 0)
-            assert checkpoints.save(4, state, {"batch": 9}) == (run == 0)
+            assert checkpoints.save(4, state, data={"batch": 9}) == (run == 0)
     with pytest.raises(ValueError, match="state to start with.* 'mu/learned', 'w'"):
         checkpoints.restore(jax.eval_shape(lambda: state), missing="ok")
     with pytest.raises(ValueError, match="missing must be 'raise' or 'ok'"):
@@ -247,14 +247,14 @@ def test_a_state_may_be_donated_once_it_is_saved(tmp_path):
             for _ in range(3):
                 state = step(state)
         for number in range(1, 4):
-            restored = checkpoints.restore(jax.eval_shape(fill, 1.0), number).state
+            restored = checkpoints.restore(jax.eval_shape(fill, 1.0), step=number).state
             assert_same(restored, fill(number * 1.0))
 
 
 def test_later_changes_on_the_host_change_nothing(tmp_path):
     array, data = np.zeros(1000), {"position": [1]}
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, {"x": array}, data)
+        checkpoints.save(1, {"x": array}, data=data)
         array[:] = 1
         data["position"].append(2)
         restored = checkpoints.restore({"x": array})
@@ -270,7 +270,7 @@ def test_data_that_would_not_come_back_is_refused(data, tmp_path):
         Checkpoints(tmp_path) as checkpoints,
         pytest.raises(TypeError, match="data must be a JSON value"),
     ):
-        checkpoints.save(1, small(), {"x": [data]})
+        checkpoints.save(1, small(), data={"x": [data]})
 
 
 @pytest.mark.parametrize(
@@ -300,8 +300,6 @@ def test_arguments_are_checked(tmp_path):
         (name,) = wrong
         with pytest.raises(TypeError, match=f"{name} must be an integer, got"):
             Checkpoints(tmp_path, **wrong)
-    with pytest.raises(TypeError, match="asynchronous must be True or False, got 'no'"):
-        Checkpoints(tmp_path, asynchronous="no")
     with pytest.raises(ValueError, match="folder must be the path of a folder"):
         Checkpoints("")
     with Checkpoints(tmp_path) as checkpoints:
@@ -453,7 +451,7 @@ def refused(folder, message, like=None, step=None):
         Checkpoints(folder) as checkpoints,
         pytest.raises(CheckpointError, match=message) as caught,
     ):
-        checkpoints.restore(small() if like is None else like, step)
+        checkpoints.restore(small() if like is None else like, step=step)
     assert str(folder) in str(caught.value)
     return str(caught.value)
 
@@ -558,7 +556,7 @@ def test_arrays_of_another_step_are_found_out(copied):
     shutil.copytree(copied / "1" / "arrays", copied / "2" / "arrays")
     message = "arrays is damaged: other contents in 'mu/learned', 'w'"
     refused(copied, message)
-    assert_same(Checkpoints(copied).restore(small(), 1).state, small(1))
+    assert_same(Checkpoints(copied).restore(small(), step=1).state, small(1))
 
 
 def damage(content, how, seed):
@@ -646,7 +644,7 @@ def test_a_run_killed_at_any_time_leaves_whole_checkpoints(tmp_path):
             # What is older may have been under removal.
             for step in checkpoints.steps()[-2:]:
                 expected = {"w": jnp.arange(1 << 16) * 1.0 + step, "n": step}
-                restored = checkpoints.restore(expected, step)
+                restored = checkpoints.restore(expected, step=step)
                 assert_same(restored.state, expected)
                 assert restored.data == step
             assert checkpoints.save(step + 1, expected)
@@ -681,17 +679,15 @@ def large(step):
     return {"w": jnp.asarray(noise, jnp.float32)}
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_checkpoint_that_cannot_be_written(asynchronous, tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=1, asynchronous=asynchronous)
+def test_a_checkpoint_that_cannot_be_written(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, large(1))
     checkpoints.wait()
     message = f"{tmp_path}/2: the checkpoint could not be written.*Complete: 1."
     with no_file_larger_than(1 << 16):
-        if asynchronous:  # The error comes at the next save,
-            checkpoints.save(2, large(2))
-        with pytest.raises(CheckpointError, match=message):  # or at once.
-            checkpoints.save(2 + asynchronous, large(2))
+        checkpoints.save(2, large(2))
+        with pytest.raises(CheckpointError, match=message):  # at the next save
+            checkpoints.save(3, large(2))
     assert_same(checkpoints.restore(large(0)).state, large(1))
     assert checkpoints.save(4, large(4))
     checkpoints.close()

@@ -152,7 +152,9 @@ def test_few_and_many_losses_take_the_same_values(count):
     """Short vectors are written out entry by entry, long ones are not."""
     rng = np.random.default_rng(count)
     losses = tuple(map(float, rng.uniform(0, 5, count)))
-    mu = yoto.init_loss_logits(losses, count // 2, list(rng.uniform(0.1, 2, count - 1)))
+    mu = yoto.init_loss_logits(
+        losses, count // 2, epsilon=list(rng.uniform(0.1, 2, count - 1))
+    )
     full = np.insert(np.array(mu.learned, np.float64), count // 2, 0.0)
     loss, gradient = jax.value_and_grad(yoto.composite_loss, argnums=1)(losses, mu)
     vector = np.array(losses)

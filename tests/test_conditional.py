@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from yoto_jax import conditional
+from yoto_jax import conditional, weightings
 from yoto_jax.conditional import _points
 
 METHODS = ["random", "stratified", "sobol"]
@@ -353,7 +353,7 @@ def test_weights_are_float32_under_x64():
             for weights in (one.grid(3), one.sample(key, 4)):
                 wide = jax.tree.map(lambda x: x.astype(jnp.float64), weights)
                 for given in (weights, wide):
-                    yield one, weights, conditional.encode(given, one, fourier=1)
+                    yield one, weights, conditional.encode(given, one)
 
     with jax.enable_x64(True):
         key = jax.random.key(0)
@@ -382,12 +382,12 @@ def test_narrower_ranges(center):
     support = conditional.LogUniform({"a": 0.01, "b": 2.0}, {"a": 100.0, "b": 2.0})
     inner = conditional.LogUniform({"a": 0.1, "b": 2.0}, {"a": 10.0, "b": 2.0})
     narrow = jax.jit(conditional.narrow)
-    now = narrow(inner, {"a": center, "b": 2.0}, 0.5, support)
+    now = narrow(inner, {"a": center, "b": 2.0}, 0.5, support=support)
     expected = narrow_oracle((0.01, 100), (0.1, 10), center, 0.5)
     np.testing.assert_allclose([now.low[0], now.high[0]], expected, rtol=1e-5)
     assert (now.low[1], now.high[1]) == (2, 2)
     assert now.free == (True, False)
-    point = narrow(inner, {"a": center, "b": 2.0}, 0.0, support)
+    point = narrow(inner, {"a": center, "b": 2.0}, 0.0, support=support)
     np.testing.assert_allclose(point.low[0], np.clip(center, 0.01, 100), rtol=1e-5)
     np.testing.assert_allclose(point.low, point.high, rtol=1e-6)
     same = narrow(support, {"a": center, "b": 2.0}, 1.0)
@@ -399,7 +399,7 @@ def test_ranges_narrow_inside_a_scan():
     support = conditional.LogUniform({"a": 0.01}, {"a": 100.0})
 
     def step(now, center):
-        now = conditional.narrow(now, {"a": center}, 0.5, support)
+        now = conditional.narrow(now, {"a": center}, 0.5, support=support)
         weights = now.sample(jax.random.key(0), 8)
         return now, conditional.encode(weights, support)
 
@@ -460,7 +460,10 @@ KL = conditional.LogUniform({"fit": 1.0, "kl": 0.1}, {"fit": 1.0, "kl": 10.0})
         (lambda: conditional.narrow(KL, KL.grid(3), 0.5), "tree of scalars"),
         (
             lambda: conditional.narrow(
-                KL, {"fit": 1.0, "kl": 1.0}, 0.5, conditional.Uniform(0.0, {"kl": 1.0})
+                KL,
+                {"fit": 1.0, "kl": 1.0},
+                0.5,
+                support=conditional.Uniform(0.0, {"kl": 1.0}),
             ),
             "unexpected: 'fit'",
         ),
@@ -468,22 +471,6 @@ KL = conditional.LogUniform({"fit": 1.0, "kl": 0.1}, {"fit": 1.0, "kl": 10.0})
         (
             lambda: conditional.encode({"fit": jnp.ones(2), "kl": 1.0}, KL),
             "must all have one shape",
-        ),
-        (lambda: conditional.encode(KL.grid(2), KL, fourier=-1), "not be negative"),
-        (lambda: conditional.encode(KL.grid(2), KL, transform="raw"), "got 'raw'"),
-        (lambda: conditional.encoding_size(KL, fourier=-1), "not be negative"),
-        (lambda: conditional.encoding_size(KL, transform="raw"), "got 'raw'"),
-        (
-            lambda: conditional.encoding_size(
-                conditional.Fixed({"a": 0.0}), transform="log"
-            ),
-            r"needs positive weights, got Fixed\(a=0\)",
-        ),
-        (
-            lambda: conditional.encoding_size(
-                conditional.Dirichlet((1.0, 1.0)), transform="log"
-            ),
-            "no logarithm",
         ),
     ],
 )
@@ -530,45 +517,20 @@ def test_free_weights_are_standardized_and_pinned_ones_dropped():
     np.testing.assert_allclose(encoded, [0, -0.5, -0.5])
 
 
-def test_fourier_features():
-    weights = sample(SUPPORT, jax.random.key(0), 20)
-    u = standardized(weights)
-    waves = [f(2**k * np.pi * u) for k in range(3) for f in (np.sin, np.cos)]
-    encoded = conditional.encode(weights, SUPPORT, fourier=3)
-    np.testing.assert_allclose(encoded, np.concatenate([u, *waves], 1), atol=1e-4)
-
-
-def test_the_reference_sees_the_logarithms_of_all_weights():
-    weights = sample(SUPPORT, jax.random.key(0), 20)
-    encoded = conditional.encode(weights, SUPPORT, transform="log")
-    np.testing.assert_allclose(encoded, np.log(columns(weights)), rtol=1e-6, atol=1e-7)
-    vae = conditional.LogUniform(
-        {"reconstruction_loss": 1.0, "kl_loss": 0.125},
-        {"reconstruction_loss": 1.0, "kl_loss": 512.0},
-    )
-    one = {"reconstruction_loss": 1.0, "kl_loss": 8.0}
-    encoded = conditional.encode(one, vae, transform="log")
-    np.testing.assert_allclose(encoded, [np.log(8), 0], rtol=1e-6)
-
-
-@pytest.mark.parametrize("fourier", [0, 2])
-@pytest.mark.parametrize("transform", ["standardize", "log"])
 @pytest.mark.parametrize(
     "support",
     [SUPPORT, conditional.Fixed({"a": 1.0, "b": 2.0}), conditional.Uniform(1, (2, 1))],
     ids=["log_uniform", "fixed", "uniform"],
 )
-def test_encoding_size(support, transform, fourier):
-    size = conditional.encoding_size(support, fourier=fourier, transform=transform)
+def test_encoding_size(support):
+    size = conditional.encoding_size(support)
     assert isinstance(size, int)
-    encode = functools.partial(
-        conditional.encode, support=support, fourier=fourier, transform=transform
-    )
+    encode = functools.partial(conditional.encode, support=support)
     weights = sample(support, jax.random.key(0), 3)
     assert encode(weights).shape == (3, size)
     assert encode(jax.tree.map(lambda w: w[0], weights)).shape == (size,)
     assert encode(jax.tree.map(lambda w: w[:, None], weights)).shape == (3, 1, size)
-    if isinstance(support, conditional.Fixed) and transform == "standardize":
+    if isinstance(support, conditional.Fixed):
         assert size == 0
 
 
@@ -581,10 +543,9 @@ def test_encoding_size(support, transform, fourier):
         (np.nan, "the weight nan of loss 'kl'"),
     ],
 )
-@pytest.mark.parametrize("transform", ["standardize", "log"])
-def test_weights_outside_raise_or_count_as_the_nearest(value, message, transform):
+def test_weights_outside_raise_or_count_as_the_nearest(value, message):
     weights = {"fit": jnp.ones(2), "kl": jnp.array([1.0, value])}
-    encode = functools.partial(conditional.encode, support=KL, transform=transform)
+    encode = functools.partial(conditional.encode, support=KL)
     with pytest.raises(ValueError, match=message):
         encode(weights)
     inside = {"fit": jnp.ones(2), "kl": jnp.clip(weights["kl"], 0.1, 10)}
@@ -617,8 +578,6 @@ def test_gradients_flow_through_the_encoding():
     slope = jax.jit(jax.vmap(jax.grad(one)))
     np.testing.assert_allclose(slope(kl), 2 / (kl * np.log(100)), rtol=1e-5)
     np.testing.assert_array_equal(slope(jnp.array([0.0, -1.0, 11.0])), 0)
-    log = lambda w: conditional.encode({"fit": 1.0, "kl": w}, KL, transform="log")[1]
-    np.testing.assert_allclose(jax.jit(jax.vmap(jax.grad(log)))(kl), 1 / kl, rtol=1e-5)
 
 
 # Objectives.
@@ -763,7 +722,7 @@ ONES = {"a": jnp.ones(4), "b": jnp.ones(4)}
         (
             ONES,
             {"scalarization": functools.partial(conditional.pbi, ideal={"a": 0.0})},
-            "ideal values do not match those of the losses; missing: 'b'",
+            r"ideal must be one number, or one for each loss \('a', 'b'\), got",
         ),
     ],
 )
@@ -801,19 +760,21 @@ def test_scalarizations_in_closed_form():
         conditional.weighted_sum(losses, weights), linear, rtol=1e-5
     )
     np.testing.assert_allclose(
-        conditional.cosmos(losses, weights, 3.0),
+        conditional.cosmos(losses, weights, penalty=3.0),
         linear - 3 * (unit(v) * unit(w)).sum(axis=1),
         rtol=1e-5,
     )
     np.testing.assert_allclose(
-        conditional.smooth_chebyshev(losses, weights, 0.7, ideal),
+        conditional.smooth_chebyshev(losses, weights, smoothing=0.7, ideal=ideal),
         0.7 * np.log(np.exp(w * z / 0.7).sum(axis=1)),
         rtol=1e-5,
     )
     along = (z * unit(w)).sum(axis=1)
     away = np.linalg.norm(z - along[:, None] * unit(w), axis=1)
     np.testing.assert_allclose(
-        conditional.pbi(losses, weights, 4.0, ideal), along + 4 * away, rtol=1e-5
+        conditional.pbi(losses, weights, penalty=4.0, ideal=ideal),
+        along + 4 * away,
+        rtol=1e-5,
     )
     objective = conditional.conditional_loss(
         losses,
@@ -823,8 +784,25 @@ def test_scalarizations_in_closed_form():
     np.testing.assert_allclose(objective, np.mean(along + 4 * away), rtol=1e-5)
 
 
+@pytest.mark.parametrize("ideal", [-1.0, [-1.0, -1.0, -1.0]], ids=["one", "sequence"])
+@pytest.mark.parametrize("method", [conditional.smooth_chebyshev, conditional.pbi])
+def test_ideal_values_are_given_as_everywhere(method, ideal):
+    losses, weights = random_problem()
+    expected = method(losses, weights, ideal=dict.fromkeys(NAMES, -1.0))
+    np.testing.assert_array_equal(method(losses, weights, ideal=ideal), expected)
+
+
+def test_stch_weighs_by_the_gradient_of_smooth_chebyshev():
+    losses, preference = {"a": 1.0, "b": 3.0, "c": 2.0}, {"a": 0.2, "b": 0.5, "c": 0.3}
+    weighting = weightings.stch(preference=preference, ideal=0.5)
+    weights, _ = weighting.update(losses, weighting.init(losses))
+    slopes = jax.grad(conditional.smooth_chebyshev)(losses, preference, ideal=0.5)
+    for name in losses:
+        np.testing.assert_allclose(weights[name], slopes[name], rtol=1e-6)
+
+
 def test_the_golden_value_of_cosmos():
-    value = conditional.cosmos({"a": 2.0, "b": 1.0}, {"a": 0.3, "b": 0.7}, 2.0)
+    value = conditional.cosmos({"a": 2.0, "b": 1.0}, {"a": 0.3, "b": 0.7}, penalty=2.0)
     np.testing.assert_allclose(value, -0.226773, atol=1e-6)
     # A batch shares one draw: the objective is that of the means.
     losses = {"a": jnp.array([1.0, 3.0]), "b": jnp.array([0.0, 2.0])}
@@ -851,9 +829,19 @@ def test_zero_losses_and_zero_weights_have_finite_gradients(scalarization):
 def test_limits_of_the_smooth_maximum():
     losses, weights = random_problem()
     terms = columns(losses) * columns(weights)
-    sharp = conditional.smooth_chebyshev(losses, weights, 1e-4)
+    sharp = conditional.smooth_chebyshev(losses, weights, smoothing=1e-4)
     np.testing.assert_allclose(sharp, terms.max(axis=1), rtol=1e-4)
-    soft = conditional.smooth_chebyshev(losses, weights, 1e4) - 1e4 * np.log(3)
+    total = lambda losses, mu: jnp.sum(
+        conditional.smooth_chebyshev(losses, weights, smoothing=mu)
+    )
+    # Where its value is not known, 0 is the maximum itself, with its gradient.
+    value, slope = jax.jit(jax.value_and_grad(total))(losses, 0.0)
+    np.testing.assert_allclose(value, terms.max(axis=1).sum(), rtol=1e-6)
+    largest = terms == terms.max(axis=1, keepdims=True)
+    np.testing.assert_allclose(columns(slope), largest * columns(weights), rtol=1e-6)
+    soft = conditional.smooth_chebyshev(losses, weights, smoothing=1e4) - 1e4 * np.log(
+        3
+    )
     np.testing.assert_allclose(soft, terms.mean(axis=1), atol=0.02)
 
 
@@ -984,7 +972,7 @@ def test_a_grid_of_too_many_models_says_so():
 def test_narrowing_leaves_a_pinned_weight_where_it_is():
     pinned = conditional.LogUniform({"a": 1.0, "b": 0.1}, {"a": 1.0, "b": 10.0})
     wider = conditional.LogUniform({"a": 0.1, "b": 0.01}, {"a": 10.0, "b": 100.0})
-    narrowed = conditional.narrow(pinned, {"a": 5.0, "b": 1.0}, 0.5, wider)
+    narrowed = conditional.narrow(pinned, {"a": 5.0, "b": 1.0}, 0.5, support=wider)
     np.testing.assert_array_equal(narrowed.low[0], 1.0)
     np.testing.assert_array_equal(narrowed.high[0], 1.0)
     np.testing.assert_allclose(narrowed.high[1] / narrowed.low[1], 10.0, rtol=1e-4)
@@ -1081,11 +1069,6 @@ HOSTILE = {
         TypeError,
         "support must be a distribution.*got NoneType",
     ),
-    "fourier": (
-        lambda: conditional.encoding_size(PAIR, fourier=1.5),
-        TypeError,
-        "fourier must be an integer",
-    ),
     "nan weight": (
         lambda: loss_of(LOSSES, {**LEVELS, "b": np.float32([np.nan, 1])}),
         ValueError,
@@ -1126,17 +1109,17 @@ HOSTILE = {
     "nothing": (lambda: loss_of(None, None), ValueError, "no losses to weigh"),
     "no weights": (lambda: loss_of(LOSSES, None), ValueError, "unexpected: 'a', 'b'"),
     "cosmos": (
-        lambda: conditional.cosmos(LOSSES, LEVELS, -2.0),
+        lambda: conditional.cosmos(LOSSES, LEVELS, penalty=-2.0),
         ValueError,
         "penalty must not be negative",
     ),
     "pbi": (
-        lambda: conditional.pbi(LOSSES, LEVELS, np.nan),
+        lambda: conditional.pbi(LOSSES, LEVELS, penalty=np.nan),
         ValueError,
         "penalty must not be negative, got nan",
     ),
     "chebyshev": (
-        lambda: conditional.smooth_chebyshev(LOSSES, LEVELS, 0.0),
+        lambda: conditional.smooth_chebyshev(LOSSES, LEVELS, smoothing=0.0),
         ValueError,
         "smoothing must be positive",
     ),
@@ -1167,12 +1150,12 @@ HOSTILE = {
         "features and hidden must be positive",
     ),
     "no encoding": (
-        lambda: conditional.init_gate(KEY, -1, 3),
+        lambda: conditional.init_gate(-1, 3),
         ValueError,
         "encoding_size must not be negative",
     ),
     "float size": (
-        lambda: conditional.init_gate(KEY, 1.0, 3),
+        lambda: conditional.init_gate(1.0, 3),
         TypeError,
         "encoding_size must be an integer",
     ),
@@ -1180,11 +1163,6 @@ HOSTILE = {
         lambda: conditional.init_film(KEY, 1, 3, hidden=64),
         TypeError,
         "hidden must be a sequence of widths, got 64",
-    ),
-    "gain": (
-        lambda: conditional.init_film(KEY, 1, 3, gain=np.nan),
-        ValueError,
-        "gain must not be negative, got nan",
     ),
     "modulation": (
         lambda: conditional.init_modulation("key", 1, {"w": np.ones((2, 3))}),

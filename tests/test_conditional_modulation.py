@@ -31,7 +31,9 @@ def params():
 
 def trained(params, hidden=(4,), **options):
     """A modulation whose last layers are not zero any more."""
-    made = conditional.init_modulation(jax.random.key(2), 2, params, hidden, **options)
+    made = conditional.init_modulation(
+        jax.random.key(2), 2, params, hidden=hidden, **options
+    )
     leaves, structure = jax.tree.flatten(made["heads"])
     keys = jax.random.split(jax.random.key(3), len(leaves))
     noise = [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
@@ -42,7 +44,7 @@ def trained(params, hidden=(4,), **options):
 @pytest.mark.parametrize("hidden", [(), (4,), (4, 6)])
 def test_an_untrained_modulation_changes_nothing(params, dtype, hidden):
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-    made = conditional.init_modulation(jax.random.key(0), 2, params, hidden)
+    made = conditional.init_modulation(jax.random.key(0), 2, params, hidden=hidden)
     same = conditional.modulated(params, made, ENCODING)
     assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(same))
     assert jax.tree.all(jax.tree.map(jnp.array_equal, same, params))
@@ -101,7 +103,7 @@ def test_one_trace_serves_all_weightings(params):
 
 
 def test_gradients_reach_the_modulation_from_the_start(params):
-    made = conditional.init_modulation(jax.random.key(0), 2, params, (4,))
+    made = conditional.init_modulation(jax.random.key(0), 2, params, hidden=(4,))
 
     def loss(made):
         with jax.numpy_rank_promotion("allow"):
@@ -158,7 +160,7 @@ def test_errors_name_what_is_wrong(params):
 
 def test_an_encoding_of_another_size_is_refused(params):
     for hidden in ((), (4,)):
-        made = conditional.init_modulation(jax.random.key(0), 2, params, hidden)
+        made = conditional.init_modulation(jax.random.key(0), 2, params, hidden=hidden)
         with pytest.raises(ValueError, match="for encodings of size 2, got 3"):
             conditional.modulated(params, made, jnp.ones(3))
         with pytest.raises(ValueError, match="for encodings of size 2, got 0"):

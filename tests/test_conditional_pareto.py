@@ -299,7 +299,9 @@ def test_sweep_evaluates_every_weighting_whatever_the_batches():
             lambda a, b: np.testing.assert_allclose(a[i], b, rtol=1e-5), whole, one
         )
     for batch_size in (1, 3, 10, 32):
-        some = jax.jit(lambda w, b=batch_size: sweep(evaluate, w, b))(weights)
+        some = jax.jit(lambda w, b=batch_size: sweep(evaluate, w, batch_size=b))(
+            weights
+        )
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
             some,
@@ -318,7 +320,7 @@ def test_sweep_evaluates_every_weighting_whatever_the_batches():
 )
 def test_sweep_refuses(weights, batch_size, message):
     with pytest.raises(ValueError, match=message):
-        sweep(lambda w: w, weights, batch_size)
+        sweep(lambda w: w, weights, batch_size=batch_size)
 
 
 # Checks of calibration.

@@ -43,11 +43,11 @@ class Row:
 METHODS = weightings.methods()
 WRAPPED = {
     "every": lambda first: weightings.every(weightings.imtl_g(), 2),
-    "smooth": lambda first: weightings.smooth(weightings.imtl_g(), 0.5),
+    "smooth": lambda first: weightings.smooth(weightings.imtl_g(), decay=0.5),
     "normalize": lambda first: weightings.normalize(weightings.famo()),
     "skip_outliers": lambda first: weightings.skip_outliers(weightings.imtl_g()),
     "all wrapped": lambda first: weightings.normalize(
-        weightings.smooth(weightings.every(weightings.imtl_g(), 2), 0.5)
+        weightings.smooth(weightings.every(weightings.imtl_g(), 2), decay=0.5)
     ),
 }
 ROWS = {

@@ -169,7 +169,7 @@ def by_library(optimizer, seed=0, ratios=RATIOS):
     mu = yoto.init_loss_logits(
         dict.fromkeys(NAMES, 0.0),
         "fit",
-        dict(zip(NAMES[1:], ratios, strict=True)),
+        epsilon=dict(zip(NAMES[1:], ratios, strict=True)),
     )
     params = {"model": init(jax.random.key(seed)), "mu": mu}
     drawn = jax.tree.map(lambda *x: jnp.stack(x), *batches(seed))

@@ -90,7 +90,7 @@ def test_every_container_and_every_way_to_name_the_primary(losses, primary, posi
 
 def test_logits_have_none_at_the_primary_alone():
     mu = yoto.init_loss_logits(
-        {"a": 0.0, "b": (0.0, 0.0)}, "b/0", {"a": 2.0, "b": (None, 0.5)}
+        {"a": 0.0, "b": (0.0, 0.0)}, "b/0", epsilon={"a": 2.0, "b": (None, 0.5)}
     )
     logits = mu.logits
     assert logits["b"][0] is None
@@ -118,33 +118,37 @@ def test_losses_may_be_shapes():
     ids=repr,
 )
 def test_one_epsilon_per_auxiliary_loss(epsilon):
-    mu = yoto.init_loss_logits({"a": 0.0, "b": 0.0, "c": 0.0}, "a", epsilon)
+    mu = yoto.init_loss_logits({"a": 0.0, "b": 0.0, "c": 0.0}, "a", epsilon=epsilon)
     np.testing.assert_allclose(mu.learned, np.log([0.25, 4.0]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("epsilon", [0.1, np.float64(0.1), jnp.float32(0.1), 1])
 def test_one_epsilon_for_all(epsilon):
-    mu = yoto.init_loss_logits((0.0, 0.0, 0.0), 0, epsilon)
+    mu = yoto.init_loss_logits((0.0, 0.0, 0.0), 0, epsilon=epsilon)
     np.testing.assert_allclose(mu.learned, np.log(float(epsilon)), rtol=1e-6)
 
 
 def test_epsilon_in_order_and_by_name_do_not_mix():
     digits = {str(k): 0.0 for k in range(13)}  # As leaves, "10" comes before "2".
-    mu = yoto.init_loss_logits(digits, "0", list(range(1, 13)))
+    mu = yoto.init_loss_logits(digits, "0", epsilon=list(range(1, 13)))
     np.testing.assert_allclose(np.exp(mu.learned), range(1, 13), rtol=1e-6)
-    named = yoto.init_loss_logits(digits, "0", {k: 1.0 + int(k) for k in mu.names[1:]})
+    named = yoto.init_loss_logits(
+        digits, "0", epsilon={k: 1.0 + int(k) for k in mu.names[1:]}
+    )
     by_name = dict(zip(mu.names[1:], named.learned, strict=True))
     np.testing.assert_allclose(np.exp(by_name["10"]), 11.0, rtol=1e-6)
     clash = {"a/b": 0.0, "a": {"b": 0.0}, "c": 0.0}
     with pytest.raises(ValueError, match="epsilon must be one number, or one for each"):
-        yoto.init_loss_logits(clash, "c", {"a/b": 0.5, "a": {"b": 0.1}})
-    mu = yoto.init_loss_logits(clash, "c", [0.1, 0.5])
+        yoto.init_loss_logits(clash, "c", epsilon={"a/b": 0.5, "a": {"b": 0.1}})
+    mu = yoto.init_loss_logits(clash, "c", epsilon=[0.1, 0.5])
     np.testing.assert_allclose(np.exp(mu.learned), [0.1, 0.5], rtol=1e-6)
 
 
 def test_epsilon_may_be_traced():
     def weight(epsilon):
-        return yoto.loss_weights(yoto.init_loss_logits((0.0, 0.0), 0, epsilon))[1]
+        return yoto.loss_weights(yoto.init_loss_logits((0.0, 0.0), 0, epsilon=epsilon))[
+            1
+        ]
 
     weights = jax.vmap(weight)(jnp.array([0.5, 1.0, 3.0]))
     np.testing.assert_allclose(weights, [1 / 3, 1 / 2, 3 / 4], rtol=1e-6)
@@ -289,7 +293,7 @@ def test_structure_survives_tree_operations_and_copies():
 )
 def test_errors_name_the_culprit(losses, primary, epsilon, error, message):
     with pytest.raises(error, match=message):
-        yoto.init_loss_logits(losses, primary, epsilon)
+        yoto.init_loss_logits(losses, primary, epsilon=epsilon)
 
 
 @pytest.mark.parametrize("learned", [jnp.zeros(5), jnp.zeros(1), jnp.zeros(()), None])

@@ -121,16 +121,16 @@ def test_heads_that_do_not_use_the_representation():
 @pytest.mark.parametrize(
     "make",
     [
-        weightings.dwa,
-        weightings.cagrad,
-        weightings.fair_grad,
-        weightings.nash_mtl,
-        lambda x: weightings.smooth(weightings.equal(), x),
-        lambda x: weightings.normalize(weightings.equal(), x),
-        lambda x: weightings.skip_outliers(weightings.equal(), x),
+        lambda x: weightings.dwa(temperature=x),
+        lambda x: weightings.cagrad(c=x),
+        lambda x: weightings.fair_grad(alpha=x),
+        lambda x: weightings.nash_mtl(max_norm=x),
+        lambda x: weightings.smooth(weightings.equal(), decay=x),
+        lambda x: weightings.normalize(weightings.equal(), decay=x),
+        lambda x: yoto.OutlierRule(limit=x),
         lambda x: weightings.relobralo(alpha=x),
         lambda x: weightings.grap("a", regularization=x),
-        weightings.gradvac,
+        lambda x: weightings.gradvac(decay=x),
     ],
 )
 def test_hyperparameters_that_are_no_good_numbers(make):
@@ -143,8 +143,8 @@ def test_hyperparameters_that_are_no_good_numbers(make):
 
 def test_keys():
     losses = {"a": 1.0}
-    raw = weightings.random(jax.random.PRNGKey(3)).init(losses)
-    typed = weightings.random(jax.random.key(3)).init(losses)
+    raw = weightings.random(key=jax.random.PRNGKey(3)).init(losses)
+    typed = weightings.random(key=jax.random.key(3)).init(losses)
     assert raw.inner.key == typed.inner.key
     with pytest.raises(TypeError, match="key must be"):
-        weightings.random(0.5).init(losses)
+        weightings.random(key=0.5).init(losses)

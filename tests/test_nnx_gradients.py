@@ -210,7 +210,7 @@ def test_aux_and_keywords(way):
 
 def test_parameters_in_low_precision():
     model = Model(jnp.bfloat16)
-    weighting = yoto.weightings.equal("sum")
+    weighting = yoto.weightings.equal(reduction="sum")
     fn = nnx.jit(yoto_nnx.value_and_grad(loss_fn, weighting))
     _, grads, _ = fn(model, weighting.init(LOSSES), BATCHES[0].astype(jnp.bfloat16))
     ones = dict.fromkeys(NAMES, 1.0)

@@ -28,7 +28,9 @@ def train(problem, tx, steps, epsilon=0.1, dtype=jnp.float32):
         distances = jnp.sum((w[None, :] - centres) ** 2, axis=-1)
         return tuple(scales * distances + floors)
 
-    mu = yoto.init_loss_logits(losses(jnp.zeros(centres.shape[1], dtype)), 0, epsilon)
+    mu = yoto.init_loss_logits(
+        losses(jnp.zeros(centres.shape[1], dtype)), 0, epsilon=epsilon
+    )
     mu = dataclasses.replace(
         mu, learned=jnp.full(mu.learned.shape, np.log(epsilon), dtype)
     )
@@ -248,7 +250,7 @@ def test_every_option_of_optax_arrives(ours, theirs, kwargs):
 
 
 def test_adamw_hands_on_the_entropy():
-    mu = yoto.init_loss_logits((0.0, 0.0, 0.0), 0, [0.2, 3.0])
+    mu = yoto.init_loss_logits((0.0, 0.0, 0.0), 0, epsilon=[0.2, 3.0])
     full, learned = np.append(0.0, np.array(mu.learned, float)), np.arange(3) > 0
     for entropy in ("all", "auxiliary"):
         tx = yoto.adamw(1.0, hyperparameter_decay=2.0, entropy=entropy)

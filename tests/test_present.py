@@ -167,7 +167,7 @@ def test_a_run_is_that_of_the_losses_that_are_there(name):
 
 
 def test_random_weights_are_shared_among_the_present():
-    weighting = weightings.random(0)
+    weighting = weightings.random(key=0)
     losses = dict.fromkeys(NAMES, jnp.float32(1))
     state = weighting.init(losses)
     everything, _ = weighting.update(losses, state)
@@ -388,7 +388,7 @@ def test_aggregate_leaves_out_absent_rows():
 
 def test_the_composite_loss_of_present_losses():
     losses = {"a": 2.0, "b": np.nan, "c": 5.0}
-    mu = yoto.init_loss_logits(losses, "a", {"b": 0.7, "c": 0.25})
+    mu = yoto.init_loss_logits(losses, "a", epsilon={"b": 0.7, "c": 0.25})
     present = {"a": True, "b": False, "c": True}
     f = lambda losses, mu: yoto.composite_loss(losses, mu, present=present)
     value, (d_losses, d_mu) = jax.value_and_grad(f, (0, 1))(losses, mu)
@@ -407,8 +407,8 @@ def test_the_composite_loss_of_present_losses():
 @pytest.mark.parametrize("entropy", ["all", "auxiliary"])
 def test_the_regularizer_of_present_losses(entropy):
     losses = dict.fromkeys("abc", 0.0)
-    mu = yoto.init_loss_logits(losses, "a", {"b": 0.7, "c": 0.25})
-    pair = yoto.init_loss_logits({"a": 0.0, "c": 0.0}, "a", 0.25)
+    mu = yoto.init_loss_logits(losses, "a", epsilon={"b": 0.7, "c": 0.25})
+    pair = yoto.init_loss_logits({"a": 0.0, "c": 0.0}, "a", epsilon=0.25)
     present = {"a": True, "b": False, "c": True}
     f = lambda mu: yoto.regularizer(mu, entropy=entropy, present=present)
     g = lambda mu: yoto.regularizer(mu, entropy=entropy)
@@ -424,10 +424,10 @@ def test_the_regularizer_of_present_losses(entropy):
 )
 def test_optimizers_hold_absent_logits(tx):
     losses = {"a": 1.0, "b": 2.0, "c": 3.0}
-    params = {"w": jnp.ones(2), "mu": yoto.init_loss_logits(losses, "a", 0.5)}
+    params = {"w": jnp.ones(2), "mu": yoto.init_loss_logits(losses, "a", epsilon=0.5)}
     pair = {
         "w": jnp.ones(2),
-        "mu": yoto.init_loss_logits({"a": 1.0, "c": 3.0}, "a", 0.5),
+        "mu": yoto.init_loss_logits({"a": 1.0, "c": 3.0}, "a", epsilon=0.5),
     }
     here = {"a": True, "b": False, "c": True}
 

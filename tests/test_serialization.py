@@ -19,7 +19,7 @@ from tests.test_contract_weightings import ROWS
 from yoto_jax import conditional, monitoring, weightings
 
 LOSSES = {"fit": 0.5, "heads": (1.0, 2.0)}
-MU = yoto.init_loss_logits(LOSSES, "fit", 0.3)
+MU = yoto.init_loss_logits(LOSSES, "fit", epsilon=0.3)
 
 # Programs in a file.
 

@@ -102,17 +102,16 @@ def test_the_unit_of_the_downstream_loss_does_not_matter():
 def test_a_batch_without_downstream_gradient_leaves_the_logits():
     gramian = gramians(1)[0]
     gramian[3] = gramian[:, 3] = 0
-    weighting = yoto.weightings.softmax_alignment("label", epsilon=(0.5, 1.0, 2.0, 1.0))
+    weighting = yoto.weightings.softmax_alignment("label")
     before = weighting.init(LOSSES)
     _, after = follow(weighting, [gramian] * 5)
     np.testing.assert_array_equal(after.inner.mu.learned, before.inner.mu.learned)
 
 
-def test_epsilon_sets_the_first_weights():
-    weighting = yoto.weightings.softmax_alignment("label", epsilon=(1.0, 2.0, 5.0, 9.0))
-    first = weighting.init(LOSSES).loss_weights
+def test_the_first_weights_are_equal():
+    first = yoto.weightings.softmax_alignment("label").init(LOSSES).loss_weights
     found = [float(first[name]) for name in ("a", "b", "c", "label")]
-    np.testing.assert_allclose(found, [0.125, 0.25, 0.625, 0], rtol=1e-6)
+    np.testing.assert_allclose(found, [1 / 3, 1 / 3, 1 / 3, 0], rtol=1e-6)
 
 
 def test_bad_arguments_are_named():

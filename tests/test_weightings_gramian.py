@@ -76,7 +76,7 @@ def test_closed_forms_for_two_losses():
         )
         rho = g[0, 1] / norms.prod()
         np.testing.assert_allclose(
-            weights(nash_mtl(None, regularization=0.0), jacobian),
+            weights(nash_mtl(max_norm=None, regularization=0.0), jacobian),
             1 / (norms * np.sqrt(1 + rho)),
             rtol=1e-9,
         )
@@ -93,7 +93,10 @@ def test_upgrad_of_two_losses_is_half_of_pcgrad():
 
 
 def test_fair_grad_with_alpha_1_is_nash_and_the_squared_norm_is_the_count():
-    fair, nash = fair_grad(1.0, regularization=0.0), nash_mtl(None, regularization=0.0)
+    fair, nash = (
+        fair_grad(alpha=1.0, regularization=0.0),
+        nash_mtl(max_norm=None, regularization=0.0),
+    )
     for jacobian in jacobians(4):
         found = weights(nash, jacobian)
         np.testing.assert_allclose(weights(fair, jacobian), found, rtol=1e-9)
@@ -103,7 +106,7 @@ def test_fair_grad_with_alpha_1_is_nash_and_the_squared_norm_is_the_count():
 
 @pytest.mark.parametrize("alpha", [0.5, 2.0])
 def test_fair_grad_solves_its_equation(alpha):
-    weighting = fair_grad(alpha, regularization=0.0)
+    weighting = fair_grad(alpha=alpha, regularization=0.0)
     for jacobian in jacobians(4):
         found = weights(weighting, jacobian)
         gain = jacobian @ jacobian.T @ found
@@ -111,8 +114,8 @@ def test_fair_grad_solves_its_equation(alpha):
 
 
 def test_cagrad_with_c_0_is_the_mean_and_otherwise_minimises_its_objective():
-    mean = cagrad(0.0)
-    weighting = cagrad(0.7)
+    mean = cagrad(c=0.0)
+    weighting = cagrad(c=0.7)
     for jacobian in jacobians(4):
         np.testing.assert_allclose(weights(mean, jacobian), 0.25)
         found = weights(weighting, jacobian) - 0.25
@@ -145,7 +148,7 @@ def test_oracles_that_see_the_whole_jacobian():
 
 @pytest.mark.parametrize(("scale", "of"), [("mean", np.mean), ("median", np.median)])
 def test_scale_of_aligned_mtl(scale, of):
-    weighting = aligned_mtl([1.0, 2.0, 3.0, 4.0], scale=scale)
+    weighting = aligned_mtl(preference=[1.0, 2.0, 3.0, 4.0], scale=scale)
     for jacobian in jacobians(4, count=2, parameters=3):  # one eigenvalue is rounding
         expected = oracles.aligned_mtl(jacobian, np.arange(1.0, 5.0), of)
         found = weights(weighting, jacobian) @ jacobian
@@ -176,7 +179,7 @@ def test_pcgrad_is_one_of_its_orders_and_every_loss_draws_its_own():
 
 
 def test_gradvac_follows_the_paper_over_several_updates():
-    weighting = gradvac(0.5)
+    weighting = gradvac(decay=0.5)
     update = jax.jit(weighting.update)
     with jax.enable_x64(True):
         values = [jnp.asarray(1.0)] * 2
@@ -189,7 +192,7 @@ def test_gradvac_follows_the_paper_over_several_updates():
 
 
 def test_normalised_mgda_is_mgda_of_normalised_gradients():
-    weighting = mgda("l2")
+    weighting = mgda(normalize=True)
     for jacobian in jacobians(3):
         norms = np.linalg.norm(jacobian, axis=1)
         expected = oracles.mgda(oracles.units(jacobian)) / norms
@@ -237,7 +240,7 @@ def test_unknown_properties_are_an_error():
 def test_cagrad_at_pareto_stationary_gradients_is_the_mean(c, count):
     """And elsewhere as far from it as it may be, without conflict from c = 1 on."""
     rng = np.random.default_rng(count)
-    weighting = cagrad(c)
+    weighting = cagrad(c=c)
     losses = [0.0] * count
     state, update = weighting.init(losses), jax.jit(weighting.update)
     for scale in (1e-4, 1.0, 1e4):

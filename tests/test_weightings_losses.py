@@ -83,25 +83,25 @@ CASES = {
     ),
     "uncertainty": (uncertainty, lambda: oracles.uncertainty(LOSSES), {}),
     "uncertainty of both kinds": (
-        lambda: uncertainty(KINDS, initial=-0.5),
+        lambda: uncertainty(kind=KINDS, initial=-0.5),
         lambda: oracles.uncertainty(LOSSES, np.array([0.5, 1, 1, 0.5]), -0.5),
         {},
     ),
     "imtl_l": (imtl_l, lambda: oracles.imtl_l(LOSSES), {}),
     "dwa": (dwa, lambda: oracles.dwa(LOSSES), {}),
     "dwa by windows": (
-        lambda: dwa(0.5, window=7),
+        lambda: dwa(temperature=0.5, window=7),
         lambda: oracles.dwa(LOSSES, 0.5, 7),
         {},
     ),
     "softadapt": (softadapt, lambda: oracles.softadapt(LOSSES), {}),
     "softadapt, paper": (
-        lambda: softadapt(0.1, form="difference", loss_weighted=True),
+        lambda: softadapt(beta=0.1, form="difference", loss_weighted=True),
         lambda: oracles.softadapt(LOSSES, 0.1, "difference", True),
         {},
     ),
     "softadapt, differences": (
-        lambda: softadapt(-0.1, form="difference"),
+        lambda: softadapt(beta=-0.1, form="difference"),
         lambda: oracles.softadapt(LOSSES, -0.1, "difference"),
         {},
     ),
@@ -119,7 +119,9 @@ CASES = {
         {},
     ),
     "stch": (
-        lambda: stch(5.0, preference=[0.1, 0.2, 0.3, 0.4], ideal=[0, 0, 1, 2]),
+        lambda: stch(
+            smoothing=5.0, preference=[0.1, 0.2, 0.3, 0.4], ideal=[0, 0, 1, 2]
+        ),
         lambda: np.array(
             [
                 p * oracles.softmax(p * (loss - np.array([0, 0, 1, 2])) / 5)
@@ -130,17 +132,17 @@ CASES = {
         {},
     ),
     "stch, logarithms": (
-        lambda: stch(0.7, form="log"),
+        lambda: stch(smoothing=0.7, form="log"),
         lambda: oracles.stch_log(LOSSES, 0.7, 0),
         {},
     ),
     "stch, logarithms and nadir": (
-        lambda: stch(0.7, form="log", warmup=5),
+        lambda: stch(smoothing=0.7, form="log", warmup=5),
         lambda: oracles.stch_log(LOSSES, 0.7, 5),
         {},
     ),
     "causal": (
-        lambda: causal(0.5),
+        lambda: causal(tolerance=0.5),
         lambda: np.array(
             [
                 [np.exp(-0.5 * loss[:k].sum()) / len(loss) for k in range(len(loss))]
@@ -151,7 +153,7 @@ CASES = {
     ),
     "gradnorm": (gradnorm, lambda: oracles.gradnorm(LOSSES, LARGE), {"norms": LARGE}),
     "gradnorm with a small alpha": (
-        lambda: gradnorm(0.12),
+        lambda: gradnorm(alpha=0.12),
         lambda: oracles.gradnorm(LOSSES, LARGE, 0.12),
         {"norms": LARGE},
     ),
@@ -231,9 +233,12 @@ def smooth_maximum_of_logarithms(losses):
     [
         (scale_invariant(), lambda losses: jnp.sum(jnp.log(losses))),
         (geometric(), geometric_mean),
-        (stch(0.3, ideal=1.0), smooth_maximum),
-        (stch(0.3, form="log"), smooth_maximum_of_logarithms),
-        (stch(0.3, form="log", warmup=1), lambda losses: jnp.sum(jnp.log(losses))),
+        (stch(smoothing=0.3, ideal=1.0), smooth_maximum),
+        (stch(smoothing=0.3, form="log"), smooth_maximum_of_logarithms),
+        (
+            stch(smoothing=0.3, form="log", warmup=1),
+            lambda losses: jnp.sum(jnp.log(losses)),
+        ),
     ],
 )
 def test_weights_are_the_gradient_of_the_scalarization(weighting, objective):
@@ -244,12 +249,14 @@ def test_weights_are_the_gradient_of_the_scalarization(weighting, objective):
 
 
 def test_a_small_smoothing_leaves_the_largest_loss_alone():
-    weights, _ = run(stch(1e-3), [[1.0, 3.0, 2.0]])
+    weights, _ = run(stch(smoothing=1e-3), [[1.0, 3.0, 2.0]])
     np.testing.assert_allclose(weights, [[0, 1 / 3, 0]], atol=1e-7)
 
 
 def test_causal_weights_fall_with_time_until_all_is_solved():
-    weights, _ = run(causal(1.0), [[0.5, 1.0, 2.0, 4.0], [0.0, 0.0, 0.0, 9.0]])
+    weights, _ = run(
+        causal(tolerance=1.0), [[0.5, 1.0, 2.0, 4.0], [0.0, 0.0, 0.0, 9.0]]
+    )
     assert np.all(np.diff(weights[0]) < 0)
     np.testing.assert_allclose(weights[1], 0.25, rtol=1e-7)
 
@@ -273,7 +280,9 @@ def test_the_key_decides_the_weights(make):
     assert np.any(runs[0] != runs[3])
 
 
-@pytest.mark.parametrize("make", [random, lambda key: relobralo(key=key)])
+@pytest.mark.parametrize(
+    "make", [lambda key: random(key=key), lambda key: relobralo(key=key)]
+)
 def test_the_key_given_survives_a_donated_state(make):
     key = jax.random.key(0)
     weighting = make(key)
@@ -284,7 +293,9 @@ def test_the_key_given_survives_a_donated_state(make):
     assert first.key == again.key
 
 
-@pytest.mark.parametrize("make", [random, lambda key: relobralo(key=key)])
+@pytest.mark.parametrize(
+    "make", [lambda key: random(key=key), lambda key: relobralo(key=key)]
+)
 def test_a_key_that_is_no_key_is_refused(make):
     with pytest.raises(TypeError, match="key"):
         make("seed").init([1.0])
@@ -298,7 +309,9 @@ def test_uncertainty_steps_on_the_gradient_of_the_joint_objective():
     with jax.enable_x64(True):
         losses, s = jnp.array([0.7, 3.0]), jnp.array([0.3, -0.2])
         weighting = uncertainty(
-            ["regression", "classification"], optimizer=optax.sgd(0.1), initial=list(s)
+            kind=["regression", "classification"],
+            optimizer=optax.sgd(0.1),
+            initial=list(s),
         )
         weights, state = weighting.update(list(losses), weighting.init(list(losses)))
         slope, factors = jax.grad(objective, argnums=(0, 1))(s, losses)
@@ -313,7 +326,7 @@ def test_imtl_l_is_twice_uncertainty_with_the_sign_changed():
     losses = rng.uniform(0.2, 3.0, (T, K))
     with jax.enable_x64(True):
         for rate in (0.02, 0.2):
-            imtl, imtl_state = run(imtl_l(optax.sgd(rate)), losses)
+            imtl, imtl_state = run(imtl_l(optimizer=optax.sgd(rate)), losses)
             kendall, state = run(uncertainty(optimizer=optax.sgd(2 * rate)), losses)
             np.testing.assert_allclose(imtl, 2 * kendall, rtol=1e-12)
             np.testing.assert_allclose(
@@ -323,7 +336,7 @@ def test_imtl_l_is_twice_uncertainty_with_the_sign_changed():
             )
         # Adam does not see the factor 2, but for its epsilon.
         adam = optax.adam(0.025, eps=0.0)
-        imtl, _ = run(imtl_l(adam), losses)
+        imtl, _ = run(imtl_l(optimizer=adam), losses)
         kendall, _ = run(uncertainty(optimizer=adam), losses)
     np.testing.assert_allclose(imtl, 2 * kendall, rtol=1e-12)
 
@@ -332,7 +345,7 @@ def test_imtl_l_is_twice_uncertainty_with_the_sign_changed():
     ("make", "product"),
     [
         (lambda tx: uncertainty(optimizer=tx), 0.5),
-        (lambda tx: uncertainty("classification", optimizer=tx), 0.5),
+        (lambda tx: uncertainty(kind="classification", optimizer=tx), 0.5),
         (imtl_l, 1.0),
     ],
 )
@@ -364,7 +377,7 @@ def test_learned_scales_stay_bounded(make, size):
 )
 def test_the_kind_of_each_loss_is_found_by_order_name_or_tree(kind):
     losses = {"heads": {"label": 1.0}, "depth": 2.0}  # Order: depth, heads/label.
-    weights = uncertainty(kind).init(losses).loss_weights
+    weights = uncertainty(kind=kind).init(losses).loss_weights
     assert weights == {"heads": {"label": 1.0}, "depth": 0.5}
 
 
@@ -373,12 +386,12 @@ def test_the_kind_of_each_loss_is_found_by_order_name_or_tree(kind):
 )
 def test_a_kind_that_does_not_fit_is_refused(kind):
     with pytest.raises(ValueError, match="kind must be.*'depth', 'label'"):
-        uncertainty(kind).init({"depth": 1.0, "label": 2.0})
+        uncertainty(kind=kind).init({"depth": 1.0, "label": 2.0})
 
 
 def test_softadapt_by_ratios_ignores_the_units_of_the_losses():
-    weights, _ = run(softadapt(2.0), LOSSES)
-    rescaled, _ = run(softadapt(2.0), LOSSES * [1e-3, 1e3, 10, 1])
+    weights, _ = run(softadapt(beta=2.0), LOSSES)
+    rescaled, _ = run(softadapt(beta=2.0), LOSSES * [1e-3, 1e3, 10, 1])
     np.testing.assert_allclose(weights, rescaled, rtol=2e-5)
 
 
@@ -484,12 +497,10 @@ def test_famo_holds_what_is_below_a_bound():
     np.testing.assert_array_equal(after.inner.log_gaps, state.inner.log_gaps)
 
 
-def test_famo_accepts_a_schedule_and_another_optimizer():
-    schedule, _ = run(famo(optax.constant_schedule(0.1)), LOSSES)
-    rate, _ = run(famo(0.1), LOSSES)
-    other, _ = run(famo(optimizer=optax.adam(0.1)), LOSSES)
+def test_famo_accepts_a_schedule():
+    schedule, _ = run(famo(learning_rate=optax.constant_schedule(0.1)), LOSSES)
+    rate, _ = run(famo(learning_rate=0.1), LOSSES)
     np.testing.assert_array_equal(schedule, rate)
-    np.testing.assert_array_equal(other, rate)
 
 
 # Gradient statistics.
@@ -524,7 +535,7 @@ def test_gradnorm_weights_sum_to_k_and_are_never_negative():
 def test_gradnorm_with_alpha_zero_makes_the_norms_equal():
     norms = np.broadcast_to([1.0, 2.0, 4.0], (2000, 3))
     tx = optax.sgd(optax.linear_schedule(0.01, 0.0, 2000))
-    weights, _ = run(gradnorm(0.0, optimizer=tx), np.ones((2000, 3)), norms=norms)
+    weights, _ = run(gradnorm(alpha=0.0, optimizer=tx), np.ones((2000, 3)), norms=norms)
     np.testing.assert_allclose(weights[-1], 3 * np.array([4, 2, 1]) / 7, atol=1e-3)
 
 
@@ -765,22 +776,20 @@ def test_a_single_loss_has_the_weight_that_the_convention_gives(make, weight):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: dwa(0.0), "temperature must be positive, got 0.0"),
+        (lambda: dwa(temperature=0.0), "temperature must be positive, got 0.0"),
         (lambda: dwa(window=0), "window must be at least 1, got 0"),
         (lambda: softadapt(form="log"), "form must be.*'log'"),
-        (lambda: softadapt(eps=-1.0), "eps must not be negative, got -1"),
         (lambda: relobralo(alpha=1.1), "alpha must be in .*, got 1.1"),
         (lambda: relobralo(beta=-0.1), "beta must be in .*, got -0.1"),
         (lambda: relobralo(temperature=-1), "temperature must be positive, got -1"),
-        (lambda: relobralo(eps=-1), "eps must not be negative, got -1"),
         (lambda: famo(gamma=-1e-3), "gamma must not be negative, got -0.001"),
-        (lambda: stch(0), "smoothing must be positive, got 0"),
+        (lambda: stch(smoothing=0), "smoothing must be positive, got 0"),
         (lambda: stch(form="square"), "form must be.*'square'"),
         (lambda: stch(form="log", warmup=-1), "warmup must not be negative, got -1"),
         (lambda: stch(warmup=3), "warmup is for form='log' alone, got 3"),
         (lambda: stch(form="log", preference=[1.0]), "preference is for form='linear'"),
         (lambda: stch(form="log", ideal=[1.0]), "ideal is for form='linear' alone"),
-        (lambda: causal(-1.0), "tolerance must not be negative, got -1"),
+        (lambda: causal(tolerance=-1.0), "tolerance must not be negative, got -1"),
         (lambda: grad_norm_balance(decay=1.0), "decay must be in .*, got 1.0"),
         (lambda: grad_norm_balance(eps=0.0), "eps must be positive, got 0.0"),
         (lambda: lr_annealing(0, statistic="min"), "statistic must be.*'min'"),

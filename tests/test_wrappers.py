@@ -56,7 +56,7 @@ def test_every_of_every_is_due_when_both_are():
 
 
 def test_smooth_is_an_average_that_starts_at_the_first_weights():
-    history, _ = run(weightings.smooth(inverse(), 0.75))
+    history, _ = run(weightings.smooth(inverse(), decay=0.75))
     first = np.array([1, 0.25])
     second = 0.75 * first + 0.25 * np.array([0.5, 0.5])
     third = 0.75 * second + 0.25 * np.array([0.25, 1.0])
@@ -64,13 +64,15 @@ def test_smooth_is_an_average_that_starts_at_the_first_weights():
 
 
 def test_smooth_moves_only_when_the_weights_inside_do():
-    history, _ = run(weightings.smooth(weightings.every(inverse(), 2), 0.5))
+    history, _ = run(weightings.smooth(weightings.every(inverse(), 2), decay=0.5))
     np.testing.assert_allclose(history, [[1, 0.25], [1, 0.25], [0.625, 0.625]])
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
 def test_normalize_divides_by_a_running_mean(decay):
-    history, state = run(weightings.normalize(weightings.equal("sum"), decay))
+    history, state = run(
+        weightings.normalize(weightings.equal(reduction="sum"), decay=decay)
+    )
     values = np.array([[s["a"], s["b"]] for s in STEPS])
     scale, expected = values[0], []
     for value in values:
@@ -101,10 +103,10 @@ def test_normalize_scales_gradient_statistics():
 @pytest.mark.parametrize(
     "wrap",
     [
-        lambda w: weightings.smooth(w, 0.5),
-        lambda w: weightings.normalize(w, 0.5),
+        lambda w: weightings.smooth(w, decay=0.5),
+        lambda w: weightings.normalize(w, decay=0.5),
         lambda w: weightings.every(w, 1),
-        lambda w: weightings.smooth(weightings.normalize(w), 0.5),
+        lambda w: weightings.smooth(weightings.normalize(w), decay=0.5),
     ],
 )
 def test_a_bad_batch_is_held_through_wrappers(wrap):
@@ -154,9 +156,9 @@ def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match="steps must be positive, got 0"):
         weightings.every(inverse(), 0)
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 1"):
-        weightings.smooth(inverse(), 1)
+        weightings.smooth(inverse(), decay=1)
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], got -1"):
-        weightings.normalize(inverse(), -1)
+        weightings.normalize(inverse(), decay=-1)
     for wrap in (weightings.smooth, weightings.normalize):
         weighting = wrap(inverse())
         with pytest.raises(ValueError, match="missing: 'b'; unexpected: 'c'"):
@@ -182,20 +184,22 @@ def test_wrappers_under_scan_and_vmap():
 @pytest.mark.parametrize(
     "wrap",
     [
-        lambda w: weightings.normalize(weightings.smooth(w, 0.5)),
-        lambda w: weightings.smooth(weightings.normalize(w), 0.5),
+        lambda w: weightings.normalize(weightings.smooth(w, decay=0.5)),
+        lambda w: weightings.smooth(weightings.normalize(w), decay=0.5),
         lambda w: weightings.normalize(weightings.every(weightings.smooth(w), 2)),
     ],
 )
 def test_nested_wrappers_keep_their_units_apart(wrap):
     losses = {"a": 1e-3, "b": 2e-3}
-    history, _ = run(wrap(weightings.equal("sum")), [losses] * 6)
+    history, _ = run(wrap(weightings.equal(reduction="sum")), [losses] * 6)
     np.testing.assert_allclose(history, [[1000, 500]] * 6, rtol=1e-5)
 
 
 def test_smooth_twice_is_the_average_of_an_average():
-    history, _ = run(weightings.smooth(weightings.smooth(inverse(), 0.5), 0.5))
-    once, _ = run(weightings.smooth(inverse(), 0.5))
+    history, _ = run(
+        weightings.smooth(weightings.smooth(inverse(), decay=0.5), decay=0.5)
+    )
+    once, _ = run(weightings.smooth(inverse(), decay=0.5))
     twice = once.copy()
     for k in range(1, len(once)):
         twice[k] = 0.5 * twice[k - 1] + 0.5 * once[k]
@@ -211,7 +215,7 @@ def test_every_tries_again_after_a_bad_batch():
 
 
 def test_a_loss_of_zero_keeps_its_scale():
-    weighting = weightings.normalize(weightings.upgrad(), 0.9)
+    weighting = weightings.normalize(weightings.upgrad(), decay=0.9)
     state = weighting.init({"a": 0.0, "hinge": 0.0})
     gramian = jnp.diag(jnp.array([1.0, 0.0]))
     update = jax.jit(lambda s, x: weighting.update(x, s, gramian=gramian)[1])
@@ -248,7 +252,7 @@ def test_normalized_statistics_have_no_unit():
 
 
 def test_no_gradient_flows_through_normalised_weights():
-    weighting = weightings.normalize(weightings.equal("sum"))
+    weighting = weightings.normalize(weightings.equal(reduction="sum"))
     state = weighting.init({"a": 1.0})
 
     def composite(x):
@@ -265,7 +269,7 @@ def test_a_weighting_that_counts_nothing_can_be_wrapped():
 
     one = lambda losses: {"loss_weights": jax.tree.map(jnp.ones_like, losses)}
     own = inverse()._replace(init=one, update=update)
-    history, _ = run(weightings.smooth(own, 0.75))
-    expected, _ = run(weightings.smooth(inverse(), 0.75))
+    history, _ = run(weightings.smooth(own, decay=0.75))
+    expected, _ = run(weightings.smooth(inverse(), decay=0.75))
     np.testing.assert_allclose(history, expected, rtol=1e-6)
     run(weightings.normalize(weightings.every(own, 2)))

@@ -22,7 +22,8 @@ from yoto_jax._masked_mean import masked_mean as masked_mean
 from yoto_jax._optimizers import adamw as adamw
 from yoto_jax._optimizers import label_loss_logits as label_loss_logits
 from yoto_jax._optimizers import sgdw as sgdw
-from yoto_jax._skip_outliers import SkipOutliersState as SkipOutliersState
+from yoto_jax._outliers import OutlierRule as OutlierRule
+from yoto_jax._outliers import SkipOutliersState as SkipOutliersState
 from yoto_jax._skip_outliers import skip_outliers as skip_outliers
 from yoto_jax._weighting import LossWeighting as LossWeighting
 from yoto_jax._weighting import WeightingState as WeightingState
@@ -46,6 +47,7 @@ __all__ = [
     "LossSpec",
     "LossWeighting",
     "MaskedLosses",
+    "OutlierRule",
     "SkipOutliersState",
     "WeightingState",
     "adamw",

@@ -56,7 +56,8 @@ def regularizer(
 
     Examples:
       >>> import yoto_jax as yoto
-      >>> mu = yoto.init_loss_logits({"depth": 0.0, "camera": 0.0}, "depth", 1.0)
+      >>> losses = {"depth": 0.0, "camera": 0.0}
+      >>> mu = yoto.init_loss_logits(losses, "depth", epsilon=1.0)
       >>> print(round(float(yoto.regularizer(mu)), 4))  # log(1/2) + log(2)
       0.0
 

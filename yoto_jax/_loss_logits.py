@@ -100,7 +100,7 @@ def is_loss_logits(x: Any) -> bool:
 
 
 def init_loss_logits(
-    losses: PyTree, primary: str | int | None, epsilon: PyTree = 0.1
+    losses: PyTree, primary: str | int | None, *, epsilon: PyTree = 0.1
 ) -> LossLogits:
     r"""Initialises loss logits from initial weights relative to the primary loss.
 
@@ -133,7 +133,8 @@ def init_loss_logits(
       >>> mu = yoto.init_loss_logits(losses, primary="depth", epsilon=0.1)
       >>> print({k: round(float(v), 3) for k, v in yoto.loss_weights(mu).items()})
       {'camera': 0.083, 'depth': 0.833, 'invariance': 0.083}
-      >>> yoto.init_loss_logits(losses, "depth", {"camera": 0.25, "invariance": 0.1})
+      >>> epsilon = {"camera": 0.25, "invariance": 0.1}
+      >>> yoto.init_loss_logits(losses, "depth", epsilon=epsilon)
       LossLogits(camera=-1.386, depth=None, invariance=-2.303)
 
     References:

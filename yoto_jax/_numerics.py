@@ -135,5 +135,12 @@ def running_mean(
     )
 
 
+def chebyshev_distances(
+    losses: jax.Array, weights: jax.Array, ideal: jax.Array
+) -> jax.Array:
+    """What a Chebyshev scalarization takes the largest of, on the axis of losses."""
+    return weights * (losses - ideal)
+
+
 def stacked(tree: PyTree) -> jax.Array:
     return jnp.stack([upcast(jnp.asarray(x)) for x in jax.tree.leaves(tree)])

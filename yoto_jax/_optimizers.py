@@ -98,8 +98,7 @@ def sgdw(
       -0.025
 
     References:
-      Sakaridis, `You Only Train Once <https://arxiv.org/abs/2506.04349>`_, 2025,
-      Algorithm 1.
+      Sakaridis, `You Only Train Once <https://arxiv.org/abs/2506.04349>`_, 2025.
 
     .. warning::
       The paper's rho of 20 to 200 pins the weights at the regulariser's optimum. Keep

@@ -5,12 +5,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
-from yoto_jax._checks import check_decay, check_hyperparameter, check_not_negative
+from yoto_jax._checks import check_hyperparameter, check_not_negative
 from yoto_jax._losses import PyTree, check_structure, scalar_losses
 from yoto_jax._numerics import running_mean
 from yoto_jax._serialization import serializable_state
+
+_DECAY = 0.99
+"""The running means remember about a hundred batches."""
 
 
 @serializable_state
@@ -22,26 +26,86 @@ class LossScales(NamedTuple):
     streaks: jax.Array  # int32 (K,), batches in a row far above; negative: far below
 
 
+@serializable_state
+class SkipOutliersState(NamedTuple):
+    """State of :func:`skip_outliers`, of an optimizer or of a weighting."""
+
+    num_skipped: jax.Array  # int32 scalar, batches that the rule has called bad
+    accepted: jax.Array  # bool scalar, whether the last batch was good
+    loss_scales: LossScales
+    inner: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class OutlierRule:
-    """Which batches are bad; shared by the weighting and the optimizer."""
+    r"""Which batches are bad: one rule for an optimizer and for a weighting.
 
-    limit: Any
-    decay: Any
-    patience: Any
-    positive: bool
-    two_sided: bool
-    floor: Any
+    A batch is bad if a loss is not finite, or if for any loss
+
+    .. math::
+      |L_k| > \mathtt{limit} \cdot m_k,
+
+    with :math:`m_k` the running mean of :math:`|L_k|` over the batches accepted so far:
+    the plain mean of the first hundred, then one with decay 0.99.
+
+    Args:
+      limit: How many times larger than usual a loss may be (larger than 1, no unit).
+      patience: For how many finite batches in a row one loss may make a batch bad. The
+        next one like them is accepted, and the mean of that loss starts anew with it:
+        the losses have changed for good. A loss that stays that much *smaller* than
+        usual is accepted all the while; its mean starts anew likewise.
+      positive: Whether all losses are positive by definition: a batch with a loss of 0
+        or less is then bad, without end, as one that is not finite is.
+      floor: Losses smaller than this in size count as this size (in the unit of the
+        losses): how they vary down there is no reason to skip a batch.
+
+    Raises:
+      ValueError: ``limit`` is not larger than 1, or ``patience`` or ``floor`` is
+        negative.
+
+    Examples:
+      >>> import optax, yoto_jax as yoto
+      >>> rule = yoto.OutlierRule(limit=100.0, positive=True)
+      >>> tx = yoto.skip_outliers(optax.adam(1e-3), rule, losses=2)
+      >>> weighting = yoto.weightings.skip_outliers(yoto.weightings.famo(), rule)
+
+    .. warning::
+      Batches whose loss is rarely, but rightly, ``limit`` times the usual are never
+      learned from. Watch ``num_skipped``, and raise ``limit`` if it grows where data
+      and code are sound: 1e6 still keeps out what overflows. The guide to long runs
+      says what the rule cannot see.
+    """
+
+    limit: jax.typing.ArrayLike = 1e3
+    _: dataclasses.KW_ONLY
+    patience: jax.typing.ArrayLike = 10
+    positive: bool = False
+    floor: jax.typing.ArrayLike = 1e-6
 
     def __post_init__(self) -> None:
         check_hyperparameter("limit", self.limit, lambda x: x > 1, "be larger than 1")
-        check_decay(decay=self.decay)
         check_not_negative(patience=self.patience, floor=self.floor)
 
-    def init(self, count: int, dtype: Any) -> LossScales:
-        """Nothing is known yet."""
+    def init(self, count: int, dtype: Any, inner: Any) -> SkipOutliersState:
+        """The state of a wrapper: nothing is known of ``count`` losses yet."""
         zeros = lambda dtype: jnp.zeros((count,), dtype)
-        return LossScales(zeros(dtype), zeros(jnp.int32), zeros(jnp.int32))
+        scales = LossScales(zeros(dtype), zeros(jnp.int32), zeros(jnp.int32))
+        return SkipOutliersState(
+            jnp.zeros((), jnp.int32), jnp.ones((), jnp.bool_), scales, inner
+        )
+
+    def step(
+        self,
+        state: SkipOutliersState,
+        losses: jax.Array,
+        sound: Any = True,
+        present: jax.Array | None = None,
+    ) -> SkipOutliersState:
+        """The state after a batch, but for what is inside; see :meth:`judge`."""
+        ok, scales = self.judge(losses, state.loss_scales, sound, present)
+        return SkipOutliersState(
+            state.num_skipped + (~ok).astype(jnp.int32), ok, scales, state.inner
+        )
 
     def judge(
         self,
@@ -72,9 +136,7 @@ class OutlierRule:
         sizes = jnp.maximum(jnp.abs(losses), self.floor)
         known = num_seen > 0 if present is None else (num_seen > 0) & present
         high = known & (sizes / self.limit > means)  # the product might overflow
-        low = known & (sizes < means / self.limit)
-        if not self.two_sided:
-            low &= ~silent
+        low = known & (sizes < means / self.limit) & ~silent
         streaks = jnp.where(
             high,
             jnp.maximum(streaks, 0) + 1,
@@ -83,22 +145,36 @@ class OutlierRule:
         # What goes on for longer than patience is no outlier but another regime.
         strange = high | low
         restart = strange & (jnp.abs(streaks) > self.patience)
-        blocked = (strange if self.two_sided else high) & ~restart
-        ok = sound & ~jnp.any(blocked)
+        ok = sound & ~jnp.any(high & ~restart)
 
         usual = ok & ~strange & ~silent
         restart &= ok
-        longer = running_mean(
-            means, sizes, num_seen, self.decay / (1 - self.decay), self.decay
-        ).astype(means.dtype)
+        longer = running_mean(means, sizes, num_seen, _DECAY / (1 - _DECAY), _DECAY)
+        longer = longer.astype(means.dtype)
         new = LossScales(
             jnp.where(restart, sizes, jnp.where(usual, longer, means)),
-            jnp.where(
-                restart, jnp.where(silent, 0, 1), num_seen + usual.astype(jnp.int32)
-            ),
+            jnp.where(restart, 1, num_seen + usual.astype(jnp.int32)),
             jnp.where(restart, 0, jnp.where(sound, streaks, scales.streaks)),
         )
         return ok, new if present is None else choose(present, new, scales)
+
+
+def as_rule(rule: OutlierRule | None) -> OutlierRule:
+    """The rule, or the default one; anything else, such as a bare limit, is refused."""
+    if rule is None:
+        return OutlierRule()
+    if not isinstance(rule, OutlierRule):
+        raise TypeError(
+            "rule must be an OutlierRule, such as yoto.OutlierRule(limit=100.0), got "
+            f"{rule!r}."
+        )
+    return rule
+
+
+def count_skipped(state: Any) -> jax.Array | None:
+    """Batches skipped by a weighting and all wrappers in a state, or None."""
+    counts = [x for _, x in optax.tree.get_all_with_path(state, "num_skipped")]
+    return sum(counts[1:], counts[0]) if counts else None
 
 
 def loss_vector(losses: PyTree, structure: Any, scales: LossScales) -> jax.Array:

@@ -18,8 +18,6 @@ from yoto_jax._loss_logits import init_loss_logits, loss_weights
 from yoto_jax._losses import PyTree
 from yoto_jax.conditional._film import (
     SLOPE,
-    Initialization,
-    check_initialization,
     is_empty,
     modulate,
     open_gate,
@@ -70,7 +68,7 @@ class CompositeLoss(nn.Module):
         else:
             mu = self.param(
                 "loss_logits",
-                lambda _: init_loss_logits(losses, self.primary, self.epsilon),
+                lambda _: init_loss_logits(losses, self.primary, epsilon=self.epsilon),
             )
         self.sow("intermediates", "loss_weights", loss_weights(mu))
         return composite_loss(losses, mu, present=present)
@@ -93,15 +91,13 @@ class FiLM(nn.Module):
     .. math::
       y = (1 + s(c))\, x + t(c)
 
-    Put it behind ``nn.Dense`` or ``nn.Conv`` and before the nonlinearity, or behind the
+    The layer changes nothing at the start, exactly: its last kernel is zero. Put it
+    behind ``nn.Dense`` or ``nn.Conv`` and before the nonlinearity, or behind the
     normalisation of an attention block. See :func:`yoto_jax.conditional.film`.
 
     Attributes:
       hidden: Widths of the hidden layers between encoding and modulation. ``()`` is a
         linear map: the choice behind a trunk of your own that several layers share.
-      initialization: ``"identity"``: exactly the identity at the start.
-        ``"reference"``: a network each for scale and shift, near the identity.
-      gain: Of the last layers of the reference initialisation.
       dtype: Of the computation of scale and shift; default: that of its inputs.
       param_dtype: Of the parameters.
 
@@ -121,38 +117,27 @@ class FiLM(nn.Module):
     """
 
     hidden: Sequence[int] = (256,)
-    initialization: Initialization = "identity"
-    gain: float = 0.1
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, encoding: jax.Array) -> jax.Array:
         """Returns modulated features ``(n, ..., C)``, for an encoding ``(n, E)``."""
-        check_initialization(self.initialization)
         if _is_empty(self, encoding):
             return x
-        features = x.shape[-1]
-        if self.initialization == "identity":
-            both = self._network(encoding, "film", 2 * features, nn.initializers.zeros)
-            return modulate(x, *jnp.split(both, 2, axis=-1))
-        last = nn.initializers.variance_scaling(2 * self.gain**2, "fan_in", "normal")
-        scale = self._network(encoding, "scale", features, last)
-        shift = self._network(encoding, "shift", features, last)
-        return modulate(x, scale, shift)
-
-    def _network(self, c: jax.Array, name: str, features: int, last: Any) -> jax.Array:
         first = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-        for i, width in enumerate((*self.hidden, features)):
+        c = encoding
+        for i, width in enumerate((*self.hidden, 2 * x.shape[-1])):
+            last = i == len(self.hidden)
             c = nn.leaky_relu(c, SLOPE) if i else c
             c = nn.Dense(
                 width,
-                kernel_init=last if i == len(self.hidden) else first,
+                kernel_init=nn.initializers.zeros if last else first,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
-                name=f"{name}_{i}",
+                name=f"film_{i}",
             )(c)
-        return c
+        return modulate(x, *jnp.split(c, 2, axis=-1))
 
 
 class Gate(nn.Module):

@@ -24,8 +24,6 @@ from yoto_jax._unwrap_loss_logits import unwrap_loss_logits as unwrap_loss_logit
 from yoto_jax._weighting import LossWeighting
 from yoto_jax.conditional._film import (
     SLOPE,
-    Initialization,
-    check_initialization,
     is_empty,
     modulate,
     open_gate,
@@ -72,12 +70,12 @@ class CompositeLoss(nnx.Module):
         self,
         losses: PyTree,
         primary: str | int | None,
-        epsilon: PyTree = 0.1,
         *,
+        epsilon: PyTree = 0.1,
         rngs: nnx.Rngs | None = None,
     ):
         del rngs  # Accepted as all NNX modules do; nothing here is random.
-        self.loss_logits = nnx.Param(init_loss_logits(losses, primary, epsilon))
+        self.loss_logits = nnx.Param(init_loss_logits(losses, primary, epsilon=epsilon))
 
     def __call__(self, losses: PyTree, *, present: PyTree | None = None) -> jax.Array:
         """Composite loss of a tree of scalar losses, of those that are present."""
@@ -95,8 +93,9 @@ class FiLM(nnx.Module):
     .. math::
       y = (1 + s(c))\, x + t(c)
 
-    Put it behind ``nnx.Linear`` or ``nnx.Conv`` and before the nonlinearity, or behind
-    the normalisation of an attention block. See :func:`yoto_jax.conditional.film`.
+    The layer changes nothing at the start, exactly: its last kernel is zero. Put it
+    behind ``nnx.Linear`` or ``nnx.Conv`` and before the nonlinearity, or behind the
+    normalisation of an attention block. See :func:`yoto_jax.conditional.film`.
 
     Args:
       encoding_size: Size E of the encoding of the loss weights, see
@@ -104,9 +103,6 @@ class FiLM(nnx.Module):
       features: Number C of features to modulate.
       hidden: Widths of the hidden layers between encoding and modulation. ``()`` is a
         linear map: the choice behind a trunk of your own that several layers share.
-      initialization: ``"identity"``: the layer changes nothing at the start, exactly.
-        ``"reference"``: a network each for scale and shift, near the identity.
-      gain: Of the last layers of the reference initialisation.
       dtype: Of the computation of scale and shift; default: that of its inputs.
       param_dtype: Of the parameters.
       rngs: Random streams; ``params`` is used.
@@ -130,54 +126,37 @@ class FiLM(nnx.Module):
         self,
         encoding_size: int,
         features: int,
-        hidden: Sequence[int] = (256,),
         *,
-        initialization: Initialization = "identity",
-        gain: float = 0.1,
+        hidden: Sequence[int] = (256,),
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        check_initialization(initialization)
         first = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
-        small = nnx.initializers.variance_scaling(2 * gain**2, "fan_in", "normal")
-
-        def network(outputs: int, last: Any) -> nnx.List:
-            pairs = list(itertools.pairwise((encoding_size, *hidden, outputs)))
-            return nnx.List(
-                nnx.Linear(
-                    *pair,
-                    kernel_init=last if i == len(pairs) - 1 else first,
-                    dtype=dtype,
-                    param_dtype=param_dtype,
-                    rngs=rngs,
-                )
-                for i, pair in enumerate(pairs)
-            )
-
+        zeros = nnx.initializers.zeros_init()
         self.encoding_size = encoding_size
-        # Nothing to be told: nothing to learn from.
-        if encoding_size == 0:
-            self.networks = nnx.List([])
-        elif initialization == "identity":
-            zeros = nnx.initializers.zeros_init()
-            self.networks = nnx.List([network(2 * features, zeros)])
-        else:
-            self.networks = nnx.List([network(features, small) for _ in range(2)])
+        pairs = list(itertools.pairwise((encoding_size, *hidden, 2 * features)))
+        if encoding_size == 0:  # Nothing to be told: nothing to learn from.
+            pairs = []
+        self.layers = nnx.List(
+            nnx.Linear(
+                *pair,
+                kernel_init=zeros if i == len(pairs) - 1 else first,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+            for i, pair in enumerate(pairs)
+        )
 
     def __call__(self, x: jax.Array, encoding: jax.Array) -> jax.Array:
         """Modulated features ``(n, ..., C)``, for an encoding ``(n, E)``."""
         if is_empty(encoding, self.encoding_size):
             return x
-        outputs = []
-        for network in self.networks:
-            c = encoding
-            for i, layer in enumerate(network):
-                c = layer(nnx.leaky_relu(c, SLOPE) if i else c)
-            outputs.append(c)
-        if len(outputs) == 1:
-            outputs = jnp.split(outputs[0], 2, axis=-1)
-        return modulate(x, *outputs)
+        c = encoding
+        for i, layer in enumerate(self.layers):
+            c = layer(nnx.leaky_relu(c, SLOPE) if i else c)
+        return modulate(x, *jnp.split(c, 2, axis=-1))
 
 
 class Gate(nnx.Module):

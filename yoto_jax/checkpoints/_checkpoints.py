@@ -46,12 +46,9 @@ class Checkpoints:
       every: Steps from one checkpoint to the next: :meth:`save` skips all others.
       keep: Number of latest checkpoints to keep, ``None`` for all. An old one is
         removed after a new one is complete.
-      asynchronous: Whether :meth:`save` returns when the state is copied to the host,
-        and files are written while training goes on.
 
     Raises:
-      TypeError: ``every`` or ``keep`` is no integer, ``asynchronous`` no bool, or
-        ``folder`` no path.
+      TypeError: ``every`` or ``keep`` is no integer, or ``folder`` no path.
       ValueError: ``every`` or ``keep`` is not positive, or ``folder`` is empty.
       CheckpointError: The folder can be neither found nor made.
 
@@ -86,21 +83,16 @@ class Checkpoints:
         *,
         every: int = 1,
         keep: int | None = 3,
-        asynchronous: bool = True,
     ):
         for name, value in (("every", every), ("keep", 1 if keep is None else keep)):
             check_integers(**{name: value})
             if operator.index(value) < 1:
                 raise ValueError(f"{name} must be positive, got {value}.")
-        if not isinstance(asynchronous, bool):
-            raise TypeError(
-                f"asynchronous must be True or False, got {asynchronous!r}."
-            )
         place = os.fspath(folder)
         if not place:
             raise ValueError("folder must be the path of a folder, got an empty one.")
         self.folder = epath.Path(place if "://" in place else os.path.abspath(place))
-        self._every, self._keep, self._asynchronous = every, keep, asynchronous
+        self._every, self._keep = every, keep
         self._manager: ocp.CheckpointManager | None = None
         self._last = -1  # the latest step in the folder when saving began, or since
         self._known: int | None = None  # the step last saved or restored here
@@ -146,7 +138,7 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def save(
-        self, step: int, state: PyTree, data: Any = None, *, force: bool = False
+        self, step: int, state: PyTree, *, data: Any = None, force: bool = False
     ) -> bool:
         """Saves the state of training after ``step`` steps, if it is due.
 
@@ -209,8 +201,8 @@ class Checkpoints:
     def restore(
         self,
         like: PyTree,
-        step: int | None = None,
         *,
+        step: int | None = None,
         missing: Literal["raise", "ok"] = "raise",
     ) -> Restored:
         """Restores the state of training, bit for bit.
@@ -311,7 +303,7 @@ class Checkpoints:
             self._last = -1 if (last := self.latest_step()) is None else last
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=self._keep,
-                enable_async_checkpointing=self._asynchronous,
+                enable_async_checkpointing=True,
                 # In the background, a folder that cannot be made is waited for.
                 async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 cleanup_tmp_directories=True,

@@ -7,7 +7,7 @@ from yoto_jax._losses import listed
 SHOWN = 6
 """Error messages list this many names and count the rest."""
 LENGTH = 160
-"""Foreign messages keep this many characters at either end."""
+"""Error messages quote this many characters of both ends of a foreign message."""
 
 
 class CheckpointError(RuntimeError):

@@ -1,25 +1,14 @@
 """Encoding of loss weights as network inputs."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from yoto_jax._checks import check_integers
 from yoto_jax._losses import PyTree
-from yoto_jax.conditional._distributions import Box, Distribution
-
-Transform = Literal["standardize", "log"]
+from yoto_jax.conditional._distributions import Distribution
 
 
-def encode(
-    weights: PyTree,
-    support: Distribution,
-    *,
-    fourier: int = 0,
-    transform: Transform = "standardize",
-) -> jax.Array:
+def encode(weights: PyTree, support: Distribution) -> jax.Array:
     r"""Encodes loss weights as network inputs.
 
     .. math::
@@ -32,20 +21,17 @@ def encode(
     Args:
       weights: Tree of arrays like the losses, all of shape ``(n,)``, or of scalars.
       support: The distribution that the model is trained with, as it was at the start.
-      fourier: Number of octaves F of further features :math:`\sin(2^k \pi u_i),
-        \cos(2^k \pi u_i),\ k < F`, for models that have to react sharply.
-      transform: ``"standardize"`` as above, or ``"log"``: raw logarithms of all
-        weights, pinned ones too, in the order of ``jax.tree.leaves``.
 
     Returns:
       Float32 array ``(n, E)``, or ``(E,)`` for scalars, of ``E =``
-      :func:`encoding_size`. Within [-1, 1] if standardised.
+      :func:`encoding_size`, within [-1, 1].
 
     Raises:
-      TypeError: ``support`` is no distribution, or ``fourier`` no integer.
+      TypeError: ``support`` is no distribution.
       ValueError: The weights do not match the support, have different shapes, or lie
-        outside (under ``jit`` and ``vmap`` each counts as the nearest one inside);
-        unknown options; or ``"log"`` for weights that can be 0.
+        outside: a model knows nothing of weights it was not trained for. Under ``jit``
+        and ``vmap``, where values are not known, each weight outside counts as the
+        nearest one inside its own range.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -62,49 +48,35 @@ def encode(
       Networks <https://openreview.net/forum?id=HyxY6JHKwr>`_, 2020.
 
     .. warning::
-      The reference takes raw logarithms, ``transform="log"``; standardising is ours.
+      The authors' networks see raw logarithms of all weights. Standardising is ours.
     """
-    _check_options(support, fourier, transform)
+    _check_support(support)
     vectors = support.vectors(weights)
     _check_known(weights, vectors, support)
-    if isinstance(support, Box) and transform == "log":
-        features = jnp.log(support.nearest(vectors))
-    else:
-        varying = np.flatnonzero(np.array(support.free))
-        features = 2 * support.positions(vectors)[..., varying] - 1
-    octaves = [2**k * jnp.pi * features for k in range(fourier)]
-    waves = [wave(x) for x in octaves for wave in (jnp.sin, jnp.cos)]
-    return jnp.concatenate([features, *waves], axis=-1)
+    varying = np.flatnonzero(np.array(support.free))
+    return 2 * support.positions(vectors)[..., varying] - 1
 
 
-def encoding_size(
-    support: Distribution, *, fourier: int = 0, transform: Transform = "standardize"
-) -> int:
-    """Returns the number of features that :func:`encode` gives.
+def encoding_size(support: Distribution) -> int:
+    """Returns the number of features of :func:`encode`, one for each free weight.
 
     Args:
       support: The distribution that the model is trained with.
-      fourier: As in :func:`encode`.
-      transform: As in :func:`encode`.
 
     Returns:
       The number E, an ``int``.
 
     Raises:
-      TypeError: ``support`` is no distribution, or ``fourier`` no integer.
-      ValueError: Unknown options; or ``"log"`` for weights that can be 0.
+      TypeError: ``support`` is no distribution.
 
     Examples:
       >>> from yoto_jax import conditional
       >>> support = conditional.LogUniform({"fit": 1, "kl": 0.01}, {"fit": 1, "kl": 1})
       >>> conditional.encoding_size(support)
       1
-      >>> conditional.encoding_size(support, fourier=2)
-      5
     """
-    _check_options(support, fourier, transform)
-    base = len(support.free) if transform == "log" else sum(support.free)
-    return base * (1 + 2 * fourier)
+    _check_support(support)
+    return sum(support.free)
 
 
 def _check_known(weights: PyTree, vectors: jax.Array, support: Distribution) -> None:
@@ -120,23 +92,9 @@ def _check_known(weights: PyTree, vectors: jax.Array, support: Distribution) -> 
         raise ValueError(f"{trouble}.")
 
 
-def _check_options(support: Distribution, fourier: int, transform: str) -> None:
+def _check_support(support: Distribution) -> None:
     if not isinstance(support, Distribution):
         raise TypeError(
             "support must be a distribution, such as conditional.LogUniform(...), got "
             f"{type(support).__name__}."
         )
-    check_integers(fourier=fourier)
-    if fourier < 0:
-        raise ValueError(f"fourier must not be negative, got {fourier}.")
-    if transform not in ("standardize", "log"):
-        raise ValueError(
-            f"transform must be 'standardize' or 'log', got {transform!r}."
-        )
-    if transform == "standardize":
-        return
-    if not isinstance(support, Box):
-        raise ValueError("weights that sum to 1 can be 0: they have no logarithm.")
-    known = not isinstance(support.low, jax.core.Tracer)
-    if known and not (np.asarray(support.low) > 0).all():
-        raise ValueError(f"transform 'log' needs positive weights, got {support}.")

@@ -3,14 +3,13 @@
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from yoto_jax._checks import as_key, check_integers, check_not_negative
+from yoto_jax._checks import as_key, check_integers
 
-Initialization = Literal["identity", "reference"]
 SLOPE = 0.2  # of leaky ReLU in the reference
 
 
@@ -18,12 +17,12 @@ def init_film(
     key: jax.Array | int,
     encoding_size: int,
     features: int,
-    hidden: Sequence[int] = (256,),
     *,
-    initialization: Initialization = "identity",
-    gain: float = 0.1,
+    hidden: Sequence[int] = (256,),
 ) -> dict[str, Any]:
-    r"""Initialises the parameters of :func:`film`.
+    """Initialises the parameters of :func:`film`.
+
+    The last layer is zero, so that :func:`film` changes nothing at the start, exactly.
 
     Args:
       key: A random key, or an integer seed.
@@ -31,18 +30,13 @@ def init_film(
       features: Number C of features to modulate.
       hidden: Widths of the hidden layers. ``()`` makes scale and shift linear in the
         encoding: the right choice behind a trunk that several layers share.
-      initialization: ``"identity"``: the last layer is zero, and the layer exactly the
-        identity at the start. ``"reference"``: two networks, for scale and shift, with
-        random last layers times ``gain``, near the identity.
-      gain: Of the reference initialisation (0.1 and 0.01 there).
 
     Returns:
       A dict of lists of layers, each with ``"kernel"`` and ``"bias"``.
 
     Raises:
       TypeError: ``key`` is neither a key nor a seed, or a size is no integer.
-      ValueError: Unknown initialisation, a size that cannot be, or a negative
-        ``gain``.
+      ValueError: A size that cannot be.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -57,22 +51,13 @@ def init_film(
       Djolonga, `You Only Train Once
       <https://openreview.net/forum?id=HyxY6JHKwr>`_, 2020.
 
-    .. note::
-      The reference multiplies the output of its networks by ``gain`` in every step;
-      here their last layer starts smaller. The function at the start is the same.
+    .. warning::
+      The authors' code has two networks, one for scales and one for shifts, whose
+      outputs it multiplies by 0.1 and 0.01: near the identity at the start, not at it.
     """
-    check_initialization(initialization)
     check_sizes(encoding_size, features, hidden)
-    check_not_negative(gain=gain)
-    key = as_key(key)
-    widths = (encoding_size, *hidden)
-    if initialization == "identity":
-        return {"film": init_mlp(key, (*widths, 2 * features), 0.0)}
-    key_scale, key_shift = jax.random.split(key)
-    return {
-        "scale": init_mlp(key_scale, (*widths, features), gain),
-        "shift": init_mlp(key_shift, (*widths, features), gain),
-    }
+    widths = (encoding_size, *hidden, 2 * features)
+    return {"film": init_mlp(as_key(key), widths, 0.0)}
 
 
 def film(params: dict[str, Any], x: jax.Array, encoding: jax.Array) -> jax.Array:
@@ -109,13 +94,10 @@ def film(params: dict[str, Any], x: jax.Array, encoding: jax.Array) -> jax.Array
     References:
       Perez et al., `FiLM <https://arxiv.org/abs/1709.07871>`_, 2018.
     """
-    first = params["film" if "film" in params else "scale"][0]
-    if is_empty(encoding, first["kernel"].shape[0]):
+    layers = params["film"]
+    if is_empty(encoding, layers[0]["kernel"].shape[0]):
         return x
-    if "film" in params:
-        scale, shift = jnp.split(mlp(params["film"], encoding), 2, axis=-1)
-    else:
-        scale, shift = (mlp(params[name], encoding) for name in ("scale", "shift"))
+    scale, shift = jnp.split(mlp(layers, encoding), 2, axis=-1)
     return modulate(x, scale, shift)
 
 
@@ -147,11 +129,10 @@ def modulate(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
     return ((1 + scale) * x + shift).astype(x.dtype)
 
 
-def init_gate(key: jax.Array, encoding_size: int, features: int) -> dict[str, Any]:
+def init_gate(encoding_size: int, features: int) -> dict[str, Any]:
     """Initialises the parameters of :func:`gate` with zeros: the identity.
 
     Args:
-      key: Not used; nothing here is random.
       encoding_size: Size E of the encoding of loss weights.
       features: Number C of features to gate.
 
@@ -165,11 +146,10 @@ def init_gate(key: jax.Array, encoding_size: int, features: int) -> dict[str, An
     Examples:
       >>> import jax
       >>> from yoto_jax import conditional
-      >>> params = conditional.init_gate(jax.random.key(0), 1, 3)
+      >>> params = conditional.init_gate(1, 3)
       >>> jax.tree.map(lambda x: x.shape, params)
       {'bias': (3,), 'kernel': (1, 3)}
     """
-    del key
     check_sizes(encoding_size, features)
     kernel = jnp.zeros((encoding_size, features), jnp.float32)
     return {"kernel": kernel, "bias": jnp.zeros((features,), jnp.float32)}
@@ -197,7 +177,7 @@ def gate(params: dict[str, Any], x: jax.Array, encoding: jax.Array) -> jax.Array
     Examples:
       >>> import jax, jax.numpy as jnp
       >>> from yoto_jax import conditional
-      >>> params = conditional.init_gate(jax.random.key(0), 1, 3)
+      >>> params = conditional.init_gate(1, 3)
       >>> print(conditional.gate(params, jnp.arange(3.0)[None], jnp.ones((1, 1))))
       [[0. 1. 2.]]
 
@@ -251,14 +231,6 @@ def check_sizes(encoding_size: int, features: int, hidden: Sequence[int] = ()) -
         raise ValueError(
             "encoding_size must not be negative, features and hidden must be positive; "
             f"got {encoding_size}, {features} and {hidden}."
-        )
-
-
-def check_initialization(initialization: str) -> None:
-    """Checks the name of an initialisation."""
-    if initialization not in ("identity", "reference"):
-        raise ValueError(
-            f"initialization must be 'identity' or 'reference', got {initialization!r}."
         )
 
 

@@ -18,8 +18,8 @@ def init_modulation(
     key: jax.Array | int,
     encoding_size: int,
     params: PyTree,
-    hidden: Sequence[int] = (64,),
     *,
+    hidden: Sequence[int] = (64,),
     where: Where | None = None,
 ) -> dict[str, Any]:
     """Initialises the parameters of :func:`modulated`, at first the identity.

@@ -16,6 +16,7 @@ def narrow(
     distribution: AnyBox,
     center: PyTree,
     factor: float | jax.Array,
+    *,
     support: Box | None = None,
 ) -> AnyBox:
     r"""Narrows the ranges of a distribution around some loss weights.
@@ -47,7 +48,7 @@ def narrow(
       >>> narrower = conditional.narrow(support, {"kl": 1.0}, 0.5)
       >>> narrower
       LogUniform(kl=0.1..10)
-      >>> conditional.narrow(narrower, {"kl": 100.0}, 0.5, support)
+      >>> conditional.narrow(narrower, {"kl": 100.0}, 0.5, support=support)
       LogUniform(kl=10..100)
     """
     support = distribution if support is None else support

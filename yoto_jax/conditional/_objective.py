@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from yoto_jax._checks import check_integers, check_not_negative, check_positive
+from yoto_jax._loss_spec import LossSpec
 from yoto_jax._losses import PyTree, check_structure, loss_names
-from yoto_jax._numerics import float_type, upcast
+from yoto_jax._numerics import chebyshev_distances, float_type, upcast
 
 Normalization = Literal["sum", "geometric", "max"] | Callable[[PyTree], jax.Array]
 
@@ -178,7 +179,7 @@ def weighted_sum(losses: PyTree, weights: PyTree) -> jax.Array:
     return jnp.sum(w * values, axis=-1)
 
 
-def cosmos(losses: PyTree, weights: PyTree, penalty: float = 2.0) -> jax.Array:
+def cosmos(losses: PyTree, weights: PyTree, *, penalty: float = 2.0) -> jax.Array:
     r"""COSMOS: weighted sum minus a cosine that spreads solutions over the front.
 
     .. math::
@@ -202,7 +203,7 @@ def cosmos(losses: PyTree, weights: PyTree, penalty: float = 2.0) -> jax.Array:
 
     Examples:
       >>> from yoto_jax import conditional
-      >>> value = conditional.cosmos({"a": 2.0, "b": 1.0}, {"a": 0.3, "b": 0.7}, 2.0)
+      >>> value = conditional.cosmos({"a": 2.0, "b": 1.0}, {"a": 0.3, "b": 0.7})
       >>> print(round(float(value), 6))
       -0.226773
 
@@ -219,7 +220,7 @@ def cosmos(losses: PyTree, weights: PyTree, penalty: float = 2.0) -> jax.Array:
 
 
 def smooth_chebyshev(
-    losses: PyTree, weights: PyTree, smoothing: float = 0.1, ideal: PyTree | None = None
+    losses: PyTree, weights: PyTree, *, smoothing: float = 1.0, ideal: PyTree = 0.0
 ) -> jax.Array:
     r"""Smooth Chebyshev: a soft maximum of the weighted losses.
 
@@ -228,25 +229,30 @@ def smooth_chebyshev(
 
     What weights mean: a larger :math:`\lambda_i` makes :math:`l_i` smaller. With little
     smoothing, the minimum has all :math:`\lambda_i (l_i - z_i)` equal (an exact ray),
-    and every point of the front is one, on its concave parts too.
+    and every point of the front is one, on its concave parts too. Its gradient is what
+    :func:`yoto_jax.weightings.stch` weighs losses by.
 
     Args:
       losses: Tree of arrays of one shape.
       weights: Tree like the losses.
-      smoothing: The :math:`\mu` (positive, in the unit of the weighted losses).
-      ideal: Tree of scalars like the losses: the values :math:`z_i` that they are
-        measured from, at most the lowest ones. Default: 0.
+      smoothing: The :math:`\mu` (positive, in the unit of the weighted losses). Under
+        ``jit``, where its value is not known, 0 gives the maximum itself.
+      ideal: The values :math:`z_i` that losses are measured from, at most the lowest
+        ones: one number, one per loss in the order of ``jax.tree.leaves``, or a tree
+        like the losses.
 
     Returns:
       Array of that shape.
 
     Raises:
-      ValueError: The trees do not match, or ``smoothing`` is not positive.
+      ValueError: The trees do not match, ``ideal`` does not fit the losses, or
+        ``smoothing`` is not positive.
 
     Examples:
       >>> from yoto_jax import conditional
       >>> losses, weights = {"a": 2.0, "b": 1.0}, {"a": 0.3, "b": 0.7}
-      >>> print(round(float(conditional.smooth_chebyshev(losses, weights, 0.01)), 3))
+      >>> value = conditional.smooth_chebyshev(losses, weights, smoothing=0.01)
+      >>> print(round(float(value), 3))
       0.7
 
     References:
@@ -255,12 +261,15 @@ def smooth_chebyshev(
     """
     check_positive(smoothing=smoothing)
     values, w = _pair(losses, weights)
-    weighted = w * (values - _ideal(ideal, losses, values))
-    return smoothing * jax.nn.logsumexp(weighted / smoothing, axis=-1)
+    distances = chebyshev_distances(values, w, _ideal(ideal, losses, values))
+    mu = jnp.asarray(smoothing, distances.dtype)
+    some = mu > 0
+    smooth = mu * jax.nn.logsumexp(distances / jnp.where(some, mu, 1), axis=-1)
+    return jnp.where(some, smooth, jnp.max(distances, axis=-1))
 
 
 def pbi(
-    losses: PyTree, weights: PyTree, penalty: float = 5.0, ideal: PyTree | None = None
+    losses: PyTree, weights: PyTree, *, penalty: float = 5.0, ideal: PyTree = 0.0
 ) -> jax.Array:
     r"""Penalty-based boundary intersection: distance along a ray and from it.
 
@@ -276,18 +285,20 @@ def pbi(
       losses: Tree of arrays of one shape.
       weights: Tree like the losses: the direction of the ray.
       penalty: The :math:`\theta` on the distance from the ray (5 in the paper).
-      ideal: Tree of scalars like the losses, where the ray begins. Default: 0.
+      ideal: Where the ray begins: one number, one per loss in the order of
+        ``jax.tree.leaves``, or a tree like the losses.
 
     Returns:
       Array of that shape.
 
     Raises:
-      ValueError: The trees do not match, or ``penalty`` is negative.
+      ValueError: The trees do not match, ``ideal`` does not fit the losses, or
+        ``penalty`` is negative.
 
     Examples:
       >>> from yoto_jax import conditional
       >>> losses, weights = {"a": 3.0, "b": 4.0}, {"a": 1.0, "b": 0.0}
-      >>> print(conditional.pbi(losses, weights, 5.0))  # 3 along a, 4 away from it
+      >>> print(conditional.pbi(losses, weights))  # 3 along a, 4 away from it
       23.0
 
     References:
@@ -492,16 +503,8 @@ def _stack(tree: PyTree, what: str) -> jax.Array:
 
 
 def _ideal(ideal: Any, losses: PyTree, values: jax.Array) -> jax.Array:
-    if ideal is None:
-        return jnp.zeros_like(values)
-    check_structure(
-        jax.tree.structure(ideal),
-        jax.tree.structure(losses),
-        "the losses",
-        "the ideal values",
-    )
-    ideals = _stack(ideal, "ideal values").astype(values.dtype)
-    return jnp.broadcast_to(ideals, values.shape)
+    spec = LossSpec(jax.tree.structure(losses), values.dtype)
+    return jnp.broadcast_to(spec.vector("ideal", ideal), values.shape)
 
 
 def _norm(x: jax.Array) -> jax.Array:

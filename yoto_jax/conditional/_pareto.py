@@ -127,7 +127,7 @@ def hypervolume(points: PyTree, reference: PyTree) -> jax.Array:
 
 @jax.jit
 def _area(f1: jax.Array, f2: jax.Array, r1: jax.Array, r2: jax.Array) -> jax.Array:
-    """Of two objectives, on the device."""
+    """The hypervolume of two objectives, on the device."""
     known = ~jnp.any(jnp.isnan(f1) | jnp.isnan(f2))
     counts = (f1 < r1) & (f2 < r2)
     f1, f2 = jnp.where(counts, f1, r1), jnp.where(counts, f2, r2)
@@ -144,7 +144,7 @@ def _area(f1: jax.Array, f2: jax.Array, r1: jax.Array, r2: jax.Array) -> jax.Arr
 
 
 def _volume(columns: list[jax.Array], bounds: list[jax.Array]) -> jax.Array:
-    """Of more objectives, on the host."""
+    """The hypervolume of more objectives, on the host."""
     if any(isinstance(x, jax.core.Tracer) for x in [*columns, *bounds]):
         raise TypeError(
             f"the hypervolume of {len(columns)} objectives is computed on the host and "

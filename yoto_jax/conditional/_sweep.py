@@ -13,7 +13,10 @@ from yoto_jax.conditional._pareto import arrays, check_alike
 
 
 def sweep(
-    function: Callable[[PyTree], PyTree], weights: PyTree, batch_size: int | None = None
+    function: Callable[[PyTree], PyTree],
+    weights: PyTree,
+    *,
+    batch_size: int | None = None,
 ) -> PyTree:
     """Evaluates a conditional model at many weightings.
 

@@ -13,6 +13,9 @@ _FEWEST_ROWS = 10  # With fewer, nothing is judged.
 _NEARLY_ALL = 0.9  # Of the rows: some methods have a weight of 0 now and then.
 _SELDOM = 0.1  # Of the rows or steps: batches that are bad by chance are far fewer.
 _OTHER_GRADIENT = 10.0  # Times larger or smaller: no noise of batches makes that.
+_SMALLEST_SHARE = 1e-4  # Of the sum of all weights.
+_NEAR_PRIOR = 0.05  # Largest relative distance from the regulariser's own weights.
+_UNLIKE_SCALES = 1e3  # Largest ratio of two losses; a loss of 0 is left out.
 _SAID: set[tuple[str, tuple[str, ...]]] = set()  # Warned of in this process.
 
 
@@ -35,14 +38,7 @@ class LossWeightWarning(UserWarning):
     """Warning of a problem with loss weights or losses; see :func:`check`."""
 
 
-def check(
-    history: History,
-    *,
-    collapsed: float = 1e-4,
-    prior: float = 0.05,
-    scale: float = 1e3,
-    last: int = 100,
-) -> list[Finding]:
+def check(history: History, *, last: int = 100) -> list[Finding]:
     """Finds problems with recorded loss weights, and names remedies.
 
     The last rows are judged together, at least ten. A downstream loss is left out.
@@ -52,20 +48,17 @@ def check(
     - ``"skipped"``: the weighting learned nothing from more than one in ten steps: a
       loss was not positive where it has to be, or a number was not finite.
     - ``"collapsed"``: in nine of ten rows, the shares of a weight and of its weighted
-      loss in their sums were below ``collapsed``.
-    - ``"prior"``: in nine of ten rows, all weights were within a fraction ``prior`` of
-      those that the regulariser alone would choose.
+      loss in their sums were below 1e-4.
+    - ``"prior"``: in nine of ten rows, all weights were within a fraction 0.05 of those
+      that the regulariser alone would choose.
     - ``"scale"``: the medians of the losses (of the weighted losses, unless logits are
-      learned) differ by more than a factor ``scale``.
+      learned) differ by more than a factor 1000.
     - ``"gradient"``: in nine of ten rows, the gradient of the logits at :func:`record`
       was ten times larger or smaller than that of the composite loss: it is not the
       first link of the chain, or was given other losses.
 
     Args:
       history: From :func:`history`.
-      collapsed: Smallest share of a weight (of 1).
-      prior: Largest relative distance from the regulariser's own weights.
-      scale: Largest ratio of two losses. A loss of exactly 0 is left out.
       last: How many rows to look at.
 
     Returns:
@@ -73,7 +66,7 @@ def check(
 
     Raises:
       TypeError: ``history`` is something else, such as the state.
-      ValueError: A limit, or ``last``, is not positive.
+      ValueError: ``last`` is not positive.
 
     Examples:
       >>> import numpy as np
@@ -86,7 +79,7 @@ def check(
       collapsed ('camera',)
     """
     check_history(history)
-    check_positive(collapsed=collapsed, prior=prior, scale=scale, last=last)
+    check_positive(last=last)
     if len(history.steps) < _FEWEST_ROWS:
         return []
     recent = _recent(history, last)
@@ -94,17 +87,18 @@ def check(
         return [
             *_not_finite(recent),
             *_skipped(recent),
-            *_collapsed(recent, collapsed),
-            *_prior_alone(recent, prior),
-            *_unlike_scales(recent, scale),
+            *_collapsed(recent),
+            *_prior_alone(recent),
+            *_unlike_scales(recent),
             *_another_gradient(recent),
         ]
 
 
 def warn(
     history: History,
+    *,
     said: set[tuple[str, tuple[str, ...]]] | None = None,
-    **limits: Any,
+    last: int = 100,
 ) -> list[Finding]:
     """Issues a Python warning for each finding, once per kind and losses.
 
@@ -112,7 +106,7 @@ def warn(
       history: From :func:`history`.
       said: Kinds and losses already warned of; new ones are added. Default: one set for
         the process. Runs that share a process need a set each.
-      **limits: As in :func:`check`.
+      last: As in :func:`check`.
 
     Returns:
       All findings, new or not.
@@ -127,12 +121,12 @@ def warn(
       >>> with warnings.catch_warnings(record=True) as caught:
       ...     warnings.simplefilter("always")
       ...     for _ in range(3):
-      ...         findings = monitoring.warn(seen, said)
+      ...         findings = monitoring.warn(seen, said=said)
       >>> print(len(caught), caught[0].category.__name__)
       1 LossWeightWarning
     """
     said = _SAID if said is None else said
-    findings = check(history, **limits)
+    findings = check(history, last=last)
     for finding in findings:
         if (about := (finding.kind, finding.losses)) not in said:
             said.add(about)
@@ -227,7 +221,7 @@ def _skipped(seen: History) -> Iterator[Finding]:
     )
 
 
-def _collapsed(seen: History, limit: float) -> Iterator[Finding]:
+def _collapsed(seen: History) -> Iterator[Finding]:
     names = weighed(seen)
     shares_of = lambda sizes: sizes / np.sum(sizes, axis=0)
     weights = np.abs([seen.loss_weights[name] for name in names])
@@ -235,7 +229,7 @@ def _collapsed(seen: History, limit: float) -> Iterator[Finding]:
     if seen.losses:
         losses = np.abs([seen.losses[name] for name in names])
         felt = np.fmax(shares, shares_of(weights * losses))
-    low = np.flatnonzero(_nearly_all(felt) < limit)
+    low = np.flatnonzero(_nearly_all(felt) < _SMALLEST_SHARE)
     if not len(low):
         return
     cure = (
@@ -257,13 +251,13 @@ def _collapsed(seen: History, limit: float) -> Iterator[Finding]:
     )
 
 
-def _prior_alone(seen: History, limit: float) -> Iterator[Finding]:
+def _prior_alone(seen: History) -> Iterator[Finding]:
     for alone in seen.prior_weights:
         if len(alone) < 2:
             continue
         ratios = [seen.loss_weights[name] / weight for name, weight in alone.items()]
         distance = np.max(np.abs(np.log(ratios)), axis=0)
-        if not _nearly_all(distance) < np.log1p(limit):
+        if not _nearly_all(distance) < np.log1p(_NEAR_PRIOR):
             continue
         weights = _some(f"{name!r} {weight:.3f}" for name, weight in alone.items())
         yield Finding(
@@ -284,7 +278,7 @@ def _pulls(seen: History) -> str:
     return f" (median gradient of the regulariser {own:.2g}, of the losses {data:.2g})"
 
 
-def _unlike_scales(seen: History, limit: float) -> Iterator[Finding]:
+def _unlike_scales(seen: History) -> Iterator[Finding]:
     raw = seen.data_gradient is not None
     sizes = {}
     for name in weighed(seen) if seen.losses else []:
@@ -297,7 +291,7 @@ def _unlike_scales(seen: History, limit: float) -> Iterator[Finding]:
         return
     small, large = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
     ratio = sizes[large] / sizes[small]
-    if not ratio > limit:
+    if not ratio > _UNLIKE_SCALES:
         return
     what = "losses" if raw else "weighted losses"
     cure = (

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from yoto_jax._losses import PyTree, listed
+from yoto_jax._outliers import SkipOutliersState
 from yoto_jax.monitoring._record import (
     Columns,
     Downstream,
@@ -16,7 +17,6 @@ from yoto_jax.monitoring._record import (
     Weighed,
     nodes,
 )
-from yoto_jax.weightings._skip_outliers import SkipOutliersState
 from yoto_jax.weightings._wrappers import EveryState, NormalizeState, SmoothState
 
 
@@ -46,7 +46,7 @@ class History(NamedTuple):
     num_skipped: np.ndarray | None = None
 
 
-def history(state: PyTree, index: int | tuple[int, ...] | None = None) -> History:
+def history(state: PyTree, *, index: int | tuple[int, ...] | None = None) -> History:
     """Fetches the rows of :func:`record` or :func:`recorded` in one transfer.
 
     It waits for the step that made ``state``. Each of several processes reads its own

@@ -20,7 +20,7 @@ _LEADER = {  # From a label to its line.
 }
 
 
-def plot_loss_weights(history: History, ax: Any = None) -> Any:
+def plot_loss_weights(history: History, *, ax: Any = None) -> Any:
     """Plots loss weights over steps.
 
     The axis of weights is logarithmic where they span more than two decades; it then

@@ -27,6 +27,7 @@ from yoto_jax._losses import (
     scalar_losses,
 )
 from yoto_jax._numerics import upcast
+from yoto_jax._outliers import count_skipped
 from yoto_jax._serialization import serializable_state
 from yoto_jax._unwrap_loss_logits import unwrap_loss_logits
 from yoto_jax._weighting import LossWeighting, and_present
@@ -81,10 +82,10 @@ class RecordedState(NamedTuple):
 
 
 def record(
+    *,
     length: int = 1000,
     every: jax.typing.ArrayLike = 1,
     hyperparameter_decay: optax.ScalarOrSchedule | None = None,
-    *,
     entropy: Entropy = "all",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Records the loss weights in the optimizer state, as first link of a chain.
@@ -205,7 +206,10 @@ def record(
 
 
 def recorded(
-    weighting: LossWeighting, length: int = 1000, every: jax.typing.ArrayLike = 1
+    weighting: LossWeighting,
+    *,
+    length: int = 1000,
+    every: jax.typing.ArrayLike = 1,
 ) -> LossWeighting:
     """Records loss weights and losses in the state of a weighting.
 
@@ -264,9 +268,9 @@ def recorded(
     ) -> tuple[PyTree, RecordedState]:
         seen = and_present(weighting, statistics, present)
         weights, inner = weighting.update(losses, state.inner, **seen)
-        skipped = [x for _, x in optax.tree.get_all_with_path(inner, "num_skipped")]
-        count = sum(skipped) if skipped else -1
-        row = [*jax.tree.leaves(weights), *jax.tree.leaves(losses), count]
+        skipped = count_skipped(inner)
+        skipped = -1 if skipped is None else skipped
+        row = [*jax.tree.leaves(weights), *jax.tree.leaves(losses), skipped]
         return weights, RecordedState(_write(state.history, row, every), inner)
 
     return observing_inner(weighting)._replace(

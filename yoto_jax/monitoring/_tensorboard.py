@@ -13,7 +13,7 @@ class Writer(Protocol):
 
 
 def write_scalars(
-    history: History, writer: Writer, since: int = -1, prefix: str = "loss_weights"
+    history: History, writer: Writer, *, since: int = -1, prefix: str = "loss_weights"
 ) -> int:
     """Writes rows to TensorBoard, or any object with ``add_scalar(tag, value, step)``.
 
@@ -43,7 +43,7 @@ def write_scalars(
       >>> since = monitoring.write_scalars(seen, Printer())
       0 loss_weights/a 0.5
       5 loss_weights/a 1.0
-      >>> monitoring.write_scalars(seen, Printer(), since)
+      >>> monitoring.write_scalars(seen, Printer(), since=since)
       5
 
     .. note::

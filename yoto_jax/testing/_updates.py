@@ -35,10 +35,10 @@ def check_state(trial: Trial) -> None:
         )
     check_weights(weights_of(state), trial, "loss_weights of the state")
     for name in ("num_updates", "num_skipped"):
-        count = optax.tree.get(state, name)
+        counts = [x for _, x in optax.tree.get_all_with_path(state, name)]
         require(
-            getattr(count, "dtype", None) == jnp.int32 and count == 0,
-            f"the state must hold {name}, an int32 that starts at 0, got {count}.",
+            bool(counts) and all(x.dtype == jnp.int32 and x == 0 for x in counts),
+            f"the state must hold {name}, an int32 that starts at 0, got {counts}.",
         )
 
 

@@ -36,6 +36,9 @@ if typing.TYPE_CHECKING:  # For type checkers: the names that the registry has.
     from yoto_jax.weightings._gradvac import gradvac as gradvac
     from yoto_jax.weightings._grap import GrapState as GrapState
     from yoto_jax.weightings._grap import grap as grap
+    from yoto_jax.weightings._grap_closed_form import (
+        grap_closed_form as grap_closed_form,
+    )
     from yoto_jax.weightings._imtl_g import imtl_g as imtl_g
     from yoto_jax.weightings._imtl_l import ImtlLState as ImtlLState
     from yoto_jax.weightings._imtl_l import imtl_l as imtl_l

@@ -13,7 +13,7 @@ from yoto_jax._weighting import LossWeighting
 
 
 def aligned_mtl(
-    preference: PyTree = None, *, scale: Literal["min", "median", "mean"] = "min"
+    *, preference: PyTree = None, scale: Literal["min", "median", "mean"] = "min"
 ) -> LossWeighting:
     r"""Aligns the principal components of the gradients: condition number 1.
 
@@ -45,10 +45,8 @@ def aligned_mtl(
       >>> import yoto_jax as yoto
       >>> weighting = yoto.weightings.aligned_mtl()
       >>> losses = {"a": 1.0, "b": 2.0}
-      >>> gramian = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
-      >>> weights, _ = weighting.update(
-      ...     losses, weighting.init(losses), gramian=gramian
-      ... )
+      >>> J = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])  # One gradient per row.
+      >>> weights, _ = weighting.update(losses, weighting.init(losses), gramian=J @ J.T)
       >>> print({name: round(float(weight), 3) for name, weight in weights.items()})
       {'a': 0.559, 'b': 0.408}
 

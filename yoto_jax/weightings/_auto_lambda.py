@@ -47,30 +47,24 @@ def auto_lambda(
     batch, at :math:`\theta'`, as in the paper.
 
     Args:
-      downstream: The loss to descend: its path or its index among the losses. For a sum
-        of several, make that sum one of the losses.
-      optimizer: Steps on the weights; ``optax.adam(1e-4)``, as in the paper for NYUv2,
-        if none is given (3e-5 there for Cityscapes).
+      downstream: The loss to descend: its path or its index among the losses.
+      optimizer: Steps on the weights; ``optax.adam(1e-4)`` if none is given.
       step_size: :math:`\alpha`, the learning rate of the model. To Adam it makes no
         difference.
-      initial: Initial weights: one number, one for each loss in the order of
-        ``jax.tree.leaves``, or a tree like the losses.
+      initial: First weights: one number, one for each loss, or a tree like the losses.
       downstream_weight: Weight of the downstream loss itself. 0.0: it steers only.
         ``None``: it is learned as the others are, as in the paper.
 
     Returns:
-      A :class:`yoto_jax.LossWeighting` that needs the alignment of each loss, its
-      derivative along v. Nothing normalises its weights.
+      A :class:`yoto_jax.LossWeighting` that needs the derivative of each loss along v.
 
     Raises:
-      TypeError: ``downstream`` is neither a path nor an index.
-      ValueError: In ``init``: no loss, or more than one, is called ``downstream``, or
-        there is no loss with a weight to learn.
+      ValueError: In ``init``: no single loss is called ``downstream``, or there is no
+        loss with a weight to learn.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax, yoto_jax as yoto
-      >>> def loss_fn(x, center):
-      ...     return {"helps": x**2, "hurts": (x - 9) ** 2, "label": (x - center) ** 2}
+      >>> import jax.numpy as jnp, optax, yoto_jax as yoto
+      >>> losses = {"helps": 1.0, "hurts": 2.0, "label": 0.5}
       >>> weighting = yoto.weightings.auto_lambda("label", optimizer=optax.sgd(1e-3))
       >>> state = weighting.init({"helps": 0.0, "hurts": 0.0, "label": 0.0})
       >>> step = yoto.value_and_grad(loss_fn, weighting, steering=yoto.on_validation())
@@ -84,10 +78,8 @@ def auto_lambda(
       <https://arxiv.org/abs/2202.03091>`_, 2022.
 
     .. warning::
-      As in the authors' implementation, a weight may become negative: the model then
-      climbs that loss. As there, the weights of a step are those after the update of
-      that step. Unlike there, the derivative is exact, not a finite difference, and the
-      step ahead has neither momentum nor weight decay.
+      A weight may become negative, as in the authors' code. Unlike there, the
+      derivative is exact, and the step ahead has neither momentum nor weight decay.
     """
     tx = optax.adam(1e-4) if optimizer is None else optimizer
 

@@ -1,7 +1,5 @@
 """Conflict-Averse Gradient descent."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 
@@ -20,7 +18,7 @@ from yoto_jax._solvers import (
 from yoto_jax._weighting import LossWeighting
 
 
-def cagrad(c: float = 0.5, *, rescale: Literal[0, 1, 2] = 0) -> LossWeighting:
+def cagrad(*, c: float = 0.5) -> LossWeighting:
     r"""The mean gradient, turned towards the loss that gains least from it.
 
     Within a ball of radius c times its norm around the mean gradient :math:`g_0` it is
@@ -33,25 +31,21 @@ def cagrad(c: float = 0.5, *, rescale: Literal[0, 1, 2] = 0) -> LossWeighting:
     Args:
       c: Radius of the ball; 0 is the mean gradient, and large values approach
         :func:`mgda`.
-      rescale: 0 takes d as it is, as the paper does; 1 divides by :math:`1 + c^2`, as
-        the authors' code; 2 by :math:`1 + c`.
 
     Returns:
       A :class:`yoto_jax.LossWeighting` that needs the Gramian; its weights are at least
-      1/K before the division.
+      1/K.
 
     Raises:
-      ValueError: c is negative, or ``rescale`` is none of these.
+      ValueError: c is negative.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> import yoto_jax as yoto
       >>> weighting = yoto.weightings.cagrad()
       >>> losses = {"a": 1.0, "b": 2.0}
-      >>> gramian = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
-      >>> weights, _ = weighting.update(
-      ...     losses, weighting.init(losses), gramian=gramian
-      ... )
+      >>> J = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])  # One gradient per row.
+      >>> weights, _ = weighting.update(losses, weighting.init(losses), gramian=J @ J.T)
       >>> print({name: round(float(weight), 3) for name, weight in weights.items()})
       {'a': 0.704, 'b': 0.5}
 
@@ -63,10 +57,9 @@ def cagrad(c: float = 0.5, *, rescale: Literal[0, 1, 2] = 0) -> LossWeighting:
       For c below 1 the direction may still increase a loss. At Pareto stationary
       points, where some :math:`g_w` vanishes, the direction is the mean gradient.
       Taken literally, Eq. 3 shortens it there, by the factor :math:`1 - c` or to 0.
+      The authors' code divides the direction by :math:`1 + c^2`, the paper does not.
     """
     check_not_negative(c=c)
-    if rescale not in (0, 1, 2):
-        raise ValueError(f"rescale must be 0, 1 or 2, got {rescale!r}.")
 
     def update(
         losses: jax.Array, inner: tuple[()], spec: LossSpec, *, gramian: jax.Array
@@ -102,9 +95,7 @@ def cagrad(c: float = 0.5, *, rescale: Literal[0, 1, 2] = 0) -> LossWeighting:
         # Some combination of the gradients is zero, up to the rounding of the Gramian.
         stationary = combined_norm(g, shortest) <= jnp.sqrt(8 * spec.size * eps)
         w = w if basis is None else dot(w, basis)
-        weights = mean + jnp.where(stationary, 0, pull) * w
-        divisor = jnp.asarray((1, 1 + c**2, 1 + c)[rescale], spec.dtype)
-        return weights / divisor, inner
+        return mean + jnp.where(stationary, 0, pull) * w, inner
 
     return make_weighting(
         lambda spec: (),

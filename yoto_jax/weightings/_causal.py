@@ -9,7 +9,7 @@ from yoto_jax._make_weighting import make_weighting
 from yoto_jax._weighting import LossWeighting
 
 
-def causal(tolerance: float = 1.0) -> LossWeighting:
+def causal(*, tolerance: float = 1.0) -> LossWeighting:
     r"""No weight for later times until the earlier ones are solved.
 
     .. math::

@@ -12,7 +12,7 @@ from yoto_jax._weighting import LossWeighting
 
 
 def dual_proj(
-    preference: PyTree = None, *, regularization: float = 1e-4
+    *, preference: PyTree = None, regularization: float = 1e-4
 ) -> LossWeighting:
     r"""Projects the mean gradient onto the directions that increase no loss.
 
@@ -38,10 +38,8 @@ def dual_proj(
       >>> import yoto_jax as yoto
       >>> weighting = yoto.weightings.dual_proj()
       >>> losses = {"a": 1.0, "b": 2.0}
-      >>> gramian = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
-      >>> weights, _ = weighting.update(
-      ...     losses, weighting.init(losses), gramian=gramian
-      ... )
+      >>> J = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])  # One gradient per row.
+      >>> weights, _ = weighting.update(losses, weighting.init(losses), gramian=J @ J.T)
       >>> print({name: round(float(weight), 3) for name, weight in weights.items()})
       {'a': 0.611, 'b': 0.5}
 

@@ -24,7 +24,7 @@ class DwaState(NamedTuple):
     num_windows: jax.Array  # int32 (K,), complete windows, counted up to 2
 
 
-def dwa(temperature: float = 2.0, *, window: int = 1) -> LossWeighting:
+def dwa(*, temperature: float = 2.0, window: int = 1) -> LossWeighting:
     r"""More weight for the losses that fall more slowly: dynamic weight average.
 
     .. math::

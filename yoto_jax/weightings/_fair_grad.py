@@ -10,7 +10,7 @@ from yoto_jax._solvers import cosines, safe_divide, solve_power_equation
 from yoto_jax._weighting import LossWeighting
 
 
-def fair_grad(alpha: float = 2.0, *, regularization: float = 1e-4) -> LossWeighting:
+def fair_grad(*, alpha: float = 2.0, regularization: float = 1e-4) -> LossWeighting:
     r"""Alpha-fair shares of the gain, from the sum of the losses to the worst of them.
 
     .. math::
@@ -38,10 +38,8 @@ def fair_grad(alpha: float = 2.0, *, regularization: float = 1e-4) -> LossWeight
       >>> import yoto_jax as yoto
       >>> weighting = yoto.weightings.fair_grad()
       >>> losses = {"a": 1.0, "b": 2.0}
-      >>> gramian = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
-      >>> weights, _ = weighting.update(
-      ...     losses, weighting.init(losses), gramian=gramian
-      ... )
+      >>> J = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])  # One gradient per row.
+      >>> weights, _ = weighting.update(losses, weighting.init(losses), gramian=J @ J.T)
       >>> print({name: round(float(weight), 3) for name, weight in weights.items()})
       {'a': 0.471, 'b': 0.319}
 

@@ -27,12 +27,11 @@ class FamoState(NamedTuple):
 
 
 def famo(
-    learning_rate: optax.ScalarOrSchedule = 0.025,
     *,
+    learning_rate: optax.ScalarOrSchedule = 0.025,
     gamma: float = 1e-3,
     lower_bounds: PyTree = 0.0,
     exact: bool = False,
-    optimizer: optax.GradientTransformation | None = None,
 ) -> LossWeighting:
     r"""Equal progress on the logarithms of all losses, from the losses alone (FAMO).
 
@@ -40,49 +39,32 @@ def famo(
       w_i = c\, \frac{z_i}{D_i}, \qquad z = \mathrm{Softmax}(\xi), \qquad
       D_i = L_i - b_i + 10^{-8}, \qquad c = \Big( \sum_j z_j / D_j \Big)^{-1}.
 
-    After a step that takes :math:`D` to :math:`D'`, the logits descend the slowest
-    relative improvement:
-
-    .. math::
-      \nabla_\xi = \Big( \frac{\partial z}{\partial \xi} \Big)^{\!\top}
-        \left( \log D - \log D' \right) + \gamma\, \xi.
-
-    By default the losses of the next update serve as :math:`D'`, which costs nothing,
-    as in the authors' toy example; the two then differ in their batches as well. With
-    ``exact=True`` nothing is learned until you show it the losses of the same batch
-    after the step, at the price of another forward pass::
-
-      (losses, grads, state) = fn(params, state, batch)
-      ...  # step to new params
-      state = weighting.observe_step(loss_fn(params, batch), state)
+    The logits :math:`\xi` descend
+    :math:`z^\top (\log D - \log D') + \gamma \|\xi\|^2 / 2`, the slowest relative
+    improvement; the losses of the next update serve as :math:`D'`.
 
     Args:
       learning_rate: Of Adam on the logits.
-      gamma: Decay of the logits towards equal weights. It is added to the gradient in
-        front of Adam, as in the authors' code, not decoupled from it. The authors use
-        1e-3, and 1e-2 on one of their four benchmarks.
+      gamma: Decay of the logits towards equal weights, added to the gradient in front
+        of Adam, as in the authors' code.
       lower_bounds: b, in the units of the losses: one number, one per loss in the order
-        of ``jax.tree.leaves``, or a tree like the losses. Losses may be negative if
-        their bounds are.
-      exact: Whether to learn from ``observe_step`` instead of the next losses.
-      optimizer: What steps on the logits in place of ``optax.adam(learning_rate)``.
+        of ``jax.tree.leaves``, or a tree like the losses.
+      exact: Whether to learn nothing before ``observe_step(losses, state)`` is told the
+        losses of the same batch after the step: another forward pass.
 
     Returns:
-      A :class:`yoto_jax.LossWeighting`; its weights are positive and sum to 1. Inside
-      ``jit`` a batch with a loss below its bound leaves the weights as they were, and
-      counts in ``num_skipped``.
+      A :class:`yoto_jax.LossWeighting`; its weights are positive and sum to 1.
 
     Raises:
       ValueError: ``gamma`` is negative. In ``init``: ``lower_bounds`` does not fit the
-        losses. In ``update`` outside ``jit``: a loss is below its bound.
+        losses. In ``update`` outside ``jit``: a loss is below its bound. Inside ``jit``
+        such a batch leaves the weights as they were.
 
     Examples:
       >>> import yoto_jax as yoto
       >>> losses = {"depth": 0.5, "camera": 2.0}
       >>> weighting = yoto.weightings.famo()
       >>> weights, state = weighting.update(losses, weighting.init(losses))
-      >>> print({name: round(float(w), 3) for name, w in weights.items()})
-      {'camera': 0.2, 'depth': 0.8}
       >>> losses = {"depth": 0.1, "camera": 2.0}  # Only one of them improves, so
       >>> weights, state = weighting.update(losses, state)
       >>> print(state.inner.task_logits.round(3))  # the other one gains.
@@ -93,14 +75,11 @@ def famo(
       <https://arxiv.org/abs/2306.03792>`_, 2023, Algorithm 1.
 
     .. warning::
-      The authors also clip the norm of the shared gradient to 1. That is the model
-      optimizer's business here: put ``optax.clip_by_global_norm(1.0)`` in front of it.
+      The authors also clip the norm of the shared gradient to 1: put
+      ``optax.clip_by_global_norm(1.0)`` in front of the model's optimizer.
     """
     check_not_negative(gamma=gamma)
-    tx = optax.chain(
-        optax.add_decayed_weights(gamma),
-        optax.adam(learning_rate) if optimizer is None else optimizer,
-    )
+    tx = optax.chain(optax.add_decayed_weights(gamma), optax.adam(learning_rate))
 
     def bounds(spec: LossSpec) -> jax.Array:
         return spec.vector("lower_bounds", lower_bounds)

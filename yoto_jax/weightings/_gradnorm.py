@@ -25,7 +25,7 @@ class GradNormState(NamedTuple):
 
 
 def gradnorm(
-    alpha: float = 1.5, *, optimizer: optax.GradientTransformation | None = None
+    *, alpha: float = 1.5, optimizer: optax.GradientTransformation | None = None
 ) -> LossWeighting:
     r"""Gradient norms that are larger for the losses that train more slowly.
 
@@ -70,9 +70,7 @@ def gradnorm(
 
     .. warning::
       The paper takes the norms over the last shared layer; here they are over the
-      parameters, or the representation, that the gradients are taken of. The target
-      :math:`\bar G r_i^\alpha` is held constant and the weights are renormalised after
-      every step, as in the paper; implementations that do not, have other weights.
+      parameters, or the representation, that the gradients are taken of.
     """
     tx = optax.adam(0.025) if optimizer is None else optimizer
 

@@ -21,7 +21,7 @@ class GradVacState(NamedTuple):
     key: jax.Array  # typed key
 
 
-def gradvac(decay: float = 0.99, *, key: jax.Array | int = 0) -> LossWeighting:
+def gradvac(*, decay: float = 0.99, key: jax.Array | int = 0) -> LossWeighting:
     r"""Turns gradients towards each other until they are as similar as usual.
 
     As :func:`pcgrad`, with a target for the cosine in place of 0. For every loss i
@@ -51,12 +51,9 @@ def gradvac(decay: float = 0.99, *, key: jax.Array | int = 0) -> LossWeighting:
       >>> import yoto_jax as yoto
       >>> weighting = yoto.weightings.gradvac()
       >>> losses = {"a": 1.0, "b": 2.0}
-      >>> gramian = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
-      >>> weights, state = weighting.update(
-      ...     losses, weighting.init(losses), gramian=gramian
-      ... )
-      >>> print({name: round(float(weight), 3) for name, weight in weights.items()})
-      {'a': 2.222, 'b': 1.579}
+      >>> J = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])  # One gradient per row.
+      >>> state = weighting.init(losses)
+      >>> weights, state = weighting.update(losses, state, gramian=J @ J.T)
       >>> print(state.inner.cosine_targets.round(4))
       [[ 0.     -0.0084]
        [-0.0084  0.    ]]

@@ -28,10 +28,8 @@ def imtl_g() -> LossWeighting:
       >>> import yoto_jax as yoto
       >>> weighting = yoto.weightings.imtl_g()
       >>> losses = {"a": 1.0, "b": 2.0}
-      >>> gramian = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
-      >>> weights, _ = weighting.update(
-      ...     losses, weighting.init(losses), gramian=gramian
-      ... )
+      >>> J = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])  # One gradient per row.
+      >>> weights, _ = weighting.update(losses, weighting.init(losses), gramian=J @ J.T)
       >>> print({name: round(float(weight), 3) for name, weight in weights.items()})
       {'a': 0.592, 'b': 0.408}
 

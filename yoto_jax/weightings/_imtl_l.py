@@ -22,7 +22,7 @@ class ImtlLState(NamedTuple):
     opt_state: optax.OptState  # with counters for each loss
 
 
-def imtl_l(optimizer: optax.GradientTransformation | None = None) -> LossWeighting:
+def imtl_l(*, optimizer: optax.GradientTransformation | None = None) -> LossWeighting:
     r"""Learned scales that bring every loss to the same size (IMTL-L).
 
     .. math::

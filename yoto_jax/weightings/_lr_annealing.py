@@ -38,25 +38,18 @@ def lr_annealing(
 
     Returns:
       A :class:`yoto_jax.LossWeighting`, for losses of any sign, which needs absolute
-      values of the gradients; its weights are not negative, and 1 for the reference. It
-      may be run every k updates alone, see :func:`yoto_jax.weightings.every`.
+      values of the gradients; its weights are not negative, and 1 for the reference.
 
     Raises:
-      TypeError: In ``init``: ``reference`` is neither a path nor an index.
-      ValueError: ``decay`` is not in [0, 1), ``eps`` is not positive, or an unknown
-        ``statistic``. In ``init``: an unknown ``reference``.
+      ValueError: An option out of its range. In ``init``: an unknown ``reference``.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> import yoto_jax as yoto
       >>> losses = {"boundary": 0.1, "residual": 4.0}
       >>> weighting = yoto.weightings.lr_annealing("residual")
-      >>> weights, state = weighting.update(
-      ...     losses,
-      ...     weighting.init(losses),
-      ...     max_abs=jnp.array([0.5, 2.0]),
-      ...     mean_abs=jnp.array([0.1, 0.4]),
-      ... )
+      >>> seen = {"max_abs": jnp.array([0.5, 2.0]), "mean_abs": jnp.array([0.1, 0.4])}
+      >>> weights, state = weighting.update(losses, weighting.init(losses), **seen)
       >>> print({name: round(float(w), 2) for name, w in weights.items()})
       {'boundary': 2.9, 'residual': 1.0}
 
@@ -66,9 +59,8 @@ def lr_annealing(
       Algorithm 1.
 
     .. warning::
-      The gradients are those of the losses without their weights. Means are taken of
-      the absolute values, over all entries at once; an absolute value of a mean, or a
-      mean of means over layers, is another rule.
+      Means are taken of the absolute values, over all entries at once; an absolute
+      value of a mean, or a mean of means over layers, is another rule.
     """
     check_positive(eps=eps)
     if statistic not in ("max", "mean"):

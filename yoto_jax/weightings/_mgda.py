@@ -1,7 +1,5 @@
 """Multiple Gradient Descent Algorithm."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 
@@ -11,9 +9,7 @@ from yoto_jax._solvers import safe_divide, smallest_convex_combination
 from yoto_jax._weighting import LossWeighting
 
 
-def mgda(
-    normalization: Literal["l2", "loss", "loss+"] | None = None,
-) -> LossWeighting:
+def mgda(*, normalize: bool = False) -> LossWeighting:
     r"""The convex combination of the gradients that is smallest.
 
     .. math::
@@ -21,29 +17,22 @@ def mgda(
 
     The combined gradient descends every loss, or is zero: then the parameters are
     Pareto stationary. It follows the small gradients and can all but stop when one loss
-    has converged; normalisation of the gradients helps.
+    has converged; normalised gradients help.
 
     Args:
-      normalization: What each gradient is divided by before: ``None`` nothing, ``"l2"``
-        its norm, ``"loss"`` the loss, ``"loss+"`` both. The losses must not be zero in
-        the last two.
+      normalize: Whether to combine gradients of length 1.
 
     Returns:
       A :class:`yoto_jax.LossWeighting` that needs the Gramian; its weights are
       non-negative, many of them exactly zero, and sum to 1.
-
-    Raises:
-      ValueError: ``normalization`` is none of these.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> import yoto_jax as yoto
       >>> weighting = yoto.weightings.mgda()
       >>> losses = {"a": 1.0, "b": 2.0}
-      >>> gramian = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
-      >>> weights, _ = weighting.update(
-      ...     losses, weighting.init(losses), gramian=gramian
-      ... )
+      >>> J = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])  # One gradient per row.
+      >>> weights, _ = weighting.update(losses, weighting.init(losses), gramian=J @ J.T)
       >>> print({name: round(float(weight), 3) for name, weight in weights.items()})
       {'a': 0.6, 'b': 0.4}
 
@@ -55,27 +44,19 @@ def mgda(
       <https://arxiv.org/abs/1810.04650>`_, 2018, Eq. 3.
 
     .. warning::
-      With normalisation the weights of the raw losses are those of the normalised
-      gradients divided by the normaliser, brought back to the sum 1. The authors' code
-      puts the undivided weights on the raw losses, and the combination then need not
-      descend every loss.
+      With ``normalize`` the weights of the raw losses are those of the unit gradients
+      divided by the norms, brought back to the sum 1. The authors' code puts the
+      undivided weights on the raw losses, and the combination then need not descend
+      every loss.
     """
-    if normalization not in (None, "l2", "loss", "loss+"):
-        raise ValueError(
-            "normalization must be None, 'l2', 'loss' or 'loss+', "
-            f"got {normalization!r}."
-        )
-
-    by_loss = normalization in ("loss", "loss+")
 
     def update(
         losses: jax.Array, inner: tuple[()], spec: LossSpec, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
+        del losses
         factor = spec.full(1.0)
-        if normalization in ("l2", "loss+"):
+        if normalize:
             factor *= jnp.sqrt(jnp.diagonal(gramian))
-        if by_loss:
-            factor *= jnp.abs(losses)
         # Relative to the largest: no overflow, and the sum is 1 in the end anyway.
         factor = spec.of_present(factor)
         factor = safe_divide(factor, jnp.max(factor))
@@ -87,6 +68,6 @@ def mgda(
     return make_weighting(
         lambda spec: (),
         update,
-        needs=("losses", "gramian") if by_loss else ("gramian",),
+        needs=("gramian",),
         first_weights=LossSpec.equal,
     )

@@ -11,7 +11,7 @@ from yoto_jax._weighting import LossWeighting
 
 
 def nash_mtl(
-    max_norm: float | None = 1.0, *, regularization: float = 1e-4
+    *, max_norm: float | None = 1.0, regularization: float = 1e-4
 ) -> LossWeighting:
     r"""The Nash bargaining solution: the product of the losses' gains is largest.
 
@@ -41,10 +41,8 @@ def nash_mtl(
       >>> import yoto_jax as yoto
       >>> weighting = yoto.weightings.nash_mtl()
       >>> losses = {"a": 1.0, "b": 2.0}
-      >>> gramian = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
-      >>> weights, _ = weighting.update(
-      ...     losses, weighting.init(losses), gramian=gramian
-      ... )
+      >>> J = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])  # One gradient per row.
+      >>> weights, _ = weighting.update(losses, weighting.init(losses), gramian=J @ J.T)
       >>> print({name: round(float(weight), 3) for name, weight in weights.items()})
       {'a': 0.418, 'b': 0.288}
 

@@ -30,9 +30,8 @@ def ntk(
       w \leftarrow \beta w + (1 - \beta) \hat w,
 
     where :math:`r_i(x; \theta)` is the residual, or the prediction, of term i at the
-    point x, and :math:`\bar K` the mean of the :math:`K_j`. You supply them, from
-    :func:`yoto_jax.weightings.ntk_diagonal`. The average starts at 1 and takes the
-    kernel of an update in before the update uses it.
+    point x, and :math:`\bar K` the mean of the :math:`K_j`, which come from
+    :func:`yoto_jax.weightings.ntk_diagonal`. The average starts at 1.
 
     Args:
       decay: :math:`\beta` of the moving average, in [0, 1).
@@ -44,13 +43,11 @@ def ntk(
 
     Returns:
       A :class:`yoto_jax.LossWeighting`, for losses of any sign, which needs
-      ``ntk_diagonal``, (K,) or a tree like the losses. The weights are positive, with a
-      harmonic mean near 1 (near K with ``"sum"``). The kernel is expensive: run it
+      ``ntk_diagonal``, (K,) or a tree like the losses. The kernel is expensive: run it
       every k updates alone, see :func:`yoto_jax.weightings.every`.
 
     Raises:
-      ValueError: ``decay`` is not in [0, 1), ``eps`` is not positive, or an unknown
-        ``reduction``.
+      ValueError: An option out of its range.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -63,14 +60,12 @@ def ntk(
       {'boundary': 5.0, 'residual': 0.556}
 
     References:
-      Wang, Yu and Perdikaris, `When and why PINNs fail to train: A neural tangent
-      kernel perspective <https://arxiv.org/abs/2007.14527>`_, 2020. With the mean:
-      Wang et al., `An Expert's Guide to Training Physics-informed Neural Networks
-      <https://arxiv.org/abs/2308.08468>`_, 2023, in its code, jaxpi.
+      Wang, Yu and Perdikaris, `When and why PINNs fail to train
+      <https://arxiv.org/abs/2007.14527>`_, 2020. With the mean: Wang et al., `An
+      Expert's Guide <https://arxiv.org/abs/2308.08468>`_, 2023, in its code, jaxpi.
 
     .. warning::
-      Other rules go by this name. NVIDIA's is :func:`ntk_surrogate`; another gives
-      weights *proportional* to gradient norms, the opposite direction.
+      NVIDIA's rule of this name is :func:`ntk_surrogate`.
     """
     check_positive(eps=eps)
     if reduction not in ("mean", "sum"):

@@ -1,6 +1,6 @@
 """Projecting Conflicting Gradients."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,7 @@ class PCGradState(NamedTuple):
     key: jax.Array  # typed key
 
 
-def pcgrad(
-    key: jax.Array | int = 0, *, reduction: Literal["sum", "mean"] = "sum"
-) -> LossWeighting:
+def pcgrad(*, key: jax.Array | int = 0) -> LossWeighting:
     r"""Takes out of each gradient what conflicts with the others, and adds them up.
 
     For every loss i start from :math:`g = g_i` and, for all :math:`j \ne i` in a random
@@ -34,26 +32,21 @@ def pcgrad(
     Args:
       key: Random key or seed of the orders. With one or two losses there is no chance
         in it.
-      reduction: ``"sum"`` adds the gradients up, as the paper does, ``"mean"`` divides
-        by K.
 
     Returns:
       A :class:`yoto_jax.LossWeighting` that needs the Gramian; its weights are 1 or
-      more, with ``"sum"``, and 1 without conflict.
+      more, and 1 without conflict.
 
     Raises:
       TypeError: ``key`` is neither a typed key nor an integer.
-      ValueError: ``reduction`` is neither.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> import yoto_jax as yoto
       >>> weighting = yoto.weightings.pcgrad()
       >>> losses = {"a": 1.0, "b": 2.0}
-      >>> gramian = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
-      >>> weights, _ = weighting.update(
-      ...     losses, weighting.init(losses), gramian=gramian
-      ... )
+      >>> J = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])  # One gradient per row.
+      >>> weights, _ = weighting.update(losses, weighting.init(losses), gramian=J @ J.T)
       >>> print({name: round(float(weight), 3) for name, weight in weights.items()})
       {'a': 2.222, 'b': 1.579}
 
@@ -65,8 +58,6 @@ def pcgrad(
       The projections are onto the original gradients of the other losses, as in the
       paper, and every loss draws its own order; some implementations draw one for all.
     """
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}.")
     key = as_key(key)
 
     def update(
@@ -83,9 +74,6 @@ def pcgrad(
             return row.at[j].add(jnp.where(i == j, 0, -along))
 
         rows = surgery(project, jnp.eye(spec.size, dtype=spec.dtype), order_key)
-        weights = weights_of_rows(rows, norms)
-        if reduction == "mean":
-            weights = weights / spec.count
-        return weights, PCGradState(following)
+        return weights_of_rows(rows, norms), PCGradState(following)
 
     return make_weighting(lambda spec: PCGradState(key), update, needs=("gramian",))

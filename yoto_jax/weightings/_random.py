@@ -18,7 +18,7 @@ class RandomState(NamedTuple):
     key: jax.Array  # typed key, split at every update
 
 
-def random(key: jax.Array | int = 0) -> LossWeighting:
+def random(*, key: jax.Array | int = 0) -> LossWeighting:
     r"""Random loss weighting: the softmax of fresh standard normals at every update.
 
     .. math::

@@ -141,6 +141,13 @@ _SAKARIDIS = Paper(
     "You Only Train Once",
     "https://arxiv.org/abs/2506.04349",
 )
+_KARPUKHIN = Paper(
+    "Karpukhin",
+    2026,
+    "When Losses Align: Gradient-Based Composite Loss Weighting for Efficient "
+    "Pretraining",
+    "https://arxiv.org/abs/2605.07756",
+)
 
 METHODS = (
     Method(
@@ -574,15 +581,15 @@ METHODS = (
         requires="downstream",
         remembers="weights, running means",
         state="GrapState",
-        papers=(
-            Paper(
-                "Karpukhin",
-                2026,
-                "When Losses Align: Gradient-Based Composite Loss Weighting for "
-                "Efficient Pretraining",
-                "https://arxiv.org/abs/2605.07756",
-            ),
-        ),
+        papers=(_KARPUKHIN,),
+    ),
+    Method(
+        name="grap_closed_form",
+        needs=("gramian",),
+        requires="downstream",
+        remembers="weights, running means",
+        state="GrapClosedFormState",
+        papers=(_KARPUKHIN,),
     ),
     Method(
         name="softmax_alignment",
@@ -591,15 +598,7 @@ METHODS = (
         sum_of_weights="1",
         remembers="logits, running means",
         state="SoftmaxAlignmentState",
-        papers=(
-            _SAKARIDIS,
-            Paper(
-                "Karpukhin",
-                2026,
-                "When Losses Align",
-                "https://arxiv.org/abs/2605.07756",
-            ),
-        ),
+        papers=(_SAKARIDIS, _KARPUKHIN),
     ),
     Method(
         name="auto_lambda",

@@ -5,12 +5,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from yoto_jax._checks import as_key, check_fraction, check_not_negative, check_positive
+from yoto_jax._checks import as_key, check_fraction, check_positive
 from yoto_jax._loss_spec import LossSpec
 from yoto_jax._make_weighting import make_weighting
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import LossWeighting
-from yoto_jax.weightings._bounds import LARGEST_RATIO
+from yoto_jax.weightings._bounds import LARGEST_RATIO, SMALLEST_LOSS
 
 
 @serializable_state
@@ -30,20 +30,18 @@ def relobralo(
     beta: float = 0.999,
     temperature: float = 1.0,
     key: jax.Array | int = 0,
-    eps: float = 1e-12,
 ) -> LossWeighting:
     r"""Relative loss balancing with random lookback (ReLoBRaLo).
 
     .. math::
       b_i(t, t') &= K\, \mathrm{Softmax}_i\!\left(
-        \frac{L_i(t)}{T L_i(t') + \varepsilon} \right), \\
+        \frac{L_i(t)}{T L_i(t') + 10^{-12}} \right), \\
       w_i(t) &= \alpha \left[ \rho\, w_i(t-1) + (1 - \rho)\, b_i(t, 0) \right]
         + (1 - \alpha)\, b_i(t, t-1), \qquad \rho \sim \mathrm{Bernoulli}(\beta).
 
     A moving average of weights by recent progress, which now and then looks back to the
     first losses instead of its own past. One :math:`\rho` is drawn for all losses. All
-    weights are 1 at update 0. At update 1, :math:`\alpha` is 0, so that the weights are
-    :math:`b(1, 0)`, as in the authors' code.
+    weights are 1 at update 0 and :math:`b(1, 0)` at update 1, as in the authors' code.
 
     Args:
       alpha: Decay of the moving average, in [0, 1].
@@ -51,7 +49,6 @@ def relobralo(
         [0, 1].
       temperature: T. The larger it is, the more even are the weights.
       key: A typed key, ``jax.random.key(...)``, or an integer seed.
-      eps: Keeps the ratios finite; in the unit of the losses, well below all of them.
 
     Returns:
       A :class:`yoto_jax.LossWeighting` for positive losses; its weights are positive
@@ -59,16 +56,14 @@ def relobralo(
 
     Raises:
       TypeError: In ``init``: ``key`` is neither a typed key nor an integer.
-      ValueError: ``alpha`` or ``beta`` is not in [0, 1], ``temperature`` is not
-        positive, or ``eps`` is negative. In ``update`` outside ``jit``: a loss is not
-        positive. Inside ``jit`` such a batch leaves weights and key as they were.
+      ValueError: ``alpha`` or ``beta`` is not in [0, 1], or ``temperature`` is not
+        positive. In ``update`` outside ``jit``: a loss is not positive.
 
     Examples:
       >>> import yoto_jax as yoto
       >>> weighting = yoto.weightings.relobralo()
       >>> state = weighting.init({"depth": 1.0, "camera": 1.0})
-      >>> for depth, camera in [(1.0, 2.0), (0.5, 2.0)]:
-      ...     losses = {"depth": depth, "camera": camera}
+      >>> for losses in {"depth": 1.0, "camera": 2.0}, {"depth": 0.5, "camera": 2.0}:
       ...     weights, state = weighting.update(losses, state)
       >>> print({name: round(float(w), 3) for name, w in weights.items()})
       {'camera': 1.245, 'depth': 0.755}
@@ -83,7 +78,6 @@ def relobralo(
     """
     check_fraction(alpha=alpha, beta=beta)
     check_positive(temperature=temperature)
-    check_not_negative(eps=eps)
 
     def init(spec: LossSpec) -> RelobraloState:
         return RelobraloState(
@@ -96,7 +90,9 @@ def relobralo(
         )
 
     def balance(losses: jax.Array, earlier: jax.Array, spec: LossSpec) -> jax.Array:
-        ratios = jnp.minimum(losses / (temperature * earlier + eps), LARGEST_RATIO)
+        ratios = jnp.minimum(
+            losses / (temperature * earlier + SMALLEST_LOSS), LARGEST_RATIO
+        )
         return spec.count * spec.softmax(ratios)
 
     def update(

@@ -5,12 +5,11 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from yoto_jax._checks import check_not_negative
 from yoto_jax._loss_spec import LossSpec
 from yoto_jax._make_weighting import make_weighting
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import LossWeighting
-from yoto_jax.weightings._bounds import LARGEST_RATIO
+from yoto_jax.weightings._bounds import LARGEST_RATIO, SMALLEST_LOSS
 
 
 @serializable_state
@@ -22,17 +21,16 @@ class SoftAdaptState(NamedTuple):
 
 
 def softadapt(
-    beta: float = 1.0,
     *,
+    beta: float = 1.0,
     form: Literal["ratio", "difference"] = "ratio",
     loss_weighted: bool = False,
-    eps: float = 1e-12,
 ) -> LossWeighting:
     r"""More weight for the losses that fell least, or rose, since the last update.
 
     .. math::
       w_i = K\, \mathrm{Softmax}_i(\beta s_i), \qquad
-      s_i = \frac{L_i(t)}{L_i(t-1) + \varepsilon}
+      s_i = \frac{L_i(t)}{L_i(t-1) + 10^{-12}}
       \quad\text{or}\quad s_i = L_i(t) - L_i(t-1).
 
     The ratio is the form of NVIDIA's PhysicsNeMo, which does not depend on the units of
@@ -45,23 +43,20 @@ def softadapt(
         those that do best. With differences, in units of one over the loss.
       form: Which :math:`s` to take.
       loss_weighted: Whether to multiply by the losses, the paper's second variant.
-      eps: Keeps the ratio finite; in the unit of the losses, well below all of them.
 
     Returns:
       A :class:`yoto_jax.LossWeighting`; its weights sum to K. The ratio and
       ``loss_weighted`` are for positive losses.
 
     Raises:
-      ValueError: An unknown ``form``, or a negative ``eps``. In ``update`` outside
-        ``jit``: a loss is not positive where it has to be. Inside ``jit`` such a batch
-        leaves the weights as they were.
+      ValueError: An unknown ``form``. In ``update`` outside ``jit``: a loss is not
+        positive where it has to be.
 
     Examples:
       >>> import yoto_jax as yoto
       >>> weighting = yoto.weightings.softadapt()
       >>> state = weighting.init({"depth": 1.0, "camera": 1.0})
-      >>> for depth, camera in [(1.0, 2.0), (0.5, 2.0)]:
-      ...     losses = {"depth": depth, "camera": camera}
+      >>> for losses in {"depth": 1.0, "camera": 2.0}, {"depth": 0.5, "camera": 2.0}:
       ...     weights, state = weighting.update(losses, state)
       >>> print({name: round(float(w), 3) for name, w in weights.items()})
       {'camera': 1.245, 'depth': 0.755}
@@ -78,7 +73,6 @@ def softadapt(
     """
     if form not in ("ratio", "difference"):
         raise ValueError(f"form must be 'ratio' or 'difference', got {form!r}.")
-    check_not_negative(eps=eps)
 
     def init(spec: LossSpec) -> SoftAdaptState:
         return SoftAdaptState(spec.full(1.0), jnp.zeros((spec.size,), jnp.bool_))
@@ -87,7 +81,9 @@ def softadapt(
         losses: jax.Array, inner: SoftAdaptState, spec: LossSpec
     ) -> tuple[jax.Array, SoftAdaptState]:
         if form == "ratio":
-            change = jnp.minimum(losses / (inner.last_losses + eps), LARGEST_RATIO)
+            change = jnp.minimum(
+                losses / (inner.last_losses + SMALLEST_LOSS), LARGEST_RATIO
+            )
         else:
             change = losses - inner.last_losses
         # A loss without a past has not changed.

@@ -9,7 +9,6 @@ import optax
 from yoto_jax._checks import check_decay
 from yoto_jax._loss_logits import LossLogits, init_loss_logits, loss_weights
 from yoto_jax._loss_spec import LossSpec
-from yoto_jax._losses import PyTree
 from yoto_jax._make_weighting import make_weighting
 from yoto_jax._numerics import running_mean
 from yoto_jax._optimizers import adamw
@@ -33,79 +32,67 @@ class SoftmaxAlignmentState(NamedTuple):
 
 def softmax_alignment(
     downstream: str | int,
-    epsilon: PyTree = 1.0,
     *,
     optimizer: optax.GradientTransformation | None = None,
     decay: float = 0.9,
 ) -> LossWeighting:
     r"""Softmax weights whose composite gradient turns to that of a downstream loss.
 
-    The weights are those of YOTO and what they descend is the objective of GraP: not
-    the composite loss, which sends weight to whatever loss is small, but the negative
-    cosine between the composite gradient and the downstream gradient d,
+    The weights are those of YOTO and what they descend is the objective of GraP, the
+    negative cosine between the composite gradient and the downstream gradient d,
 
     .. math::
       \lambda = \mathrm{Softmax}(\mu), \qquad
       H(\mu) = -\frac{\langle \sum_k \lambda_k g_k, d \rangle}
       {\|\sum_k \lambda_k g_k\| \, \|d\|},
 
-    with an optimizer that may decay the logits towards equal weights. H depends on the
-    losses through the angles and the lengths of their gradients, of which it sees
-    running means, and not through their values: a loss gains no weight by being small.
+    with running means of angles and lengths of gradients.
 
     Args:
-      downstream: The loss that steers: its path or its index among the losses. Its own
-        weight is 0.
-      epsilon: Initial weights relative to each other: one number, one for each loss in
-        the order of ``jax.tree.leaves``, or a tree like the losses. That of the
-        downstream loss is not used.
-      optimizer: Steps on the K logits, all of which are learned. ``yoto_jax.adamw(0.02,
-        hyperparameter_decay=0.1)`` if none is given.
+      downstream: The loss that steers, with weight 0: its path or its index.
+      optimizer: Steps on the logits; ``yoto_jax.adamw(0.02, hyperparameter_decay=0.1)``
+        if none is given.
       decay: Decay of the running means, in [0, 1).
 
     Returns:
-      A :class:`yoto_jax.LossWeighting` that needs the Gramian of all losses, the
-      downstream one among them. Its weights are positive and sum to 1.
+      A :class:`yoto_jax.LossWeighting` that needs the Gramian of all losses. Its
+      weights are positive and sum to 1.
 
     Raises:
-      TypeError: ``downstream`` is neither a path nor an index.
-      ValueError: ``decay`` is out of its range. In ``init``: no loss, or more than one,
-        is called ``downstream``, or there is no other loss.
+      ValueError: ``decay`` is out of its range. In ``init``: no single loss is called
+        ``downstream``, or there is no other loss.
 
     Examples:
       >>> import jax, jax.numpy as jnp, yoto_jax as yoto
       >>> losses = {"contrastive": 1.0, "label": 0.7, "next": 2.0}
       >>> weighting = yoto.weightings.softmax_alignment("label")
       >>> state, update = weighting.init(losses), jax.jit(weighting.update)
-      >>> gradients = jnp.array([[3.0, 0.0], [0.0, 1.0], [0.0, 4.0]])
+      >>> J = jnp.array([[3.0, 0.0], [0.0, 1.0], [0.0, 4.0]])  # One gradient per row.
       >>> for _ in range(100):  # The gradient of "next" points along that of "label".
-      ...     weights, state = update(losses, state, gramian=gradients @ gradients.T)
+      ...     weights, state = update(losses, state, gramian=J @ J.T)
       >>> print({name: round(float(weight), 1) for name, weight in weights.items()})
       {'contrastive': 0.1, 'label': 0.0, 'next': 0.9}
 
     References:
-      The combination is this library's. Weights: Sakaridis, `You Only Train Once
-      <https://arxiv.org/abs/2506.04349>`_, 2025. Objective: Karpukhin and Savchenko,
-      `When Losses Align <https://arxiv.org/abs/2605.07756>`_, 2026.
+      The combination is this library's, see :func:`yoto_jax.weightings.yoto` and
+      :func:`yoto_jax.weightings.grap`.
 
     .. warning::
-      A batch without downstream gradient leaves the logits as they are; a gradient of
-      zero enters no mean of cosines. The start, and the prior, are equal weights of the
-      losses as they come: bring losses of very different units to one scale first.
+      The start, and the prior, are equal weights of the losses as they come: bring
+      losses of very different units to one scale first.
     """
     check_decay(decay=decay)
     tx = adamw(0.02, hyperparameter_decay=0.1) if optimizer is None else optimizer
 
     def mean(old: jax.Array, x: jax.Array, count: jax.Array) -> jax.Array:
-        """Of all so far, until that is as long as the mean with decay."""
+        """The plain mean of all batches until that is as long as the one with decay."""
         return running_mean(old, x, count, decay / (1 - decay), decay)
 
     def logits(spec: LossSpec) -> LossLogits:
         spec.check_others("softmax_alignment")
         _, others = spec.apart(downstream)
-        relative = list(spec.vector("epsilon", epsilon)[others])
         zeros = [jnp.zeros((), spec.dtype)] * len(others)
-        mu = init_loss_logits(zeros, None, relative)
+        mu = init_loss_logits(zeros, None, epsilon=1.0)
         return jax.tree.map(lambda x: x.astype(spec.dtype), mu)
 
     def weights(mu: LossLogits, spec: LossSpec) -> jax.Array:

@@ -50,7 +50,7 @@ def static(weights: PyTree) -> LossWeighting:
     )
 
 
-def equal(reduction: Literal["mean", "sum"] = "mean") -> LossWeighting:
+def equal(*, reduction: Literal["mean", "sum"] = "mean") -> LossWeighting:
     """The same weight for every loss.
 
     Args:

@@ -9,6 +9,7 @@ from yoto_jax._checks import check_not_negative, check_positive
 from yoto_jax._loss_spec import LossSpec
 from yoto_jax._losses import PyTree
 from yoto_jax._make_weighting import make_weighting
+from yoto_jax._numerics import chebyshev_distances
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import LossWeighting
 
@@ -22,8 +23,8 @@ class StchState(NamedTuple):
 
 
 def stch(
-    smoothing: float = 1.0,
     *,
+    smoothing: float = 1.0,
     preference: PyTree = None,
     ideal: PyTree = 0.0,
     form: Literal["linear", "log"] = "linear",
@@ -31,23 +32,17 @@ def stch(
 ) -> LossWeighting:
     r"""The gradient of a smooth maximum of the losses (smooth Chebyshev).
 
-    The linear form scalarizes the losses themselves, the logarithmic one their
-    logarithms relative to a nadir :math:`n`:
+    The linear form is of the losses, the logarithmic one relative to a nadir n:
 
     .. math::
-      \mu \log \sum_i \exp\!\left( \frac{p_i (L_i - z_i)}{\mu} \right)
-      &\;\Rightarrow\; w_i = p_i\, \mathrm{Softmax}_i\!\left(
-        \frac{p_i (L_i - z_i)}{\mu} \right), \\
-      K \mu \log \sum_i \exp\!\left( \frac{\log (L_i / n_i)}{\mu} \right)
-      &\;\Rightarrow\; w_i = \frac{K}{L_i}\, \mathrm{Softmax}_i\!\left(
-        \frac{\log (L_i / n_i)}{\mu} \right).
+      w_i = p_i\, \mathrm{Softmax}_i \frac{p_i (L_i - z_i)}{\mu}, \qquad
+      w_i = \frac{K}{L_i}\, \mathrm{Softmax}_i \frac{\log (L_i / n_i)}{\mu}.
 
-    Weight moves to the largest losses. As :math:`\mu` goes to 0 only the largest one is
-    left; a large :math:`\mu` gives the weights :math:`p_i / K` and :math:`1 / L_i`.
+    Weight moves to the largest losses. The linear form is the gradient of
+    :func:`yoto_jax.conditional.smooth_chebyshev`.
 
     Args:
-      smoothing: :math:`\mu`; in the unit of the weighted losses in the linear form,
-        without a unit in the logarithmic one.
+      smoothing: :math:`\mu`; in the unit of the weighted losses in the linear form.
       preference: p of the linear form: one number, one per loss in the order of
         ``jax.tree.leaves``, or a tree like the losses. 1/K if none is given.
       ideal: z of the linear form, the best values of the losses, given likewise.
@@ -56,20 +51,18 @@ def stch(
         these, the weights are :math:`1 / L_i`. With 0, the nadir is 1.
 
     Returns:
-      A :class:`yoto_jax.LossWeighting`. In the linear form, for losses of any sign,
-      weights lie between 0 and :math:`p_i`. In the logarithmic form, for positive
-      losses, the weighted losses sum to K.
+      A :class:`yoto_jax.LossWeighting`; in the logarithmic form for positive losses
+      alone, whose weighted losses sum to K.
 
     Raises:
-      ValueError: ``smoothing`` is not positive, ``warmup`` is negative, an unknown
-        ``form``, or an argument of the other one. In ``init``: arguments that do not
-        fit the losses. In ``update`` of the logarithmic form outside ``jit``: a loss is
-        not positive. Inside ``jit`` such a batch leaves the weights as they were.
+      ValueError: An option out of its range, or one of the other form. In ``init``:
+        arguments that do not fit the losses. In ``update`` of the logarithmic form
+        outside ``jit``: a loss is not positive.
 
     Examples:
       >>> import yoto_jax as yoto
       >>> losses = {"depth": 1.0, "camera": 3.0}
-      >>> weighting = yoto.weightings.stch(0.5)
+      >>> weighting = yoto.weightings.stch(smoothing=0.5)
       >>> weights, state = weighting.update(losses, weighting.init(losses))
       >>> print({name: round(float(w), 3) for name, w in weights.items()})
       {'camera': 0.44, 'depth': 0.06}
@@ -80,8 +73,7 @@ def stch(
       authors' multi-task experiments.
 
     .. warning::
-      Weight moves to the largest losses here, and to the smallest ones in
-      :func:`yoto_jax.weightings.yoto`.
+      In :func:`yoto_jax.weightings.yoto`, weight moves to the *smallest* losses.
     """
     check_positive(smoothing=smoothing)
     check_not_negative(warmup=warmup)
@@ -113,7 +105,7 @@ def _linear(smoothing: float, preference: PyTree, ideal: PyTree) -> LossWeightin
         losses: jax.Array, inner: tuple[()], spec: LossSpec
     ) -> tuple[jax.Array, tuple[()]]:
         p = preferences(spec)
-        distances = p * (losses - ideals(spec))
+        distances = chebyshev_distances(losses, p, ideals(spec))
         return p * spec.softmax(distances / smoothing), inner
 
     return make_weighting(

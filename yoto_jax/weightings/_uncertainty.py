@@ -26,8 +26,8 @@ class UncertaintyState(NamedTuple):
 
 
 def uncertainty(
-    kind: PyTree = "regression",
     *,
+    kind: PyTree = "regression",
     optimizer: optax.GradientTransformation | None = None,
     initial: PyTree = 0.0,
 ) -> LossWeighting:
@@ -38,34 +38,29 @@ def uncertainty(
       \qquad w_i = c_i e^{-s_i}, \qquad s_i = \log \sigma_i^2,
 
     with :math:`c_i = 1/2` for the squared error of a regression and :math:`c_i = 1` for
-    the cross-entropy of a classification. Model and :math:`s` step on the same
-    objective at the same time. For fixed losses :math:`s` settles at
-    :math:`w_i = 1 / (2 L_i)`, half the weights of
-    :func:`yoto_jax.weightings.scale_invariant`, whatever the kind.
+    the cross-entropy of a classification. For fixed losses :math:`s` settles at
+    :math:`w_i = 1 / (2 L_i)`, whatever the kind.
 
     Args:
       kind: ``"regression"``, ``"classification"``, or one of them for each loss: a tree
-        like the losses, a dict by the names of the losses, or a sequence in the order
-        of ``jax.tree.leaves``.
+        like the losses, a dict by the names of the losses, or a sequence.
       optimizer: What steps on the log-variances; ``optax.adam(0.025)`` if none is
-        given. To train them as parameters of the model are, give the model's optimizer.
+        given.
       initial: First log-variances: one number, one per loss, or a tree like the losses.
 
     Returns:
       A :class:`yoto_jax.LossWeighting` for positive losses. The weights have the unit
-      of one over the loss and no fixed sum; they lie between :math:`c_i e^{-20}` and
-      :math:`c_i e^{20}`.
+      of one over the loss; they lie between :math:`c_i e^{-20}` and :math:`c_i e^{20}`.
 
     Raises:
       ValueError: In ``init``: ``kind`` or ``initial`` does not fit the losses. In
-        ``update`` outside ``jit``: a loss is not positive. Inside ``jit`` such a batch
-        leaves the weights as they were.
+        ``update`` outside ``jit``: a loss is not positive.
 
     Examples:
       >>> import yoto_jax as yoto
       >>> losses = {"depth": 0.5, "label": 2.0}
       >>> kind = {"depth": "regression", "label": "classification"}
-      >>> weighting = yoto.weightings.uncertainty(kind)
+      >>> weighting = yoto.weightings.uncertainty(kind=kind)
       >>> state = weighting.init(losses)
       >>> for _ in range(300):
       ...     weights, state = weighting.update(losses, state)
@@ -78,8 +73,8 @@ def uncertainty(
       Eqs. 7 and 10.
 
     .. warning::
-      The log-variances are clipped to [-20, 20] after every step. In the paper they are
-      not, and the weight of a loss that goes to 0 grows without bound.
+      The log-variances are clipped to [-20, 20]. In the paper, the weight of a loss
+      that goes to 0 grows without bound.
     """
     tx = optax.adam(0.025) if optimizer is None else optimizer
 

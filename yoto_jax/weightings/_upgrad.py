@@ -11,7 +11,7 @@ from yoto_jax._solvers import solve_axis_qps, unit_trace
 from yoto_jax._weighting import LossWeighting
 
 
-def upgrad(preference: PyTree = None, *, regularization: float = 1e-4) -> LossWeighting:
+def upgrad(*, preference: PyTree = None, regularization: float = 1e-4) -> LossWeighting:
     r"""Projects each gradient onto the directions that increase no loss, and adds up.
 
     .. math::
@@ -40,10 +40,8 @@ def upgrad(preference: PyTree = None, *, regularization: float = 1e-4) -> LossWe
       >>> import yoto_jax as yoto
       >>> weighting = yoto.weightings.upgrad()
       >>> losses = {"a": 1.0, "b": 2.0}
-      >>> gramian = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
-      >>> weights, _ = weighting.update(
-      ...     losses, weighting.init(losses), gramian=gramian
-      ... )
+      >>> J = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])  # One gradient per row.
+      >>> weights, _ = weighting.update(losses, weighting.init(losses), gramian=J @ J.T)
       >>> print({name: round(float(weight), 3) for name, weight in weights.items()})
       {'a': 1.111, 'b': 0.789}
 

@@ -17,6 +17,7 @@ from yoto_jax._losses import (
     split,
     stack_present,
 )
+from yoto_jax._outliers import count_skipped
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import (
     GRADIENT_STATISTICS,
@@ -114,7 +115,7 @@ class SmoothState(NamedTuple):
 
 
 def smooth(
-    weighting: LossWeighting, decay: jax.typing.ArrayLike = 0.9
+    weighting: LossWeighting, *, decay: jax.typing.ArrayLike = 0.9
 ) -> LossWeighting:
     r"""Exponential moving average of the weights.
 
@@ -133,7 +134,8 @@ def smooth(
 
     Examples:
       >>> import yoto_jax as yoto
-      >>> weighting = yoto.weightings.smooth(yoto.weightings.scale_invariant(), 0.75)
+      >>> scale_free = yoto.weightings.scale_invariant()
+      >>> weighting = yoto.weightings.smooth(scale_free, decay=0.75)
       >>> state = weighting.init({"depth": 1.0})
       >>> for loss in (1.0, 0.5, 0.5):
       ...     weights, state = weighting.update({"depth": loss}, state)
@@ -196,7 +198,7 @@ class NormalizeState(NamedTuple):
 
 
 def normalize(
-    weighting: LossWeighting, decay: jax.typing.ArrayLike = 0.99
+    weighting: LossWeighting, *, decay: jax.typing.ArrayLike = 0.99
 ) -> LossWeighting:
     r"""Show a weighting losses of a common scale: each over its own running mean.
 
@@ -222,7 +224,7 @@ def normalize(
     Examples:
       >>> import yoto_jax as yoto
       >>> losses = {"depth": 0.5, "camera": 4.0}
-      >>> weighting = yoto.weightings.normalize(yoto.weightings.equal("sum"))
+      >>> weighting = yoto.weightings.normalize(yoto.weightings.equal(reduction="sum"))
       >>> weights, state = weighting.update(losses, weighting.init(losses))
       >>> print({name: float(weight) for name, weight in weights.items()})
       {'camera': 0.25, 'depth': 2.0}
@@ -328,7 +330,8 @@ def _unscaled(name: str, value: Any, scales: jax.Array, downstream: int | None) 
     if name == "alignment":
         assert downstream is not None
         return value / scales[downstream]
-    return value  # That of the tangent kernel is of a residual, the root of a loss.
+    # The kernel belongs to a residual (the square root of a loss): one scale suffices.
+    return value
 
 
 def _mask(present: PyTree | None, state: Any) -> jax.Array | None:
@@ -358,14 +361,14 @@ def _taken(before: Any, after: Any) -> jax.Array:
 
 def _skipped(before: Any, after: Any) -> jax.Array:
     """How many batches have been skipped between two states, as far as they tell."""
-    count = optax.tree.get(after, "num_skipped")
-    if count is None:
+    old, new = count_skipped(before), count_skipped(after)
+    if old is None or new is None:
         return jnp.zeros((), jnp.int32)
-    return count - optax.tree.get(before, "num_skipped")
+    return new - old
 
 
 def observing_inner(weighting: LossWeighting) -> LossWeighting:
-    """With what looks at the state reaching through to its field ``inner``."""
+    """Forwards ``due``, ``observe`` and ``observe_step`` to the wrapped state."""
     observe, observe_step = weighting.observe, weighting.observe_step
     due = weighting.due
 

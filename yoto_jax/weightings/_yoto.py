@@ -26,8 +26,8 @@ class YotoState(NamedTuple):
 
 def yoto(
     primary: str | int | None,
-    epsilon: PyTree = 0.1,
     *,
+    epsilon: PyTree = 0.1,
     optimizer: optax.GradientTransformation | None = None,
 ) -> LossWeighting:
     r"""Softmax weights that descend the composite loss, as layer 1 has them.
@@ -71,7 +71,7 @@ def yoto(
 
     def logits(spec: LossSpec) -> LossLogits:
         losses = spec.structure.unflatten([spec.full(0.0)[0]] * spec.size)
-        mu = init_loss_logits(losses, primary, epsilon)
+        mu = init_loss_logits(losses, primary, epsilon=epsilon)
         return jax.tree.map(lambda x: x.astype(spec.dtype), mu)
 
     def init(spec: LossSpec) -> YotoState:
