@@ -33,6 +33,7 @@ from yoto_jax.gradients._value_and_grad import value_and_jacobian as value_and_j
 if typing.TYPE_CHECKING:
     from yoto_jax import conditional as conditional
     from yoto_jax import monitoring as monitoring
+    from yoto_jax import testing as testing
 
 __version__ = "0.1.0"
 
@@ -58,6 +59,7 @@ __all__ = [
     "regularizer",
     "sgdw",
     "skip_outliers",
+    "testing",
     "value_and_grad",
     "value_and_jacobian",
     "weightings",
@@ -66,7 +68,7 @@ __all__ = [
 
 def __getattr__(name: str) -> typing.Any:
     """The parts that few programs need are imported when they are asked for."""
-    if name not in ("conditional", "monitoring"):
+    if name not in ("conditional", "monitoring", "testing"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return importlib.import_module(f"{__name__}.{name}")
 
