@@ -373,4 +373,10 @@ def test_type_checkers_see_the_names_of_the_registry():
         r"from yoto_jax\.weightings\.(\w+) import \(?\s*(\w+) as \2\b", source
     )
     seen = {name: module for module, name in lines if module != "_registry"}
+    wanted = {
+        f"from yoto_jax.weightings.{module} import {name} as {name}"
+        for name, module in _registry.HOMES.items()
+        if seen.get(name) != module
+    }
+    assert not wanted, "to go under TYPE_CHECKING in yoto_jax/weightings/__init__.py"
     assert seen == dict(_registry.HOMES)

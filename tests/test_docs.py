@@ -10,7 +10,6 @@ import tomllib
 import pytest
 
 import yoto_jax as yoto
-import yoto_jax.testing
 from benchmarks import _common, _methods_table
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -38,6 +38,7 @@ from yoto_jax.gradients._value_and_grad import value_and_grad as value_and_grad
 if typing.TYPE_CHECKING:
     from yoto_jax import conditional as conditional
     from yoto_jax import monitoring as monitoring
+    from yoto_jax import testing as testing
 
 __version__ = "0.1.0"
 
@@ -68,6 +69,7 @@ __all__ = [
     "regularizer",
     "sgdw",
     "skip_outliers",
+    "testing",
     "value_and_grad",
     "value_and_jacobian",
     "weightings",
@@ -76,7 +78,7 @@ __all__ = [
 
 def __getattr__(name: str) -> typing.Any:
     """The parts that few programs need are imported when they are asked for."""
-    if name not in ("conditional", "monitoring"):
+    if name not in ("conditional", "monitoring", "testing"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return importlib.import_module(f"{__name__}.{name}")
 

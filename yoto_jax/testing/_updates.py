@@ -121,7 +121,7 @@ def check_order(trial: Trial) -> None:
         weights, plain = trial.tell(batch, plain)
         moved, turned = trial.tell(Batch(batch.losses[order], seen), turned)
     weights, moved = (np.stack(jax.tree.leaves(w)) for w in (weights, moved))
-    what = "weights of losses that trade places (else say order_matters=True): weights"
+    what = "weights of losses that trade places (or say about=, order_matters=True)"
     require_close(moved, weights[order], what, rtol=1e-3, atol=1e-4)
 
 

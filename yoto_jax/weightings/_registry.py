@@ -25,7 +25,8 @@ class Method:
 
     Attributes:
       name: Of the function in :mod:`yoto_jax.weightings`.
-      needs: What the weights depend on, as in :class:`yoto_jax.LossWeighting`.
+      needs: What the weights depend on: ``"losses"``, and statistics as in
+        :class:`yoto_jax.LossWeighting`.
       accepts: Which losses it takes; a batch with another one is skipped.
       sum_of_weights: After an update: ``"1"``, ``"K"`` or ``"free"``.
       negative_weights: Whether a weight may be negative.
