@@ -133,12 +133,12 @@ def test_flax_knows_the_loss_logits_in_either_order_of_imports(first):
         import yoto_jax as yoto
         assert {first == "flax"} or "flax" not in sys.modules
         losses = {{"fit": 0.0, "size": 0.0}}
-        tree = {{"mu": yoto.init_loss_logits(losses, "fit", 0.3)}}
+        tree = {{"mu": yoto.init_loss_logits(losses, "fit", epsilon=0.3)}}
         support = yoto.conditional.Dirichlet((1.0, 2.0))
         {flax}
         state = serialization.to_state_dict(tree)
         assert state["mu"].keys() == {{"learned"}}
-        blank = {{"mu": yoto.init_loss_logits(losses, "fit", 0.1)}}
+        blank = {{"mu": yoto.init_loss_logits(losses, "fit", epsilon=0.1)}}
         print(serialization.from_state_dict(blank, state))
         written = serialization.to_bytes(tree)
         print(serialization.from_bytes(blank, written))

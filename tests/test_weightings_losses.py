@@ -346,7 +346,7 @@ def test_imtl_l_is_twice_uncertainty_with_the_sign_changed():
     [
         (lambda tx: uncertainty(optimizer=tx), 0.5),
         (lambda tx: uncertainty(kind="classification", optimizer=tx), 0.5),
-        (imtl_l, 1.0),
+        (lambda tx: imtl_l(optimizer=tx), 1.0),
     ],
 )
 def test_learned_scales_settle_at_one_over_the_loss(make, product):
