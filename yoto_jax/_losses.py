@@ -101,7 +101,7 @@ def shape_and_dtype(what: str, value: Any) -> tuple[tuple[int, ...], Any]:
 
 
 def find_loss(role: str, chosen: Any, losses: PyTree, names: Sequence[str]) -> int:
-    """Leaf index of the loss that ``chosen`` names; ``role`` is for messages."""
+    """Position of the loss that ``chosen`` names; ``role`` is for messages."""
     if hasattr(chosen, "__index__") and not isinstance(chosen, bool):
         chosen = operator.index(chosen)
     elif not isinstance(chosen, str):
