@@ -46,7 +46,7 @@ class OracleScale:
         o, size = self.options, self.size(loss)
         high = self.seen > 0 and size > o["limit"] * self.mean
         low = self.seen > 0 and size * o["limit"] < self.mean
-        low = low and (o["two_sided"] or loss != 0)
+        low = low and loss != 0
         if high:
             self.streak = max(self.streak, 0) + 1
         elif low:
@@ -55,16 +55,16 @@ class OracleScale:
             self.streak = 0
         self.strange = high or low
         self.restart = self.strange and abs(self.streak) > o["patience"]
-        return (high or (low and o["two_sided"])) and not self.restart
+        return high and not self.restart
 
     def accept(self, loss):
         """Take in a loss of an accepted batch."""
-        size, decay = self.size(loss), self.options["decay"]
+        size = self.size(loss)
         if self.restart:
             self.mean, self.seen, self.streak = size, int(loss != 0), 0
         elif loss != 0 and not self.strange:
-            early = self.seen < decay / (1 - decay) or not self.seen
-            share = 1 / (self.seen + 1) if early else 1 - decay
+            early = self.seen < DECAY / (1 - DECAY)
+            share = 1 / (self.seen + 1) if early else 1 - DECAY
             self.mean += share * (size - self.mean)
             self.seen += 1
 
