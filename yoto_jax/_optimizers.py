@@ -89,13 +89,13 @@ def sgdw(
 
     Examples:
       >>> import jax, optax, yoto_jax as yoto
-      >>> losses = {"fit": 1.0, "size": 2.0}
+      >>> losses = {"fit": 2.0, "size": 1.0}  # The smaller one gains weight.
       >>> mu = yoto.init_loss_logits(losses, primary="fit")
-      >>> tx = yoto.sgdw(0.01)
+      >>> tx = yoto.sgdw(0.1)
       >>> grads = jax.grad(yoto.composite_loss, argnums=1)(losses, mu)
       >>> updates, state = tx.update(grads, tx.init(mu), mu)
       >>> print(optax.apply_updates(mu, updates))  # It was -2.303.
-      LossLogits(fit=None, size=-2.3)
+      LossLogits(fit=None, size=-2.284)
 
     References:
       Sakaridis, `You Only Train Once <https://arxiv.org/abs/2506.04349>`_, 2025.
@@ -169,13 +169,13 @@ def adamw(
 
     Examples:
       >>> import jax, optax, yoto_jax as yoto
-      >>> losses = {"fit": 1.0, "size": 2.0}
+      >>> losses = {"fit": 2.0, "size": 1.0}  # The smaller one gains weight.
       >>> mu = yoto.init_loss_logits(losses, primary="fit")
-      >>> tx = yoto.adamw(0.01)
+      >>> tx = yoto.adamw(0.1)
       >>> grads = jax.grad(yoto.composite_loss, argnums=1)(losses, mu)
       >>> updates, state = tx.update(grads, tx.init(mu), mu)
       >>> print(optax.apply_updates(mu, updates))  # It was -2.303.
-      LossLogits(fit=None, size=-2.3)
+      LossLogits(fit=None, size=-2.103)
 
     References:
       Sakaridis, `You Only Train Once <https://arxiv.org/abs/2506.04349>`_, 2025.
