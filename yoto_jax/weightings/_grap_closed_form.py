@@ -148,7 +148,8 @@ def _solve(
     patient = inner.num_zero_steps < MAX_ZERO_STEPS
     gave_up = jnp.where(patient, jnp.zeros_like(best), jnp.ones_like(best))
     w = jnp.where(solved, solution, jnp.where(aligned, gave_up, held))
-    zero_steps = inner.num_zero_steps + (aligned & jnp.any(there))
+    helpless = aligned & jnp.any(there) & ~solved
+    zero_steps = inner.num_zero_steps + helpless.astype(jnp.int32)
     return w, inner._replace(
         solution=solution, num_zero_steps=jnp.where(solved, 0, zero_steps)
     )
