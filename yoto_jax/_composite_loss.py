@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._loss_logits import LossLogits, losses_in_order, present_in_order
-from yoto_jax._losses import PyTree
+from yoto_jax._losses import Losses, Present
 from yoto_jax._numerics import float_type, softmax, stack, sum_of_products
 
 
 def composite_loss(
-    losses: PyTree, mu: LossLogits, *, present: PyTree | None = None
+    losses: Losses, mu: LossLogits, *, present: Present | None = None
 ) -> jax.Array:
     r"""Composite loss: convex combination of the losses with learned weights.
 

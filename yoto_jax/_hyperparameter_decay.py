@@ -15,7 +15,7 @@ from yoto_jax._loss_logits import (
     is_loss_logits,
     present_in_order,
 )
-from yoto_jax._losses import PyTree
+from yoto_jax._losses import Params, Present, PyTree, State
 from yoto_jax._numerics import softmax, sum_of_products, unstack, upcast, with_primary
 from yoto_jax._serialization import serializable_state
 
@@ -23,7 +23,7 @@ Entropy = Literal["all", "auxiliary"]
 
 
 def regularizer(
-    mu: LossLogits, *, entropy: Entropy = "all", present: PyTree | None = None
+    mu: LossLogits, *, entropy: Entropy = "all", present: Present | None = None
 ) -> jax.Array:
     r"""Regulariser of the loss logits: negated entropy plus softplus, without rho.
 
@@ -198,18 +198,18 @@ def add_hyperparameter_decay(
     check_rate("hyperparameter_decay", hyperparameter_decay)
     check_entropy(entropy)
 
-    def init_fn(params: PyTree) -> optax.OptState:
+    def init_fn(params: Params) -> optax.OptState:
         _warn_of_logits(params, hyperparameter_decay)
         if callable(hyperparameter_decay):
             return HyperparameterDecayState(count=jnp.zeros((), jnp.int32))
         return optax.EmptyState()
 
     def update_fn(
-        updates: PyTree,
-        state: Any,
-        params: PyTree | None = None,
+        updates: Params,
+        state: State,
+        params: Params | None = None,
         *,
-        present: PyTree | None = None,
+        present: Present | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, Any]:
         del extra_args
@@ -251,7 +251,7 @@ def add_hyperparameter_decay(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _warn_of_logits(params: PyTree, rho: Any) -> None:
+def _warn_of_logits(params: Params, rho: Any) -> None:
     """Warns if there are no loss logits, or if they cannot take small steps."""
     nodes = jax.tree.leaves(
         params, is_leaf=lambda x: isinstance(x, LossLogits | optax.MaskedNode)

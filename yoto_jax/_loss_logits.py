@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._losses import (
+    Losses,
+    Present,
     PyTree,
     check_structure,
     find_loss,
@@ -100,7 +102,7 @@ def is_loss_logits(x: Any) -> bool:
 
 
 def init_loss_logits(
-    losses: PyTree, primary: str | int | None, *, epsilon: PyTree = 0.1
+    losses: Losses, primary: str | int | None, *, epsilon: PyTree = 0.1
 ) -> LossLogits:
     r"""Initialises loss logits from initial weights relative to the primary loss.
 
@@ -229,7 +231,7 @@ def check_loss_logits(mu: Any) -> None:
         )
 
 
-def present_in_order(present: PyTree | None, mu: LossLogits) -> jax.Array | None:
+def present_in_order(present: Present | None, mu: LossLogits) -> jax.Array | None:
     """Mask of the present losses, the primary loss first; None for all."""
     check_loss_logits(mu)
     mask = stack_present(present, mu.structure)
@@ -238,7 +240,7 @@ def present_in_order(present: PyTree | None, mu: LossLogits) -> jax.Array | None
     return jnp.stack(primary_first(list(mask), mu.primary))
 
 
-def choose_present(present: PyTree, new: PyTree, old: PyTree) -> PyTree:
+def choose_present(present: Present, new: PyTree, old: PyTree) -> PyTree:
     """Takes the logits of absent losses from ``old``, all else from ``new``."""
 
     def choose(new: Any, old: Any) -> Any:
@@ -260,7 +262,7 @@ register_node(
 )
 
 
-def losses_in_order(losses: PyTree, mu: LossLogits) -> list[Any]:
+def losses_in_order(losses: Losses, mu: LossLogits) -> list[Any]:
     """Leaves of ``losses``, checked against ``mu``, primary loss first."""
     check_loss_logits(mu)
     _, leaves, structure = scalar_losses(losses)

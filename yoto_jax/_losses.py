@@ -8,6 +8,11 @@ import jax
 import jax.numpy as jnp
 
 PyTree = Any
+Losses = PyTree  # scalars, one for each loss
+Weights = PyTree  # scalars, a tree like the losses
+Present = PyTree  # booleans, a tree like the losses
+Params = PyTree  # arrays, those that are trained
+State = PyTree  # arrays, of a weighting or of an optimizer
 """Any nesting of containers registered with JAX."""
 
 
@@ -48,7 +53,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def scalar_losses(
-    losses: PyTree,
+    losses: Losses,
 ) -> tuple[list[str], list[Any], jax.tree_util.PyTreeDef]:
     """Names and leaves of a tree of losses, each a floating-point scalar."""
     flat, structure = jax.tree.flatten_with_path(losses)
@@ -69,7 +74,7 @@ def scalar_losses(
 
 
 def stack_present(
-    present: PyTree | None, structure: jax.tree_util.PyTreeDef
+    present: Present | None, structure: jax.tree_util.PyTreeDef
 ) -> jax.Array | None:
     """Stacks a tree of booleans like the losses to a mask (K,); None stays None."""
     if present is None:
@@ -100,7 +105,7 @@ def shape_and_dtype(what: str, value: Any) -> tuple[tuple[int, ...], Any]:
     return getattr(value, "shape", ()), dtype
 
 
-def find_loss(role: str, chosen: Any, losses: PyTree, names: Sequence[str]) -> int:
+def find_loss(role: str, chosen: Any, losses: Losses, names: Sequence[str]) -> int:
     """Position of the loss that ``chosen`` names; ``role`` is for messages."""
     if hasattr(chosen, "__index__") and not isinstance(chosen, bool):
         chosen = operator.index(chosen)

@@ -12,7 +12,10 @@ from jax import lax
 from yoto_jax._checks import is_key
 from yoto_jax._loss_spec import LossSpec
 from yoto_jax._losses import (
+    Losses,
+    Present,
     PyTree,
+    State,
     check_structure,
     listed,
     scalar_losses,
@@ -86,7 +89,7 @@ def make_weighting(
     statistics_needed = tuple(name for name in needs if name != "losses")
     check = _state_check(init)
 
-    def init_fn(losses: PyTree) -> WeightingState:
+    def init_fn(losses: Losses) -> WeightingState:
         spec = _spec(losses)
         # Copies: what the caller gave must outlive a state that is donated.
         inner = jax.tree.map(jnp.copy, init(spec))
@@ -96,10 +99,10 @@ def make_weighting(
         return WeightingState(split(weights, spec.structure), inner, *counts)
 
     def update_fn(
-        losses: PyTree,
+        losses: Losses,
         state: WeightingState,
         *,
-        present: PyTree | None = None,
+        present: Present | None = None,
         **statistics: Any,
     ) -> tuple[PyTree, WeightingState]:
         check(state)
@@ -131,7 +134,7 @@ def make_weighting(
         )
 
     def observe_step_fn(
-        losses: PyTree, state: WeightingState, *, present: PyTree | None = None
+        losses: Losses, state: WeightingState, *, present: Present | None = None
     ) -> WeightingState:
         assert observe_step is not None
         spec, values = _values(losses, state, present)
@@ -160,7 +163,7 @@ def _state_check(init: Callable[[LossSpec], Any]) -> Callable[[Any], None]:
         shapes = jax.eval_shape(lambda: init(LossSpec(structure, dtype)))
         return jax.tree.structure(shapes)
 
-    def check(state: Any) -> None:
+    def check(state: State) -> None:
         check_state(state, WeightingState)
         spec = _spec_of(state)
         wanted = expected(spec.structure, spec.dtype)
@@ -175,7 +178,7 @@ def _state_check(init: Callable[[LossSpec], Any]) -> Callable[[Any], None]:
     return check
 
 
-def _spec(losses: PyTree) -> LossSpec:
+def _spec(losses: Losses) -> LossSpec:
     _, leaves, structure = scalar_losses(losses)
     if not leaves:
         raise ValueError("losses has no leaves: there is nothing to weigh.")
@@ -188,7 +191,7 @@ def _spec_of(state: WeightingState) -> LossSpec:
 
 
 def _values(
-    losses: PyTree, state: WeightingState, present: PyTree | None
+    losses: Losses, state: WeightingState, present: Present | None
 ) -> tuple[LossSpec, jax.Array]:
     """The losses as one vector, checked against those of ``init``, absent ones 1."""
     spec = _spec_of(state)

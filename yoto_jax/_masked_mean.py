@@ -8,15 +8,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from yoto_jax._jaxlib import warn_of_jaxlib
-from yoto_jax._losses import PyTree, check_structure, path_name
+from yoto_jax._losses import Losses, Present, PyTree, check_structure, path_name
 from yoto_jax._numerics import upcast
 
 
 class MaskedLosses(NamedTuple):
     """Losses, and a flag for each that its batch has labels."""
 
-    losses: PyTree  # scalars, 0 where absent
-    present: PyTree  # bool scalars, a tree like the losses
+    losses: Losses  # scalars, 0 where absent
+    present: Present  # bool scalars, a tree like the losses
 
 
 def masked_mean(

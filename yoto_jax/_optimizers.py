@@ -10,13 +10,13 @@ import optax
 from yoto_jax._checks import check_rate
 from yoto_jax._hyperparameter_decay import Entropy, add_hyperparameter_decay
 from yoto_jax._loss_logits import choose_present, is_loss_logits
-from yoto_jax._losses import PyTree
+from yoto_jax._losses import Params, Present, PyTree, State
 from yoto_jax._unwrap_loss_logits import unwrap_loss_logits
 
 Mask = PyTree | Callable[[optax.Params], PyTree]
 
 
-def label_loss_logits(params: PyTree) -> PyTree:
+def label_loss_logits(params: Params) -> PyTree:
     """Labels loss logits ``"loss_logits"`` and all else ``"model"``, for ``partition``.
 
     Args:
@@ -215,11 +215,11 @@ def _hold_absent(
     """Holds logits of absent losses and their moments, given ``present=``."""
 
     def update_fn(
-        updates: PyTree,
-        state: Any,
-        params: PyTree | None = None,
+        updates: Params,
+        state: State,
+        params: Params | None = None,
         *,
-        present: PyTree | None = None,
+        present: Present | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, Any]:
         new, after = inner.update(updates, state, params, present=present, **extra_args)
@@ -264,7 +264,7 @@ def _add(
     """Adds the output of ``inner`` for zero updates to the updates."""
 
     def update_fn(
-        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+        updates: Params, state: State, params: Params | None = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
         zeros = optax.tree.zeros_like(updates)
         added, state = inner.update(zeros, state, params, **extra_args)

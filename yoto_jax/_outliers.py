@@ -9,7 +9,7 @@ import optax
 from jax import lax
 
 from yoto_jax._checks import check_hyperparameter, check_not_negative
-from yoto_jax._losses import PyTree, check_structure, scalar_losses
+from yoto_jax._losses import Losses, PyTree, State, check_structure, scalar_losses
 from yoto_jax._numerics import running_mean
 from yoto_jax._serialization import serializable_state
 
@@ -171,13 +171,13 @@ def as_rule(rule: OutlierRule | None) -> OutlierRule:
     return rule
 
 
-def count_skipped(state: Any) -> jax.Array | None:
+def count_skipped(state: State) -> jax.Array | None:
     """Batches skipped by a weighting and all wrappers in a state, or None."""
     counts = [x for _, x in optax.tree.get_all_with_path(state, "num_skipped")]
     return sum(counts[1:], counts[0]) if counts else None
 
 
-def loss_vector(losses: PyTree, structure: Any, scales: LossScales) -> jax.Array:
+def loss_vector(losses: Losses, structure: Any, scales: LossScales) -> jax.Array:
     """The losses as one vector, checked against those of ``init``."""
     _, leaves, given = scalar_losses(losses)
     check_structure(given, structure, "the loss weights")

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from yoto_jax._losses import PyTree, path_name
+from yoto_jax._losses import Params, path_name
 
 _NNX = (
     "params holds an NNX module ({name}). Its batch statistics and random streams "
@@ -26,7 +26,7 @@ _OTHER = (
 )
 
 
-def check_params(params: PyTree) -> None:
+def check_params(params: Params) -> None:
     """Rejects NNX modules, and leaves that are not arrays."""
     # Looked up among the imported modules: a module of Flax or Equinox implies them.
     is_nnx, is_equinox = _is_module_of("flax.nnx"), _is_module_of("equinox")

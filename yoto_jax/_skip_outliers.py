@@ -8,7 +8,16 @@ import numpy as np
 import optax
 
 from yoto_jax._loss_logits import LossLogits, is_loss_logits
-from yoto_jax._losses import PyTree, check_structure, scalar_losses, stack_present
+from yoto_jax._losses import (
+    Losses,
+    Params,
+    Present,
+    PyTree,
+    State,
+    check_structure,
+    scalar_losses,
+    stack_present,
+)
 from yoto_jax._numerics import all_finite, upcast
 from yoto_jax._outliers import (
     LossScales,
@@ -25,7 +34,7 @@ def skip_outliers(
     inner: optax.GradientTransformation,
     rule: OutlierRule | None = None,
     *,
-    losses: PyTree | None = None,
+    losses: Losses | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Take no step on a batch that is not finite, or whose loss is absurd.
 
@@ -77,7 +86,7 @@ def skip_outliers(
             )
         expected = int(losses)
 
-    def init_fn(params: PyTree) -> SkipOutliersState:
+    def init_fn(params: Params) -> SkipOutliersState:
         if isinstance(expected, int):
             count = expected
         else:
@@ -87,12 +96,12 @@ def skip_outliers(
         return rule.init(count, jnp.float32, inner.init(params))
 
     def update_fn(
-        updates: PyTree,
-        state: Any,
-        params: PyTree | None = None,
+        updates: Params,
+        state: State,
+        params: Params | None = None,
         *,
-        losses: PyTree | None = None,
-        present: PyTree | None = None,
+        losses: Losses | None = None,
+        present: Present | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, SkipOutliersState]:
         structure = _structure(expected, params)
@@ -114,7 +123,7 @@ def skip_outliers(
     return unwrap_loss_logits(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 
 
-def _structure(losses: PyTree | None, params: PyTree) -> Any:
+def _structure(losses: Losses | None, params: Params) -> Any:
     """The structure of the losses: as given, or as that of loss logits, or None."""
     if losses is not None:
         return None if isinstance(losses, int) else jax.tree.structure(losses)
@@ -128,7 +137,7 @@ def _structure(losses: PyTree | None, params: PyTree) -> Any:
     return found.pop() if found else None
 
 
-def _values(losses: PyTree | None, structure: Any, scales: LossScales) -> jax.Array:
+def _values(losses: Losses | None, structure: Any, scales: LossScales) -> jax.Array:
     """The losses of a batch as a vector, checked against those of ``init``."""
     count = scales.means.shape[-1]
     if losses is None:

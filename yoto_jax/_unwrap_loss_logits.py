@@ -6,7 +6,7 @@ import jax
 import optax
 
 from yoto_jax._loss_logits import is_loss_logits
-from yoto_jax._losses import PyTree
+from yoto_jax._losses import Params, PyTree, State
 
 
 def unwrap_loss_logits(
@@ -46,11 +46,11 @@ def unwrap_loss_logits(
             is_leaf=_is_wrapped,
         )
 
-    def init_fn(params: PyTree) -> optax.OptState:
+    def init_fn(params: Params) -> optax.OptState:
         return inner.init(unwrap(params))
 
     def update_fn(
-        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+        updates: Params, state: State, params: Params | None = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
         new, state = inner.update(unwrap(updates), state, unwrap(params), **extra_args)
         return jax.tree.unflatten(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from yoto_jax._losses import PyTree
+from yoto_jax._losses import Present, PyTree, State, Weights
 from yoto_jax._numerics import where_rows
 from yoto_jax._serialization import serializable_state
 
@@ -68,13 +68,13 @@ class LossWeighting(NamedTuple):
 class WeightingState(NamedTuple):
     """State of a weighting; ``optax.tree.get`` finds the fields by their names."""
 
-    loss_weights: PyTree  # scalars, a tree like the losses: the weights used last
+    loss_weights: Weights  # scalars, a tree like the losses: the weights used last
     inner: Any  # what the method itself remembers
     num_updates: jax.Array  # int32 scalar, batches with a loss present that was taken
     num_skipped: jax.Array  # int32 scalar, batches that changed nothing: not finite
 
 
-def check_state(state: Any, kind: type) -> None:
+def check_state(state: State, kind: type) -> None:
     """Raise unless the state is of this kind."""
     if not isinstance(state, kind):
         raise TypeError(
@@ -83,7 +83,7 @@ def check_state(state: Any, kind: type) -> None:
         )
 
 
-def mask_weights(weights: PyTree, present: jax.Array | None) -> PyTree:
+def mask_weights(weights: Weights, present: jax.Array | None) -> PyTree:
     """The weights, 0 for absent losses."""
     if present is None:
         return weights
@@ -101,7 +101,7 @@ def without_absent(statistic: Any, present: jax.Array) -> Any:
 
 
 def and_present(
-    weighting: LossWeighting, statistics: dict[str, Any], present: PyTree | None
+    weighting: LossWeighting, statistics: dict[str, Any], present: Present | None
 ) -> dict[str, Any]:
     """Keywords for ``update``: a weighting without absent losses needs no such one.
 

@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
 
 from yoto_jax._composite_loss import composite_loss
 from yoto_jax._loss_logits import init_loss_logits, loss_weights
-from yoto_jax._losses import PyTree
+from yoto_jax._losses import Losses, Present, PyTree
 from yoto_jax.conditional._film import (
     SLOPE,
     is_empty,
@@ -59,7 +59,7 @@ class CompositeLoss(nn.Module):
     epsilon: PyTree = 0.1
 
     @nn.compact
-    def __call__(self, losses: PyTree, *, present: PyTree | None = None) -> jax.Array:
+    def __call__(self, losses: Losses, *, present: Present | None = None) -> jax.Array:
         """Returns the composite loss of a tree of scalar losses."""
         if self.has_variable("params", "loss_logits"):
             # Not self.param, which would compare shapes first and hide our message

@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
 
 from yoto_jax._composite_loss import composite_loss
 from yoto_jax._loss_logits import init_loss_logits, loss_weights
-from yoto_jax._losses import PyTree
+from yoto_jax._losses import Losses, Present, PyTree, State
 from yoto_jax._unwrap_loss_logits import unwrap_loss_logits as unwrap_loss_logits
 from yoto_jax._weighting import LossWeighting
 from yoto_jax.conditional._film import (
@@ -68,7 +68,7 @@ class CompositeLoss(nnx.Module):
 
     def __init__(
         self,
-        losses: PyTree,
+        losses: Losses,
         primary: str | int | None,
         *,
         epsilon: PyTree = 0.1,
@@ -77,7 +77,7 @@ class CompositeLoss(nnx.Module):
         del rngs  # Accepted as all NNX modules do; nothing here is random.
         self.loss_logits = nnx.Param(init_loss_logits(losses, primary, epsilon=epsilon))
 
-    def __call__(self, losses: PyTree, *, present: PyTree | None = None) -> jax.Array:
+    def __call__(self, losses: Losses, *, present: Present | None = None) -> jax.Array:
         """Composite loss of a tree of scalar losses, of those that are present."""
         return composite_loss(losses, self.loss_logits.get_value(), present=present)
 
@@ -325,7 +325,7 @@ def value_and_grad(
     )
 
     def fn(
-        model: Any, state: Any, /, *args: Any, **kwargs: Any
+        model: Any, state: State, /, *args: Any, **kwargs: Any
     ) -> tuple[Any, nnx.State, Any]:
         graphdef, params, others = nnx.split(model, wrt, ...)
         if not jax.tree.leaves(params):

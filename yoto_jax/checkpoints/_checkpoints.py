@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from yoto_jax._checks import check_integers
-from yoto_jax._losses import PyTree
+from yoto_jax._losses import Losses, State
 from yoto_jax.checkpoints._errors import CheckpointError, Unfit, reason_of, some_of
 from yoto_jax.checkpoints._record import (
     ARRAYS,
@@ -31,7 +31,7 @@ class Restored(NamedTuple):
     """Result of :meth:`Checkpoints.restore`."""
 
     step: int  # that it was saved with; 0 if there was no checkpoint
-    state: PyTree
+    state: State
     data: Any  # the JSON value saved beside the state, or None
 
 
@@ -138,7 +138,7 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def save(
-        self, step: int, state: PyTree, *, data: Any = None, force: bool = False
+        self, step: int, state: State, *, data: Any = None, force: bool = False
     ) -> bool:
         """Saves the state of training after ``step`` steps, if it is due.
 
@@ -148,7 +148,7 @@ class Checkpoints:
         Args:
           step: Steps taken (not negative). Larger than that of any checkpoint in the
             folder; what has just been saved or restored is not saved again.
-          state: Any tree of JAX and NumPy arrays, numbers and typed random keys. An
+          state: State tree of JAX and NumPy arrays, numbers and typed random keys. An
             array is written by the processes that hold it, each part once; what is in
             every process (NumPy arrays, numbers, arrays on one device) by the first.
           data: Any JSON value, such as the position of a data iterator. With several
@@ -200,7 +200,7 @@ class Checkpoints:
 
     def restore(
         self,
-        like: PyTree,
+        like: Losses,
         *,
         step: int | None = None,
         missing: Literal["raise", "ok"] = "raise",

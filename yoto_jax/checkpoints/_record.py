@@ -14,7 +14,7 @@ import yoto_jax
 from yoto_jax._checks import is_key
 from yoto_jax._digests import digests
 from yoto_jax._loss_logits import LossLogits
-from yoto_jax._losses import PyTree, loss_names
+from yoto_jax._losses import PyTree, State, loss_names
 from yoto_jax._weighting import WeightingState
 from yoto_jax.checkpoints._errors import CheckpointError, reason_of, some_of
 
@@ -109,7 +109,7 @@ def losses_of(tree: PyTree, place: str = "") -> dict[str, dict[str, Any]]:
 
 
 def record_of(
-    step: int, state: PyTree, arrays: dict[str, Any], data: Any
+    step: int, state: State, arrays: dict[str, Any], data: Any
 ) -> dict[str, Any]:
     """Makes the record that is stored beside the arrays."""
     found = digests(with_entries(arrays))

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 import yoto_jax
 from yoto_jax._checks import is_key
 from yoto_jax._digests import digests
-from yoto_jax._losses import PyTree
+from yoto_jax._losses import Losses
 from yoto_jax.checkpoints._errors import SHOWN, Unfit, reason_of, some_of
 from yoto_jax.checkpoints._record import (
     ARRAYS,
@@ -67,7 +67,7 @@ def read_record(path: epath.Path, step: int) -> dict[str, Any]:
     return record
 
 
-def compare(like: PyTree, wanted: dict[str, Any], record: dict[str, Any]) -> None:
+def compare(like: Losses, wanted: dict[str, Any], record: dict[str, Any]) -> None:
     """Checks that a checkpoint fits the state that it is to be restored into."""
     here, there = losses_of(like), record["losses"]
     for place in here:

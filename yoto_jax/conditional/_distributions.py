@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from yoto_jax._checks import as_key, check_integers
-from yoto_jax._losses import PyTree, loss_names, split
+from yoto_jax._losses import PyTree, Weights, loss_names, split
 from yoto_jax._serialization import register_node
 from yoto_jax.conditional import _points
 from yoto_jax.conditional._ranges import (
@@ -116,7 +116,7 @@ class Distribution:
             )
         return split(vectors, self.structure)
 
-    def vectors(self, weights: PyTree) -> jax.Array:
+    def vectors(self, weights: Weights) -> jax.Array:
         """Stacks a tree of weights to ``(..., K)``: the inverse of :meth:`tree`."""
         check_weights(weights, self.structure)
         leaves = [jnp.asarray(x, jnp.float32) for x in jax.tree.leaves(weights)]
@@ -370,7 +370,7 @@ class Fixed(Box):
       Fixed(kl=4, reconstruction=1)
     """
 
-    def __init__(self, weights: PyTree):
+    def __init__(self, weights: Weights):
         super().__init__(weights, weights)
         self.free = (False,) * len(self.free)  # Whatever a tracer may hold.
 

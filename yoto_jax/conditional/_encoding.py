@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from yoto_jax._losses import PyTree
+from yoto_jax._losses import Weights
 from yoto_jax.conditional._distributions import Distribution
 
 
-def encode(weights: PyTree, support: Distribution) -> jax.Array:
+def encode(weights: Weights, support: Distribution) -> jax.Array:
     r"""Encodes loss weights as network inputs.
 
     .. math::
@@ -79,7 +79,7 @@ def encoding_size(support: Distribution) -> int:
     return sum(support.free)
 
 
-def _check_known(weights: PyTree, vectors: jax.Array, support: Distribution) -> None:
+def _check_known(weights: Weights, vectors: jax.Array, support: Distribution) -> None:
     """Raise if weights whose values are known lie outside the support."""
     arrays = (vectors, *jax.tree.leaves(support))
     if any(isinstance(x, jax.core.Tracer) for x in arrays):

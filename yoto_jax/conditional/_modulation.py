@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._checks import as_key
-from yoto_jax._losses import PyTree, path_name
+from yoto_jax._losses import Params, PyTree, path_name
 from yoto_jax.conditional._film import SLOPE, affine, check_sizes, init_mlp, mlp
 
 Where = Callable[[tuple[Any, ...], jax.Array], bool]
@@ -17,7 +17,7 @@ Where = Callable[[tuple[Any, ...], jax.Array], bool]
 def init_modulation(
     key: jax.Array | int,
     encoding_size: int,
-    params: PyTree,
+    params: Params,
     *,
     hidden: Sequence[int] = (64,),
     where: Where | None = None,
@@ -65,7 +65,7 @@ def init_modulation(
 
 
 def modulated(
-    params: PyTree, modulation: dict[str, Any], encoding: jax.Array
+    params: Params, modulation: dict[str, Any], encoding: jax.Array
 ) -> PyTree:
     r"""Modulates the parameters of a model for one weighting of its losses.
 
@@ -144,7 +144,7 @@ def modulated(
     return structure.unflatten(leaves)
 
 
-def _chosen(params: PyTree, where: Where | None) -> dict[str, Any]:
+def _chosen(params: Params, where: Where | None) -> dict[str, Any]:
     chosen = {}
     for path, leaf in jax.tree.leaves_with_path(params):
         shape = getattr(leaf, "shape", ())

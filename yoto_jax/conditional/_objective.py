@@ -10,15 +10,15 @@ import numpy as np
 
 from yoto_jax._checks import check_integers, check_not_negative, check_positive
 from yoto_jax._loss_spec import LossSpec
-from yoto_jax._losses import PyTree, check_structure, loss_names
+from yoto_jax._losses import Losses, PyTree, Weights, check_structure, loss_names
 from yoto_jax._numerics import chebyshev_distances, float_type, upcast
 
 Normalization = Literal["sum", "geometric", "max"] | Callable[[PyTree], jax.Array]
 
 
 def conditional_loss(
-    losses: PyTree,
-    weights: PyTree,
+    losses: Losses,
+    weights: Weights,
     *,
     normalize: Normalization | None = None,
     scalarization: Callable[[PyTree, PyTree], jax.Array] | None = None,
@@ -98,7 +98,7 @@ def conditional_loss(
     return jnp.mean(values / divisor.astype(values.dtype))
 
 
-def _divisor(normalize: Normalization | None, weights: PyTree) -> jax.Array:
+def _divisor(normalize: Normalization | None, weights: Weights) -> jax.Array:
     w = _stack(weights, "weights")
     if normalize is None:
         return jnp.ones(w.shape[:-1], w.dtype)
@@ -154,7 +154,7 @@ def group_mean(tree: PyTree, groups: int) -> PyTree:
 # Scalarizations.
 
 
-def weighted_sum(losses: PyTree, weights: PyTree) -> jax.Array:
+def weighted_sum(losses: Losses, weights: Weights) -> jax.Array:
     r"""Linear scalarization, :math:`\sum_i \lambda_i l_i`.
 
     A larger :math:`\lambda_i` makes :math:`l_i` smaller. The minima reach only the
@@ -179,7 +179,7 @@ def weighted_sum(losses: PyTree, weights: PyTree) -> jax.Array:
     return jnp.sum(w * values, axis=-1)
 
 
-def cosmos(losses: PyTree, weights: PyTree, *, penalty: float = 2.0) -> jax.Array:
+def cosmos(losses: Losses, weights: Weights, *, penalty: float = 2.0) -> jax.Array:
     r"""COSMOS: weighted sum minus a cosine that spreads solutions over the front.
 
     .. math::
@@ -220,7 +220,7 @@ def cosmos(losses: PyTree, weights: PyTree, *, penalty: float = 2.0) -> jax.Arra
 
 
 def smooth_chebyshev(
-    losses: PyTree, weights: PyTree, *, smoothing: float = 1.0, ideal: PyTree = 0.0
+    losses: Losses, weights: Weights, *, smoothing: float = 1.0, ideal: PyTree = 0.0
 ) -> jax.Array:
     r"""Smooth Chebyshev: a soft maximum of the weighted losses.
 
@@ -269,7 +269,7 @@ def smooth_chebyshev(
 
 
 def pbi(
-    losses: PyTree, weights: PyTree, *, penalty: float = 5.0, ideal: PyTree = 0.0
+    losses: Losses, weights: Weights, *, penalty: float = 5.0, ideal: PyTree = 0.0
 ) -> jax.Array:
     r"""Penalty-based boundary intersection: distance along a ray and from it.
 
@@ -420,7 +420,7 @@ def focal_loss(
 # Checks and small arithmetic.
 
 
-def check_per_example(losses: PyTree, weights: PyTree) -> None:
+def check_per_example(losses: Losses, weights: Weights) -> None:
     """Checks that both are trees of arrays ``(n,)`` with one structure and one n."""
     check_match(losses, weights)
     leaves = jax.tree.leaves(losses) + jax.tree.leaves(weights)
@@ -445,7 +445,7 @@ def _known(x: Any) -> np.ndarray | None:
     return np.asarray(x)
 
 
-def _check_known_weights(weights: PyTree) -> None:
+def _check_known_weights(weights: Weights) -> None:
     names = loss_names(jax.tree.structure(weights))
     for name, leaf in zip(names, jax.tree.leaves(weights), strict=True):
         if (known := _known(leaf)) is None:
@@ -470,7 +470,7 @@ def _check_labels(labels: Any, classes: int) -> None:
         )
 
 
-def check_match(losses: PyTree, weights: PyTree) -> None:
+def check_match(losses: Losses, weights: Weights) -> None:
     """Checks that losses have the structure of the weights."""
     structure = jax.tree.structure(weights)
     check_structure(jax.tree.structure(losses), structure, "the weights")
@@ -478,7 +478,7 @@ def check_match(losses: PyTree, weights: PyTree) -> None:
         raise ValueError("there are no losses to weigh.")
 
 
-def _pair(losses: PyTree, weights: PyTree) -> tuple[jax.Array, jax.Array]:
+def _pair(losses: Losses, weights: Weights) -> tuple[jax.Array, jax.Array]:
     """Losses and weights, stacked on a last axis."""
     check_match(losses, weights)
     values, w = _stack(losses, "losses"), _stack(weights, "weights")
@@ -502,7 +502,7 @@ def _stack(tree: PyTree, what: str) -> jax.Array:
     return jnp.stack([x.astype(dtype) for x in arrays], axis=-1)
 
 
-def _ideal(ideal: Any, losses: PyTree, values: jax.Array) -> jax.Array:
+def _ideal(ideal: Any, losses: Losses, values: jax.Array) -> jax.Array:
     spec = LossSpec(jax.tree.structure(losses), values.dtype)
     return jnp.broadcast_to(spec.vector("ideal", ideal), values.shape)
 

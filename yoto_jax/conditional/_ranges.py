@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from yoto_jax._losses import PyTree, check_structure, loss_names
+from yoto_jax._losses import PyTree, Weights, check_structure, loss_names
 
 LARGEST_GRID = 10**7
 SLACK = 1e-4  # relative, for rounding of weights at the edge of their range
@@ -25,7 +25,7 @@ def check_grid(size: int, method: str) -> None:
         )
 
 
-def check_weights(weights: PyTree, structure: jax.tree_util.PyTreeDef) -> None:
+def check_weights(weights: Weights, structure: jax.tree_util.PyTreeDef) -> None:
     """Raise unless weights are a tree of this structure and of one shape."""
     check_structure(
         jax.tree.structure(weights), structure, "this distribution", "weights"

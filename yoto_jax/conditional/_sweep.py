@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from yoto_jax._losses import PyTree, listed, loss_names
+from yoto_jax._losses import Losses, PyTree, Weights, listed, loss_names
 from yoto_jax._solvers import dot
 from yoto_jax.conditional._pareto import arrays, check_alike
 
 
 def sweep(
     function: Callable[[PyTree], PyTree],
-    weights: PyTree,
+    weights: Weights,
     *,
     batch_size: int | None = None,
 ) -> PyTree:
@@ -62,7 +62,7 @@ def sweep(
     return jax.lax.map(function, weights, batch_size=batch_size)
 
 
-def cross_matrix(losses: PyTree, weights: PyTree) -> jax.Array:
+def cross_matrix(losses: Losses, weights: Weights) -> jax.Array:
     r"""Objective of every weighting at the model of every weighting.
 
     .. math::
@@ -100,7 +100,7 @@ def cross_matrix(losses: PyTree, weights: PyTree) -> jax.Array:
     return dot(jnp.stack(rows, axis=1), jnp.stack(columns))
 
 
-def gap(losses: PyTree, reference_losses: PyTree, weights: PyTree) -> jax.Array:
+def gap(losses: Losses, reference_losses: PyTree, weights: Weights) -> jax.Array:
     r"""Excess objective of a conditional model over reference models.
 
     .. math::
@@ -139,7 +139,7 @@ def gap(losses: PyTree, reference_losses: PyTree, weights: PyTree) -> jax.Array:
     return sum(terms[1:], terms[0])
 
 
-def monotonicity_violations(losses: PyTree, weights: PyTree) -> jax.Array:
+def monotonicity_violations(losses: Losses, weights: Weights) -> jax.Array:
     r"""Violations of monotonicity between weights and losses: 0 for minimisers.
 
     .. math::
@@ -342,7 +342,7 @@ def _closest(values: np.ndarray, sign: int) -> str:
 
 
 def _pair(
-    losses: PyTree, weights: PyTree, what: str = "losses"
+    losses: Losses, weights: Weights, what: str = "losses"
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Losses and weights, one array (n,) for each loss, in one order."""
     check_alike(

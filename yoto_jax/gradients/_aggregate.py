@@ -7,7 +7,16 @@ from typing import Any
 import jax
 import optax
 
-from yoto_jax._losses import PyTree, listed, loss_names, stack_present
+from yoto_jax._losses import (
+    Losses,
+    Params,
+    Present,
+    PyTree,
+    State,
+    listed,
+    loss_names,
+    stack_present,
+)
 from yoto_jax._numerics import stacked, where_rows
 from yoto_jax._weighting import GRADIENT_STATISTICS, LossWeighting, and_present
 from yoto_jax.gradients._devices import spread_of
@@ -18,7 +27,7 @@ from yoto_jax.gradients._steering import position_of
 
 def aggregate(
     weighting: LossWeighting,
-    losses: PyTree | int,
+    losses: Losses | int,
     *,
     param_specs: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -68,17 +77,17 @@ def aggregate(
     asked = [name for name in weighting.needs if name in GRADIENT_STATISTICS]
     aligned = "alignment" in weighting.needs
 
-    def init_fn(params: PyTree) -> Any:
+    def init_fn(params: Params) -> Any:
         del params
         return weighting.init(losses)
 
     def update_fn(
-        updates: PyTree,
-        state: Any,
-        params: PyTree | None = None,
+        updates: Params,
+        state: State,
+        params: Params | None = None,
         *,
-        losses: PyTree | None = None,
-        present: PyTree | None = None,
+        losses: Losses | None = None,
+        present: Present | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, Any]:
         del params
@@ -109,7 +118,7 @@ def aggregate(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _check_rows(updates: PyTree, names: Sequence[str]) -> None:
+def _check_rows(updates: Params, names: Sequence[str]) -> None:
     """Raise unless every array has one row for each loss."""
     for path, leaf in jax.tree.leaves_with_path(updates):
         if leaf.shape[:1] != (len(names),):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from yoto_jax._losses import PyTree, path_name
+from yoto_jax._losses import Losses, Params, PyTree, path_name
 from yoto_jax._numerics import stacked
 
 Axes = tuple[Hashable, ...]
@@ -21,7 +21,7 @@ class Devices(NamedTuple):
 
 
 def spread_of(
-    params: PyTree, specs: PyTree | None, axes: Axes | None = None
+    params: Params, specs: PyTree | None, axes: Axes | None = None
 ) -> list[Axes]:
     """The axes that each array of the parameters is cut up over.
 
@@ -90,7 +90,7 @@ def vary_over(tree: PyTree, axes: Sequence[Hashable]) -> PyTree:
     return jax.tree.map(vary, tree) if axes else tree
 
 
-def checks_axes(params: PyTree, axes: Axes) -> bool:
+def checks_axes(params: Params, axes: Axes) -> bool:
     """Whether ``shard_map`` knows what varies, told by parameters made to vary."""
     leaves = jax.tree.leaves(params)
     return bool(leaves) and bool(axes) and varying_axes(leaves[0]) >= set(axes)
@@ -132,7 +132,7 @@ def mean_over(tree: PyTree, axes: Axes, spread: Sequence[Axes] | None = None) ->
     return structure.unflatten(map(mean, leaves, spread))
 
 
-def mean_losses(losses: PyTree, axes: Axes) -> PyTree:
+def mean_losses(losses: Losses, axes: Axes) -> PyTree:
     """The mean of every loss over the devices: one all-reduce of K numbers."""
     if not axes or not jax.tree.leaves(losses):
         return losses

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from yoto_jax._jaxlib import warn_of_jaxlib
-from yoto_jax._losses import PyTree, split
+from yoto_jax._losses import Params, PyTree, split
 from yoto_jax._masked_mean import MaskedLosses
 from yoto_jax._params import check_params
 from yoto_jax.gradients._devices import (
@@ -60,7 +60,7 @@ def value_and_jacobian(
     axes = named_axes(axis_name)
     check_chunk_size(chunk_size)
 
-    def fn(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+    def fn(params: Params, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
         check_axes(axes)
         check_params(params)
         warn_of_jaxlib()

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from yoto_jax._losses import PyTree, scalar_losses, stack_present
+from yoto_jax._losses import Losses, PyTree, scalar_losses, stack_present
 from yoto_jax._masked_mean import MaskedLosses
 from yoto_jax.gradients._devices import Axes, axis_size, vary_over
 
@@ -34,7 +34,7 @@ def read_output(
 
 
 def _mask_losses(
-    losses: PyTree, there: jax.Array, axes: Axes
+    losses: Losses, there: jax.Array, axes: Axes
 ) -> tuple[PyTree, jax.Array]:
     """Losses scaled so that means over devices are over those that have the loss."""
     share = there.astype(jnp.float32)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from yoto_jax._jaxlib import check_jaxlib
-from yoto_jax._losses import PyTree
+from yoto_jax._losses import Params, PyTree, State, Weights
 from yoto_jax._numerics import stacked
 from yoto_jax._weighting import LossWeighting
 from yoto_jax.gradients._devices import mean_losses, mean_over, vary_over
@@ -159,7 +159,7 @@ class _ParametersPass(Pass):
         return derivatives, squared_norm(v, self.spread)
 
     def combine(
-        self, weights: PyTree, state: Any, weighting: LossWeighting
+        self, weights: Weights, state: State, weighting: LossWeighting
     ) -> tuple[PyTree, Any]:
         del weighting
         if self.kept is not None:
@@ -196,7 +196,7 @@ class _ParametersPass(Pass):
 
 
 def _parts(
-    params: PyTree, select: Part | None, unweighted: Part | None
+    params: Params, select: Part | None, unweighted: Part | None
 ) -> tuple[list[int], list[int]]:
     """Indices of the leaves that the weighting sees, and of those left unweighted."""
     count = len(jax.tree.leaves(params))
@@ -210,7 +210,7 @@ def _parts(
     return [index for index in range(count) if index not in apart], apart
 
 
-def _leaf_indices(params: PyTree, part: Part) -> list[int]:
+def _leaf_indices(params: Params, part: Part) -> list[int]:
     """Which leaves a function picks out of a tree."""
     structure = jax.tree.structure(params)
     marks = [_Mark(index) for index in range(structure.num_leaves)]
@@ -241,7 +241,7 @@ def _at(indices: Sequence[int], tree: PyTree) -> dict[int, jax.Array]:
 
 
 def _pull_part(
-    f: Callable[[PyTree], PyTree], params: PyTree, indices: Sequence[int]
+    f: Callable[[PyTree], PyTree], params: Params, indices: Sequence[int]
 ) -> Callable[[PyTree], dict[int, jax.Array]]:
     """A pullback to some leaves alone: what lies before them is never computed."""
     leaves, structure = jax.tree.flatten(params)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import jax
 
-from yoto_jax._losses import PyTree
+from yoto_jax._losses import Losses, Params, PyTree, State, Weights
 from yoto_jax._weighting import LossWeighting
 from yoto_jax.gradients._devices import Devices
 from yoto_jax.gradients._output import read_output
@@ -19,7 +19,7 @@ class Batch:
 
     loss_fn: Callable[..., Any]
     has_aux: bool
-    params: PyTree  # each device's own
+    params: Params  # each device's own
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     devices: Devices
@@ -35,7 +35,7 @@ class Batch:
 class Pass(abc.ABC):
     """The losses of a batch, and what can be had of their gradients."""
 
-    losses: PyTree  # scalars, averaged over the devices
+    losses: Losses  # scalars, averaged over the devices
     aux: Any
     present: jax.Array | None  # bool (K,), whether a device has the loss; None: all
 
@@ -53,7 +53,7 @@ class Pass(abc.ABC):
 
     @abc.abstractmethod
     def combine(
-        self, weights: PyTree, state: Any, weighting: LossWeighting
+        self, weights: Weights, state: State, weighting: LossWeighting
     ) -> tuple[PyTree, Any]:
         """The gradient of the weighted sum, and the state that has observed it."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from yoto_jax._losses import PyTree, listed, loss_names
+from yoto_jax._losses import PyTree, State, Weights, listed, loss_names
 from yoto_jax._numerics import stacked
 from yoto_jax._weighting import LossWeighting
 from yoto_jax.gradients._devices import (
@@ -160,7 +160,7 @@ class _RepresentationPass(Pass):
         return products / self.num_devices, squared_norm(tangent, self.spread_z)
 
     def combine(
-        self, weights: PyTree, state: Any, weighting: LossWeighting
+        self, weights: Weights, state: State, weighting: LossWeighting
     ) -> tuple[PyTree, Any]:
         vector = stacked(weights)
         of_heads, rows = self.gradients()
@@ -232,7 +232,7 @@ def _spread_z(x: jax.Array, devices: Devices, checked: bool) -> Axes:
     return (*own, *sorted(varying - set(batch), key=str)) if any(spread) else own
 
 
-def _replace_downstream(weights: PyTree, weighting: LossWeighting) -> PyTree:
+def _replace_downstream(weights: Weights, weighting: LossWeighting) -> PyTree:
     """The weights, with 1 for the downstream loss if there is one."""
     if weighting.downstream is None:
         return weights

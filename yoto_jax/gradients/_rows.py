@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from yoto_jax._jaxlib import check_jaxlib
-from yoto_jax._losses import PyTree, scalar_losses
+from yoto_jax._losses import Losses, Params, PyTree, Weights, scalar_losses
 from yoto_jax._numerics import upcast
 from yoto_jax.gradients._devices import vary_over, varying_axes
 
@@ -27,7 +27,7 @@ def add_up(terms: Any) -> jax.Array:
     return functools.reduce(jnp.add, terms)
 
 
-def tangent_of(v: PyTree, params: PyTree) -> PyTree:
+def tangent_of(v: PyTree, params: Params) -> PyTree:
     """A tangent for parameters, in their dtypes."""
 
     def cast(x: Any, p: Any) -> Any:
@@ -39,7 +39,7 @@ def tangent_of(v: PyTree, params: PyTree) -> PyTree:
 # Cotangents and rows.
 
 
-def cotangents_of(weights: PyTree, losses: PyTree) -> PyTree:
+def cotangents_of(weights: Weights, losses: Losses) -> PyTree:
     return jax.tree.map(
         lambda w, x: varying_like(w.astype(x.dtype), x), weights, losses
     )
@@ -50,7 +50,7 @@ def varying_like(x: Any, like: Any) -> Any:
     return vary_over(x, tuple(varying_axes(like)))
 
 
-def one_hot(losses: PyTree, position: int) -> PyTree:
+def one_hot(losses: Losses, position: int) -> PyTree:
     leaves, structure = jax.tree.flatten(losses)
     ones = [
         jnp.full((), float(k == position), leaf.dtype) for k, leaf in enumerate(leaves)
@@ -58,7 +58,7 @@ def one_hot(losses: PyTree, position: int) -> PyTree:
     return jax.tree.map(varying_like, structure.unflatten(ones), losses)
 
 
-def one_hots(losses: PyTree) -> PyTree:
+def one_hots(losses: Losses) -> PyTree:
     """All one-hot cotangents, stacked on a leading axis."""
     leaves, structure = jax.tree.flatten(losses)
     eye = np.eye(len(leaves))
@@ -69,7 +69,7 @@ def one_hots(losses: PyTree) -> PyTree:
 
 
 def rows_of(
-    pull: Callable[[PyTree], PyTree], losses: PyTree, chunk_size: int | None
+    pull: Callable[[PyTree], PyTree], losses: Losses, chunk_size: int | None
 ) -> PyTree:
     check_jaxlib()
     scalar_losses(losses)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from yoto_jax._losses import PyTree
+from yoto_jax._losses import PyTree, State
 from yoto_jax._numerics import upcast
 from yoto_jax._weighting import LossWeighting
 from yoto_jax.gradients._devices import Axes, axis_size
@@ -164,7 +164,7 @@ def replace_row(
     return gramian.at[position, position].set(corner)
 
 
-def if_due(weighting: LossWeighting, state: Any, look: Callable[[], Any]) -> Any:
+def if_due(weighting: LossWeighting, state: State, look: Callable[[], Any]) -> Any:
     """What ``look`` returns if the weighting is about to look at it, or else zeros."""
     if weighting.due is None:
         return look()

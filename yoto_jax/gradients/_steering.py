@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from yoto_jax._losses import PyTree, find_loss, loss_names
+from yoto_jax._losses import Losses, find_loss, loss_names
 from yoto_jax._weighting import LossWeighting
 
 
@@ -130,7 +130,7 @@ def on_validation(
     return Steering(validation=True, all_losses=all_losses, lookahead=lookahead)
 
 
-def position_of(downstream: Any, losses: PyTree) -> int:
+def position_of(downstream: Any, losses: Losses) -> int:
     """Position of the downstream loss among the losses."""
     structure = jax.tree.structure(losses)
     return find_loss("downstream", downstream, losses, loss_names(structure))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from yoto_jax._jaxlib import warn_of_jaxlib
-from yoto_jax._losses import PyTree, split
+from yoto_jax._losses import Params, PyTree, State, split
 from yoto_jax._masked_mean import MaskedLosses
 from yoto_jax._params import check_params
 from yoto_jax._weighting import (
@@ -32,26 +32,26 @@ from yoto_jax.gradients._pass import Batch, GradientSource, Pass
 from yoto_jax.gradients._statistics import if_due, replace_row
 from yoto_jax.gradients._steering import Steering, position_of
 
-Params = TypeVar("Params")
-Losses = TypeVar("Losses")
-Aux = TypeVar("Aux")
-State = TypeVar("State")
-Out_co = TypeVar("Out_co", covariant=True)
+P = TypeVar("P")  # parameters
+L = TypeVar("L")  # losses
+A = TypeVar("A")  # auxiliary output
+S = TypeVar("S")  # state of a weighting
+L_co = TypeVar("L_co", covariant=True)
 
 
-class ValueAndGrad(Protocol[Params, Out_co]):
+class ValueAndGrad(Protocol[P, L_co]):
     """What :func:`value_and_grad` returns."""
 
     def __call__(
-        self, params: Params, state: State, /, *args: Any, **kwargs: Any
-    ) -> tuple[Out_co, Params, State]:
+        self, params: P, state: S, /, *args: Any, **kwargs: Any
+    ) -> tuple[L_co, P, S]:
         """Losses, the gradient of their weighted sum, the weighting's next state."""
         ...
 
 
 @overload
 def value_and_grad(
-    loss_fn: Callable[Concatenate[Params, ...], Losses],
+    loss_fn: Callable[Concatenate[P, ...], L],
     weighting: LossWeighting,
     *,
     has_aux: Literal[False] = False,
@@ -60,12 +60,12 @@ def value_and_grad(
     statistics: Mapping[str, Callable[..., Any]] | None = None,
     axis_name: Hashable | tuple[Hashable, ...] | None = None,
     param_specs: PyTree | None = None,
-) -> ValueAndGrad[Params, Losses]: ...
+) -> ValueAndGrad[P, L]: ...
 
 
 @overload
 def value_and_grad(
-    loss_fn: Callable[Concatenate[Params, ...], tuple[Losses, Aux]],
+    loss_fn: Callable[Concatenate[P, ...], tuple[L, A]],
     weighting: LossWeighting,
     *,
     has_aux: bool,
@@ -74,7 +74,7 @@ def value_and_grad(
     statistics: Mapping[str, Callable[..., Any]] | None = None,
     axis_name: Hashable | tuple[Hashable, ...] | None = None,
     param_specs: PyTree | None = None,
-) -> ValueAndGrad[Params, tuple[Losses, Aux]]: ...
+) -> ValueAndGrad[P, tuple[L, A]]: ...
 
 
 def value_and_grad(
@@ -157,7 +157,7 @@ def value_and_grad(
     engine.steering.check(weighting)
 
     def fn(
-        params: PyTree, state: Any, /, *args: Any, **kwargs: Any
+        params: Params, state: State, /, *args: Any, **kwargs: Any
     ) -> tuple[Any, PyTree, Any]:
         check_axes(engine.axes)
         check_params(params)
@@ -187,8 +187,8 @@ class _Step:
     """One call: batches are looked at, losses weighed, one gradient is taken."""
 
     engine: _Engine
-    params: PyTree
-    state: Any
+    params: Params
+    state: State
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     validation: tuple[Any, ...]
@@ -212,7 +212,7 @@ class _Step:
             state,
         )
 
-    def _run(self, params: PyTree, args: tuple[Any, ...], trains: bool = False) -> Pass:
+    def _run(self, params: Params, args: tuple[Any, ...], trains: bool = False) -> Pass:
         engine = self.engine
         spread = spread_of(params, engine.param_specs, engine.axes)
         return engine.gradients.forward(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from yoto_jax._losses import PyTree, listed
+from yoto_jax._losses import State, listed
 from yoto_jax._outliers import SkipOutliersState
 from yoto_jax.monitoring._record import (
     Columns,
@@ -46,14 +46,14 @@ class History(NamedTuple):
     num_skipped: np.ndarray | None = None
 
 
-def history(state: PyTree, *, index: int | tuple[int, ...] | None = None) -> History:
+def history(state: State, *, index: int | tuple[int, ...] | None = None) -> History:
     """Fetches the rows of :func:`record` or :func:`recorded` in one transfer.
 
     It waits for the step that made ``state``. Each of several processes reads its own
     copy, without communication.
 
     Args:
-      state: Any tree with one recorded history in it: the state of a chain or of a
+      state: State tree with one recorded history in it: the state of a chain or of a
         weighting, a ``TrainState``, an ``nnx.Optimizer``.
       index: For a state with leading axes: which replica of ``pmap`` (they are all
         alike: 0), which run of ``vmap``. Where a ``pmap`` spans processes, the index
@@ -98,7 +98,7 @@ def history(state: PyTree, *, index: int | tuple[int, ...] | None = None) -> His
 _WRAPPERS = (EveryState, NormalizeState, SkipOutliersState, SmoothState)
 
 
-def _find(state: PyTree) -> HistoryState:
+def _find(state: State) -> HistoryState:
     found = nodes(state, HistoryState)
     if not found:
         raise ValueError(

@@ -18,7 +18,11 @@ from yoto_jax._hyperparameter_decay import (
 )
 from yoto_jax._loss_logits import LossLogits, loss_weights
 from yoto_jax._losses import (
+    Losses,
+    Params,
+    Present,
     PyTree,
+    State,
     check_structure,
     find_loss,
     listed,
@@ -140,7 +144,7 @@ def record(
     if rho is not None:
         check_rate("hyperparameter_decay", rho)
 
-    def init_fn(params: PyTree) -> HistoryState:
+    def init_fn(params: Params) -> HistoryState:
         if not jax.tree.leaves(params):  # The placeholder of optax.tree.map_params.
             placeholder: Any = jnp.zeros((), jnp.int32)
             return _empty(length, 0, placeholder)
@@ -166,11 +170,11 @@ def record(
         return _empty(length, width, columns)
 
     def update_fn(
-        updates: PyTree,
-        state: Any,
-        params: PyTree | None = None,
+        updates: Params,
+        state: State,
+        params: Params | None = None,
         *,
-        losses: PyTree | None = None,
+        losses: Losses | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, Any]:
         del extra_args
@@ -249,7 +253,7 @@ def recorded(
             f"{weighting!r}."
         )
 
-    def init(losses: PyTree) -> RecordedState:
+    def init(losses: Losses) -> RecordedState:
         structure = jax.tree.structure(losses)
         special: dict[int | None, Role] = {}
         if (name := weighting.downstream) is not None:
@@ -260,10 +264,10 @@ def recorded(
         return RecordedState(history, weighting.init(losses))
 
     def update(
-        losses: PyTree,
+        losses: Losses,
         state: RecordedState,
         *,
-        present: PyTree | None = None,
+        present: Present | None = None,
         **statistics: Any,
     ) -> tuple[PyTree, RecordedState]:
         seen = and_present(weighting, statistics, present)
@@ -339,7 +343,7 @@ def _as_float32(x: Any) -> jax.Array:
     return lax.stop_gradient(jnp.asarray(x, jnp.float32))
 
 
-def _given_losses(losses: PyTree, logits: Sequence[LossLogits]) -> list[Any]:
+def _given_losses(losses: Losses, logits: Sequence[LossLogits]) -> list[Any]:
     """Losses in the order of the weights, 0 if none are given."""
     if losses is None:
         return [0.0] * sum(mu.structure.num_leaves for mu in logits)

@@ -4,7 +4,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from yoto_jax._losses import PyTree
+from yoto_jax._losses import Losses
 from yoto_jax._weighting import LossWeighting
 from yoto_jax.testing._steps import (
     check_bad_batches,
@@ -28,7 +28,7 @@ from yoto_jax.testing._updates import (
 
 def check_weighting(
     weighting: LossWeighting,
-    losses: PyTree = None,
+    losses: Losses = None,
     *,
     about: str | int | None = None,
     statistics: Mapping[str, Callable[..., Any]] | None = None,

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from yoto_jax._losses import PyTree
+from yoto_jax._losses import PyTree, Weights
 from yoto_jax.testing._compare import (
     named_leaves,
     require,
@@ -15,7 +15,7 @@ from yoto_jax.testing._compare import (
 from yoto_jax.testing._trial import Trial
 
 
-def check_weights(weights: PyTree, trial: Trial, what: str) -> None:
+def check_weights(weights: Weights, trial: Trial, what: str) -> None:
     """Raise unless these are scalars in a tree like the losses."""
     require(weights is not None, f"{what} are missing.")
     require_structure(weights, trial.structure.unflatten([0.0] * trial.size), what)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from yoto_jax._losses import PyTree
+from yoto_jax._losses import Params
 from yoto_jax._outliers import count_skipped
 from yoto_jax.testing._compare import (
     named_leaves,
@@ -80,7 +80,7 @@ def check_gradient(trial: Trial) -> None:
     losses, grads, state = trial.stay(2)
     weights = jax.tree.leaves(weights_of(state))
 
-    def composite(params: PyTree) -> jax.Array:
+    def composite(params: Params) -> jax.Array:
         leaves = jax.tree.leaves(trial.loss_fn(params, x))
         return sum(map(jnp.multiply, weights, leaves), jnp.zeros(()))
 

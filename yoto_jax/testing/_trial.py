@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from yoto_jax._losses import PyTree, find_loss, loss_names, split
+from yoto_jax._losses import (
+    Losses,
+    Params,
+    Present,
+    PyTree,
+    State,
+    find_loss,
+    loss_names,
+    split,
+)
 from yoto_jax._weighting import GRADIENT_STATISTICS, LossWeighting
 from yoto_jax.gradients._value_and_grad import value_and_grad
 from yoto_jax.testing._compare import require
@@ -58,7 +67,7 @@ class Trial:
     def __init__(
         self,
         weighting: LossWeighting,
-        losses: PyTree = None,
+        losses: Losses = None,
         *,
         about: str | int | None = None,
         statistics: Mapping[str, Callable[..., Any]] | None = None,
@@ -85,11 +94,11 @@ class Trial:
 
     # The problem.
 
-    def encoder(self, params: PyTree, x: jax.Array) -> jax.Array:
+    def encoder(self, params: Params, x: jax.Array) -> jax.Array:
         """Features of a batch."""
         return jnp.tanh(x @ params["w"])
 
-    def heads(self, params: PyTree, z: jax.Array, x: jax.Array) -> PyTree:
+    def heads(self, params: Params, z: jax.Array, x: jax.Array) -> PyTree:
         """The losses, from the features."""
         del x
         shifts = jnp.arange(self.size, dtype=z.dtype)
@@ -98,11 +107,11 @@ class Trial:
         losses = jnp.mean((waves - 0.5) ** 2, axis=0) + 0.05 * sizes + 0.05
         return split(losses, self.structure)
 
-    def loss_fn(self, params: PyTree, x: jax.Array) -> PyTree:
+    def loss_fn(self, params: Params, x: jax.Array) -> PyTree:
         """The losses of a batch."""
         return self.heads(params, self.encoder(params, x), x)
 
-    def some_numbers(self, params: PyTree, x: jax.Array) -> jax.Array:
+    def some_numbers(self, params: Params, x: jax.Array) -> jax.Array:
         """A statistic (K,) of no meaning: positive, and zero where gradients are."""
         numbers = jnp.arange(1, self.size + 1, dtype=x.dtype) + jnp.mean(jnp.abs(x))
         return numbers * jnp.any(params["w"])
@@ -128,7 +137,7 @@ class Trial:
         require(knows, "update must take present=, see LossWeighting.")
 
         def fn(
-            losses: PyTree, state: Any, present: PyTree, seen: dict[str, Any]
+            losses: Losses, state: State, present: Present, seen: dict[str, Any]
         ) -> Any:
             return update(losses, state, present=present, **seen)
 
@@ -140,7 +149,7 @@ class Trial:
             jax.eval_shape(self.loss_fn, self.params, self.batches[0])
         )
 
-    def stay(self, count: int, params: PyTree = None) -> tuple[PyTree, PyTree, Any]:
+    def stay(self, count: int, params: Params = None) -> tuple[PyTree, PyTree, Any]:
         """Losses, gradient and state after some steps that the parameters sit out."""
         params = self.params if params is None else params
         out: Any = None, None, self.init()
@@ -180,7 +189,7 @@ class Trial:
         return Batch(losses, {name: seen[name] for name in needed})
 
     def tell(
-        self, batch: Batch, state: Any, present: np.ndarray | None = None
+        self, batch: Batch, state: State, present: np.ndarray | None = None
     ) -> tuple[PyTree, Any]:
         """One update with a batch; all losses are there unless told."""
         there = np.full(self.size, True) if present is None else present
@@ -199,11 +208,11 @@ class Trial:
         raise AssertionError("due(state) was False 200 times in a row.")
 
 
-def descend(params: PyTree, grads: PyTree) -> PyTree:
+def descend(params: Params, grads: Params) -> PyTree:
     """A step of gradient descent."""
     return jax.tree.map(lambda p, g: p - RATE * g, params, grads)
 
 
-def weights_of(state: Any) -> PyTree:
+def weights_of(state: State) -> PyTree:
     """The loss weights in a state."""
     return optax.tree.get(state, "loss_weights")

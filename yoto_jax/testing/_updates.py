@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from yoto_jax._checks import is_key
-from yoto_jax._losses import PyTree, split
+from yoto_jax._losses import Losses, split
 from yoto_jax.testing._compare import (
     named_leaves,
     require,
@@ -145,7 +145,7 @@ def _all_calls(trial: Trial, dtype: str) -> tuple[Any, ...]:
     weighting, size = trial.weighting, trial.size
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, dtype)
 
-    def run(losses: PyTree, gramian: Any, numbers: Any, norm: Any) -> Any:
+    def run(losses: Losses, gramian: Any, numbers: Any, norm: Any) -> Any:
         given = {
             name: gramian if name == "gramian" else numbers
             for name in weighting.needs

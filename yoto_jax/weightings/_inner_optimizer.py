@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from yoto_jax._loss_logits import is_loss_logits
+from yoto_jax._losses import State
 from yoto_jax._numerics import where_rows
 
 
@@ -25,7 +26,7 @@ def init_each(tx: optax.GradientTransformation, params: Any) -> Any:
 def descend(
     tx: optax.GradientTransformation,
     gradient: Any,
-    state: Any,
+    state: State,
     params: Any,
     moves: jax.Array | None = None,
     **extra_args: Any,

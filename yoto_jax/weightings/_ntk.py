@@ -10,7 +10,7 @@ from jax import lax
 from yoto_jax._checks import check_positive
 from yoto_jax._jaxlib import check_jaxlib
 from yoto_jax._loss_spec import LossSpec
-from yoto_jax._losses import PyTree
+from yoto_jax._losses import Params, PyTree
 from yoto_jax._numerics import upcast
 from yoto_jax._weighting import LossWeighting
 from yoto_jax.weightings._averages import averaged, bounded_ratio
@@ -135,7 +135,7 @@ def ntk_surrogate(*, decay: float = 0.9, eps: float = 1e-6) -> LossWeighting:
 
 def ntk_diagonal(
     residual_fn: Callable[[Any, Any], jax.Array],
-    params: PyTree,
+    params: Params,
     points: PyTree,
     *,
     batch_size: int | None = None,

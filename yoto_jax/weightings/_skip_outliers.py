@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from yoto_jax._losses import PyTree, stack_present
+from yoto_jax._losses import Losses, Present, PyTree, State, stack_present
 from yoto_jax._numerics import all_finite
 from yoto_jax._outliers import (
     OutlierRule,
@@ -63,16 +63,16 @@ def skip_outliers(
     """
     rule = as_rule(rule)
 
-    def init(losses: PyTree) -> SkipOutliersState:
+    def init(losses: Losses) -> SkipOutliersState:
         inner = weighting.init(losses)
         leaves = jax.tree.leaves(_weights(inner))
         return rule.init(len(leaves), leaves[0].dtype, inner)
 
     def update(
-        losses: PyTree,
+        losses: Losses,
         state: SkipOutliersState,
         *,
-        present: PyTree | None = None,
+        present: Present | None = None,
         **statistics: Any,
     ) -> tuple[PyTree, SkipOutliersState]:
         check_state(state, SkipOutliersState)
@@ -103,7 +103,7 @@ def skip_outliers(
         return state._replace(inner=choose(state.accepted, inner, state.inner))
 
     def observe_step(
-        losses: PyTree, state: SkipOutliersState, **kwargs: Any
+        losses: Losses, state: SkipOutliersState, **kwargs: Any
     ) -> SkipOutliersState:
         assert weighting.observe_step is not None
         structure = jax.tree.structure(_weights(state.inner))
@@ -124,5 +124,5 @@ def skip_outliers(
     )
 
 
-def _weights(state: Any) -> PyTree:
+def _weights(state: State) -> PyTree:
     return optax.tree.get(state, "loss_weights")

@@ -5,12 +5,12 @@ from typing import Literal
 import jax
 
 from yoto_jax._loss_spec import LossSpec
-from yoto_jax._losses import PyTree
+from yoto_jax._losses import Weights
 from yoto_jax._make_weighting import make_weighting
 from yoto_jax._weighting import LossWeighting
 
 
-def static(weights: PyTree) -> LossWeighting:
+def static(weights: Weights) -> LossWeighting:
     """Fixed loss weights: the baseline that every other method has to beat.
 
     Args:

@@ -9,7 +9,11 @@ from jax import lax
 
 from yoto_jax._checks import check_decay, check_fraction
 from yoto_jax._losses import (
+    Losses,
+    Present,
     PyTree,
+    State,
+    Weights,
     check_structure,
     find_loss,
     loss_names,
@@ -80,14 +84,14 @@ def every(weighting: LossWeighting, steps: jax.typing.ArrayLike) -> LossWeightin
         now = state.step % steps == 0
         return now if weighting.due is None else now & weighting.due(state.inner)
 
-    def init(losses: PyTree) -> EveryState:
+    def init(losses: Losses) -> EveryState:
         return EveryState(jnp.zeros((), jnp.int32), weighting.init(losses))
 
     def update_fn(
-        losses: PyTree,
+        losses: Losses,
         state: EveryState,
         *,
-        present: PyTree | None = None,
+        present: Present | None = None,
         **statistics: Any,
     ) -> tuple[PyTree, EveryState]:
         check_state(state, EveryState)
@@ -146,17 +150,17 @@ def smooth(
     """
     check_decay(decay=decay)
 
-    def init(losses: PyTree) -> SmoothState:
+    def init(losses: Losses) -> SmoothState:
         inner = weighting.init(losses)
         own = jax.tree.map(jnp.copy, _weights(inner))
         started = jax.tree.map(lambda x: jnp.zeros((), jnp.bool_), own)
         return SmoothState(inner, own, started)
 
     def update(
-        losses: PyTree,
+        losses: Losses,
         state: SmoothState,
         *,
-        present: PyTree | None = None,
+        present: Present | None = None,
         **statistics: Any,
     ) -> tuple[PyTree, SmoothState]:
         check_state(state, SmoothState)
@@ -238,16 +242,16 @@ def normalize(
     if strange := sorted({*weighting.needs} - known):
         raise ValueError(f"normalize cannot tell the unit of {', '.join(strange)}.")
 
-    def init(losses: PyTree) -> NormalizeState:
+    def init(losses: Losses) -> NormalizeState:
         inner = weighting.init(losses)
         own = jax.tree.map(jnp.copy, _weights(inner))
         return NormalizeState(optax.tree.zeros_like(own), inner, own)
 
     def update(
-        losses: PyTree,
+        losses: Losses,
         state: NormalizeState,
         *,
-        present: PyTree | None = None,
+        present: Present | None = None,
         **statistics: Any,
     ) -> tuple[PyTree, NormalizeState]:
         check_state(state, NormalizeState)
@@ -299,7 +303,7 @@ def normalize(
         )
 
     def observe_step(
-        losses: PyTree, state: NormalizeState, **kwargs: Any
+        losses: Losses, state: NormalizeState, **kwargs: Any
     ) -> NormalizeState:
         assert weighting.observe_step is not None
         scaled = jax.tree.map(
@@ -334,20 +338,20 @@ def _unscaled(name: str, value: Any, scales: jax.Array, downstream: int | None) 
     return value
 
 
-def _mask(present: PyTree | None, state: Any) -> jax.Array | None:
+def _mask(present: Present | None, state: State) -> jax.Array | None:
     """``present`` as a vector, checked against the losses of the state."""
     return stack_present(present, jax.tree.structure(_weights(state)))
 
 
-def _present_or_all(present: PyTree | None, weights: PyTree) -> PyTree:
+def _present_or_all(present: Present | None, weights: Weights) -> PyTree:
     return jax.tree.map(lambda _: True, weights) if present is None else present
 
 
-def _weights(state: Any) -> PyTree:
+def _weights(state: State) -> PyTree:
     return optax.tree.get(state, "loss_weights")
 
 
-def _with_weights(state: Any, weights: PyTree) -> Any:
+def _with_weights(state: State, weights: Weights) -> Any:
     return optax.tree.set(state, loss_weights=weights)
 
 
@@ -372,11 +376,11 @@ def observing_inner(weighting: LossWeighting) -> LossWeighting:
     observe, observe_step = weighting.observe, weighting.observe_step
     due = weighting.due
 
-    def observe_inner(state: Any, **seen: Any) -> Any:
+    def observe_inner(state: State, **seen: Any) -> Any:
         assert observe is not None
         return state._replace(inner=observe(state.inner, **seen))
 
-    def observe_step_inner(losses: PyTree, state: Any, **kwargs: Any) -> Any:
+    def observe_step_inner(losses: Losses, state: State, **kwargs: Any) -> Any:
         assert observe_step is not None
         return state._replace(inner=observe_step(losses, state.inner, **kwargs))
 
