@@ -68,17 +68,14 @@ def hypervolume(points: PyTree, reference: PyTree) -> jax.Array:
     ascending order of its first objective, with :math:`f_{2,0} = r_2`. A point that is
     not better than the reference in every objective adds nothing.
 
-    With two objectives it can be compiled and differentiated, the gradient being
-    :math:`f_{2,k} - f_{2,k-1}` and :math:`f_{1,k} - f_{1,k+1}` on the front (with
-    :math:`f_{1,n+1} = r_1`), and 0 for points that are dominated or not better than the
-    reference. Of equal points, one has the gradient. With more objectives, `moocore
-    <https://pypi.org/project/moocore/>`_ computes it on the host.
+    With two objectives it can be compiled and differentiated; dominated points have the
+    gradient 0. With more, `moocore <https://pypi.org/project/moocore/>`_ computes it on
+    the host.
 
     .. warning::
-      All objectives are minimised, and they count on the scales that they have.
-      Hypervolumes compare only if scales and reference are the same. Choose the
-      reference before looking at results (published work has used 1, 2, 3 and 5 for
-      the same data), worse than every point that should count, and report it.
+      Objectives are minimised, on the scales that they have. Choose the reference
+      before looking at results, worse than every point that should count, and report
+      it: hypervolumes of different references do not compare.
 
     Args:
       points: Tree of ``(n,)`` arrays, one for each objective, such as

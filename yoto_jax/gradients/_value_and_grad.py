@@ -94,10 +94,6 @@ def value_and_grad(
       \nabla_\theta \sum_k w_k L_k(\theta) = J^T w, \qquad
       w = \mathrm{weighting}(L, J J^T).
 
-    A weighting that looks at losses alone costs one forward and one backward pass, as
-    ``jax.value_and_grad`` does. What one costs that looks at gradients is for
-    ``gradients`` to say.
-
     Args:
       loss_fn: ``loss_fn(params, *args) -> losses``, any tree of scalars, or
         :class:`yoto_jax.MaskedLosses` where a batch may lack the labels of some.
@@ -123,8 +119,8 @@ def value_and_grad(
 
     Raises:
       TypeError: A loss is not a floating-point number.
-      ValueError: A loss is not a scalar, or losses do not match the state; an unknown
-        downstream loss; a weighting that needs what nobody provides.
+      ValueError: Losses are not scalars or do not match the state, or nobody provides
+        what the weighting needs.
 
     Examples:
       >>> import jax, jax.numpy as jnp, yoto_jax as yoto
@@ -139,10 +135,9 @@ def value_and_grad(
       [ 0.25 -2.  ] 0.5
 
     .. warning::
-      A batch on which a loss or a statistic is not finite leaves the state as it was,
-      but for its counter ``num_skipped``; the gradient still carries the batch's NaN
-      (``optax.apply_if_finite`` keeps it from the parameters). Weights take the dtype
-      of their loss on the way back: float16 has little room for them.
+      A batch that is not finite leaves the state as it was, but for its counter
+      ``num_skipped``; the gradient still carries the batch's NaN
+      (``optax.apply_if_finite`` keeps it from the parameters).
     """
     engine = _Engine(
         loss_fn=loss_fn,
