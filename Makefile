@@ -17,7 +17,7 @@ test: lint types tests notebooks
 
 # With the tests that take long: many minutes more.
 test-all: lint types $(VENV)/dev
-	$(RUN) pytest -n $(WORKERS) -m ""
+	$(RUN) pytest -n $(WORKERS) --dist loadfile -m ""
 	$(MAKE) notebooks
 
 lint: $(VENV)/dev
@@ -28,7 +28,7 @@ types: $(VENV)/dev
 	$(VENV)/bin/pyrefly check
 
 tests: $(VENV)/dev
-	$(RUN) pytest -n $(WORKERS)
+	$(RUN) pytest -n $(WORKERS) --dist loadfile
 
 notebooks: $(VENV)/dev
 	$(RUN) pytest --nbmake -n $(WORKERS) notebooks
