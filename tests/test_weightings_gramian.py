@@ -146,6 +146,17 @@ def test_oracles_that_see_the_whole_jacobian():
         )
 
 
+@pytest.mark.parametrize("make", [upgrad, dual_proj])
+def test_preferences_that_differ_are_those_of_the_paper(make):
+    preference = np.array([0.1, 0.4, 0.2, 0.3])
+    weighting = make(preference=list(preference))
+    for jacobian in jacobians(4):
+        expected = getattr(oracles, make.__name__)(jacobian, preference)
+        found = weights(weighting, jacobian)
+        np.testing.assert_allclose(found @ jacobian, expected @ jacobian, rtol=1e-7)
+        assert (found >= preference - 1e-12).all()
+
+
 @pytest.mark.parametrize(("scale", "of"), [("mean", np.mean), ("median", np.median)])
 def test_scale_of_aligned_mtl(scale, of):
     weighting = aligned_mtl(preference=[1.0, 2.0, 3.0, 4.0], scale=scale)
