@@ -221,7 +221,7 @@ def back_ends(model: Any, batch: tuple[jax.Array, ...]) -> list[Record]:
             yoto.of_representation(wide_encoder),
             (losses + 1 + products) * z,
         ),
-        "the last layer, select=": (upgrad, of_last, (losses + products) * last),
+        "the last layer": (upgrad, of_last, (losses + products) * last),
         "all parameters": (
             upgrad,
             yoto.of_parameters(),

@@ -154,18 +154,6 @@ MIXTURE_CENTERS = np.array([[0.0, 0.0], [0.5, 1.0]])
 MIXTURE_WEIGHTS = np.array([0.3, 0.7])
 
 
-def quadratic_gradients(x):
-    pretraining = np.array([[2.0, 0.0], [0.0, 2.0], [-1.0, -1.0]])
-    return pretraining, 2 * S @ (x - CENTER)
-
-
-def mixture_gradients(x):
-    pretraining = np.array(
-        [2 * s @ (x - m) for s, m in zip(MIXTURE_S, MIXTURE_CENTERS, strict=True)]
-    )
-    return pretraining, MIXTURE_WEIGHTS @ pretraining
-
-
 def mixture_optimum():
     weighted = MIXTURE_WEIGHTS[:, None, None] * MIXTURE_S
     right = sum(s @ m for s, m in zip(weighted, MIXTURE_CENTERS, strict=True))

@@ -525,6 +525,15 @@ def test_errors_name_what_is_wrong():
             make(loss_fn, plain, steering=steering)
         with pytest.raises(ValueError, match="never sees: it needs .*norms"):
             make(loss_fn, reading("norms"), steering=steering)
+    for lookahead in (-1.0, np.nan):
+        with pytest.raises(ValueError, match="lookahead must not be negative"):
+            yoto.on_training(lookahead=lookahead)
+        with pytest.raises(ValueError, match="lookahead must not be negative"):
+            yoto.on_validation(lookahead=lookahead)
+    with pytest.raises(TypeError, match="keep must be True or False"):
+        yoto.of_parameters(keep="no")
+    with pytest.raises(TypeError, match="weigh_heads must be True or False"):
+        yoto.of_representation(encoder, weigh_heads="no")
     with pytest.raises(ValueError, match="needs 'curvature'.*statistics="):
         make(loss_fn, upgrad._replace(needs=("curvature",)))
     with pytest.raises(TypeError, match="arguments of the validation batch after"):
@@ -534,6 +543,14 @@ def test_errors_name_what_is_wrong():
     of_nothing = yoto.of_parameters(select=lambda p: ())
     with pytest.raises(ValueError, match="select and unweighted must return a part"):
         call(loss_fn, upgrad, X, gradients=of_nothing)
+    both = {"select": lambda p: p["last"], "unweighted": lambda p: p["last"]}
+    with pytest.raises(ValueError, match="name the same parameters"):
+        call(loss_fn, upgrad, X, gradients=yoto.of_parameters(**both))
+    count = PARAMS | {"count": jnp.arange(2)}
+    of_count = yoto.of_parameters(select=lambda p: p["count"])
+    step = yoto.value_and_grad(loss_fn, upgrad, gradients=of_count)
+    with pytest.raises(ValueError, match="looks at is a floating-point array"):
+        step(count, upgrad.init(dict.fromkeys("abc", 0.0)), X)
     for_nothing = yoto.of_parameters(unweighted=lambda p: (p, p))
     with pytest.raises(ValueError, match="none are left to be weighed"):
         call(loss_fn, upgrad, X, gradients=for_nothing)
@@ -667,3 +684,19 @@ def test_all_keyword_arguments_are_those_of_the_losses():
     state = weighting.init(given)
     losses, _, _ = yoto.value_and_grad(f, weighting)(2.0, state, **given)
     assert losses == {k: 2 * v for k, v in given.items()}
+
+
+@pytest.mark.parametrize("source", [None, yoto.of_parameters(keep=False)])
+def test_a_loss_may_be_a_number_and_parameters_too(source):
+    f = lambda w: {"a": w**2, "b": (w - 1.0) ** 2, "c": 0.0}
+    weighting = weightings.equal()
+    state = weighting.init(f(2.0))
+    step = yoto.value_and_grad(f, weighting, gradients=source)
+    losses, grad, _ = step(2.0, state)
+    assert losses["c"] == 0
+    np.testing.assert_allclose(grad, (4.0 + 2.0) / 3, rtol=1e-6)
+    weighting = reading("gramian")
+    step = yoto.value_and_grad(f, weighting, gradients=source)
+    _, _, state = jax.jit(step)(2.0, weighting.init(f(2.0)))
+    np.testing.assert_allclose(state.inner[:2, :2], [[16.0, 8.0], [8.0, 4.0]])
+    assert not jnp.any(state.inner[2])

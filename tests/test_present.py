@@ -308,13 +308,40 @@ def test_a_downstream_loss_that_only_the_validation_batch_has():
     step = yoto.value_and_grad(loss_fn, weighting, steering=yoto.on_validation())
     step = jax.jit(step)
     _, _, after = step(PARAMS, state, (X, labelled), X, unlabelled)
-    assert after.inner.num_aligned == 1
-    assert (after.inner.num_compared == 1).all()
+    assert (after.inner.statistics.num_compared == 1).all()
     # Nor does a batch without it teach anything where no other one is given.
     train = jax.jit(yoto.value_and_grad(loss_fn, weighting))
     _, _, after = train(PARAMS, state, X, unlabelled)
-    assert after.inner.num_aligned == 0
-    assert (after.inner.num_batches == 1).all()
+    assert (after.inner.statistics.num_compared == 0).all()
+    assert (after.inner.statistics.num_batches == 1).all()
+
+
+@pytest.mark.parametrize("all_losses", [False, True])
+@pytest.mark.parametrize("make", [weightings.auto_lambda, weightings.softmax_alignment])
+def test_a_validation_batch_without_the_downstream_loss_teaches_nothing(
+    make, all_losses
+):
+    """Whether or not the training batch says that it has all losses."""
+    weighting = make("a")
+    names = dict.fromkeys("abc", True)
+
+    def f(params, x, mask, says):
+        losses = {**two_losses(params, x), "c": jnp.mean(params["b"] ** 2)}
+        return yoto.MaskedLosses(losses, names | {"a": mask}) if says else losses
+
+    steering = yoto.on_validation(all_losses=all_losses)
+    step = yoto.value_and_grad(f, weighting, steering=steering)
+    first = weighting.init(dict.fromkeys("abc", 0.0))
+    for says in (False, True):
+        _, _, after = step(PARAMS, first, (X, False, True), X, True, says)
+        chex.assert_trees_all_close(
+            optax.tree.get(after, "loss_weights"), first.loss_weights, rtol=1e-6
+        )
+        _, _, after = step(PARAMS, first, (X, True, True), X, True, says)
+        moved = after.inner
+        assert not jax.tree.all(
+            jax.tree.map(lambda x, y: jnp.all(x == y), moved, first.inner)
+        )
 
 
 @pytest.mark.skipif(MESH is None, reason="needs eight (virtual) devices")

@@ -244,3 +244,25 @@ def test_it_imports_neither_pytest_nor_chex():
             known = {"jax", "numpy", "optax", "yoto_jax", *sys.stdlib_module_names}
             assert {name.split(".")[0] for name in modules} <= known
             assert not isinstance(node, ast.Assert)  # python -O would drop it
+
+
+def test_what_update_returns_is_checked():
+    losses = {"a": 1.0, "b": 2.0}
+    wrong = {
+        r"weights of shape \(2,\), got \(7,\)": lambda x, i, s: (jnp.ones(7), i),
+        r"weights of shape \(2,\), got \(\)": lambda x, i, s: (jnp.float32(1), i),
+        "keep structure and shapes of its inner": lambda x, i, s: (x, jnp.ones(2)),
+    }
+    for message, update in wrong.items():
+        weighting = yoto.make_weighting(lambda spec: jnp.zeros(()), update)
+        with pytest.raises(ValueError, match=message):
+            weighting.update(losses, weighting.init(losses))
+
+
+def test_what_make_weighting_is_given_is_checked():
+    with pytest.raises(TypeError, match="tuple of names, such as"):
+        yoto.make_weighting(lambda s: (), lambda x, i, s: (x, i), needs="norms")
+    weighting = yoto.make_weighting(lambda s: 0, lambda x, i, s: (x, i + 1))
+    assert not weighting.init((1.0, 2.0)).inner.weak_type
+    with pytest.raises(TypeError, match="weighting must be a LossWeighting"):
+        testing.check_weighting(yoto.weightings.grap)

@@ -11,6 +11,7 @@ from yoto_jax.testing import check_gramian_properties, gramian_properties
 from yoto_jax.testing._gramian import sample, weights_of
 from yoto_jax.weightings._aligned_mtl import aligned_mtl
 from yoto_jax.weightings._cagrad import cagrad
+from yoto_jax.weightings._dual_proj import dual_proj
 from yoto_jax.weightings._fair_grad import fair_grad
 from yoto_jax.weightings._gradvac import gradvac
 from yoto_jax.weightings._mgda import mgda

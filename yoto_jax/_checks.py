@@ -30,6 +30,13 @@ def check_hyperparameter(
         raise ValueError(f"{name} must {what}, got {value}.")
 
 
+def check_flag(**values: Any) -> None:
+    """Checks that options are True or False."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
 def check_positive(**values: Any) -> None:
     """Checks that hyperparameters are positive; tracers pass."""
     for name, value in values.items():

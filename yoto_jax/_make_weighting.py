@@ -86,13 +86,15 @@ def make_weighting(
       >>> print({name: round(float(weight), 2) for name, weight in weights.items()})
       {'camera': 0.2, 'depth': 0.8}
     """
+    if isinstance(needs, str):
+        raise TypeError(f"needs must be a tuple of names, such as ({needs!r},).")
     statistics_needed = tuple(name for name in needs if name != "losses")
     check = _state_check(init)
 
     def init_fn(losses: Losses) -> WeightingState:
         spec = _spec(losses)
         # Copies: what the caller gave must outlive a state that is donated.
-        inner = jax.tree.map(jnp.copy, init(spec))
+        inner = jax.tree.map(_copy, init(spec))
         first = first_weights(spec) if callable(first_weights) else first_weights
         weights = spec.vector("loss_weights", first)
         counts = [jnp.zeros((), jnp.int32) for _ in range(2)]  # apart, for donation
@@ -117,6 +119,7 @@ def make_weighting(
         if positive:
             ok &= jnp.all(values > 0)
         weights, inner = update(values, state.inner, spec, **given)
+        _check_returned(weights, inner, state.inner, spec)
         return _accept(ok, weights, inner, state, spec)
 
     def observe_fn(
@@ -252,6 +255,27 @@ def refuse_losses(
             raise ValueError(
                 f"this weighting needs {needs}, loss {name!r} is {value:.4g}. {remedy}"
             )
+
+
+def _copy(x: Any) -> jax.Array:
+    """A copy of its own type: one with a weak type would be traced again."""
+    return jnp.copy(x) if is_key(x) else jnp.array(x, jnp.asarray(x).dtype)
+
+
+def _check_returned(weights: Any, new: PyTree, old: PyTree, spec: LossSpec) -> None:
+    """Raise unless a method returned (K,) weights and a state like its last one."""
+    if jnp.shape(weights) != (spec.size,):
+        raise ValueError(
+            f"update of this weighting must return weights of shape ({spec.size},), "
+            f"got {jnp.shape(weights)}."
+        )
+    shapes = lambda tree: [jnp.shape(x) for x in jax.tree.leaves(tree)]
+    alike = jax.tree.structure(new) == jax.tree.structure(old)
+    if not alike or shapes(new) != shapes(old):
+        raise ValueError(
+            "update of this weighting must keep structure and shapes of its inner "
+            f"state, which was {old}; it returned {new}."
+        )
 
 
 def _accept(

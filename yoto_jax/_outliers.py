@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from yoto_jax._checks import check_hyperparameter, check_not_negative
+from yoto_jax._checks import check_flag, check_hyperparameter, check_not_negative
 from yoto_jax._losses import Losses, PyTree, State, check_structure, scalar_losses
 from yoto_jax._numerics import running_mean
 from yoto_jax._serialization import serializable_state
@@ -30,7 +30,7 @@ class LossScales(NamedTuple):
 class SkipOutliersState(NamedTuple):
     """State of :func:`skip_outliers`, of an optimizer or of a weighting."""
 
-    num_skipped: jax.Array  # int32 scalar, batches that the rule has called bad
+    num_skipped: jax.Array  # int32 scalar, bad batches: absurd or not finite
     accepted: jax.Array  # bool scalar, whether the last batch was good
     loss_scales: LossScales
     inner: Any
@@ -85,6 +85,7 @@ class OutlierRule:
     def __post_init__(self) -> None:
         check_hyperparameter("limit", self.limit, lambda x: x > 1, "be larger than 1")
         check_not_negative(patience=self.patience, floor=self.floor)
+        check_flag(positive=self.positive)
 
     def init(self, count: int, dtype: Any, inner: Any) -> SkipOutliersState:
         """The state of a wrapper: nothing is known of ``count`` losses yet."""

@@ -75,6 +75,10 @@ def skip_outliers(
       1.38 1
       1.5 1
     """
+    if not hasattr(inner, "update"):
+        raise TypeError(
+            f"inner must be an Optax transformation, got a {type(inner).__name__}."
+        )
     rule = as_rule(rule)
     inner = optax.with_extra_args_support(inner)
     expected = losses

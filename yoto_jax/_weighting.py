@@ -71,7 +71,7 @@ class WeightingState(NamedTuple):
     loss_weights: Weights  # scalars, a tree like the losses: the weights used last
     inner: Any  # what the method itself remembers
     num_updates: jax.Array  # int32 scalar, batches with a loss present that was taken
-    num_skipped: jax.Array  # int32 scalar, batches that changed nothing: not finite
+    num_skipped: jax.Array  # int32 scalar, bad batches, that changed nothing
 
 
 def check_state(state: State, kind: type) -> None:

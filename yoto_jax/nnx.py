@@ -253,8 +253,9 @@ def value_and_grad(
       param_specs: See there.
 
     Returns:
-      ``fn(model, state, *args, **kwargs) -> (losses, grads, state)`` as there.
-      ``grads`` is an ``nnx.State``, for ``optimizer.update(model, grads)``.
+      ``fn(model, state, *args, **kwargs) -> (losses, grads, state)``, or with
+      ``on_validation`` ``fn(model, state, validation, *args, **kwargs)``. ``grads`` is
+      an ``nnx.State``, for ``optimizer.update(model, grads)``.
 
     Raises:
       ValueError: ``wrt`` finds nothing in the module, or ``loss_fn`` changes more of it

@@ -25,7 +25,7 @@ def read_output(
     if isinstance(losses, MaskedLosses):
         losses, own = losses
     scalar_losses(losses)
-    losses = vary_over(jax.tree.map(jnp.asarray, losses) if axes else losses, axes)
+    losses = vary_over(jax.tree.map(jnp.asarray, losses), axes)
     there = stack_present(own, jax.tree.structure(losses))
     if there is None:
         return losses, (aux, None)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from yoto_jax._checks import check_flag
 from yoto_jax._jaxlib import check_jaxlib
 from yoto_jax._losses import Params, PyTree, State, Weights
 from yoto_jax._numerics import stacked
@@ -58,13 +59,13 @@ def of_parameters(
         weighting then sees gradients of that part alone: K backward passes down to
         there, and one all the way for the update.
       unweighted: ``unweighted(params) -> part``: parameters that descend the plain sum
-        of the losses, such as the losses' own heads. All others follow the weights, and
-        the weighting sees gradients of those alone.
+        of the losses, such as the losses' own heads. The weighting sees, and weighs,
+        only the gradients of the remaining parameters.
       chunk_size: Number of gradients computed at a time (``None``: all in one
         ``vmap``). It bounds the memory of the backward passes.
-      keep: Whether the K gradients are kept until the weights are known. If not, the
-        Gramian is summed up array by array, norms gradient by gradient, and one more
-        backward pass makes the update. (A Gramian in chunks still needs all K at once.)
+      keep: Whether the K gradients are kept until the weights are known. False saves
+        memory for one more backward pass: they are not stored. (With ``select`` they
+        never are, and a Gramian in chunks still needs all K at once.)
 
     Returns:
       The value of ``gradients=`` in :func:`yoto_jax.value_and_grad`.
@@ -88,12 +89,14 @@ def of_parameters(
       0.625 0.625
     """
     check_chunk_size(chunk_size)
+    check_flag(keep=keep)
     return OfParameters(select, unweighted, chunk_size, keep)
 
 
 def check_chunk_size(chunk_size: int | None) -> None:
     """Raise unless this is a number of gradients, or None."""
-    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
+    is_count = isinstance(chunk_size, int) and not isinstance(chunk_size, bool)
+    if chunk_size is not None and not (is_count and chunk_size > 0):
         raise ValueError(
             f"chunk_size must be a positive integer or None, got {chunk_size!r}."
         )
@@ -121,6 +124,12 @@ class _ParametersPass(Pass):
         self.kept: PyTree | None = None
 
     def statistics(self, names: Sequence[str]) -> dict[str, jax.Array]:
+        leaves = _at(self.seen, self.params).values()
+        if not any(jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves):
+            raise ValueError(
+                "none of the parameters that the weighting looks at is a "
+                "floating-point array: there are no gradients to tell of."
+            )
         if self.keeps:
             rows = rows_of(self.pull, self.local_losses, self.chunk_size)
             self.kept = mean_over(rows, self.axes, self.spread)
@@ -205,9 +214,15 @@ def _parts(
         raise ValueError(
             "unweighted= names all parameters: none are left to be weighed."
         )
-    if select is not None:
-        return _leaf_indices(params, select), apart
-    return [index for index in range(count) if index not in apart], apart
+    if select is None:
+        return [index for index in range(count) if index not in apart], apart
+    seen = _leaf_indices(params, select)
+    if set(seen) & set(apart):
+        raise ValueError(
+            "select= and unweighted= name the same parameters: the weights would come "
+            "from gradients that they do not act on."
+        )
+    return seen, apart
 
 
 def _leaf_indices(params: Params, part: Part) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from yoto_jax._checks import check_flag
 from yoto_jax._losses import PyTree, State, Weights, listed, loss_names
 from yoto_jax._numerics import stacked
 from yoto_jax._weighting import LossWeighting
@@ -67,9 +68,9 @@ def of_representation(
         ``shard_map``). ``loss_fn`` becomes ``loss_fn(params, z, *args)``. To get
         something out of the encoder, such as batch statistics, pass it through z.
       weigh_heads: Whether the heads (what ``loss_fn`` itself uses of the parameters)
-        follow the weights too, as they should where losses share one. Costs a second
+        follow the weights too, as they should where losses share one; costs a second
         backward pass through them. If not, they descend the plain sum of the losses. A
-        downstream loss has the weight 1 there.
+        downstream loss trains its own head with the weight 1 in any case.
 
     Returns:
       The value of ``gradients=`` in :func:`yoto_jax.value_and_grad`.
@@ -103,6 +104,7 @@ def of_representation(
             "encoder must be a function encoder(params, *args) -> z, got a "
             f"{type(encoder).__name__}."
         )
+    check_flag(weigh_heads=weigh_heads)
     return OfRepresentation(encoder, weigh_heads)
 
 

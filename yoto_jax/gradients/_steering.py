@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from yoto_jax._checks import check_not_negative
 from yoto_jax._losses import Losses, find_loss, loss_names
 from yoto_jax._weighting import LossWeighting
 
@@ -70,10 +71,13 @@ def on_training(*, lookahead: jax.typing.ArrayLike = 0.0) -> Steering:
 
     Args:
       lookahead: :math:`\eta`, the learning rate of a virtual step with the weights used
-        last, at whose end the downstream gradient is taken. 0: at the parameters.
+        last. The downstream gradient is taken after it; 0 means no step.
 
     Returns:
       The value of ``steering=`` in :func:`yoto_jax.value_and_grad`.
+
+    Raises:
+      ValueError: ``lookahead`` is negative.
 
     Examples:
       >>> import yoto_jax as yoto
@@ -90,6 +94,7 @@ def on_training(*, lookahead: jax.typing.ArrayLike = 0.0) -> Steering:
       Liu et al., `Auto-Lambda <https://arxiv.org/abs/2202.03091>`_, 2022, for the
       virtual step.
     """
+    check_not_negative(lookahead=lookahead)
     return Steering(lookahead=lookahead)
 
 
@@ -102,15 +107,17 @@ def on_validation(
     of that batch, a tuple, after the state: ``fn(params, state, (held_out,), batch)``.
 
     Args:
-      all_losses: Whether the other losses are looked at there too, so that the weights
-        are formed on the validation batch altogether. If not, their gradients come from
-        the training batch, and the inner products with the downstream gradient are
-        exact directional derivatives (``jax.jvp``).
+      all_losses: True: all gradients come from the validation batch. False: only the
+        downstream gradient does, and its inner products with those of the training
+        batch are exact directional derivatives (``jax.jvp``).
       lookahead: Learning rate of a virtual step before the downstream gradient, see
         :func:`on_training`.
 
     Returns:
       The value of ``steering=`` in :func:`yoto_jax.value_and_grad`.
+
+    Raises:
+      ValueError: ``lookahead`` is negative.
 
     Examples:
       >>> import yoto_jax as yoto
@@ -127,6 +134,7 @@ def on_validation(
       Karpukhin and Savchenko, `When Losses Align <https://arxiv.org/abs/2605.07756>`_,
       2026.
     """
+    check_not_negative(lookahead=lookahead)
     return Steering(validation=True, all_losses=all_losses, lookahead=lookahead)
 
 

@@ -228,15 +228,18 @@ class _Step:
         weighting = self.engine.weighting
         look = lambda: self._look(training, watched)
         seen, steers = if_due(weighting, self.state, look)
-        if watched.present is None:
+        if watched.present is None and steers is None:
             return weighting.update(watched.losses, self.state, **seen)
+        structure = jax.tree.structure(watched.losses)
         present = watched.present
+        if present is None:  # Of a training batch that has all, but does not steer.
+            present = jnp.ones((structure.num_leaves,), jnp.bool_)
         if steers is not None:
             position = position_of(weighting.downstream, training.losses)
             due = True if weighting.due is None else weighting.due(self.state)
             before = present[position]
             present = present.at[position].set(jnp.where(due, steers, before))
-        told = split(present, jax.tree.structure(watched.losses))
+        told = split(present, structure)
         seen = and_present(weighting, seen, told)
         weights, state = weighting.update(watched.losses, self.state, **seen)
         if steers is not None or self.engine.steering.all_losses:
@@ -247,7 +250,7 @@ class _Step:
     def _look(
         self, training: Pass, watched: Pass
     ) -> tuple[dict[str, Any], jax.Array | None]:
-        """Statistics, and whether there is a downstream loss where it is looked for."""
+        """Statistics, and whether the downstream loss is there (None: all are)."""
         weighting, steering = self.engine.weighting, self.engine.steering
         asked = [name for name in weighting.needs if name in GRADIENT_STATISTICS]
         seen: dict[str, Any] = watched.statistics(asked) if asked else {}
@@ -263,6 +266,8 @@ class _Step:
         else:
             gramian = seen["gramian"]
             seen["gramian"] = replace_row(gramian, position, derivatives, squared)
+        if shown.present is None and watched.present is None:
+            return seen, None
         there = True if shown.present is None else shown.present[position]
         return seen, jnp.asarray(there)
 

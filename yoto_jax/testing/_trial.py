@@ -72,6 +72,11 @@ class Trial:
         about: str | int | None = None,
         statistics: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
+        if not isinstance(weighting, LossWeighting):
+            raise TypeError(
+                "weighting must be a LossWeighting, such as the one that "
+                f"yoto.weightings.equal() returns, got a {type(weighting).__name__}."
+            )
         self.weighting = weighting
         losses = dict.fromkeys("abc", 0.0) if losses is None else losses
         self.structure = jax.tree.structure(losses)

@@ -94,6 +94,8 @@ def grap(
         spec.check_others("grap")
         _, others = spec.apart(downstream)
         raw = spec.vector("initial", initial)[others]
+        if not isinstance(raw, jax.core.Tracer) and not jnp.all(jnp.isfinite(raw)):
+            raise ValueError(f"initial must be finite, got {initial!r}.")
         return GrapState(raw, alignment.init(spec), init_each(tx, raw))
 
     def update(

@@ -43,6 +43,11 @@ class Alignment:
     warmup: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.downstream, str | int):
+            raise TypeError(
+                "downstream must be the path or the index of a loss, got "
+                f"{self.downstream!r}."
+            )
         check_decay(gramian_decay=self.gramian_decay, norm_decay=self.norm_decay)
         check_not_negative(warmup=self.warmup)
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from yoto_jax._checks import check_flag
 from yoto_jax._loss_spec import LossSpec
 from yoto_jax._make_weighting import make_weighting
 from yoto_jax._solvers import safe_divide, smallest_convex_combination
@@ -49,6 +50,7 @@ def mgda(*, normalize: bool = False) -> LossWeighting:
       undivided weights on the raw losses, and the combination then need not descend
       every loss.
     """
+    check_flag(normalize=normalize)
 
     def update(
         losses: jax.Array, inner: tuple[()], spec: LossSpec, *, gramian: jax.Array
