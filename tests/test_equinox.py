@@ -97,8 +97,10 @@ def test_a_filtered_module_and_its_state(way):
 
     weighting = yoto.weightings.upgrad()
     options = {
-        "select": {"select": lambda params: params.hidden},
-        "encoder": {"encoder": encoder, "weigh_heads": True},
+        "select": {
+            "gradients": yoto.of_parameters(select=lambda params: params.hidden)
+        },
+        "encoder": {"gradients": yoto.of_representation(encoder, weigh_heads=True)},
     }
     step = jax.jit(
         yoto.value_and_grad(

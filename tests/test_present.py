@@ -559,8 +559,8 @@ def test_composite_loss_layers():
     losses = {"a": 2.0, "b": 7.0, "c": 5.0}
     present = {"a": True, "b": False, "c": True}
     epsilon = {"b": 0.7, "c": 0.25}
-    layer = nnx.CompositeLoss(losses, "a", epsilon)
+    layer = nnx.CompositeLoss(losses, "a", epsilon=epsilon)
     np.testing.assert_allclose(layer(losses, present=present), 2.6, rtol=1e-6)
-    module = linen.CompositeLoss("a", epsilon)
+    module = linen.CompositeLoss("a", epsilon=epsilon)
     value, _ = module.init_with_output(jax.random.key(0), losses, present=present)
     np.testing.assert_allclose(value, 2.6, rtol=1e-6)

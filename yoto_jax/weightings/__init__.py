@@ -37,6 +37,9 @@ if typing.TYPE_CHECKING:  # For type checkers: the names that the registry has.
     from yoto_jax.weightings._grap import GrapState as GrapState
     from yoto_jax.weightings._grap import grap as grap
     from yoto_jax.weightings._grap_closed_form import (
+        GrapClosedFormState as GrapClosedFormState,
+    )
+    from yoto_jax.weightings._grap_closed_form import (
         grap_closed_form as grap_closed_form,
     )
     from yoto_jax.weightings._imtl_g import imtl_g as imtl_g

@@ -80,7 +80,8 @@ def grap(
       {'contrastive': 0.1, 'label': 0.0, 'next': 0.24}
 
     References:
-      Karpukhin and Savchenko, `GraP <https://arxiv.org/abs/2605.07756>`_, 2026.
+      Karpukhin and Savchenko, `When Losses Align: Gradient-Based Composite Loss
+      Weighting for Efficient Pretraining <https://arxiv.org/abs/2605.07756>`_, 2026.
 
     .. warning::
       The composite gradient never shrinks, not at the optimum either: let the learning

@@ -60,8 +60,8 @@ def ntk(
       {'boundary': 5.0, 'residual': 0.556}
 
     References:
-      Wang, Yu and Perdikaris, `When and why PINNs fail to train
-      <https://arxiv.org/abs/2007.14527>`_, 2020. With the mean: Wang et al., `An
+      Wang, Yu and Perdikaris, `When and why PINNs fail to train: A neural tangent
+      kernel perspective <https://arxiv.org/abs/2007.14527>`_, 2020. With the mean: Wang et al., `An
       Expert's Guide <https://arxiv.org/abs/2308.08468>`_, 2023, in its code, jaxpi.
 
     .. warning::
