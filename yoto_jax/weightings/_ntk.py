@@ -61,8 +61,9 @@ def ntk(
 
     References:
       Wang, Yu and Perdikaris, `When and why PINNs fail to train: A neural tangent
-      kernel perspective <https://arxiv.org/abs/2007.14527>`_, 2020. With the mean: Wang et al., `An
-      Expert's Guide <https://arxiv.org/abs/2308.08468>`_, 2023, in its code, jaxpi.
+      kernel perspective <https://arxiv.org/abs/2007.14527>`_, 2020.
+      With the mean: Wang et al., `An Expert's Guide
+      <https://arxiv.org/abs/2308.08468>`_, 2023, in its code, jaxpi.
 
     .. warning::
       NVIDIA's rule of this name is :func:`ntk_surrogate`.

@@ -74,8 +74,10 @@ def softmax_alignment(
       {'contrastive': 0.1, 'label': 0.0, 'next': 0.9}
 
     References:
-      The combination is this library's, see :func:`yoto_jax.weightings.yoto` and
-      :func:`yoto_jax.weightings.grap`.
+      The combination is this library's. Sakaridis, `You Only Train Once
+      <https://arxiv.org/abs/2506.04349>`_, 2025; Karpukhin and Savchenko, `When Losses
+      Align: Gradient-Based Composite Loss Weighting for Efficient Pretraining
+      <https://arxiv.org/abs/2605.07756>`_, 2026.
 
     .. warning::
       The start, and the prior, are equal weights of the losses as they come: bring
