@@ -63,8 +63,9 @@ def auto_lambda(
         loss with a weight to learn.
 
     Examples:
-      >>> import jax.numpy as jnp, optax, yoto_jax as yoto
-      >>> losses = {"helps": 1.0, "hurts": 2.0, "label": 0.5}
+      >>> import jax, optax, yoto_jax as yoto
+      >>> def loss_fn(x, center):
+      ...     return {"helps": x**2, "hurts": (x - 9) ** 2, "label": (x - center) ** 2}
       >>> weighting = yoto.weightings.auto_lambda("label", optimizer=optax.sgd(1e-3))
       >>> state = weighting.init({"helps": 0.0, "hurts": 0.0, "label": 0.0})
       >>> step = yoto.value_and_grad(loss_fn, weighting, steering=yoto.on_validation())
