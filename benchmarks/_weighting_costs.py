@@ -112,8 +112,9 @@ def arms_of(model: Shared) -> dict[str, tuple[Any, Any]]:
     of_z = yoto.of_representation(model.encoder)
     for name in MEASURED:
         weighting = make(name)
-        value_and_grad = yoto.value_and_grad(full, weighting)
-        if weighting.needs != ("losses",):
+        if weighting.needs == ("losses",):
+            value_and_grad = yoto.value_and_grad(full, weighting)
+        else:
             value_and_grad = yoto.value_and_grad(heads, weighting, gradients=of_z)
         arms[name] = value_and_grad, weighting.init(like)
     for name, source in FULL.items():

@@ -8,7 +8,7 @@ import pytest
 from tests import _oracles_gramian as oracles
 from yoto_jax import weightings
 from yoto_jax.testing import check_gramian_properties, gramian_properties
-from yoto_jax.testing._gramian import sample, weights_of
+from yoto_jax.testing._gramian import sample, weights_on
 from yoto_jax.weightings._aligned_mtl import aligned_mtl
 from yoto_jax.weightings._cagrad import cagrad
 from yoto_jax.weightings._dual_proj import dual_proj
@@ -42,7 +42,7 @@ GOLDEN = {
 
 
 def weights(weighting, jacobian, dtype="float64"):
-    return weights_of(weighting, np.repeat(jacobian[None], 8, 0), dtype)[0]
+    return weights_on(weighting, np.repeat(jacobian[None], 8, 0), dtype)[0]
 
 
 def jacobians(losses, count=6, parameters=12):
@@ -221,7 +221,7 @@ def test_weights_are_finite_at_all_scales_and_ranks(name):
         batch = [scale * x for x in batch for scale in 10.0 ** np.arange(-15, 16, 5)]
         mixed = 10.0 ** np.linspace(-15, 15, shape[0])[:, None]
         batch += [np.zeros(shape[:2]), mixed * batch[3]]
-        found = weights_of(METHODS[name], np.array(batch), "float32")
+        found = weights_on(METHODS[name], np.array(batch), "float32")
         assert np.isfinite(found).all()
 
 

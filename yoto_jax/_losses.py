@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 PyTree = Any
 Losses = PyTree  # scalars, one for each loss
@@ -103,6 +104,15 @@ def shape_and_dtype(what: str, value: Any) -> tuple[tuple[int, ...], Any]:
     except TypeError:
         raise TypeError(f"{what} is a {type(value).__name__}, not a number.") from None
     return getattr(value, "shape", ()), dtype
+
+
+def loss_vector(
+    losses: Losses, structure: jax.tree_util.PyTreeDef, dtype: Any
+) -> jax.Array:
+    """The losses as one vector, checked against those of ``init``; a constant."""
+    _, leaves, given = scalar_losses(losses)
+    check_structure(given, structure, "the loss weights")
+    return lax.stop_gradient(jnp.stack([jnp.asarray(x, dtype) for x in leaves]))
 
 
 def find_loss(role: str, chosen: Any, losses: Losses, names: Sequence[str]) -> int:

@@ -16,13 +16,13 @@ from yoto_jax._losses import (
     Present,
     PyTree,
     State,
-    check_structure,
     listed,
+    loss_vector,
     scalar_losses,
     split,
     stack_present,
 )
-from yoto_jax._numerics import all_finite, float_type
+from yoto_jax._numerics import all_finite, choose, float_type
 from yoto_jax._weighting import (
     GRADIENT_STATISTICS,
     LossWeighting,
@@ -198,9 +198,7 @@ def _values(
 ) -> tuple[LossSpec, jax.Array]:
     """The losses as one vector, checked against those of ``init``, absent ones 1."""
     spec = _spec_of(state)
-    _, leaves, structure = scalar_losses(losses)
-    check_structure(structure, spec.structure, "the loss weights")
-    values = jnp.stack([_constant(leaf, spec.dtype) for leaf in leaves])
+    values = loss_vector(losses, spec.structure, spec.dtype)
     mask = stack_present(present, spec.structure)
     spec = dataclasses.replace(spec, present=mask)
     return spec, spec.of_present(values, 1)
@@ -274,7 +272,8 @@ def _check_returned(weights: Any, new: PyTree, old: PyTree, spec: LossSpec) -> N
     if not alike or shapes(new) != shapes(old):
         raise ValueError(
             "update of this weighting must keep structure and shapes of its inner "
-            f"state, which was {old}; it returned {new}."
+            f"state: it was {jax.tree.structure(old)} with {shapes(old)}, and is "
+            f"{jax.tree.structure(new)} with {shapes(new)}."
         )
 
 
@@ -316,11 +315,8 @@ def _hold_absent(new: PyTree, old: PyTree, spec: LossSpec) -> PyTree:
 
 def _select(ok: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     """``new`` if ``ok`` else ``old``, in the dtypes of ``old``."""
-
-    def select(new: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(ok, new if is_key(old) else new.astype(old.dtype), old)
-
-    return jax.tree.map(select, new, old)
+    cast = lambda x, y: x if is_key(y) else x.astype(y.dtype)
+    return choose(ok, jax.tree.map(cast, new, old), old)
 
 
 def _constant(x: Any, dtype: Any) -> jax.Array:

@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from yoto_jax._checks import check_flag, check_hyperparameter, check_not_negative
-from yoto_jax._losses import Losses, PyTree, State, check_structure, scalar_losses
-from yoto_jax._numerics import running_mean
+from yoto_jax._losses import State
+from yoto_jax._numerics import choose, running_mean
 from yoto_jax._serialization import serializable_state
 
 _DECAY = 0.99
@@ -176,19 +175,3 @@ def count_skipped(state: State) -> jax.Array | None:
     """Batches skipped by a weighting and all wrappers in a state, or None."""
     counts = [x for _, x in optax.tree.get_all_with_path(state, "num_skipped")]
     return sum(counts[1:], counts[0]) if counts else None
-
-
-def loss_vector(losses: Losses, structure: Any, scales: LossScales) -> jax.Array:
-    """The losses as one vector, checked against those of ``init``."""
-    _, leaves, given = scalar_losses(losses)
-    check_structure(given, structure, "the loss weights")
-    dtype = scales.means.dtype
-    return lax.stop_gradient(jnp.stack([jnp.asarray(x, dtype) for x in leaves]))
-
-
-def choose(ok: jax.Array, new: PyTree, old: PyTree) -> PyTree:
-    """``new`` if ``ok`` else ``old``, leaf by leaf: no branch, no wait for the device.
-
-    The old state is read in any case, so that the selection is free.
-    """
-    return jax.tree.map(lambda x, y: jnp.where(ok, x, y), new, old)

@@ -15,17 +15,16 @@ from yoto_jax._losses import (
     PyTree,
     State,
     check_structure,
+    loss_vector,
     scalar_losses,
     stack_present,
 )
-from yoto_jax._numerics import all_finite, upcast
+from yoto_jax._numerics import all_finite, choose, upcast
 from yoto_jax._outliers import (
     LossScales,
     OutlierRule,
     SkipOutliersState,
     as_rule,
-    choose,
-    loss_vector,
 )
 from yoto_jax._unwrap_loss_logits import unwrap_loss_logits
 
@@ -160,7 +159,7 @@ def _values(losses: Losses | None, structure: Any, scales: LossScales) -> jax.Ar
         raise ValueError(
             f"skip_outliers was made for {count} losses, got {len(leaves)}."
         )
-    return loss_vector(losses, given, scales)
+    return loss_vector(losses, given, scales.means.dtype)
 
 
 def _squared(update: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from yoto_jax._losses import Present, PyTree, State, Weights
 from yoto_jax._numerics import where_rows
@@ -81,6 +82,11 @@ def check_state(state: State, kind: type) -> None:
             f"state must be the {kind.__name__} that init of this weighting returns, "
             f"got {type(state).__name__}."
         )
+
+
+def weights_of(state: State) -> PyTree:
+    """The loss weights in a state, inside wrappers too."""
+    return optax.tree.get(state, "loss_weights")
 
 
 def mask_weights(weights: Weights, present: jax.Array | None) -> PyTree:

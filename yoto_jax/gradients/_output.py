@@ -45,7 +45,7 @@ def _mask_losses(
     leaves, structure = jax.tree.flatten(losses)
     leaves = [
         jnp.where(share[k] > 0, x * share[k].astype(x.dtype), 0)
-        for k, x in enumerate(map(jnp.asarray, leaves))
+        for k, x in enumerate(leaves)
     ]
     return structure.unflatten(leaves), there
 

@@ -71,7 +71,7 @@ def _compiled(weighting: LossWeighting, losses: int, dtype: str) -> Any:
     return jax.jit(jax.vmap(one))
 
 
-def weights_of(
+def weights_on(
     weighting: LossWeighting, jacobians: np.ndarray, dtype: str = "float64"
 ) -> np.ndarray:
     """Weights (N, K) of a first update for Jacobians (N, K, P)."""
@@ -87,7 +87,7 @@ def weights_of(
 
 def directions(weighting: LossWeighting, jacobians: np.ndarray) -> np.ndarray:
     """Combined gradients (N, P)."""
-    return np.einsum("nk,nkp->np", weights_of(weighting, jacobians), jacobians)
+    return np.einsum("nk,nkp->np", weights_on(weighting, jacobians), jacobians)
 
 
 def non_conflicting_margin(weighting: LossWeighting, stationary: bool) -> float:
@@ -160,7 +160,7 @@ def smallest_step(weighting: LossWeighting) -> float:
 def least_weight(weighting: LossWeighting) -> float:
     """The smallest weight."""
     return min(
-        float(weights_of(weighting, samples(KINDS, shape)).min()) for shape in SHAPES
+        float(weights_on(weighting, samples(KINDS, shape)).min()) for shape in SHAPES
     )
 
 

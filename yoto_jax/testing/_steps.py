@@ -9,6 +9,7 @@ import optax
 
 from yoto_jax._losses import Params
 from yoto_jax._outliers import count_skipped
+from yoto_jax._weighting import weights_of
 from yoto_jax.testing._compare import (
     named_leaves,
     numbers,
@@ -19,7 +20,7 @@ from yoto_jax.testing._compare import (
     require_types,
 )
 from yoto_jax.testing._promises import check_weights, require_dtype, require_skipped
-from yoto_jax.testing._trial import Trial, descend, weights_of
+from yoto_jax.testing._trial import Trial, descend
 
 
 def check_training(trial: Trial) -> None:

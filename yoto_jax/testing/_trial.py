@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from yoto_jax._losses import (
     Losses,
@@ -20,7 +19,7 @@ from yoto_jax._losses import (
     loss_names,
     split,
 )
-from yoto_jax._weighting import GRADIENT_STATISTICS, LossWeighting
+from yoto_jax._weighting import GRADIENT_STATISTICS, LossWeighting, weights_of
 from yoto_jax.gradients._value_and_grad import value_and_grad
 from yoto_jax.testing._compare import require
 
@@ -216,8 +215,3 @@ class Trial:
 def descend(params: Params, grads: Params) -> PyTree:
     """A step of gradient descent."""
     return jax.tree.map(lambda p, g: p - RATE * g, params, grads)
-
-
-def weights_of(state: State) -> PyTree:
-    """The loss weights in a state."""
-    return optax.tree.get(state, "loss_weights")

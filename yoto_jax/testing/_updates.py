@@ -10,6 +10,7 @@ import optax
 
 from yoto_jax._checks import is_key
 from yoto_jax._losses import Losses, split
+from yoto_jax._weighting import weights_of
 from yoto_jax.testing._compare import (
     named_leaves,
     require,
@@ -19,7 +20,7 @@ from yoto_jax.testing._compare import (
     require_types,
 )
 from yoto_jax.testing._promises import check_weights, require_dtype, require_skipped
-from yoto_jax.testing._trial import Batch, Trial, weights_of
+from yoto_jax.testing._trial import Batch, Trial
 
 
 def check_state(trial: Trial) -> None:

@@ -112,20 +112,9 @@ def grap(
         weights = alignment.loss_weights(w, statistics, spec)
         return weights, GrapState(raw, statistics, opt_state)
 
-    def observe(
-        inner: GrapState,
-        spec: LossSpec,
-        *,
-        cotangent_norm: jax.Array,
-        gradient_norm: jax.Array,
-    ) -> GrapState:
-        del spec
-        seen = alignment.observe(inner.statistics, cotangent_norm, gradient_norm)
-        return inner._replace(statistics=seen)
-
     def first_weights(spec: LossSpec) -> jax.Array:
-        place, _ = spec.apart(downstream)
-        return jnp.abs(spec.vector("initial", initial)).at[place].set(0)
+        position, _ = spec.apart(downstream)
+        return jnp.abs(spec.vector("initial", initial)).at[position].set(0)
 
     return make_weighting(
         init,
@@ -133,7 +122,7 @@ def grap(
         needs=("gramian",),
         downstream=downstream,
         first_weights=first_weights,
-        observe=observe,
+        observe=alignment.observe,
     )
 
 

@@ -103,20 +103,9 @@ def grap_closed_form(
         w, inner = _solve(inner._replace(statistics=statistics), batch)
         return alignment.loss_weights(w, statistics, spec), inner
 
-    def observe(
-        inner: GrapClosedFormState,
-        spec: LossSpec,
-        *,
-        cotangent_norm: jax.Array,
-        gradient_norm: jax.Array,
-    ) -> GrapClosedFormState:
-        del spec
-        seen = alignment.observe(inner.statistics, cotangent_norm, gradient_norm)
-        return inner._replace(statistics=seen)
-
     def first_weights(spec: LossSpec) -> jax.Array:
-        place, _ = spec.apart(downstream)
-        return spec.full(1.0).at[place].set(0)
+        position, _ = spec.apart(downstream)
+        return spec.full(1.0).at[position].set(0)
 
     return make_weighting(
         init,
@@ -124,7 +113,7 @@ def grap_closed_form(
         needs=("gramian",),
         downstream=downstream,
         first_weights=first_weights,
-        observe=observe,
+        observe=alignment.observe,
     )
 
 

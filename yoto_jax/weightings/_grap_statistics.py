@@ -1,7 +1,7 @@
 """What GraP measures of gradients, for :func:`grap` and :func:`grap_closed_form`."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,9 +70,9 @@ class Alignment:
         self, old: GrapStatistics, gramian: jax.Array, spec: LossSpec
     ) -> tuple[GrapStatistics, Batch]:
         """The running means with one more batch in them."""
-        place, others = spec.apart(self.downstream)
+        position, others = spec.apart(self.downstream)
         norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
-        norm, own_norms = norms[place], norms[others]
+        norm, own_norms = norms[position], norms[others]
         aligned = norm > 0
         there = jnp.full(own_norms.shape, True)
         if spec.present is not None:
@@ -91,7 +91,7 @@ class Alignment:
         # A gradient far below its running mean counts as zero: it is rounding error.
         inverse = safe_divide(jnp.ones_like(nu), jnp.maximum(own_norms, 1e-8 * nu))
         cosines = gramian[others][:, others] * inverse[:, None] * inverse[None, :]
-        alignments = safe_divide(gramian[others, place] * inverse, norm)
+        alignments = safe_divide(gramian[others, position] * inverse, norm)
         cosines = self._mean(old.cosines, cosines, old.num_batches)
         alignments = self._mean(old.alignments, alignments, old.num_compared)
         statistics = old._replace(
@@ -116,21 +116,26 @@ class Alignment:
 
     def observe(
         self,
-        old: GrapStatistics,
+        inner: Any,
+        spec: LossSpec,
+        *,
         cotangent_norm: jax.Array,
         gradient_norm: jax.Array,
-    ) -> GrapStatistics:
-        """The running mean of the encoder's gain with one more step in it."""
+    ) -> Any:
+        """A state whose running mean of the encoder's gain has one more step in it."""
+        del spec
+        old = inner.statistics
         ratio = cotangent_norm / jnp.maximum(gradient_norm, 1e-16)
         gain = running_mean(
             old.encoder_gain, ratio, old.num_observed, 0, self.norm_decay
         )
         # A step without weights, or without any path to the encoder, tells nothing.
         telling = (cotangent_norm > 0) & (gradient_norm > 0)
-        return old._replace(
+        statistics = old._replace(
             encoder_gain=jnp.where(telling, gain, old.encoder_gain),
             num_observed=old.num_observed + telling.astype(jnp.int32),
         )
+        return inner._replace(statistics=statistics)
 
 
 def to_ellipsoid(u: jax.Array, cosines: jax.Array) -> jax.Array:

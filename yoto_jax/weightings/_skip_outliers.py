@@ -4,22 +4,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from yoto_jax._losses import Losses, Present, PyTree, State, stack_present
-from yoto_jax._numerics import all_finite
+from yoto_jax._losses import (
+    Losses,
+    Present,
+    PyTree,
+    loss_vector,
+    stack_present,
+)
+from yoto_jax._numerics import all_finite, choose
 from yoto_jax._outliers import (
     OutlierRule,
     SkipOutliersState,
     as_rule,
-    choose,
-    loss_vector,
 )
 from yoto_jax._weighting import (
     LossWeighting,
     and_present,
     check_state,
     mask_weights,
+    weights_of,
     without_absent,
 )
 
@@ -65,7 +69,7 @@ def skip_outliers(
 
     def init(losses: Losses) -> SkipOutliersState:
         inner = weighting.init(losses)
-        leaves = jax.tree.leaves(_weights(inner))
+        leaves = jax.tree.leaves(weights_of(inner))
         return rule.init(len(leaves), leaves[0].dtype, inner)
 
     def update(
@@ -76,9 +80,9 @@ def skip_outliers(
         **statistics: Any,
     ) -> tuple[PyTree, SkipOutliersState]:
         check_state(state, SkipOutliersState)
-        held = _weights(state.inner)
+        held = weights_of(state.inner)
         structure = jax.tree.structure(held)
-        values = loss_vector(losses, structure, state.loss_scales)
+        values = loss_vector(losses, structure, state.loss_scales.means.dtype)
         mask = stack_present(present, structure)
         if mask is not None:
             statistics = {
@@ -106,8 +110,8 @@ def skip_outliers(
         losses: Losses, state: SkipOutliersState, **kwargs: Any
     ) -> SkipOutliersState:
         assert weighting.observe_step is not None
-        structure = jax.tree.structure(_weights(state.inner))
-        values = loss_vector(losses, structure, state.loss_scales)
+        structure = jax.tree.structure(weights_of(state.inner))
+        values = loss_vector(losses, structure, state.loss_scales.means.dtype)
         mask = stack_present(kwargs.get("present"), structure)
         ok, _ = rule.judge(values, state.loss_scales, state.accepted, mask)
         inner = weighting.observe_step(losses, state.inner, **kwargs)
@@ -122,7 +126,3 @@ def skip_outliers(
         observe=weighting.observe and observe,
         observe_step=weighting.observe_step and observe_step,
     )
-
-
-def _weights(state: State) -> PyTree:
-    return optax.tree.get(state, "loss_weights")
