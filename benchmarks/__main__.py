@@ -225,6 +225,15 @@ EXTRA: dict[str, list[tuple[str, dict[str, Any]]]] = {
                 "help": "only work on the search that is in --storage",
             },
         ),
+        (
+            "--kill",
+            {
+                "type": _positive,
+                "metavar": "N",
+                "help": "after N trials, kill one of the workers in the middle of its "
+                "own (SIGKILL)",
+            },
+        ),
     ],
 }
 """Options of one benchmark alone, flag and how argparse has it: `Options.extra`."""

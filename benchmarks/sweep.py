@@ -7,6 +7,7 @@ Workers share one study of Optuna: those that this command starts, and those tha
 """
 
 import dataclasses
+import datetime
 import itertools
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import optuna
 import sqlalchemy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -50,7 +52,7 @@ def main(options: Options) -> None:
         raise UsageError(f"{shown(url)} has no search to join: start it without --join")
     before = len(shared.completed(shared.load(url, STUDY)))
     started = time.perf_counter()
-    supervise(url, options.extra.get("workers", 4))
+    supervise(url, options.extra.get("workers", 4), options.extra.get("kill"))
     seconds = time.perf_counter() - started
     if options.extra.get("join"):
         return
@@ -135,8 +137,11 @@ def begin(options: Options, url: str) -> None:
 # Workers.
 
 
-def supervise(url: str, workers: int) -> None:
-    """Run so many workers until the search is over."""
+def supervise(url: str, workers: int, kill: int | None = None) -> None:
+    """Run so many workers until the search is over.
+
+    After ``kill`` trials, one worker is killed in the middle of its own.
+    """
     # They may have to share an accelerator: nobody may take all its memory at once.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     # A new interpreter each: JAX does not survive a fork.
@@ -149,7 +154,7 @@ def supervise(url: str, workers: int) -> None:
         process.start()
     before = shared.stop_when_told()
     try:
-        _watch(url, processes)
+        _watch(url, processes, kill)
     finally:
         signal.signal(signal.SIGTERM, before)
         for process in processes.values():
@@ -166,7 +171,7 @@ def supervise(url: str, workers: int) -> None:
         )
 
 
-def _watch(url: str, processes: dict[str, BaseProcess]) -> None:
+def _watch(url: str, processes: dict[str, BaseProcess], kill: int | None) -> None:
     study = shared.load(url, STUDY)
     budget, told, ended = shared.plan_of(study).budget, -1, set()
     while any(process.is_alive() for process in processes.values()):
@@ -174,6 +179,11 @@ def _watch(url: str, processes: dict[str, BaseProcess]) -> None:
         if done != told:
             _common.say(f"sweep: {done} of {budget} trials")
             told = done
+        if kill is not None and done >= kill:
+            worker = _in_the_middle(study)
+            if worker in processes:
+                os.kill(processes[worker].pid or 0, signal.SIGKILL)
+                kill = None
         for name, process in processes.items():
             if process.exitcode and name not in ended:
                 ended.add(name)
@@ -183,6 +193,18 @@ def _watch(url: str, processes: dict[str, BaseProcess]) -> None:
                     "the signal that killed it); its trial goes to another one"
                 )
         time.sleep(shared.TIMING.poll)
+
+
+def _in_the_middle(study: optuna.Study) -> str | None:
+    """A worker whose trial has run for half as long as those before, if there is one."""
+    seconds = [t.duration.total_seconds() for t in shared.completed(study) if t.duration]
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if trial.datetime_start is None or not seconds:
+            continue
+        ran = (datetime.datetime.now() - trial.datetime_start).total_seconds()
+        if ran >= np.median(seconds) / 2:
+            return trial.user_attrs.get(shared.WORKER)
+    return None
 
 
 def serve(url: str, name: str) -> None:

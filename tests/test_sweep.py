@@ -317,7 +317,7 @@ def measured(point):
 @pytest.fixture
 def alone(monkeypatch):
     """One worker, in this process, instead of several."""
-    work = lambda url, workers: shared.work(url, sweep.STUDY, measured, QUICK)
+    work = lambda url, workers, kill: shared.work(url, sweep.STUDY, measured, QUICK)
     monkeypatch.setattr(sweep, "supervise", work)
 
 
@@ -363,6 +363,7 @@ def test_options_of_one_benchmark_alone(monkeypatch):
     command_line.main(line.split())
     (given,) = seen
     expected = {"workers": 2, "budget": None, "storage": "journal:x", "join": True}
+    expected["kill"] = None
     assert given.extra == expected
     assert "--workers 2 --storage journal:x --join --out out" in given.command
     with pytest.raises(SystemExit):

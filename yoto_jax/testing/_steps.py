@@ -28,8 +28,10 @@ def check_training(trial: Trial) -> None:
     steps = len(trial.batches)
     start = trial.init()
     params, state, history = trial.train(steps)
-    traces = trial.step._cache_size()
-    require(traces == 1, f"one trace is enough for all steps, {traces} were made.")
+    require(
+        trial.traces == 1,
+        f"one trace is enough for all steps, {trial.traces} were made.",
+    )
     require_types(state, start, "the state")
     for weights in history:
         check_weights(weights, trial, "loss weights")

@@ -51,6 +51,7 @@ class Trial:
     Attributes:
       params: Parameters to start from.
       batches: Batches, on the first axis.
+      traces: How often ``step`` has been traced.
 
     Examples:
       >>> import yoto_jax as yoto
@@ -95,6 +96,7 @@ class Trial:
             "none": None,
         }
         self.batches = jax.random.normal(jax.random.key(1), (6, 16, 4))
+        self.traces = 0
 
     # The problem.
 
@@ -131,7 +133,13 @@ class Trial:
     @functools.cached_property
     def step(self) -> Any:
         """``step(params, state, x) -> (losses, grads, state)``, compiled."""
-        return jax.jit(self.value_and_grad())
+        value_and_grad = self.value_and_grad()
+
+        def step(params: Params, state: State, x: jax.Array) -> Any:
+            self.traces += 1
+            return value_and_grad(params, state, x)
+
+        return jax.jit(step)
 
     @functools.cached_property
     def update(self) -> Any:
