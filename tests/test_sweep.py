@@ -301,6 +301,18 @@ def test_the_trial_of_a_killed_worker_is_tried_again(how, storage, tmp_path):
 # The benchmark.
 
 
+def test_a_worker_is_killed_in_the_middle_of_its_trial(tmp_path):
+    study = begin(url_of(tmp_path), 9)
+    for _ in range(2):
+        study.tell(study.ask(), 1.0)
+        assert sweep._in_the_middle(study) is None  # nobody is at work
+    study.ask().set_user_attr(shared.WORKER, "late")
+    started = time.time()
+    while (found := sweep._in_the_middle(study)) is None:
+        assert time.time() - started < 20
+    assert found == "late"
+
+
 def measured(point):
     """As the digits are, but quicker."""
     domains = ("clean", "validation clean", "validation stylised", *task.UNSEEN)

@@ -147,6 +147,21 @@ def test_an_absent_loss_that_has_a_weight():
     caught(weighting, "absent losses", "the weight of an absent loss must be 0")
 
 
+def test_a_sum_over_absent_losses():
+    weighting = yoto.make_weighting(
+        lambda spec: (), lambda losses, inner, spec: (losses / losses.sum(), inner)
+    )
+    caught(weighting, "absent losses", "must be those for the others alone")
+
+
+def test_a_method_made_for_so_many_losses_passes():
+    weighting = yoto.make_weighting(
+        lambda spec: spec.vector("scales", [1.0, 2.0, 3.0]),
+        lambda losses, scales, spec: (losses * scales, scales),
+    )
+    checks()["absent losses"](Trial(weighting))
+
+
 def test_an_update_that_knows_no_absent_losses():
     weighting = BASE._replace(update=lambda losses, state: BASE.update(losses, state))
     caught(weighting, "absent losses", "update must take present=")

@@ -18,7 +18,7 @@ _DECAY = 0.99
 
 @serializable_state
 class LossScales(NamedTuple):
-    """What is known of the usual size of every loss."""
+    """Running statistics of the size of every loss."""
 
     means: jax.Array  # (K,) running means of the sizes of accepted losses
     num_seen: jax.Array  # int32 (K,), batches in them since their last restart
@@ -49,14 +49,14 @@ class OutlierRule:
 
     Args:
       limit: How many times larger than usual a loss may be (larger than 1, no unit).
-      patience: For how many finite batches in a row one loss may make a batch bad. The
-        next one like them is accepted, and the mean of that loss starts anew with it:
-        the losses have changed for good. A loss that stays that much *smaller* than
-        usual is accepted all the while; its mean starts anew likewise.
-      positive: Whether all losses are positive by definition: a batch with a loss of 0
-        or less is then bad, without end, as one that is not finite is.
-      floor: Losses smaller than this in size count as this size (in the unit of the
-        losses): how they vary down there is no reason to skip a batch.
+      patience: How many finite batches in a row may be bad because of the same loss.
+        The next such batch is accepted, and the running mean of that loss restarts
+        from it, since the losses have changed for good. A loss far *below* its mean
+        never makes a batch bad; its mean restarts after as many batches.
+      positive: Whether every loss must be positive. A batch with a loss of 0 or less is
+        then bad, however many follow each other, like a batch that is not finite.
+      floor: Smallest size that counts, in the unit of the losses. Smaller losses are
+        taken as this size, so that variation near zero does not make a batch bad.
 
     Raises:
       ValueError: ``limit`` is not larger than 1, or ``patience`` or ``floor`` is
@@ -69,10 +69,10 @@ class OutlierRule:
       >>> weighting = yoto.weightings.skip_outliers(yoto.weightings.famo(), rule)
 
     .. warning::
-      Batches whose loss is rarely, but rightly, ``limit`` times the usual are never
-      learned from. Watch ``num_skipped``, and raise ``limit`` if it grows where data
-      and code are sound: 1e6 still keeps out what overflows. The guide to long runs
-      says what the rule cannot see.
+      Correct batches with rare losses above ``limit`` times the mean are skipped too.
+      Watch ``num_skipped``, and raise ``limit`` if it grows although data and code are
+      right: 1e6 still catches overflows. The guide to long runs lists what the rule
+      cannot detect.
     """
 
     limit: jax.typing.ArrayLike = 1e3

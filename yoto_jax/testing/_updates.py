@@ -76,6 +76,7 @@ def check_absent_losses(trial: Trial) -> None:
                 again, after, f"an absent loss of {junk} leaves a trace: state"
             )
         _require_row_held(after, state, absent, trial)
+        _require_method_of_the_others(trial, absent)
     weights, after = trial.tell(trial.batch(0), state, np.full(trial.size, False))
     what = "without any loss"
     zero = not any(jax.tree.leaves(weights))
@@ -105,6 +106,54 @@ def _require_row_held(after: Any, before: Any, position: int, trial: Trial) -> N
             continue
         what = "the row of an absent loss in the state must be held: row"
         require_equal(now, then, what)
+
+
+def _require_method_of_the_others(trial: Trial, absent: int) -> None:
+    """Without a loss the weights are those of the method for the K - 1 others.
+
+    Only where the method can be made for them and starts from the same state.
+    """
+    others = [k for k in range(trial.size) if k != absent]
+    some = lambda values: trial.structure.unflatten(
+        [values[k] if k in others else None for k in range(trial.size)]
+    )
+    try:
+        part = trial.weighting.init(some(np.ones(trial.size, np.float32)))
+    except (ValueError, TypeError):  # It has numbers of its own for K losses.
+        return
+    full = trial.init()
+    if not _is_part(part, full, others):
+        return
+    there = np.isin(np.arange(trial.size), others)
+    update = jax.jit(trial.weighting.update)
+    for seed in range(3):
+        batch = trial.batch(seed)
+        seen = {name: x[others] for name, x in batch.statistics.items()}
+        if "gramian" in seen:
+            seen["gramian"] = seen["gramian"][:, others]
+        losses, seen = jax.tree.map(jnp.float32, (some(batch.losses), seen))
+        expected, part = update(losses, part, **seen)
+        weights, full = trial.tell(batch, full, there)
+        got = some(jax.tree.leaves(weights))
+        what = "without a loss, the weights must be those for the others alone: weights"
+        require_close(got, expected, what, rtol=1e-3, atol=1e-4)
+
+
+def _is_part(part: Any, full: Any, others: list[int]) -> bool:
+    """Whether one state is another one without the rows of a loss, and has no key."""
+    named, expected = named_leaves(part), named_leaves(full)
+    for name, x in named.items():
+        if name.startswith("loss_weights"):  # What came out last, in no update's way.
+            continue
+        if name not in expected or is_key(x):
+            return False
+        y = expected[name]
+        for axis in range(min(x.ndim, y.ndim)):
+            if x.shape[axis] != y.shape[axis]:
+                y = jnp.take(y, jnp.asarray(others), axis)
+        if x.shape != y.shape or not np.array_equal(x, y, equal_nan=True):
+            return False
+    return True
 
 
 def check_order(trial: Trial) -> None:
