@@ -1,6 +1,6 @@
 """Versions of jaxlib whose compiler for CPUs is wrong.
 
-``pyproject.toml`` excludes them. ``tests/test_real_sizes.py`` shows what is wrong.
+``pyproject.toml`` excludes them. ``tests/engine/test_real_sizes.py`` shows what is wrong.
 """
 
 import warnings

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import yoto_jax as yoto
-from tests.test_contract_weightings import MESH, ROWS, unkeyed
+from tests.contract.test_weightings import MESH, ROWS, unkeyed
 from yoto_jax import weightings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -16,8 +16,8 @@ import optax
 import pytest
 
 import yoto_jax as yoto
-from tests import helpers
-from tests.test_devices import data, loss_fn
+from tests.devices.test_devices import data, loss_fn
+from tests.oracles import paper as helpers
 from yoto_jax import make_weighting, monitoring, weightings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -26,7 +26,7 @@ from benchmarks import (
 )
 from benchmarks import _digits_task as task
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 SEEDS, STEPS = 2, 10  # throughout, to share compiled programs
 
 pytestmark = pytest.mark.usefixtures("any_rank", "quick_compilation")

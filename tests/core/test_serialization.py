@@ -15,7 +15,7 @@ import optax
 import pytest
 
 import yoto_jax as yoto
-from tests.test_contract_weightings import ROWS
+from tests.contract.test_weightings import ROWS
 from yoto_jax import conditional, monitoring, weightings
 
 LOSSES = {"fit": 0.5, "heads": (1.0, 2.0)}

@@ -44,7 +44,7 @@ def test_the_kernel_diagonal_is_that_of_the_roots_of_the_losses():
 
 
 def test_every_weighting_takes_part():
-    from tests import test_contract_weightings as contract
+    from tests.contract import test_weightings as contract
 
     taking_part = {name.replace(")", "").split("(")[-1] for name in task.WEIGHTINGS}
     wrappers = {"every", "smooth", "normalize", "all wrapped", "skip_outliers"}

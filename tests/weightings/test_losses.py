@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import _oracles_losses as oracles
+from tests.oracles import losses as oracles
 from yoto_jax.weightings._causal import causal
 from yoto_jax.weightings._dwa import dwa
 from yoto_jax.weightings._famo import famo

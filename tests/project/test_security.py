@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import _common, _experiment, _licenses
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 class Payload:

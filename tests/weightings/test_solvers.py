@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import _oracles_gramian as oracles
+from tests.oracles import gramian as oracles
 from yoto_jax import _solvers
 
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import yoto_jax as yoto
-from tests import helpers
+from tests.oracles import paper as helpers
 
 AUXILIARY = 3
 

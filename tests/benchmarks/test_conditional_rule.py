@@ -11,7 +11,7 @@ from benchmarks import _conditional as rules
 from benchmarks import _experiment as experiment
 from benchmarks._conditional import Chosen, Conditional
 from benchmarks._experiment import CHOOSING, Run, Runs, Softmax
-from tests.test_experiment import LANES, NAMES, STEPS, TASK
+from tests.benchmarks.test_experiment import LANES, NAMES, STEPS, TASK
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -12,7 +12,7 @@ import pytest
 import yoto_jax as yoto
 from benchmarks import _common, _methods_table
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 GUIDES = set((ROOT / "docs").glob("*.md")) - {ROOT / "docs" / "dependencies.md"}
 PAGES = [ROOT / "README.md", *sorted(GUIDES)]
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import _oracles_grap as oracle
+from tests.oracles import grap as oracle
 from yoto_jax.weightings._auto_lambda import auto_lambda
 from yoto_jax.weightings._grap import grap
 from yoto_jax.weightings._grap_closed_form import grap_closed_form, maximise_alignment

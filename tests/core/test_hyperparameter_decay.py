@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import yoto_jax as yoto
-from tests import helpers
+from tests.oracles import paper as helpers
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

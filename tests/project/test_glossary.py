@@ -13,7 +13,7 @@ import yoto_jax.linen
 import yoto_jax.nnx
 from yoto_jax import conditional, monitoring, weightings
 
-GLOSSARY = pathlib.Path(__file__).parent.parent / "docs" / "glossary.md"
+GLOSSARY = pathlib.Path(__file__).parent.parent.parent / "docs" / "glossary.md"
 MODULES = (
     yoto_jax,
     weightings,

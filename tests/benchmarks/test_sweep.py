@@ -24,7 +24,7 @@ from benchmarks import _sweep_worker as shared
 from benchmarks._common import UsageError
 from benchmarks._searches import VALIDATED
 from benchmarks._sweep_worker import Plan
-from tests._sweeping import NAME, QUICK, product, serve
+from tests.benchmarks.sweeping import NAME, QUICK, product, serve
 
 BOUNDS = [(0.01, 100.0), (0.1, 10.0)]
 STORAGES = ("sqlite", "journal")
