@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import yoto_jax as yoto
-from tests.oracles import paper as helpers
+from tests.oracles import paper
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -53,7 +53,7 @@ def test_value_and_gradients_equal_equations_5_and_6(problem):
     losses, mu, vector, full, is_learned = problem
     value_and_grad = jax.value_and_grad(yoto.composite_loss, argnums=(0, 1))
     loss, (d_losses, d_mu) = jax.jit(value_and_grad)(losses, mu)
-    weights = helpers.softmax(full)
+    weights = paper.softmax(full)
     size = np.abs(vector).max() + 1e-30
     np.testing.assert_allclose(loss, weights @ vector, rtol=2e-5, atol=1e-6 * size)
     assert jax.tree.structure(d_losses) == jax.tree.structure(losses)
@@ -64,11 +64,11 @@ def test_value_and_gradients_equal_equations_5_and_6(problem):
     )
     # The closed form is Eq. 6 as printed, and both are the derivative of Eq. 5.
     np.testing.assert_allclose(
-        closed_form, helpers.composite_gradient(vector, full), atol=1e-9 * size + 1e-12
+        closed_form, paper.composite_gradient(vector, full), atol=1e-9 * size + 1e-12
     )
     np.testing.assert_allclose(
         closed_form,
-        helpers.numerical_gradient(lambda x: helpers.composite_loss(vector, x), full),
+        paper.numerical_gradient(lambda x: paper.composite_loss(vector, x), full),
         atol=1e-7 * size + 1e-12,
     )
 
@@ -83,7 +83,7 @@ def test_forward_mode_and_second_derivatives(problem):
         learned = jnp.array(full[is_learned], jnp.float64)
         f = lambda x: yoto.composite_loss(losses, dataclasses.replace(mu, learned=x))
         embed = np.eye(len(full))[is_learned]
-        oracle = lambda x: helpers.composite_gradient(vector, full + x @ embed)[
+        oracle = lambda x: paper.composite_gradient(vector, full + x @ embed)[
             is_learned
         ]
         size = vector.max() + 1.0
@@ -160,10 +160,10 @@ def test_few_and_many_losses_take_the_same_values(count):
     full = np.insert(np.array(mu.learned, np.float64), count // 2, 0.0)
     loss, gradient = jax.value_and_grad(yoto.composite_loss, argnums=1)(losses, mu)
     vector = np.array(losses)
-    np.testing.assert_allclose(loss, helpers.composite_loss(vector, full), rtol=1e-6)
+    np.testing.assert_allclose(loss, paper.composite_loss(vector, full), rtol=1e-6)
     np.testing.assert_allclose(
         gradient.learned,
-        np.delete(helpers.composite_gradient(vector, full), count // 2),
+        np.delete(paper.composite_gradient(vector, full), count // 2),
         rtol=1e-4,
         atol=1e-6,
     )

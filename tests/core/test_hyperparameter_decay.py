@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import yoto_jax as yoto
-from tests.oracles import paper as helpers
+from tests.oracles import paper
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -41,14 +41,14 @@ def test_value_and_gradient_equal_equations_7_and_8(learned, with_primary, entro
     with jax.enable_x64(True):
         mu, full, is_learned = as_logits(learned, with_primary)
         value, gradient, forward = derivatives(mu, entropy)
-        oracle = lambda x: helpers.regularizer(x, is_learned, entropy)
+        oracle = lambda x: paper.regularizer(x, is_learned, entropy)
         np.testing.assert_allclose(value, oracle(full), atol=1e-12)
-        expected = helpers.regularizer_gradient(full, is_learned, entropy)
+        expected = paper.regularizer_gradient(full, is_learned, entropy)
         np.testing.assert_allclose(gradient.learned, expected[is_learned], atol=1e-12)
-        numerical = helpers.numerical_gradient(oracle, full)[is_learned]
+        numerical = paper.numerical_gradient(oracle, full)[is_learned]
         np.testing.assert_allclose(gradient.learned, numerical, atol=1e-7)
         if entropy == "all":  # the closed form of the gradient
-            p = helpers.softmax(full)
+            p = paper.softmax(full)
             closed_form = p * (full - p @ full) + 1 / (1 + np.exp(-full))
             np.testing.assert_allclose(
                 gradient.learned, closed_form[is_learned], atol=1e-12
@@ -63,11 +63,11 @@ def test_float32_is_accurate(learned):
     value, gradient, _ = derivatives(mu)
     assert value.dtype == gradient.learned.dtype == jnp.float32
     np.testing.assert_allclose(
-        value, helpers.regularizer(full, is_learned), rtol=1e-5, atol=1e-5
+        value, paper.regularizer(full, is_learned), rtol=1e-5, atol=1e-5
     )
     np.testing.assert_allclose(
         gradient.learned,
-        helpers.regularizer_gradient(full, is_learned)[is_learned],
+        paper.regularizer_gradient(full, is_learned)[is_learned],
         # Differences of logits: a few units in the last place of the largest.
         atol=4 * np.finfo(np.float32).eps * (1 + np.max(np.abs(learned))),
     )
@@ -84,9 +84,7 @@ def test_float32_is_accurate(learned):
     ],
 )
 def test_minimiser_of_the_regularizer_alone(auxiliary, logit, primary_weight):
-    np.testing.assert_allclose(
-        helpers.minimise_regularizer(auxiliary), logit, atol=5e-5
-    )
+    np.testing.assert_allclose(paper.minimise_regularizer(auxiliary), logit, atol=5e-5)
     params, _, _ = as_logits(np.full(auxiliary, -3.0, np.float32))
     tx = optax.chain(yoto.add_hyperparameter_decay(20.0), optax.sgd(0.05))
 
@@ -113,7 +111,7 @@ def test_minimiser_of_the_regularizer_alone(auxiliary, logit, primary_weight):
 )
 def test_strongest_pull_on_one_vanishing_or_dominant_weight(auxiliary, pull):
     """The bounds that the default of adamw is argued from."""
-    others = [helpers.minimise_regularizer(auxiliary)] * (auxiliary - 1)
+    others = [paper.minimise_regularizer(auxiliary)] * (auxiliary - 1)
     line = np.linspace(-12, 8, 801)
     learned = np.array([[x, *others] for x in line], np.float32)
     mu = dataclasses.replace(as_logits(learned[0])[0], learned=jnp.array(learned))
@@ -172,7 +170,7 @@ def test_the_link_adds_rho_times_the_gradient_to_loss_logits_alone():
     tx = yoto.add_hyperparameter_decay(2.0)
     new, _ = tx.update(updates, tx.init(params), params)
     np.testing.assert_array_equal(new["w"], updates["w"])
-    expected = 1 + 2 * helpers.regularizer_gradient(full, is_learned)[is_learned]
+    expected = 1 + 2 * paper.regularizer_gradient(full, is_learned)[is_learned]
     np.testing.assert_allclose(new["deep"][0].learned, expected, rtol=1e-6)
     assert jax.tree.structure(new) == jax.tree.structure(params)
 
@@ -188,7 +186,7 @@ def test_the_link_computes_in_float32_whatever_it_is_given(dtype):
     new, _ = tx.update(update, state, low)
     exact = np.append(0.0, np.array(low.learned, np.float64))
     expected = np.array(update.learned, np.float64)
-    expected = expected + helpers.regularizer_gradient(exact, is_learned)[is_learned]
+    expected = expected + paper.regularizer_gradient(exact, is_learned)[is_learned]
     half_a_unit = float(jnp.finfo(dtype).eps) / 2
     np.testing.assert_allclose(
         np.array(new.learned, np.float64), expected, rtol=1.01 * half_a_unit
@@ -209,7 +207,7 @@ def test_rho_may_be_a_schedule():
     mu, full, is_learned = as_logits(np.array([0.5], np.float32))
     tx = yoto.add_hyperparameter_decay(lambda count: 10.0 * count)
     state = tx.init(mu)
-    slope = helpers.regularizer_gradient(full, is_learned)[1]
+    slope = paper.regularizer_gradient(full, is_learned)[1]
     for step in range(3):
         updates, state = tx.update(jax.tree.map(jnp.zeros_like, mu), state, mu)
         np.testing.assert_allclose(updates.learned, 10 * step * slope, rtol=1e-6)

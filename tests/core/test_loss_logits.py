@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import yoto_jax as yoto
-from tests.oracles import paper as helpers
+from tests.oracles import paper
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -184,7 +184,7 @@ def test_weights_equal_softmax_for_any_number_of_losses(learned, with_primary, d
     if with_primary:
         logits.insert(position, 0.0)
     weights = np.array(yoto.loss_weights(mu))
-    np.testing.assert_allclose(weights, helpers.softmax(np.array(logits)), rtol=2e-5)
+    np.testing.assert_allclose(weights, paper.softmax(np.array(logits)), rtol=2e-5)
     np.testing.assert_allclose(weights.sum(), 1.0, rtol=1e-6)
 
 
@@ -227,7 +227,7 @@ def test_float64_logits_are_kept_in_float64():
         mu = yoto.init_loss_logits((0.0, 0.0), 0)
         assert mu.learned.dtype == jnp.float32
         wide = dataclasses.replace(mu, learned=jnp.array([0.3], jnp.float64))
-        expected = helpers.softmax(np.array([0.0, 0.3]))
+        expected = paper.softmax(np.array([0.0, 0.3]))
         np.testing.assert_allclose(yoto.loss_weights(wide), expected, rtol=1e-15)
 
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import yoto_jax as yoto
-from tests.oracles import paper as helpers
+from tests.oracles import paper
 
 AUXILIARY = 3
 
@@ -55,8 +55,8 @@ def start(problem, epsilon=0.1):
 @pytest.mark.parametrize("entropy", ["all", "auxiliary"])
 @pytest.mark.parametrize("x64", [False, True])
 def test_sgdw_is_algorithm_1(x64, entropy):
-    problem = helpers.Quadratics(AUXILIARY + 1, dim=5, seed=0)
-    expected = helpers.algorithm_1(
+    problem = paper.Quadratics(AUXILIARY + 1, dim=5, seed=0)
+    expected = paper.algorithm_1(
         problem,
         start(problem),
         200,
@@ -88,8 +88,8 @@ def test_sgdw_is_algorithm_1(x64, entropy):
 
 @pytest.mark.parametrize("x64", [False, True])
 def test_adamw_is_its_adam_form(x64):
-    problem = helpers.Quadratics(AUXILIARY + 1, dim=5, seed=1)
-    expected = helpers.algorithm_1_adamw(
+    problem = paper.Quadratics(AUXILIARY + 1, dim=5, seed=1)
+    expected = paper.algorithm_1_adamw(
         problem,
         start(problem),
         200,
@@ -117,7 +117,7 @@ def test_adamw_is_its_adam_form(x64):
 
 
 def test_a_constant_rate_equals_a_constant_schedule():
-    problem = helpers.Quadratics(3, dim=2, seed=2)
+    problem = paper.Quadratics(3, dim=2, seed=2)
     for factory in (yoto.sgdw, yoto.adamw):
         constant = train(
             problem, factory(0.02, weight_decay=0.1, hyperparameter_decay=0.5), 30
@@ -255,7 +255,7 @@ def test_adamw_hands_on_the_entropy():
     for entropy in ("all", "auxiliary"):
         tx = yoto.adamw(1.0, hyperparameter_decay=2.0, entropy=entropy)
         updates, _ = tx.update(jax.tree.map(jnp.zeros_like, mu), tx.init(mu), mu)
-        slope = helpers.regularizer_gradient(full, learned, entropy)[learned]
+        slope = paper.regularizer_gradient(full, learned, entropy)[learned]
         np.testing.assert_allclose(updates.learned, -2 * slope, rtol=1e-5)
 
 

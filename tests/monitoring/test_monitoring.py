@@ -17,7 +17,7 @@ import pytest
 
 import yoto_jax as yoto
 from tests.devices.test_devices import data, loss_fn
-from tests.oracles import paper as helpers
+from tests.oracles import paper
 from yoto_jax import make_weighting, monitoring, weightings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -334,7 +334,7 @@ def test_numbers_without_rho_losses_or_a_whole_regulariser():
     assert auxiliary.prior_weights == ()
     logits = np.array([0.0, *np.asarray(params["mu"].learned)], np.float64)
     learned = np.array([False, True, True])
-    pull = helpers.regularizer_gradient(logits, learned, "auxiliary")
+    pull = paper.regularizer_gradient(logits, learned, "auxiliary")
     np.testing.assert_allclose(auxiliary.prior_gradient, [np.linalg.norm(pull)], 1e-6)
 
 
@@ -351,8 +351,8 @@ def test_prior_weights_are_those_of_the_regulariser_alone(count):
     weights = alone(1)
     assert weights.sum() == pytest.approx(1)
     mu, learned = np.log(weights / weights[1]), np.arange(count) != 1
-    np.testing.assert_allclose(helpers.regularizer_gradient(mu, learned), 0, atol=1e-9)
-    assert mu[0] == pytest.approx(helpers.minimise_regularizer(count - 1), abs=1e-6)
+    np.testing.assert_allclose(paper.regularizer_gradient(mu, learned), 0, atol=1e-9)
+    assert mu[0] == pytest.approx(paper.minimise_regularizer(count - 1), abs=1e-6)
 
 
 # Losses of every kind.
@@ -407,7 +407,7 @@ def test_several_loss_logits_are_all_recorded():
     np.testing.assert_allclose(seen.data_gradient, np.sqrt(2), rtol=1e-6)
     logits = [np.array([0.0, np.log(x)]) for x in (0.5, 0.25)]
     learned = np.array([False, True])
-    slopes = [helpers.regularizer_gradient(x, learned)[1] for x in logits]
+    slopes = [paper.regularizer_gradient(x, learned)[1] for x in logits]
     np.testing.assert_allclose(seen.prior_gradient, 2 * np.hypot(*slopes), rtol=1e-6)
     assert [set(group) for group in seen.prior_weights] == [
         {"far/0", "far/1"},
