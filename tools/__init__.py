@@ -1,0 +1,1 @@
+"""Tools for those who work on yoto_jax: no part of the package."""

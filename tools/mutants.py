@@ -1,0 +1,197 @@
+"""Do the tests find faults? Twenty of them, put into copies of the library in turn.
+
+``python -m tools.mutants`` copies the tree, changes one line of the library, and runs
+the tests of the room that the file is in (those of ``make test``) until one fails. A
+fault that no test finds is printed, and the exit status is then 1.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+class Mutant(NamedTuple):
+    """A fault: in ``file`` of the library, ``right`` becomes ``wrong``."""
+
+    file: str
+    right: str
+    wrong: str
+    tests: str  # folders and files of tests/, in the order in which they are run
+
+
+MUTANTS = (
+    # Weights.
+    Mutant(
+        "_numerics.py", "stack([zero, *unstack", "stack([zero + 1, *unstack", "core"
+    ),
+    Mutant(
+        "weightings/_mgda.py",
+        "return weights / jnp.sum(weights), inner",
+        "return weights, inner",
+        "weightings/test_gramian.py",
+    ),
+    Mutant(
+        "weightings/_gradnorm.py",
+        "spec.mean(weighted) * rates**alpha",
+        "spec.mean(weighted) * rates",
+        "weightings/test_losses.py",
+    ),
+    Mutant(
+        "weightings/_cagrad.py",
+        "radius = c * combined_norm(g, mean)",
+        "radius = c * combined_norm(gramian, mean)",
+        "weightings/test_gramian.py",
+    ),
+    Mutant(
+        "_optimizers.py",
+        "lambda x: not is_loss_logits(x) and choice",
+        "lambda x: choice",
+        "core/test_optimizers.py",
+    ),
+    # Signs.
+    Mutant(
+        "_hyperparameter_decay.py",
+        "upcast(update.learned) + rho * slope",
+        "upcast(update.learned) - rho * slope",
+        "core/test_hyperparameter_decay.py",
+    ),
+    Mutant(
+        "weightings/_famo.py",
+        "improvement = inner.log_gaps - gaps",
+        "improvement = gaps - inner.log_gaps",
+        "weightings/test_losses.py",
+    ),
+    Mutant(
+        "weightings/_pcgrad.py",
+        "HIGHEST), 0)",
+        "HIGHEST), -9)",
+        "weightings/test_gramian.py",
+    ),
+    Mutant(
+        "weightings/_softmax_alignment.py",
+        "return -dot(share",
+        "return dot(share",
+        "weightings/test_softmax_alignment.py",
+    ),
+    # Axes.
+    Mutant(
+        "gradients/_statistics.py",
+        "gramian.at[position, :].set(row).at[:, position].set(row)",
+        "gramian.at[position, :].set(row)",
+        "engine weightings/test_grap.py",
+    ),
+    Mutant(
+        "gradients/_devices.py",
+        "axis for axis in axes if axis not in own",
+        "axis for axis in axes",
+        "devices",
+    ),
+    Mutant(
+        "gradients/_statistics.py",
+        "lax.psum(local, axes) if axes else local",
+        "local",
+        "devices",
+    ),
+    Mutant(
+        "_masked_mean.py",
+        "jnp.sum(mask, dtype=x.dtype) * entries",
+        "jnp.sum(mask, dtype=x.dtype)",
+        "engine/test_present.py",
+    ),
+    # Dtypes.
+    Mutant(
+        "gradients/_rows.py",
+        "terms = [upcast(x) for x in terms]",
+        "pass",
+        "engine contract",
+    ),
+    Mutant(
+        "gradients/_statistics.py",
+        "preferred_element_type=jnp.promote_types(x.dtype, jnp.float32)",
+        "preferred_element_type=x.dtype",
+        "engine",
+    ),
+    Mutant(
+        "_composite_loss.py", "jnp.asarray(leaf, dtype)", "jnp.asarray(leaf)", "core"
+    ),
+    # Masks.
+    Mutant(
+        "_make_weighting.py",
+        "return spec.of_present(new, old) if one_row_each else new",
+        "return new",
+        "contract engine/test_present.py",
+    ),
+    Mutant(
+        "gradients/_output.py",
+        "* axis_size(axes) / jnp.maximum(number, 1)",
+        "/ jnp.maximum(number, 1)",
+        "engine/test_present.py",
+    ),
+    Mutant(
+        "_outliers.py",
+        "jnp.abs(streaks) > self.patience",
+        "jnp.abs(streaks) >= self.patience",
+        "core/test_skip_outliers.py",
+    ),
+    # Compiled at the size of real models.
+    Mutant(
+        "gradients/_rows.py",
+        "return jax.vmap(pull)(basis)",
+        "return jax.vmap(pull)(jax.tree.map(lambda x: x[::-1], basis))",
+        "engine/test_real_sizes.py",
+    ),
+)
+
+
+def is_found(mutant: Mutant) -> tuple[bool, str]:
+    """Whether a test fails, and what pytest says last."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder) / "copy"
+        left_out = shutil.ignore_patterns(".git", ".venv*", ".*_cache", "results")
+        shutil.copytree(ROOT, copy, ignore=left_out)
+        path = copy / "yoto_jax" / mutant.file
+        text = path.read_text()
+        if text.count(mutant.right) != 1:
+            raise ValueError(f"{mutant.file} must hold {mutant.right!r} once.")
+        path.write_text(text.replace(mutant.right, mutant.wrong))
+        tests = [f"tests/{name}" for name in mutant.tests.split()]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        done = subprocess.run(
+            [*command, *tests],
+            cwd=copy,
+            env=os.environ | {"PYTHONPATH": str(copy)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    said = [x for x in done.stdout.splitlines() if x.startswith(("FAILED", "ERROR"))]
+    return done.returncode == 1, said[0] if said else done.stdout.strip()[-200:]
+
+
+def main() -> None:
+    """Run the tests with every fault, and say which were found."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, default=2)
+    workers = parser.parse_args().workers
+    missed = 0
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        for number, (mutant, (found, said)) in enumerate(
+            zip(MUTANTS, pool.map(is_found, MUTANTS), strict=True), 1
+        ):
+            missed += not found
+            state = "found" if found else "NOT FOUND"
+            print(f"{number:2} {state}  {mutant.file}: {mutant.wrong}\n   {said}")
+    print(f"{len(MUTANTS) - missed} of {len(MUTANTS)} faults were found.")
+    sys.exit(missed > 0)
+
+
+if __name__ == "__main__":
+    main()
