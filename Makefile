@@ -8,14 +8,16 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 WORKERS ?= 2
 
-.PHONY: demo test test-all lint types tests notebooks audit format clean
+.PHONY: demo check test test-all lint types tests smoke notebooks mutants audit format clean
 
 demo: $(VENV)/bench
 	$(RUN) benchmarks digits
 
-test: lint types tests notebooks
+# Three tiers: while editing, before a commit, before a release.
+check: lint types smoke
 
-# With the tests that take long: many minutes more.
+test: lint types tests
+
 test-all: lint types $(VENV)/dev
 	$(RUN) pytest -n $(WORKERS) --dist loadfile -m ""
 	$(MAKE) notebooks
@@ -30,8 +32,16 @@ types: $(VENV)/dev
 tests: $(VENV)/dev
 	$(RUN) pytest -n $(WORKERS) --dist loadfile
 
+smoke: $(VENV)/dev
+	$(RUN) pytest -m smoke
+
+# As readers run them: a kernel each, trained to the end.
 notebooks: $(VENV)/dev
 	$(RUN) pytest --nbmake -n $(WORKERS) notebooks
+
+# Are faults found? See tools/mutants.py.
+mutants: $(VENV)/dev
+	$(RUN) tools.mutants --workers $(WORKERS)
 
 # Licences, and known vulnerabilities of what is installed: asks pypi.org. It fails if it
 # cannot find out about a package.

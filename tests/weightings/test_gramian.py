@@ -63,13 +63,14 @@ def test_golden_values(name, dtype):
 
 
 def test_closed_forms_for_two_losses():
+    nash = nash_mtl(max_norm=None, regularization=0.0)
     for jacobian in jacobians(2):
         g = jacobian @ jacobian.T
         norms = np.sqrt(np.diag(g))
         first = (g[1, 1] - g[0, 1]) / (g[0, 0] + g[1, 1] - 2 * g[0, 1])
         first = np.clip(first, 0, 1)
         np.testing.assert_allclose(
-            weights(mgda(), jacobian), [first, 1 - first], atol=1e-10
+            weights(METHODS["mgda"], jacobian), [first, 1 - first], atol=1e-10
         )
         np.testing.assert_allclose(
             weights(METHODS["pcgrad"], jacobian),
@@ -77,7 +78,7 @@ def test_closed_forms_for_two_losses():
         )
         rho = g[0, 1] / norms.prod()
         np.testing.assert_allclose(
-            weights(nash_mtl(max_norm=None, regularization=0.0), jacobian),
+            weights(nash, jacobian),
             1 / (norms * np.sqrt(1 + rho)),
             rtol=1e-9,
         )
