@@ -19,7 +19,8 @@ check: lint types smoke
 test: lint types tests
 
 test-all: lint types $(VENV)/dev
-	$(RUN) pytest -n $(WORKERS) --dist loadfile -m ""
+	$(QUICKLY) -m "not compiled"
+	$(AS_USERS) -m compiled
 	$(MAKE) notebooks
 
 lint: $(VENV)/dev
@@ -29,8 +30,14 @@ lint: $(VENV)/dev
 types: $(VENV)/dev
 	$(VENV)/bin/pyrefly check
 
+# What XLA makes of small programs is no test's subject, and compiling is most of the
+# time. Those that are about compiled programs run apart, in processes as users have them.
+QUICKLY := YOTO_JAX_QUICK_XLA=1 $(RUN) pytest -n $(WORKERS) --dist loadfile
+AS_USERS := $(RUN) pytest -n $(WORKERS)
+
 tests: $(VENV)/dev
-	$(RUN) pytest -n $(WORKERS) --dist loadfile
+	$(QUICKLY) -m "not slow and not compiled"
+	$(AS_USERS) -m "compiled and not slow"
 
 smoke: $(VENV)/dev
 	$(RUN) pytest -m smoke

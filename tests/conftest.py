@@ -1,5 +1,15 @@
+import os
+
 import jax
+import jaxlib
 import pytest
+
+QUICK = bool(os.environ.get("YOTO_JAX_QUICK_XLA"))
+"""Whether XLA is to compile quickly, and programs may be slow: see the Makefile."""
+
+if QUICK and jaxlib.version.__version_info__ < (0, 11):  # Later ones have no other way.
+    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -15,7 +25,8 @@ def quick_compilation():
 
 @pytest.fixture
 def full_compilation():
-    """For tests of the compiled program itself, whatever came before them."""
+    """For tests of programs as users compile them; marks them ``compiled``."""
+    assert not QUICK, "XLA has been told to compile quickly, in the whole process"
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
@@ -48,6 +59,8 @@ COSTLY = (
 
 def pytest_collection_modifyitems(items):
     for item in items:
+        if "full_compilation" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.compiled)
         if getattr(item, "originalname", "") in COSTLY:
             row = item.callspec.id.split("-")[0]
             if row not in STANDING_FOR_ALL:
