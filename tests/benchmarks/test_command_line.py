@@ -110,20 +110,10 @@ def test_a_jaxlib_that_miscompiles_is_refused_on_a_cpu(monkeypatch, capsys, tmp_
 
 # Stored results.
 
-NOT_AGAIN = ("overhead", "scaling", "sweep")
-"""Still of jaxlib 0.10.2: see "Results of jaxlib 0.10" in benchmarks/README.md."""
-
-
-def stored(path):
-    reason = "not measured again with a jaxlib that compiles right"
-    mark = pytest.mark.xfail(reason=reason, strict=True)
-    return pytest.param(
-        path, id=path.stem, marks=[mark] if path.stem in NOT_AGAIN else []
-    )
-
-
 @pytest.mark.parametrize(
-    "path", [stored(path) for path in sorted(command_line.RESULTS.glob("*.json"))]
+    "path",
+    sorted(command_line.RESULTS.glob("*.json")),
+    ids=lambda path: path.stem,
 )
 def test_no_stored_result_rests_on_miscompiled_gradients(path):
     name = _kept.benchmark_of(path.stem, tuple(command_line.BENCHMARKS))
