@@ -40,7 +40,7 @@ tests: $(VENV)/dev
 	$(AS_USERS) -m "compiled and not slow"
 
 smoke: $(VENV)/dev
-	$(RUN) pytest -m smoke
+	$(RUN) pytest -n $(WORKERS) -m smoke
 
 # As readers run them: a kernel each, trained to the end.
 notebooks: $(VENV)/dev

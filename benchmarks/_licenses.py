@@ -38,6 +38,7 @@ PURPOSES = {
     "cvxpy": "optional solvers of TorchJD",
     "ecos": "optional solver of TorchJD",
     "quadprog": "optional solver of TorchJD",
+    "qpsolvers": "optional solver of TorchJD",
     "ipykernel": "runs the notebooks",
     "jupytext": "notebooks as text",
     "nbmake": "notebooks as tests",

@@ -110,6 +110,7 @@ def test_a_jaxlib_that_miscompiles_is_refused_on_a_cpu(monkeypatch, capsys, tmp_
 
 # Stored results.
 
+
 @pytest.mark.parametrize(
     "path",
     sorted(command_line.RESULTS.glob("*.json")),

@@ -79,6 +79,8 @@ def test_a_fresh_process_restores_loss_logits(tmp_path):
 @pytest.mark.parametrize("tx", TRANSFORMATIONS.values(), ids=TRANSFORMATIONS)
 @pytest.mark.parametrize("losses", ["dict", "tuple"])
 def test_a_restored_run_continues_bit_for_bit(tx, losses, tmp_path):
+    chex.clear_trace_counter()  # It counts by name, over all tests.
+
     def loss_fn(w, x):
         values = (jnp.mean((w - x) ** 2), jnp.mean(jnp.abs(w)), jnp.max(w) ** 2)
         return values if losses == "tuple" else dict(zip("abc", values, strict=True))

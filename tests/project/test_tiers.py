@@ -1,0 +1,30 @@
+"""Tables of tests name tests that there are."""
+
+import pathlib
+
+import pytest
+
+from tests import conftest
+from tests.benchmarks import conftest as benchmarks
+from tests.contract import conftest as contract
+
+TESTS = pathlib.Path(conftest.__file__).parent
+TABLES = {
+    "smoke": conftest.SMOKE,
+    "benchmarks": {f"benchmarks/{k}": v for k, v in benchmarks.SLOW.items()},
+    "contract": {"contract/test_weightings.py": contract.COSTLY},
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_the_tests_in_the_tables_are_there(table):
+    for file, names in TABLES[table].items():
+        source = (TESTS / file).read_text()
+        for name in names:
+            assert f"def {name.split('[')[0]}(" in source, (file, name)
+
+
+def test_the_fixtures_that_train_are_there():
+    files = TESTS.joinpath("benchmarks").glob("test_*.py")
+    source = "".join(path.read_text() for path in files)
+    assert all(f"def {name}(" in source for name in benchmarks.TRAINED)
