@@ -32,7 +32,7 @@ types: $(VENV)/dev
 
 # What XLA makes of small programs is no test's subject, and compiling is most of the
 # time. Those that are about compiled programs run apart, in processes as users have them.
-QUICKLY := YOTO_JAX_QUICK_XLA=1 $(RUN) pytest -n $(WORKERS) --dist loadfile
+QUICKLY := YOTO_JAX_QUICK_XLA=1 $(RUN) pytest -n $(WORKERS) --dist worksteal
 AS_USERS := $(RUN) pytest -n $(WORKERS)
 
 tests: $(VENV)/dev
@@ -40,7 +40,8 @@ tests: $(VENV)/dev
 	$(AS_USERS) -m "compiled and not slow"
 
 smoke: $(VENV)/dev
-	$(RUN) pytest -n $(WORKERS) -m smoke
+	$(QUICKLY) -m "smoke and not compiled"
+	$(RUN) pytest -m "smoke and compiled"
 
 # As readers run them: a kernel each, trained to the end.
 notebooks: $(VENV)/dev

@@ -49,7 +49,11 @@ SLOW = {
     "test_robustness.py": [
         "test_with_skip_outliers_every_fault_comes_to_the_same",
     ],
-    "test_scaling.py": ["test_a_finished_run_is_left_alone"],
+    "test_scaling.py": [
+        "test_a_finished_run_is_left_alone",
+        "test_loss_driven_weightings_add_one_all_reduce_of_as_many_numbers_as_losses",
+        "test_memory_is_what_the_guide_says",
+    ],
     "test_scenes.py": ["test_depth_and_labels_agree_with_an_independent_ray_caster"],
     "test_styles.py": ["test_conditions_give_images_and_follow_their_key"],
     "test_toy.py": [

@@ -144,11 +144,14 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, jnp.float32) for name in SOURCES),
+        pytest.param("all", jnp.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_of_parameters(name, dtype):
-    if dtype == jnp.bfloat16 and name != "all":
-        pytest.skip("one way through the engine in bfloat16")
     options = SOURCES[name]
     params, batch, _ = problem(dtype)
     weighting = looking_at("gramian", "norms")
