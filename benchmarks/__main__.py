@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _common, _kept, _methods_table
+from benchmarks.harness import common, merging, methods_table
 
 BENCHMARKS = {
     "digits": "learned against searched loss weights on digits under shift",
@@ -41,7 +41,7 @@ PAGES = (
 
 def load(benchmark: str) -> Any:
     """The module of a benchmark, imported when it is needed: each takes seconds."""
-    return importlib.import_module(f"benchmarks.{benchmark}")
+    return importlib.import_module(f"benchmarks.tasks.{benchmark}.run")
 
 
 def update_tables(pages: tuple[Path, ...], results: Path) -> None:
@@ -51,30 +51,30 @@ def update_tables(pages: tuple[Path, ...], results: Path) -> None:
     further tables to marks that the benchmark chooses, and what all benchmarks with a
     ``view`` have in common to ``searches``; all weightings go to ``methods``.
     """
-    blocks = {"methods": _common.markdown(_methods_table.table(), numbers=False)}
+    blocks = {"methods": common.markdown(methods_table.table(), numbers=False)}
     views = {}
     for name, module, path in _stored(results):
-        result = _common.read_json(path)
-        blocks[path.stem] = _common.markdown(module.table(result))
+        result = common.read_json(path)
+        blocks[path.stem] = common.markdown(module.table(result))
         if hasattr(module, "summary"):
-            blocks[f"{path.stem}-summary"] = _common.markdown(module.summary(result))
+            blocks[f"{path.stem}-summary"] = common.markdown(module.summary(result))
         if hasattr(module, "view"):
             views[path.stem.replace("_", ", ")] = module.view(result)
         if hasattr(module, "tables") and path.stem == name:  # not on other data
             for mark, table in module.tables(result).items():
-                blocks[mark] = _common.markdown(table)
+                blocks[mark] = common.markdown(table)
     if views:
-        digest = importlib.import_module("benchmarks._contest").digest(views)
-        blocks["searches"] = _common.markdown(digest)
+        digest = importlib.import_module("benchmarks.harness.contest").digest(views)
+        blocks["searches"] = common.markdown(digest)
     for page in pages:
-        page.write_text(_common.fill_blocks(page.read_text(), blocks))
+        page.write_text(common.fill_blocks(page.read_text(), blocks))
 
 
 def draw_figures(results: Path) -> None:
     """Redraw the figures from the stored results."""
     for _, module, path in _stored(results):
         if hasattr(module, "figure"):
-            module.figure(_common.read_json(path), path.with_suffix(".png"))
+            module.figure(common.read_json(path), path.with_suffix(".png"))
 
 
 def _stored(results: Path) -> Iterator[tuple[str, Any, Path]]:
@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:
-    default = _common.Options("")
+    default = common.Options("")
     command.add_argument(
         "--methods",
         type=_names,
@@ -137,7 +137,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--preset",
-        choices=_common.PRESETS,
+        choices=common.PRESETS,
         default=default.preset,
         help="size of the benchmark (default: %(default)s)",
     )
@@ -260,15 +260,17 @@ def main(arguments: list[str] | None = None) -> None:
             draw_figures(RESULTS)
         elif name == "merge":
             names = tuple(BENCHMARKS)
-            merged = _kept.merge_folder(names, given["folder"], RESULTS, given["drop"])
-            _common.say(f"Merged: {', '.join(path.name for path in merged)}")
+            merged = merging.merge_folder(
+                names, given["folder"], RESULTS, given["drop"]
+            )
+            common.say(f"Merged: {', '.join(path.name for path in merged)}")
         else:
             benchmark = load(name)
             if given["resume"] and not getattr(benchmark, "RESUMABLE", False):
-                raise _common.UsageError(f"{name} cannot be resumed: drop --resume")
-            _common.refuse_miscompiling()
-            benchmark.main(_common.Options(name, **given, extra=extra))
-    except _common.UsageError as error:
+                raise common.UsageError(f"{name} cannot be resumed: drop --resume")
+            common.refuse_miscompiling()
+            benchmark.main(common.Options(name, **given, extra=extra))
+    except common.UsageError as error:
         command_line.error(str(error))
 
 

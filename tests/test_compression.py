@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import _common, compression
-from benchmarks import _compression_coder as coder
-from benchmarks import _compression_task as task
+from benchmarks.harness import common
+from benchmarks.tasks.compression import coder, task
+from benchmarks.tasks.compression import run as compression
 
 SEEDS = 2
 SIZE = task.SIZES["quick"]
@@ -230,13 +230,13 @@ def folder(tmp_path_factory, source):
     with jax.numpy_rank_promotion("allow"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(task, "load", lambda size, data: few)
         size = {"preset": "quick", "seeds": SEEDS, "steps": 30}
-        compression.main(_common.Options("compression", **size, out=folder))
+        compression.main(common.Options("compression", **size, out=folder))
     return folder
 
 
 @pytest.fixture(scope="module")
 def result(folder):
-    return _common.read_json(folder / "compression.json")
+    return common.read_json(folder / "compression.json")
 
 
 def test_records_are_complete(result):
@@ -244,20 +244,20 @@ def test_records_are_complete(result):
     metrics = ("bpp", "entropy", "mse", "psnr")
     for method, weights in (("conditional", 3), ("fixed", 2)):
         for metric in metrics:
-            found = _common.select(records, method=method, metric=metric)
+            found = common.select(records, method=method, metric=metric)
             assert len(found) == SEEDS * weights
-        (seconds,) = _common.select(records, method=method, metric="run_seconds")
+        (seconds,) = common.select(records, method=method, metric="run_seconds")
         assert seconds["compute"] == (1 if method == "conditional" else weights)
     jpegs = len(compression.QUALITIES) * len(compression.SUBSAMPLINGS)
-    assert len(_common.select(records, method="jpeg", metric="psnr")) == jpegs
+    assert len(common.select(records, method="jpeg", metric="psnr")) == jpegs
     assert len(compression.shared_weights(result)) == 2
     assert all(np.isfinite(r["value"]) for r in records)
 
 
 def test_bytes_are_close_to_the_entropy(result):
     coded = [r for r in result["records"] if r["method"] != "jpeg"]
-    bpp = _common.values(coded, metric="bpp")
-    entropy = _common.values(coded, metric="entropy")
+    bpp = common.values(coded, metric="bpp")
+    entropy = common.values(coded, metric="entropy")
     pixels = 40 * 48
     assert (np.abs(bpp - entropy) < 0.02 * entropy + 64 / pixels).all()
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import _conditional as rules
-from benchmarks import _experiment as experiment
-from benchmarks._conditional import Chosen, Conditional
-from benchmarks._experiment import CHOOSING, Run, Runs, Softmax
+from benchmarks.harness import conditional as rules
+from benchmarks.harness import experiment
+from benchmarks.harness.conditional import Chosen, Conditional
+from benchmarks.harness.experiment import CHOOSING, Run, Runs, Softmax
 from tests.test_experiment import LANES, NAMES, STEPS, TASK
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -13,20 +13,17 @@ import scipy.stats
 from PIL import Image
 
 from benchmarks import __main__ as command_line
-from benchmarks import (
-    _common,
-    _contest,
-    _depth_metrics,
-    _searches,
-    ablations,
-    depth,
-    segmentation,
-)
-from benchmarks import _experiment as experiment
-from benchmarks._camvid import VOID
-from benchmarks._contest import Contest, Method
-from benchmarks._experiment import Finished
-from benchmarks._searches import MEDIAN, ORACLE, VALIDATED, WORST
+from benchmarks.data.camvid import VOID
+from benchmarks.harness import common, experiment
+from benchmarks.harness import contest as contests
+from benchmarks.harness import searches as searching
+from benchmarks.harness.contest import Contest, Method
+from benchmarks.harness.experiment import Finished
+from benchmarks.harness.searches import MEDIAN, ORACLE, VALIDATED, WORST
+from benchmarks.tasks.ablations import run as ablations
+from benchmarks.tasks.depth import metrics
+from benchmarks.tasks.depth import run as depth
+from benchmarks.tasks.segmentation import run as segmentation
 
 pytestmark = pytest.mark.usefixtures("any_rank", "quick_compilation")
 
@@ -42,7 +39,7 @@ MODULES = {
     "segmentation_camvid": segmentation,
 }
 METRICS = {
-    "depth": _depth_metrics.METRICS,
+    "depth": metrics.METRICS,
     "segmentation": ("mIoU",),
     "segmentation_camvid": ("mIoU",),
 }
@@ -95,7 +92,7 @@ def folder(tmp_path_factory, camvid):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    return {name: _common.read_json(folder / name / f"{name}.json") for name in FILES}
+    return {name: common.read_json(folder / name / f"{name}.json") for name in FILES}
 
 
 @pytest.fixture(params=FILES)
@@ -129,7 +126,7 @@ def test_every_method_has_every_metric_domain_and_seed(name, result):
     for method in METHODS[name]:
         for config in choices.get(method, ("",)):
             for seed in range(SEEDS):
-                records = _common.select(
+                records = common.select(
                     result["records"], method=method, config=config, seed=seed
                 )
                 assert len(records) == len(wanted)
@@ -140,15 +137,15 @@ def test_every_method_has_every_metric_domain_and_seed(name, result):
 
 def test_the_runs_of_a_search_have_the_metric_and_the_validation(name, result):
     task = MODULES[name].task
-    records = _common.select(result["records"], method="grid")
+    records = common.select(result["records"], method="grid")
     runs = [r for r in records if "=" in r["config"]]
     tried = {r["config"] for r in runs}
     assert len(tried) == MODULES[name].BUDGET["quick"] == 2
-    assert all(tuple(_common.parse(c)) == task.AUXILIARY for c in tried)
+    assert all(tuple(common.parse(c)) == task.AUXILIARY for c in tried)
     metric = MODULES[name].METRIC
     for config in tried:
         for seed in range(SEEDS):
-            of_run = _common.select(runs, config=config, seed=seed)
+            of_run = common.select(runs, config=config, seed=seed)
             assert sorted((r["metric"], r["domain"] or "") for r in of_run) == sorted(
                 [(metric, d) for d in domains(name)] + [("validation", "")]
             )
@@ -170,28 +167,26 @@ def test_a_run_costs_one_and_a_choice_the_whole_search(name, result):
 
 def test_validation_chooses(name, result):
     for seed in range(SEEDS):
-        records = _common.select(result["records"], method="grid", seed=seed)
+        records = common.select(result["records"], method="grid", seed=seed)
         runs = [r for r in records if "=" in r["config"]]
-        best = int(np.argmax(_common.values(runs, metric="validation")))
+        best = int(np.argmax(common.values(runs, metric="validation")))
         for domain in domains(name):
             wanted = {"metric": MODULES[name].METRIC, "domain": domain}
-            chosen = _common.select(records, config=VALIDATED)
-            expected = _common.values(runs, **wanted)[best]
-            assert _common.values(chosen, **wanted) == [expected]
+            chosen = common.select(records, config=VALIDATED)
+            expected = common.values(runs, **wanted)[best]
+            assert common.values(chosen, **wanted) == [expected]
 
 
 def test_weights_sum_to_one(name, result):
     for method in METHODS[name]:
         for config in {r["config"] for r in result["records"]}:
-            found = _common.select(result["records"], method=method, config=config)
-            weights = [
-                _common.values(found, metric=f"weight:{n}") for n in losses(name)
-            ]
+            found = common.select(result["records"], method=method, config=config)
+            weights = [common.values(found, metric=f"weight:{n}") for n in losses(name)]
             np.testing.assert_allclose(np.sum(weights, axis=0), 1, atol=1e-4)
-    equal = _common.select(result["records"], method="equal")
+    equal = common.select(result["records"], method="equal")
     for n in losses(name):
         share = 1 / len(losses(name))
-        found = _common.values(equal, metric=f"weight:{n}")
+        found = common.values(equal, metric=f"weight:{n}")
         np.testing.assert_allclose(found, share, rtol=1e-4)
 
 
@@ -230,7 +225,7 @@ def test_a_folder_of_images_is_told_from_scenes(results):
 
 
 def test_resuming_a_finished_benchmark_trains_nothing(folder, results):
-    resumed = _common.read_json(folder / "resumed" / "depth.json")
+    resumed = common.read_json(folder / "resumed" / "depth.json")
     assert resumed["records"] == results["depth"]["records"]
     assert resumed["history"] == results["depth"]["history"]
 
@@ -274,15 +269,15 @@ def test_tables_follow_from_the_file(name, result):
         "grid, worst point",
     ]
     equal = full.rows[labels.index("equal weights")]
-    records = _common.select(result["records"], method="equal", metric=module.METRIC)
+    records = common.select(result["records"], method="equal", metric=module.METRIC)
     for domain in domains(name):
-        expected = _common.mean_sd(_common.values(records, domain=domain))
+        expected = common.mean_sd(common.values(records, domain=domain))
         assert equal[full.columns.index(domain)] == expected
     by_seed = [
         np.mean([r["value"] for r in records if r["unseen"] and r["seed"] == seed])
         for seed in range(SEEDS)
     ]
-    assert equal[full.columns.index("mean unseen")] == _common.mean_sd(by_seed)
+    assert equal[full.columns.index("mean unseen")] == common.mean_sd(by_seed)
 
 
 @pytest.mark.usefixtures("nothing_is_trained")
@@ -296,7 +291,7 @@ def test_the_figure_is_redrawn_from_the_file(name, result, folder, tmp_path):
 def raised(result, method, values, config=""):
     """The result with these values, one for each seed, of a method in all domains."""
     changed = json.loads(json.dumps(result))
-    for r in _common.select(changed["records"], method=method, config=config):
+    for r in common.select(changed["records"], method=method, config=config):
         if r["domain"] is not None:
             r["value"] = values[r["seed"]]
     return changed
@@ -313,7 +308,7 @@ def test_claims_follow_from_the_records(values, verdict, results):
     rows = depth.tables(result)["depth-claims"].rows
     # The first of the two is about YOTO, the other about the best train-once method.
     _, difference, found = next(row for row in rows if row[0] == "- equal weights")
-    assert difference == _common.mean_sd(np.array(values) - 50)
+    assert difference == common.mean_sd(np.array(values) - 50)
     assert verdict in found
     assert ("did not" in verdict) == ("did not" in found)
     # There is no such method in the records.
@@ -325,24 +320,24 @@ def test_the_best_train_once_method_learns_its_weights(results):
     result = raised(results["depth"], "equal", (99.0, 99.0))
     result = raised(result, "aligned", (98.0, 98.0))
     view = depth.view(result)
-    assert _contest.best_train_once(view) == "aligned"
-    assert any("softmax alignment" in row[0] for row in _contest.claims(view).rows)
+    assert contests.best_train_once(view) == "aligned"
+    assert any("softmax alignment" in row[0] for row in contests.claims(view).rows)
 
 
 def test_costs_are_read_from_the_records(results, monkeypatch):
-    ratios = {"aligned": [1.5, 1.6, 1.7], _contest.PLAIN: [1.0] * 3}
+    ratios = {"aligned": [1.5, 1.6, 1.7], contests.PLAIN: [1.0] * 3}
     asked = {}
 
     def step_ratios(task, rules, baseline, rounds):
         asked.update(rules)
-        assert (baseline, rounds) == (_contest.PLAIN, 3)
+        assert (baseline, rounds) == (contests.PLAIN, 3)
         return {name: np.array(ratios.get(name, [1.1] * 3)) for name in rules}
 
     speed = lambda task, rule, config, lanes, rounds: np.array([5.0, 3.0, 4.0])
     monkeypatch.setattr(experiment, "step_ratios", step_ratios)
     monkeypatch.setattr(experiment, "sweep_speed", speed)
     contest = depth.contest(SimpleNamespace(auxiliary=depth.task.AUXILIARY))
-    records = _contest.costs(contest, METHODS["depth"], 3)
+    records = contests.costs(contest, METHODS["depth"], 3)
     assert set(asked) == {"softmax", "plain", "plain again", "aligned"}
     assert asked["plain"][0] is asked["plain again"][0]
     result = dict(results["depth"])
@@ -365,7 +360,7 @@ def test_costs_are_read_from_the_records(results, monkeypatch):
 NAMES = ("a", "b")
 
 
-class Recorded(_searches.Points):
+class Recorded(searching.Points):
     """Points one by one, and what was told of them."""
 
     def __init__(self, points):
@@ -416,18 +411,18 @@ def points(n):
 
 
 def chosen(records, config, seed):
-    found = _common.select(records, config=config, seed=seed, metric="score")
-    return _common.values(found, domain="far") + 1, {r["compute"] for r in found}
+    found = common.select(records, config=config, seed=seed, metric="score")
+    return common.values(found, domain="far") + 1, {r["compute"] for r in found}
 
 
 @pytest.mark.parametrize("better", [1, -1])
 @pytest.mark.parametrize("one_by_one", [True, False])
 def test_a_search_chooses_by_validation_where_the_test_disagrees(one_by_one, better):
-    make = Recorded if one_by_one else _searches.Points
+    make = Recorded if one_by_one else searching.Points
     searches = [make(points(7)) for _ in range(SEEDS)]
     # By validation the larger is the better, on the test it is the worse.
     runs = Trained(lambda x, seed: x + 10 * seed, lambda x, seed: -better * x)
-    records = _contest.search(contest_of(searches, better), "grid", runs, SEEDS)
+    records = contests.search(contest_of(searches, better), "grid", runs, SEEDS)
     for seed in range(SEEDS):
         value = lambda config, seed=seed: chosen(records, config, seed)
         assert value(VALIDATED) == (-better * 7, {7})
@@ -444,17 +439,17 @@ def test_a_search_chooses_by_validation_where_the_test_disagrees(one_by_one, bet
 
 
 def test_seeds_of_a_search_train_side_by_side():
-    searches = [_searches.Points(points(3)) for _ in range(SEEDS)]
+    searches = [searching.Points(points(3)) for _ in range(SEEDS)]
     runs = Trained(lambda x, seed: x, lambda x, seed: x)
-    _contest.search(contest_of(searches), "grid", runs, SEEDS)
+    contests.search(contest_of(searches), "grid", runs, SEEDS)
     assert [run.seed for run in runs.runs] == [0, 1] * 3
 
 
 @pytest.mark.parametrize(("runs", "budgets"), [(5, ()), (10, (5,)), (15, (5, 10))])
 def test_smaller_budgets_are_those_that_are_smaller(runs, budgets):
-    searches = [_searches.Points(points(runs))]
+    searches = [searching.Points(points(runs))]
     trained = Trained(lambda x, seed: -abs(x - 7), lambda x, seed: x)
-    records = _contest.search(contest_of(searches), "grid", trained, 1)
+    records = contests.search(contest_of(searches), "grid", trained, 1)
     configs = {r["config"] for r in records if "=" not in r["config"]}
     smaller = {f"{VALIDATED}, {n} runs" for n in budgets}
     assert configs == {VALIDATED, ORACLE, MEDIAN, WORST} | smaller
@@ -464,28 +459,28 @@ def test_smaller_budgets_are_those_that_are_smaller(runs, budgets):
 
 
 def test_a_run_that_diverged_is_not_chosen():
-    searches = [_searches.Points(points(4))]
+    searches = [searching.Points(points(4))]
     diverged = lambda x, seed: math.nan if x == 4 else x
     runs = Trained(diverged, lambda x, seed: x)
-    records = _contest.search(contest_of(searches), "grid", runs, 1)
+    records = contests.search(contest_of(searches), "grid", runs, 1)
     assert chosen(records, VALIDATED, 0)[0] == 3
 
 
 def test_the_same_weights_are_described_alike():
     task = SimpleNamespace(auxiliary=NAMES)
-    assert _contest.describe(task, (_contest.NONE, 0.25)) == "a=0 b=0.25"
+    assert contests.describe(task, (contests.NONE, 0.25)) == "a=0 b=0.25"
 
 
 def read(records, labels=("grid", "random", "tpe")):
-    named = {method: (method, _contest.SOFTMAX) for method in labels}
+    named = {method: (method, contests.SOFTMAX) for method in labels}
     unseen = ("far", "farther")
-    return _contest.View({"records": records}, named, "score", 1, "near", unseen)
+    return contests.View({"records": records}, named, "score", 1, "near", unseen)
 
 
 def searched(method, validation, test):
     """Records of the runs of a search, seed by seed."""
     return [
-        _common.record(method, metric, value, config=f"a={i}", seed=seed, domain=domain)
+        common.record(method, metric, value, config=f"a={i}", seed=seed, domain=domain)
         for seed, (of_seed, tests) in enumerate(zip(validation, test, strict=True))
         for i in range(len(of_seed))
         for metric, domain, value in (
@@ -501,7 +496,7 @@ def test_the_curve_of_a_search_is_the_validated_best_of_n():
     validation, test = rng.normal(size=(2, SEEDS, 6)).round(3)
     for method in ("grid", "random", "tpe"):
         view = read(searched(method, validation, test))
-        curve = _contest.search_curve(view, method)
+        curve = contests.search_curve(view, method)
         if method == "tpe":  # Its runs build on those before.
             expected = [
                 [t[np.argmax(v[:n])] for n in range(1, 7)]
@@ -509,17 +504,17 @@ def test_the_curve_of_a_search_is_the_validated_best_of_n():
             ]
         else:
             expected = [
-                _searches.best_of_n(v, t) for v, t in zip(validation, test, strict=True)
+                searching.best_of_n(v, t) for v, t in zip(validation, test, strict=True)
             ]
         np.testing.assert_allclose(curve, np.mean(expected, axis=0), atol=1e-4)
         chosen = [t[np.argmax(v)] for v, t in zip(validation, test, strict=True)]
         np.testing.assert_allclose(curve[-1], np.mean(chosen), atol=1e-4)
-    assert _contest.search_curve(read([]), "grid") is None
+    assert contests.search_curve(read([]), "grid") is None
 
 
 def test_a_run_that_diverged_is_not_in_the_curve():
     validation, test = [[math.nan, 1.0, math.nan, 2.0]], [[9.0, 1.0, 8.0, 2.0]]
-    curve = _contest.search_curve(read(searched("tpe", validation, test)), "tpe")
+    curve = contests.search_curve(read(searched("tpe", validation, test)), "tpe")
     np.testing.assert_allclose(curve, [9.0, 1.0, 1.0, 2.0])
 
 
@@ -553,21 +548,21 @@ def test_a_folder_without_images_is_refused(capsys, tmp_path):
 
 
 def test_gp_without_torch_is_refused_where_asked_for(monkeypatch, tmp_path):
-    monkeypatch.setattr(_searches, "has_gp", lambda: False)
-    options = _common.Options("depth", ("equal", "gp"), preset="quick", out=tmp_path)
-    with pytest.raises(_common.UsageError, match=r"gp needs PyTorch: pip install"):
-        _contest.check(depth.contest(None), options)
+    monkeypatch.setattr(searching, "has_gp", lambda: False)
+    options = common.Options("depth", ("equal", "gp"), preset="quick", out=tmp_path)
+    with pytest.raises(common.UsageError, match=r"gp needs PyTorch: pip install"):
+        contests.check(depth.contest(None), options)
     assert not list(tmp_path.iterdir())
 
 
 def test_gp_without_torch_is_left_out_otherwise(monkeypatch, capsys):
     names = ("grid", "gp")
-    monkeypatch.setattr(_searches, "has_gp", lambda: False)
-    assert _contest.available(names, asked=False) == ("grid",)
+    monkeypatch.setattr(searching, "has_gp", lambda: False)
+    assert contests.available(names, asked=False) == ("grid",)
     assert "gp is left out" in capsys.readouterr().out
-    monkeypatch.setattr(_searches, "has_gp", lambda: True)
-    assert _contest.available(names, asked=False) == names
-    assert _contest.available(names, asked=True) == names
+    monkeypatch.setattr(searching, "has_gp", lambda: True)
+    assert contests.available(names, asked=False) == names
+    assert contests.available(names, asked=True) == names
 
 
 @pytest.mark.parametrize("module", [depth, segmentation])
@@ -579,7 +574,7 @@ def test_every_method_has_a_rule_and_settings_of_it(module):
             continue
         rule = contest.rules[method.rule]
         config = method.config or {}
-        if method.rule == _contest.SOFTMAX:
+        if method.rule == contests.SOFTMAX:
             assert len(config["ratios"]) == len(module.task.AUXILIARY)
         experiment.settings(**config)
         rule.configure([config])
@@ -597,7 +592,7 @@ def test_searches_have_the_budget_of_the_paper_or_less(module):
         methods = module.contest(None, budget).methods
         for name in ("grid", "random", "tpe"):
             search = methods[name].search(0)
-            expected = len(module.GRID) if name == "grid" else max(_contest.BUDGETS)
+            expected = len(module.GRID) if name == "grid" else max(contests.BUDGETS)
             assert search.budget == (budget or expected)
         first, other = (methods["random"].search(seed).ask() for seed in range(2))
         assert not set(first) & set(other)
@@ -669,7 +664,7 @@ def test_ablations_plan_as_many_runs_as_they_train(ablated):
 
 def test_ablations_are_read_from_the_file(ablated, tmp_path):
     folder, *_ = ablated
-    result = _common.read_json(folder / "ablations.json")
+    result = common.read_json(folder / "ablations.json")
     table = ablations.table(result)
     rows = {row[0]: row[1:] for row in table.rows}
     assert len(rows) == len(ablations.VARIANTS) + len(ablations.REPLAYED) + 1
@@ -693,7 +688,7 @@ def test_ablations_have_parts(ablated, monkeypatch, tmp_path):
     monkeypatch.setattr(ablations.task, "make", ablated[2])
     words = f"ablations --seeds {SEEDS} --methods equal,aligned --out {tmp_path}"
     command_line.main(words.split())
-    result = _common.read_json(tmp_path / "ablations.json")
+    result = common.read_json(tmp_path / "ablations.json")
     assert {r["method"] for r in result["records"]} == {"equal", "K aligned"}
     numbers = ["auxiliary=4", "auxiliary=6", "auxiliary=8", "auxiliary=2"]
     assert ablations.configs(result, "K aligned") == numbers
@@ -703,7 +698,7 @@ def test_ablations_have_parts(ablated, monkeypatch, tmp_path):
 def test_the_range_test_of_two_points_is_the_paired_t_test():
     found = np.random.default_rng(0).normal(size=(2, 6)) + np.array([[0.0], [0.8]])
     expected = scipy.stats.ttest_rel(*found).pvalue
-    np.testing.assert_allclose(_contest.range_test(found), expected, rtol=1e-6)
+    np.testing.assert_allclose(contests.range_test(found), expected, rtol=1e-6)
 
 
 def test_the_range_test_does_not_see_what_seeds_have_in_common():
@@ -711,5 +706,5 @@ def test_the_range_test_does_not_see_what_seeds_have_in_common():
     found = rng.normal(size=(5, 3))
     shifted = found + 100 * rng.normal(size=3)
     np.testing.assert_allclose(
-        _contest.range_test(shifted), _contest.range_test(found), rtol=1e-6
+        contests.range_test(shifted), contests.range_test(found), rtol=1e-6
     )

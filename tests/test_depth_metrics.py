@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import _depth_metrics as depth_task
-from benchmarks import _scenes
-from benchmarks._depth_metrics import Warp
+from benchmarks.data import scenes
+from benchmarks.tasks.depth import metrics as depth_task
+from benchmarks.tasks.depth.metrics import Warp
 
 silog = jax.jit(depth_task.silog)
 silog_gradient = jax.jit(jax.grad(depth_task.silog))
@@ -261,10 +261,10 @@ def test_without_a_shift_a_view_has_the_camera_of_its_focal_length():
     angles = warp_angles(focal, warp, HEIGHT, WIDTH)
     zoomed = depth_task.warp_focal(focal, warp)
     np.testing.assert_allclose(
-        directions, _scenes.ray_directions(zoomed, HEIGHT, WIDTH), atol=1e-6
+        directions, scenes.ray_directions(zoomed, HEIGHT, WIDTH), atol=1e-6
     )
     np.testing.assert_allclose(
-        angles, _scenes.ray_angles(zoomed, HEIGHT, WIDTH), atol=1e-6
+        angles, scenes.ray_angles(zoomed, HEIGHT, WIDTH), atol=1e-6
     )
 
 

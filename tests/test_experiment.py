@@ -14,11 +14,18 @@ import optax
 import pytest
 
 import yoto_jax as yoto
-from benchmarks import _digits_task as digits_task
-from benchmarks import _experiment as experiment
-from benchmarks import _lanes
-from benchmarks._common import UsageError
-from benchmarks._experiment import DOWNSTREAM, Run, Runs, Softmax, Weighted, settings
+from benchmarks.harness import experiment
+from benchmarks.harness import lanes as lane_devices
+from benchmarks.harness.common import UsageError
+from benchmarks.harness.experiment import (
+    DOWNSTREAM,
+    Run,
+    Runs,
+    Softmax,
+    Weighted,
+    settings,
+)
+from benchmarks.tasks.digits import task as digits_task
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -912,7 +919,7 @@ def test_the_digits_on_eight_devices(any_rank):
             other,
         )
     shapes = jax.eval_shape(lambda x: x, (data, jnp.arange(2), configurations))
-    mesh = _lanes.mesh(jax.devices(), 2, 4)
+    mesh = lane_devices.mesh(jax.devices(), 2, 4)
     assert mesh.devices.shape == (2, 4)
     _, advance = digits_task._compile(optimizer, 1, shapes, mesh)
     assert not [name for name in COLLECTIVES if name in advance.compiled.as_text()]
@@ -920,21 +927,21 @@ def test_the_digits_on_eight_devices(any_rank):
 
 def test_lanes_use_as_many_devices_as_divide_them():
     devices = jax.devices()
-    used = lambda *lanes: (m := _lanes.mesh(devices, *lanes)) and m.devices.shape
+    used = lambda *lanes: (m := lane_devices.mesh(devices, *lanes)) and m.devices.shape
     assert used(8) == (8,)
     assert used(12) == (6,)
     assert used(7) == (7,)
     assert math.prod(used(3, 9)) == 3
     assert used(2, 4) == (2, 4)
     assert used(11) is None
-    assert _lanes.mesh(devices[:1], 8) is None
+    assert lane_devices.mesh(devices[:1], 8) is None
 
 
 def test_virtual_devices_of_a_cpu_have_to_be_asked_for():
-    assert _lanes.default_devices() == tuple(jax.local_devices()[:1])
+    assert lane_devices.default_devices() == tuple(jax.local_devices()[:1])
     config = SOFTMAX.configure([{"ratios": RATIOS}] * 8)
     program = experiment.prepare(EIGHT, SOFTMAX, config, 8)
-    assert not isinstance(program.advance, _lanes.Spread)
+    assert not isinstance(program.advance, lane_devices.Spread)
 
 
 # Cost.

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from benchmarks import _common, pareto
-from benchmarks import _digits_task as digits
-from benchmarks import _multidigits as task
-from benchmarks._multidigits import TASKS, Conditioning
+from benchmarks.harness import common
+from benchmarks.tasks.digits import task as digits
+from benchmarks.tasks.pareto import run as pareto
+from benchmarks.tasks.pareto import task
+from benchmarks.tasks.pareto.task import TASKS, Conditioning
 from yoto_jax import conditional
 
 SEEDS, STEPS = 2, 9
@@ -27,7 +28,7 @@ pytestmark = [
 def folder(tmp_path_factory, quick_compilation):
     """What the quick preset writes."""
     folder = tmp_path_factory.mktemp("pareto")
-    options = _common.Options(
+    options = common.Options(
         "pareto", RUN, seeds=SEEDS, steps=STEPS, preset="quick", out=folder
     )
     with jax.numpy_rank_promotion("allow"):
@@ -37,7 +38,7 @@ def folder(tmp_path_factory, quick_compilation):
 
 @pytest.fixture(scope="module")
 def result(folder):
-    return _common.read_json(folder / "pareto.json")
+    return common.read_json(folder / "pareto.json")
 
 
 @pytest.fixture(scope="module")
@@ -197,27 +198,27 @@ def test_every_record_is_there(result):
     for method in RUN:
         count = pareto.weightings(method)
         counts = {count} | ({pareto.MODELS} if count > 1 else set())
-        found = _common.select(
+        found = common.select(
             result["records"], method=method, metric="hypervolume", domain="test"
         )
         assert len(found) == len(budgets) * SEEDS * len(counts)
-        for front in _common.select(result["fronts"], method=method):
+        for front in common.select(result["fronts"], method=method):
             assert len(front["left"]) == pareto.weightings(method)
     assert result["meta"]["references"] == {"ce": 2.0, "error": 1.0}
 
 
 @pytest.mark.parametrize("method", RUN)
 def test_numbers_follow_from_the_stored_points(result, method):
-    for front in _common.select(result["fronts"], method=method):
+    for front in common.select(result["fronts"], method=method):
         points = np.array([front[name] for name in TASKS]).T
         fields = {
             "method": method,
             "compute": front["runs"],
             "seed": front["seed"],
             "domain": "test",
-            "config": _common.describe(weightings=len(points)),
+            "config": common.describe(weightings=len(points)),
         }
-        of = lambda metric, f=fields: _common.values(
+        of = lambda metric, f=fields: common.values(
             result["records"], metric=metric, **f
         )
         assert of("lowest left") == pytest.approx(points[:, 0].min(), rel=1e-3)
@@ -232,7 +233,7 @@ def test_numbers_follow_from_the_stored_points(result, method):
 
 
 def test_the_grid_has_no_gap_to_itself(result):
-    gaps = _common.values(
+    gaps = common.values(
         result["records"], method="grid", metric="largest gap", compute=pareto.MODELS
     )
     np.testing.assert_array_equal(gaps, 0)

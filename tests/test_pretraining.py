@@ -10,8 +10,9 @@ import pytest
 from matplotlib.image import imsave
 
 import yoto_jax as yoto
-from benchmarks import _common, pretraining
-from benchmarks import _vicreg as task
+from benchmarks.harness import common
+from benchmarks.tasks.pretraining import run as pretraining
+from benchmarks.tasks.pretraining import task
 
 SEEDS, STEPS = 2, 4
 METHODS = ("grap", "equal", "random")
@@ -27,7 +28,7 @@ def digits():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
-    options = _common.Options(
+    options = common.Options(
         "pretraining", METHODS, seeds=SEEDS, steps=STEPS, preset="quick", out=folder
     )
     with jax.numpy_rank_promotion("allow"):
@@ -37,7 +38,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(folder):
-    return _common.read_json(folder / "pretraining.json")
+    return common.read_json(folder / "pretraining.json")
 
 
 # Losses.
@@ -202,7 +203,7 @@ def test_patches_have_the_class_of_their_middle(street, monkeypatch):
 
 
 def test_a_folder_with_too_little_is_refused(street):
-    with pytest.raises(_common.UsageError, match="too few labelled patches"):
+    with pytest.raises(common.UsageError, match="too few labelled patches"):
         task.load(street)
 
 
@@ -295,7 +296,7 @@ def test_every_method_has_every_seed_and_metric(result):
     for method in METHODS:
         runs = pretraining.DRAWS["quick"] + 4 if method == "random" else 1
         for metric in (*pretraining.METRICS, "validation"):
-            records = _common.select(result["records"], method=method, metric=metric)
+            records = common.select(result["records"], method=method, metric=metric)
             assert sorted(r["seed"] for r in records) == sorted(
                 list(range(SEEDS)) * runs
             )
@@ -305,15 +306,15 @@ def test_every_method_has_every_seed_and_metric(result):
 def test_validation_chooses_and_a_search_pays_for_all_its_runs(result):
     draws = pretraining.DRAWS["quick"]
     for seed in range(SEEDS):
-        of_seed = _common.select(result["records"], method="random", seed=seed)
+        of_seed = common.select(result["records"], method="random", seed=seed)
         runs = [r for r in of_seed if "=" in r["config"]]
-        validation = _common.values(runs, metric="validation")
-        chosen = _common.select(of_seed, config=pretraining.VALIDATED)
+        validation = common.values(runs, metric="validation")
+        chosen = common.select(of_seed, config=pretraining.VALIDATED)
         assert {r["compute"] for r in chosen} == {draws}
         best = int(np.argmax(validation))
         for metric in pretraining.METRICS:
-            expected = _common.values(runs, metric=metric)[best]
-            assert _common.values(chosen, metric=metric) == expected
+            expected = common.values(runs, metric=metric)[best]
+            assert common.values(chosen, metric=metric) == expected
 
 
 def test_seeds_of_a_random_search_draw_apart():
@@ -326,7 +327,7 @@ def test_seeds_of_a_random_search_draw_apart():
 
 def test_cost_is_relative_to_a_run_with_constant_weights(result):
     ratios = {
-        method: _common.values(result["records"], method=method, metric="step_ratio")
+        method: common.values(result["records"], method=method, metric="step_ratio")
         for method in METHODS
     }
     assert ratios["equal"] == ratios["random"] == 1
@@ -350,10 +351,10 @@ def test_tables_and_sentences_follow_from_the_records(result):
 
 def test_best_of_n_of_all_is_the_validated_best(result):
     curve = pretraining.best_of_n(result, "random")
-    chosen = _common.select(
+    chosen = common.select(
         result["records"], method="random", config=pretraining.VALIDATED
     )
-    expected = _common.values(chosen, metric=pretraining.PROBE).mean()
+    expected = common.values(chosen, metric=pretraining.PROBE).mean()
     np.testing.assert_allclose(curve[-1], expected, rtol=1e-6)
 
 

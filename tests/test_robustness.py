@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import _common, robustness
-from benchmarks import _robustness_task as task
+from benchmarks.harness import common
+from benchmarks.tasks.robustness import run as robustness
+from benchmarks.tasks.robustness import task
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -16,9 +17,9 @@ METHODS = ("famo", "lr_annealing", "layer 1, adamw")
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("robustness")
-    options = _common.Options("robustness", METHODS, preset="quick", out=folder)
+    options = common.Options("robustness", METHODS, preset="quick", out=folder)
     robustness.main(options)
-    return _common.read_json(folder / "robustness.json")
+    return common.read_json(folder / "robustness.json")
 
 
 def test_a_fault_is_in_the_loss_and_in_its_gradient():

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import _collectives as collectives
-from benchmarks import _processes, distributed, scaling
-from benchmarks import _scaling_runs as runs
-from benchmarks import _scaling_task as task
-from benchmarks._common import Options, record
+from benchmarks import distributed
+from benchmarks.harness.common import Options, record
+from benchmarks.tasks.scaling import collectives, processes, task
+from benchmarks.tasks.scaling import measurements as runs
+from benchmarks.tasks.scaling import run as scaling
 
 pytestmark = [
     pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices"),
@@ -129,8 +129,8 @@ def test_a_killed_process_is_noticed_and_the_run_continues_bit_for_bit(tmp_path)
     assert expected[0]["digest"] == expected[1]["digest"]
 
     broken = arguments(folder=tmp_path / "broken", every=3)
-    running = _processes.start(2, 1, broken, ["--kill-at", "8"])
-    killed, other = _processes.wait(running, timeout=120)
+    running = processes.start(2, 1, broken, ["--kill-at", "8"])
+    killed, other = processes.wait(running, timeout=120)
     assert killed.status == -9
     assert other.status not in (0, -9)
     assert runs.is_clear(other.output)

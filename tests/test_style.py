@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import _common, style
-from benchmarks import _style_task as task
+from benchmarks.harness import common
+from benchmarks.tasks.style import run as style
+from benchmarks.tasks.style import task
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,14 +33,14 @@ def folder(tmp_path_factory):
     """What the quick preset writes."""
     folder = tmp_path_factory.mktemp("results")
     with jax.numpy_rank_promotion("allow"):
-        options = _common.Options("style", preset="quick", seeds=2, out=folder)
+        options = common.Options("style", preset="quick", seeds=2, out=folder)
         style.main(options)
     return folder
 
 
 @pytest.fixture(scope="module")
 def result(folder):
-    return _common.read_json(folder / "style.json")
+    return common.read_json(folder / "style.json")
 
 
 # Images.
@@ -190,10 +191,10 @@ def test_every_number_is_there(result):
     records, points = result["records"], result["meta"]["points"]
     numbers = 2 * len(task.LOSSES)
     weightings, walks = len(style.WEIGHTINGS), points * len(style.WALKS)
-    fixed = _common.select(records, method="fixed")
+    fixed = common.select(records, method="fixed")
     assert len(fixed) == weightings * numbers
     for method in style.CONDITIONAL:
-        of = _common.select(records, method=method)
+        of = common.select(records, method=method)
         assert len(of) == (weightings + walks) * numbers
     assert all(np.isfinite(r["value"]) for r in records)
 
@@ -221,7 +222,7 @@ def test_tables_and_conclusions_follow_from_the_records(result):
 
 
 def test_without_fixed_networks_there_are_no_gaps(result):
-    alone = _common.select(result["records"], method="conditional")
+    alone = common.select(result["records"], method="conditional")
     only = {**result, "records": alone}
     assert style.table(only).columns == ["weighting", "conditional"]
     assert len(style.conclusions(only)) == 1
