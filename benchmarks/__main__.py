@@ -39,9 +39,9 @@ PAGES = (
 )
 
 
-def load(benchmark: str) -> Any:
-    """The module of a benchmark, imported when it is needed: each takes seconds."""
-    return importlib.import_module(f"benchmarks.tasks.{benchmark}.run")
+def load(benchmark: str, part: str = "run") -> Any:
+    """A module of a benchmark, imported when it is needed: each takes seconds."""
+    return importlib.import_module(f"benchmarks.tasks.{benchmark}.{part}")
 
 
 def update_tables(pages: tuple[Path, ...], results: Path) -> None:
@@ -53,15 +53,15 @@ def update_tables(pages: tuple[Path, ...], results: Path) -> None:
     """
     blocks = {"methods": common.markdown(methods_table.table(), numbers=False)}
     views = {}
-    for name, module, path in _stored(results):
+    for name, report, path in _stored(results):
         result = common.read_json(path)
-        blocks[path.stem] = common.markdown(module.table(result))
-        if hasattr(module, "summary"):
-            blocks[f"{path.stem}-summary"] = common.markdown(module.summary(result))
-        if hasattr(module, "view"):
-            views[path.stem.replace("_", ", ")] = module.view(result)
-        if hasattr(module, "tables") and path.stem == name:  # not on other data
-            for mark, table in module.tables(result).items():
+        blocks[path.stem] = common.markdown(report.table(result))
+        if hasattr(report, "summary"):
+            blocks[f"{path.stem}-summary"] = common.markdown(report.summary(result))
+        if hasattr(report, "view"):
+            views[path.stem.replace("_", ", ")] = report.view(result)
+        if hasattr(report, "tables") and path.stem == name:  # not on other data
+            for mark, table in report.tables(result).items():
                 blocks[mark] = common.markdown(table)
     if views:
         digest = importlib.import_module("benchmarks.harness.contest").digest(views)
@@ -72,18 +72,18 @@ def update_tables(pages: tuple[Path, ...], results: Path) -> None:
 
 def draw_figures(results: Path) -> None:
     """Redraw the figures from the stored results."""
-    for _, module, path in _stored(results):
-        if hasattr(module, "figure"):
-            module.figure(common.read_json(path), path.with_suffix(".png"))
+    for _, report, path in _stored(results):
+        if hasattr(report, "figure"):
+            report.figure(common.read_json(path), path.with_suffix(".png"))
 
 
 def _stored(results: Path) -> Iterator[tuple[str, Any, Path]]:
-    """The results, each with its benchmark; ``name_data`` is on other data."""
+    """The results, each with its report; ``name_data`` is on other data."""
     for name in BENCHMARKS:
         usual = results / f"{name}.json"
         for path in (usual, *sorted(results.glob(f"{name}_*.json"))):
             if path.is_file():
-                yield name, load(name), path
+                yield name, load(name, "report"), path
 
 
 def parser() -> argparse.ArgumentParser:

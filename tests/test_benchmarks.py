@@ -11,13 +11,19 @@ import pytest
 import yoto_jax as yoto
 from benchmarks import __main__ as command_line
 from benchmarks.harness import common, merging
+from benchmarks.tasks.digits import methods as digits_methods
+from benchmarks.tasks.digits import report as digits_report
 from benchmarks.tasks.digits import run as digits
 from benchmarks.tasks.digits import task
+from benchmarks.tasks.overhead import methods as overhead_methods
+from benchmarks.tasks.overhead import report as overhead_report
 from benchmarks.tasks.overhead import run as overhead
 from benchmarks.tasks.overhead import weighting_costs
-from benchmarks.tasks.pinn import run as pinn
+from benchmarks.tasks.pinn import methods as pinn_methods
 from benchmarks.tasks.pretraining import run as pretraining
+from benchmarks.tasks.properties import report as properties_report
 from benchmarks.tasks.properties import run as properties
+from benchmarks.tasks.rho import methods as rho_methods
 from benchmarks.tasks.rho import run as rho
 from benchmarks.tasks.robustness import task as robustness
 from benchmarks.tasks.scaling import measurements
@@ -207,7 +213,11 @@ def test_what_cannot_be_merged_says_so(now, message):
 
 def test_methods_that_look_at_gradients_are_known():
     needs = lambda make, *given: make(*given).needs != ("losses",)
-    found = {m for m, (_, _, make) in pinn.METHODS.items() if needs(make, jnp.ones(2))}
+    found = {
+        m
+        for m, (_, _, make) in pinn_methods.METHODS.items()
+        if needs(make, jnp.ones(2))
+    }
     assert found == set(merging.PER_LOSS_GRADIENTS["pinn"])
     ones = jnp.ones(3)
     learned = pretraining.LEARNED.items()
@@ -311,7 +321,7 @@ def test_meta_names_no_folder_of_this_machine(result, folder):
 
 
 @pytest.mark.parametrize(
-    ("method", "config"), [row for row in digits.ROWS if row[0] in digits.QUICK]
+    ("method", "config"), [row for row in digits_methods.ROWS if row[0] in digits.QUICK]
 )
 def test_every_method_has_every_seed_and_domain(method, config, result):
     for domain in ("clean", *task.UNSEEN):
@@ -348,31 +358,31 @@ def test_validation_chooses_and_test_does_not(result):
 
 
 def test_best_of_n_of_all_is_the_validated_best(result):
-    curve = digits.best_of_n(result, "random")
+    curve = digits_report.best_of_n(result, "random")
     records = common.select(result["records"], method="random", config=digits.VALIDATED)
     expected = np.mean([common.values(records, domain=d) for d in task.UNSEEN])
     np.testing.assert_allclose(curve[-1], expected, rtol=1e-6)
 
 
 def test_sentences_follow_from_the_records(result):
-    assert len(digits.conclusions(result)) == 11
+    assert len(digits_report.conclusions(result)) == 11
     better = json.loads(json.dumps(result))
     for record in better["records"]:
         if record["method"] == "yoto" and record["unseen"]:
             record["value"] = 1.0 + 0.001 * record["seed"]
-    assert "YOTO is ahead" in digits.conclusions(better)[0]
+    assert "YOTO is ahead" in digits_report.conclusions(better)[0]
 
 
 def test_figure_is_redrawn_from_the_file(folder, result):
     written = (folder / "digits.png").read_bytes()
-    digits.figure(result, folder / "again.png")
+    digits_report.figure(result, folder / "again.png")
     assert (folder / "again.png").read_bytes() == written
 
 
 def test_one_seed_and_one_method_are_enough(tmp_path):
     options = common.Options("digits", ("equal",), seeds=1, steps=2, out=tmp_path)
     digits.main(options)
-    table = digits.table(common.read_json(tmp_path / "digits.json"))
+    table = digits_report.table(common.read_json(tmp_path / "digits.json"))
     assert len(table.rows) == 1
 
 
@@ -384,7 +394,7 @@ def test_rho_writes_its_results(tmp_path):
     result = common.read_json(tmp_path / "rho.json")
     assert (tmp_path / "rho.png").is_file()
     learned = [r for r in result["records"] if "rho=" in r["config"]]
-    assert len(learned) == len(rho.QUICK_RHOS) * (len(rho.EPSILONS) + 1) * 5
+    assert len(learned) == len(rho.QUICK_RHOS) * (len(rho_methods.EPSILONS) + 1) * 5
     assert not any(r["unseen"] for r in result["records"])
 
 
@@ -421,7 +431,7 @@ def test_sections_of_the_overhead_are_measured_apart(overhead_folder):
     result = common.read_json(overhead_folder / "overhead.json")
     found = {overhead.section(r) for r in result["records"]}
     assert found == {"weightings", "solvers"}
-    tables = overhead.tables(result)
+    tables = overhead_report.tables(result)
     assert set(tables) == {"overhead-weightings", "overhead-solvers"}
     rows = {row[0]: row for row in tables["overhead-weightings"].rows}
     assert float(rows["upgrad"][1].split()[0]) > 0
@@ -443,16 +453,16 @@ def test_the_overhead_goes_on_where_it_stopped(overhead_folder, monkeypatch, cap
 def test_each_weighting_is_timed_with_a_model():
     kinds = [weighting_costs.kinds(name).values() for name in weighting_costs.SHARED]
     timed = {arm for of_model in kinds for arms in of_model for arm in arms}
-    assert timed == set(weighting_costs.ARMS)
+    assert timed == set(overhead_methods.ARMS)
 
 
 def test_tables_of_costs_show_no_minus_zero_and_name_versions_that_are_known():
-    assert weighting_costs._number(-0.04, 1) == "0.0"
-    assert weighting_costs._number(-1234.5, 1) == "-1,234.5"
+    assert overhead_report._number(-0.04, 1) == "0.0"
+    assert overhead_report._number(-1234.5, 1) == "-1,234.5"
     result = common.read_json(ROOT / "benchmarks" / "results" / "overhead.json")
     for versions in ({}, {"torch": "2.9.1", "torchjd": "0.17.0"}):
         result["meta"] = result["meta"] | versions
-        caption = weighting_costs.peer_table(result).caption
+        caption = overhead_report.peer_table(result).caption
         named = " PyTorch 2.9.1, TorchJD 0.17.0." if versions else ""
         assert caption.endswith(f"the same framework.{named}")
 
@@ -462,7 +472,7 @@ def test_tables_of_costs_show_no_minus_zero_and_name_versions_that_are_known():
     [
         (toy, "toy", toy.METHODS),
         (robustness, "robustness", robustness.WEIGHTINGS),
-        (weighting_costs, "overhead", weighting_costs.MEASURED),
+        (overhead_methods, "overhead", overhead_methods.MEASURED),
         (measurements, "scaling", measurements.WEIGHTINGS),
         (properties, "properties", properties.METHODS),
     ],
@@ -483,7 +493,7 @@ def test_benchmarks_take_the_weightings_of_the_registry(benchmark, stored_in, na
 def test_properties_have_a_row_for_each_method(tmp_path):
     command_line.main(f"properties --methods equal,mgda --out {tmp_path}".split())
     result = common.read_json(tmp_path / "properties.json")
-    columns, rows, _ = properties.table(result)
+    columns, rows, _ = properties_report.table(result)
     assert [row[0] for row in rows] == ["`equal`", "`mgda`"]
     assert set(rows[0][1:]) == {"yes", "-"}
     held = dict(zip(columns, rows[1], strict=True))

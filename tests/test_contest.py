@@ -20,9 +20,15 @@ from benchmarks.harness import searches as searching
 from benchmarks.harness.contest import Contest, Method
 from benchmarks.harness.experiment import Finished
 from benchmarks.harness.searches import MEDIAN, ORACLE, VALIDATED, WORST
+from benchmarks.tasks.ablations import methods as ablations_methods
+from benchmarks.tasks.ablations import report as ablations_report
 from benchmarks.tasks.ablations import run as ablations
+from benchmarks.tasks.depth import methods as depth_methods
 from benchmarks.tasks.depth import metrics
+from benchmarks.tasks.depth import report as depth_report
 from benchmarks.tasks.depth import run as depth
+from benchmarks.tasks.segmentation import methods as segmentation_methods
+from benchmarks.tasks.segmentation import report as segmentation_report
 from benchmarks.tasks.segmentation import run as segmentation
 
 pytestmark = pytest.mark.usefixtures("any_rank", "quick_compilation")
@@ -37,6 +43,16 @@ MODULES = {
     "depth": depth,
     "segmentation": segmentation,
     "segmentation_camvid": segmentation,
+}
+COMPARED = {
+    "depth": depth_methods,
+    "segmentation": segmentation_methods,
+    "segmentation_camvid": segmentation_methods,
+}
+REPORTS = {
+    "depth": depth_report,
+    "segmentation": segmentation_report,
+    "segmentation_camvid": segmentation_report,
 }
 METRICS = {
     "depth": metrics.METRICS,
@@ -106,7 +122,7 @@ def result(name, results):
 
 
 def domains(name):
-    contest = MODULES[name].contest(None)
+    contest = COMPARED[name].contest(None)
     return (contest.seen, *contest.unseen)
 
 
@@ -142,7 +158,7 @@ def test_the_runs_of_a_search_have_the_metric_and_the_validation(name, result):
     tried = {r["config"] for r in runs}
     assert len(tried) == MODULES[name].BUDGET["quick"] == 2
     assert all(tuple(common.parse(c)) == task.AUXILIARY for c in tried)
-    metric = MODULES[name].METRIC
+    metric = COMPARED[name].METRIC
     for config in tried:
         for seed in range(SEEDS):
             of_run = common.select(runs, config=config, seed=seed)
@@ -171,7 +187,7 @@ def test_validation_chooses(name, result):
         runs = [r for r in records if "=" in r["config"]]
         best = int(np.argmax(common.values(runs, metric="validation")))
         for domain in domains(name):
-            wanted = {"metric": MODULES[name].METRIC, "domain": domain}
+            wanted = {"metric": COMPARED[name].METRIC, "domain": domain}
             chosen = common.select(records, config=VALIDATED)
             expected = common.values(runs, **wanted)[best]
             assert common.values(chosen, **wanted) == [expected]
@@ -250,9 +266,9 @@ def nothing_is_trained(monkeypatch):
 
 @pytest.mark.usefixtures("nothing_is_trained")
 def test_tables_follow_from_the_file(name, result):
-    module = MODULES[name]
-    everything = [module.table(result), module.summary(result)]
-    everything += module.tables(result).values()
+    report = REPORTS[name]
+    everything = [report.table(result), report.summary(result)]
+    everything += report.tables(result).values()
     for table in everything:
         assert all(len(row) == len(table.columns) for row in table.rows)
         assert all(isinstance(cell, str) for row in table.rows for cell in row)
@@ -269,7 +285,9 @@ def test_tables_follow_from_the_file(name, result):
         "grid, worst point",
     ]
     equal = full.rows[labels.index("equal weights")]
-    records = common.select(result["records"], method="equal", metric=module.METRIC)
+    records = common.select(
+        result["records"], method="equal", metric=COMPARED[name].METRIC
+    )
     for domain in domains(name):
         expected = common.mean_sd(common.values(records, domain=domain))
         assert equal[full.columns.index(domain)] == expected
@@ -282,7 +300,7 @@ def test_tables_follow_from_the_file(name, result):
 
 @pytest.mark.usefixtures("nothing_is_trained")
 def test_the_figure_is_redrawn_from_the_file(name, result, folder, tmp_path):
-    MODULES[name].figure(result, tmp_path / "again.png")
+    REPORTS[name].figure(result, tmp_path / "again.png")
     written = folder / name / f"{name}.png"
     assert (tmp_path / "again.png").read_bytes() == written.read_bytes()
     assert (folder / name / f"{name}_examples.png").stat().st_size > 10_000
@@ -305,7 +323,7 @@ def raised(result, method, values, config=""):
 def test_claims_follow_from_the_records(values, verdict, results):
     result = raised(results["depth"], "equal", (50.0, 50.0))
     result = raised(result, "yoto", values)
-    rows = depth.tables(result)["depth-claims"].rows
+    rows = depth_report.tables(result)["depth-claims"].rows
     # The first of the two is about YOTO, the other about the best train-once method.
     _, difference, found = next(row for row in rows if row[0] == "- equal weights")
     assert difference == common.mean_sd(np.array(values) - 50)
@@ -319,7 +337,7 @@ def test_claims_follow_from_the_records(values, verdict, results):
 def test_the_best_train_once_method_learns_its_weights(results):
     result = raised(results["depth"], "equal", (99.0, 99.0))
     result = raised(result, "aligned", (98.0, 98.0))
-    view = depth.view(result)
+    view = depth_report.view(result)
     assert contests.best_train_once(view) == "aligned"
     assert any("softmax alignment" in row[0] for row in contests.claims(view).rows)
 
@@ -336,19 +354,19 @@ def test_costs_are_read_from_the_records(results, monkeypatch):
     speed = lambda task, rule, config, lanes, rounds: np.array([5.0, 3.0, 4.0])
     monkeypatch.setattr(experiment, "step_ratios", step_ratios)
     monkeypatch.setattr(experiment, "sweep_speed", speed)
-    contest = depth.contest(SimpleNamespace(auxiliary=depth.task.AUXILIARY))
+    contest = depth_methods.contest(SimpleNamespace(auxiliary=depth.task.AUXILIARY))
     records = contests.costs(contest, METHODS["depth"], 3)
     assert set(asked) == {"softmax", "plain", "plain again", "aligned"}
     assert asked["plain"][0] is asked["plain again"][0]
     result = dict(results["depth"])
     result["records"] = result["records"] + records
-    table = depth.tables(result)["depth-costs"]
+    table = depth_report.tables(result)["depth-costs"]
     assert dict(table.rows)["softmax alignment, held-out objective"] == (
         "1.600 (1.550 to 1.650)"
     )
     assert "as long as 3.8 one by one (4.00 times faster" in table.caption
-    rows = {row[0]: row for row in depth.table(result).rows}
-    runs = depth.table(result).columns.index("runs")
+    rows = {row[0]: row for row in depth_report.table(result).rows}
+    runs = depth_report.table(result).columns.index("runs")
     assert rows["softmax alignment, held-out objective"][runs] == "1.6"
     assert rows["YOTO, library defaults"][runs] == "1.1"
     assert rows["equal weights"][runs] == "1"
@@ -523,7 +541,7 @@ def test_methods_that_are_not_drawn_leave_an_empty_figure(results, tmp_path):
     result["records"] = [
         r | {"method": "rho-1"} for r in result["records"] if r["method"] == "equal"
     ]
-    depth.figure(result, tmp_path / "empty.png")
+    depth_report.figure(result, tmp_path / "empty.png")
     assert (tmp_path / "empty.png").exists()
 
 
@@ -551,7 +569,7 @@ def test_gp_without_torch_is_refused_where_asked_for(monkeypatch, tmp_path):
     monkeypatch.setattr(searching, "has_gp", lambda: False)
     options = common.Options("depth", ("equal", "gp"), preset="quick", out=tmp_path)
     with pytest.raises(common.UsageError, match=r"gp needs PyTorch: pip install"):
-        contests.check(depth.contest(None), options)
+        contests.check(depth_methods.contest(None), options)
     assert not list(tmp_path.iterdir())
 
 
@@ -565,7 +583,7 @@ def test_gp_without_torch_is_left_out_otherwise(monkeypatch, capsys):
     assert contests.available(names, asked=True) == names
 
 
-@pytest.mark.parametrize("module", [depth, segmentation])
+@pytest.mark.parametrize("module", [depth_methods, segmentation_methods])
 def test_every_method_has_a_rule_and_settings_of_it(module):
     contest = module.contest(None)
     for method in contest.methods.values():
@@ -586,7 +604,7 @@ def test_every_method_has_a_rule_and_settings_of_it(module):
     assert len(set(keys)) == len(keys)
 
 
-@pytest.mark.parametrize("module", [depth, segmentation])
+@pytest.mark.parametrize("module", [depth_methods, segmentation_methods])
 def test_searches_have_the_budget_of_the_paper_or_less(module):
     for budget in (None, 2):
         methods = module.contest(None, budget).methods
@@ -621,7 +639,7 @@ class Made:
         weights = relative / relative.sum()
         value = 50 + run.seed + min(config.get("rho", 10.0), 100.0) / 100
         seen = (depth.task.SEEN, *depth.task.UNSEEN)
-        values = {(ablations.METRIC, domain): value for domain in seen}
+        values = {(ablations_methods.METRIC, domain): value for domain in seen}
         values["validation", None] = value
         for i, n in enumerate(self.task.names):
             values[f"weight:{n}", None] = float(weights[i])
@@ -665,9 +683,12 @@ def test_ablations_plan_as_many_runs_as_they_train(ablated):
 def test_ablations_are_read_from_the_file(ablated, tmp_path):
     folder, *_ = ablated
     result = common.read_json(folder / "ablations.json")
-    table = ablations.table(result)
+    table = ablations_report.table(result)
     rows = {row[0]: row[1:] for row in table.rows}
-    assert len(rows) == len(ablations.VARIANTS) + len(ablations.REPLAYED) + 1
+    assert (
+        len(rows)
+        == len(ablations_methods.VARIANTS) + len(ablations_methods.REPLAYED) + 1
+    )
     assert rows["YOTO, library defaults (rho 10)"][1] == "50.6 ± 0.7"
     assert rows["YOTO, library defaults (rho 10)"][2:4] == ["", ""]
     # Every seed is as much worse as the others.
@@ -675,11 +696,11 @@ def test_ablations_are_read_from_the_file(ablated, tmp_path):
     assert rows["exp(mu), not normalised"][3] == ""
     assert rows["equal weights"][4] == "0.33 / 0.33 / 0.33"
     assert rows["constant, YOTO's final weights"][4] == "0.83 / 0.083 / 0.083"
-    counts = ablations.tables(result)["ablations-losses"]
+    counts = ablations_report.tables(result)["ablations-losses"]
     assert [row[0] for row in counts.rows] == ["2", "8"]
     assert "collapse" in counts.rows[1][-1]
     written = (folder / "ablations.png").read_bytes()
-    ablations.figure(result, Path(tmp_path / "again.png"))
+    ablations_report.figure(result, Path(tmp_path / "again.png"))
     assert (tmp_path / "again.png").read_bytes() == written
 
 
@@ -691,7 +712,7 @@ def test_ablations_have_parts(ablated, monkeypatch, tmp_path):
     result = common.read_json(tmp_path / "ablations.json")
     assert {r["method"] for r in result["records"]} == {"equal", "K aligned"}
     numbers = ["auxiliary=4", "auxiliary=6", "auxiliary=8", "auxiliary=2"]
-    assert ablations.configs(result, "K aligned") == numbers
+    assert ablations_report.configs(result, "K aligned") == numbers
     assert not list(tmp_path.glob("*.png"))
 
 

@@ -10,8 +10,8 @@ from sklearn.datasets import load_digits
 
 from benchmarks.harness import common
 from benchmarks.tasks.digits import task as digits
+from benchmarks.tasks.pareto import methods, report, task
 from benchmarks.tasks.pareto import run as pareto
-from benchmarks.tasks.pareto import task
 from benchmarks.tasks.pareto.task import TASKS, Conditioning
 from yoto_jax import conditional
 
@@ -139,7 +139,7 @@ def test_objectives_are_their_formulas(data):
 
     model = perturbed(task.init(key, 2), key)
     for method in ("linear", "cosmos"):
-        how = pareto.METHODS[method]
+        how = methods.METHODS[method]
         drawn = how.support.sample(key, 8, groups=how.groups)
         w = np.stack([drawn[name] for name in TASKS], axis=1)
         assert (len(np.unique(w[:, 0])) == 1) == (method == "cosmos")
@@ -192,18 +192,18 @@ def test_conditional_models_are_swept_over_all_weightings(data):
 
 
 def test_every_record_is_there(result):
-    budgets = {1, pareto.MODELS}
+    budgets = {1, methods.MODELS}
     assert {front["runs"] for front in result["fronts"]} == budgets
     assert len(result["fronts"]) == len(RUN) * len(budgets) * SEEDS
     for method in RUN:
-        count = pareto.weightings(method)
-        counts = {count} | ({pareto.MODELS} if count > 1 else set())
+        count = methods.weightings(method)
+        counts = {count} | ({methods.MODELS} if count > 1 else set())
         found = common.select(
             result["records"], method=method, metric="hypervolume", domain="test"
         )
         assert len(found) == len(budgets) * SEEDS * len(counts)
         for front in common.select(result["fronts"], method=method):
-            assert len(front["left"]) == pareto.weightings(method)
+            assert len(front["left"]) == methods.weightings(method)
     assert result["meta"]["references"] == {"ce": 2.0, "error": 1.0}
 
 
@@ -234,7 +234,7 @@ def test_numbers_follow_from_the_stored_points(result, method):
 
 def test_the_grid_has_no_gap_to_itself(result):
     gaps = common.values(
-        result["records"], method="grid", metric="largest gap", compute=pareto.MODELS
+        result["records"], method="grid", metric="largest gap", compute=methods.MODELS
     )
     np.testing.assert_array_equal(gaps, 0)
 
@@ -252,15 +252,15 @@ def test_calibration_tells_true_minimisers_from_a_model_told_the_wrong_way():
 
 
 def test_table_and_conclusions_read_the_stored_result_alone(folder, result):
-    table = pareto.table(result)
+    table = report.table(result)
     assert len(table.rows) == 2 * len(RUN)
     assert {len(row) for row in table.rows} == {len(table.columns)}
     before = json.dumps(result)
-    sentences = pareto.conclusions(result)
+    sentences = report.conclusions(result)
     # The competition, three times the grid, twice equal weights; linear twice.
     assert len(sentences) == 1 + 3 + 2 + 2
     assert json.dumps(result) == before
-    pareto.figure(result, folder / "again.png")
+    report.figure(result, folder / "again.png")
     assert (folder / "again.png").stat().st_size > 10_000
 
 
@@ -273,7 +273,7 @@ def test_conclusions_say_what_the_numbers_say(result):
             else r
             for r in result["records"]
         ]
-        sentences = pareto.conclusions(result | {"records": records})
+        sentences = report.conclusions(result | {"records": records})
         against = [text for text in sentences if "of the grid with" in text]
         assert len(against) == 3
         return [
@@ -289,7 +289,7 @@ def test_without_the_grid_there_is_nothing_to_compare(result):
         name: [r for r in result[name] if r["method"] != "grid"]
         for name in ("records", "fronts")
     }
-    sentences = pareto.conclusions(result | alone)
+    sentences = report.conclusions(result | alone)
     assert len(sentences) == 2 + 2
     assert not any("grid" in sentence for sentence in sentences)
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks.harness import common
+from benchmarks.tasks.pinn import methods, report, task
 from benchmarks.tasks.pinn import run as pinn
-from benchmarks.tasks.pinn import task
 
 SEEDS, STEPS = 2, 4
 RUN = ("static", "tuned", "ntk", "yoto")
@@ -178,9 +178,9 @@ def test_the_error_of_a_perfect_network_is_0_and_of_none_is_1():
 # Runs.
 
 
-@pytest.mark.parametrize("method", pinn.METHODS)
+@pytest.mark.parametrize("method", methods.METHODS)
 def test_every_method_can_be_traced_and_keeps_its_state(method):
-    make = pinn.METHODS[method].make
+    make = methods.METHODS[method].make
     start, advance = pinn.program_of(make, pinn.SIZES["quick"], 10, 5)
     carry = jax.eval_shape(start, 0, jnp.ones(2))
     after, (weights, losses) = jax.eval_shape(advance, carry, 0, jnp.ones(2))
@@ -295,7 +295,7 @@ def test_a_search_pays_for_all_its_runs(result):
 
 
 def test_table_and_sentences_follow_from_the_file(folder, result):
-    rows = {row[0]: row for row in pinn.table(result).rows}
+    rows = {row[0]: row for row in report.table(result).rows}
     assert set(rows) == {
         "static 1:1:1",
         "static, best by validation",
@@ -308,9 +308,9 @@ def test_table_and_sentences_follow_from_the_file(folder, result):
     for record in better["records"]:
         if record["method"] == "yoto" and record["metric"] == "error":
             record["value"] = 1e-3 * (1 + 0.001 * record["seed"])
-    ranking, against_static, _ = pinn.conclusions(better)
+    ranking, against_static, _ = report.conclusions(better)
     assert "seeds: YOTO 0.001," in ranking
     assert "YOTO" in against_static.partition("; not told apart")[0]
     written = (folder / "pinn.png").read_bytes()
-    pinn.figure(result, folder / "again.png")
+    report.figure(result, folder / "again.png")
     assert (folder / "again.png").read_bytes() == written

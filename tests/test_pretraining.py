@@ -11,8 +11,8 @@ from matplotlib.image import imsave
 
 import yoto_jax as yoto
 from benchmarks.harness import common
+from benchmarks.tasks.pretraining import methods, report, task
 from benchmarks.tasks.pretraining import run as pretraining
-from benchmarks.tasks.pretraining import task
 
 SEEDS, STEPS = 2, 4
 METHODS = ("grap", "equal", "random")
@@ -295,7 +295,7 @@ def test_the_downstream_loss_trains_its_classifier_and_nothing_else(digits):
 def test_every_method_has_every_seed_and_metric(result):
     for method in METHODS:
         runs = pretraining.DRAWS["quick"] + 4 if method == "random" else 1
-        for metric in (*pretraining.METRICS, "validation"):
+        for metric in (*methods.METRICS, "validation"):
             records = common.select(result["records"], method=method, metric=metric)
             assert sorted(r["seed"] for r in records) == sorted(
                 list(range(SEEDS)) * runs
@@ -312,7 +312,7 @@ def test_validation_chooses_and_a_search_pays_for_all_its_runs(result):
         chosen = common.select(of_seed, config=pretraining.VALIDATED)
         assert {r["compute"] for r in chosen} == {draws}
         best = int(np.argmax(validation))
-        for metric in pretraining.METRICS:
+        for metric in methods.METRICS:
             expected = common.values(runs, metric=metric)[best]
             assert common.values(chosen, metric=metric) == expected
 
@@ -335,32 +335,32 @@ def test_cost_is_relative_to_a_run_with_constant_weights(result):
 
 
 def test_tables_and_sentences_follow_from_the_records(result):
-    table = pretraining.table(result)
+    table = report.table(result)
     names = [row[0] for row in table.rows]
     assert names[:3] == ["GraP", "equal weights", "random, best by validation"]
     assert len(names) == 6
     assert all(len(row) == len(table.columns) for row in table.rows)
-    assert len(pretraining.summary(result).columns) == 5
-    assert len(pretraining.conclusions(result)) == 3
+    assert len(report.summary(result).columns) == 5
+    assert len(report.conclusions(result)) == 3
     better = json.loads(json.dumps(result))
     for record in better["records"]:
-        if record["method"] == "grap" and record["metric"] == pretraining.PROBE:
+        if record["method"] == "grap" and record["metric"] == methods.PROBE:
             record["value"] = 1.0 + 0.001 * record["seed"]
-    assert "ahead (95 %)" in pretraining.conclusions(better)[1]
+    assert "ahead (95 %)" in report.conclusions(better)[1]
 
 
 def test_best_of_n_of_all_is_the_validated_best(result):
-    curve = pretraining.best_of_n(result, "random")
+    curve = report.best_of_n(result, "random")
     chosen = common.select(
         result["records"], method="random", config=pretraining.VALIDATED
     )
-    expected = common.values(chosen, metric=pretraining.PROBE).mean()
+    expected = common.values(chosen, metric=methods.PROBE).mean()
     np.testing.assert_allclose(curve[-1], expected, rtol=1e-6)
 
 
 def test_figure_is_redrawn_from_the_file(folder, result):
     written = (folder / "pretraining.png").read_bytes()
-    pretraining.figure(result, folder / "again.png")
+    report.figure(result, folder / "again.png")
     assert (folder / "again.png").read_bytes() == written
 
 

@@ -22,6 +22,7 @@ from benchmarks.harness import common
 from benchmarks.harness.common import UsageError
 from benchmarks.harness.searches import VALIDATED
 from benchmarks.tasks.digits import task
+from benchmarks.tasks.sweep import report
 from benchmarks.tasks.sweep import run as sweep
 from benchmarks.tasks.sweep import worker as shared
 from benchmarks.tasks.sweep.worker import Plan
@@ -349,11 +350,11 @@ def test_the_result_follows_from_the_trials(storage, alone, tmp_path):
     assert (tmp_path / "sweep.png").is_file()
     url = extra.get("storage") or f"sqlite:///{tmp_path / 'sweep.db'}"
     best = shared.load(url, sweep.STUDY).best_trial
-    (row,) = [r for r in sweep.table(result).rows if r[0] == VALIDATED]
+    (row,) = [r for r in report.table(result).rows if r[0] == VALIDATED]
     assert row[5] == str(best.number)
     assert row[1:3] == [f"{ratio:.3g}" for ratio in best.params.values()]
     assert len(result["trials"]) == 5
-    assert "5 of 5 trials are complete" in sweep.conclusions(result)[0]
+    assert "5 of 5 trials are complete" in report.conclusions(result)[0]
 
 
 def test_a_search_is_gone_on_with_only_if_asked(alone, tmp_path, monkeypatch):

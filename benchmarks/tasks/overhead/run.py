@@ -31,12 +31,13 @@ from benchmarks.models import small
 from benchmarks.models.small import convolutional, mlp, transformer
 from benchmarks.tasks.overhead import peers
 from benchmarks.tasks.overhead import weighting_costs as costs
+from benchmarks.tasks.overhead.methods import COMPARED, WAYS
+from benchmarks.tasks.overhead.report import table, tables
 
 Array = jax.Array
 Model = small.Model
 Losses = dict[str, Array]
 WEIGHTS = {"fit": 0.5, "size": 0.3, "smooth": 0.2}
-ARMS = ("fixed", "fixed again", "yoto")
 
 
 MODELS = {
@@ -104,7 +105,7 @@ def in_scan(step: Callable[..., Any], n: int) -> Callable[..., Any]:
     return run
 
 
-WAYS = {"loop": in_loop, "scan": in_scan}
+REPEATS = {"loop": in_loop, "scan": in_scan}
 BLOCK = 0.05  # seconds that are timed at once
 SHORT = 1e-3  # seconds; a call from Python takes some ten microseconds
 
@@ -120,7 +121,7 @@ def seconds(run: Callable[..., Any], carry: Any, x: Array) -> float:
 def compare(name: str, model: Model, rounds: int) -> list[common.Record]:
     """Time the arms of one model in turn; records of times and paired ratios."""
     x = jax.random.normal(jax.random.key(1), model.inputs)
-    arms = {arm: build(arm, model) for arm in ARMS}
+    arms = {arm: build(arm, model) for arm in COMPARED}
     warm = [
         seconds(in_loop(step, 3), carry, x) / 3
         for _ in range(2)
@@ -129,15 +130,15 @@ def compare(name: str, model: Model, rounds: int) -> list[common.Record]:
     n = max(2, min(1000, int(BLOCK / min(warm))))
     records = []
     for way in WAYS if min(warm) < SHORT else ("loop",):
-        repeat = WAYS[way]
+        repeat = REPEATS[way]
         runs = {arm: (repeat(step, n), carry) for arm, (step, carry) in arms.items()}
         for run, carry in runs.values():
             seconds(run, carry, x)
-        times: dict[str, list[float]] = {arm: [] for arm in ARMS}
+        times: dict[str, list[float]] = {arm: [] for arm in COMPARED}
         for turn in common.track(range(rounds), f"{name}, {way}"):
-            for arm in ARMS if turn % 2 else ARMS[::-1]:
+            for arm in COMPARED if turn % 2 else COMPARED[::-1]:
                 times[arm].append(seconds(*runs[arm], x) / n)
-        records += [r for arm in ARMS for r in describe(name, way, arm, times)]
+        records += [r for arm in COMPARED for r in describe(name, way, arm, times)]
     return records
 
 
@@ -228,7 +229,7 @@ def yoto_parts(rounds: int, quick: bool, units: common.Units) -> Iterator[Part]:
     for name, model in (QUICK if quick else MODELS).items():
         work = functools.partial(compare, name, model, rounds)
         yield Part(
-            f"learned weights, {name}, {rounds} rounds of {len(ARMS)} programs",
+            f"learned weights, {name}, {rounds} rounds of {len(COMPARED)} programs",
             functools.partial(units.do, name, work),
         )
     imports = 1 if quick else 5
@@ -293,59 +294,3 @@ def section(record: common.Record) -> str:
     if metric == "solver microseconds":
         return "solvers"
     return "yoto" if metric.startswith(("loop", "scan", "import")) else "weightings"
-
-
-def tables(result: common.Result) -> dict[str, common.Table]:
-    """All tables but that of the loss logits, by their marks."""
-    metrics = {r["metric"] for r in result["records"]}
-    found = {}
-    if "extra MiB" in metrics:
-        found["overhead-weightings"] = costs.step_table(result)
-    if "solver microseconds" in metrics:
-        found["overhead-solvers"] = costs.solver_table(result)
-    if "TorchJD milliseconds" in metrics:
-        found["overhead-peers"] = costs.peer_table(result)
-    return found
-
-
-def table(result: common.Result) -> common.Table:
-    """Step times and paired ratios by model, from the stored records."""
-    records = result["records"]
-
-    def cell(model: str, arm: str, metric: str) -> float:
-        (value,) = common.values(records, config=model, method=arm, metric=metric)
-        return float(value)
-
-    def ratio(model: str, way: str, arm: str) -> str:
-        median, first, third = (
-            cell(model, arm, f"{way}: ratio{which}")
-            for which in ("", ", first quartile", ", third quartile")
-        )
-        return f"{median:.3f} ({first:.3f} to {third:.3f})"
-
-    columns = ["model"]
-    for way in WAYS:
-        columns += [f"{way}: step (us)", "same again", "learned weights"]
-    rows = []
-    for model in dict.fromkeys(r["config"] for r in records if "loop" in r["metric"]):
-        row = [model]
-        for way in WAYS:
-            metric = f"{way}: microseconds"
-            if not common.select(records, config=model, metric=metric):
-                row += ["", "", ""]
-                continue
-            row.append(f"{cell(model, 'fixed', metric):,.0f}")
-            row += [ratio(model, way, arm) for arm in ARMS[1:]]
-        rows.append(row)
-    imported = common.values(records, metric="import ms")
-    meta = result["meta"]
-    return common.Table(
-        columns,
-        rows,
-        f"Ratio to the step with fixed weights, median (quartiles) of {meta['rounds']} "
-        f"interleaved rounds, {meta['device']} ({meta['cpu_count']} cores). "
-        + "".join(
-            f"`import yoto_jax` takes {milliseconds:.0f} ms after `import optax`."
-            for milliseconds in imported
-        ),
-    )

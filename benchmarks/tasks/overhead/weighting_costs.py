@@ -17,28 +17,16 @@ from benchmarks.harness import common
 from benchmarks.models import small
 from benchmarks.models.small import NAMES, Losses, Shared, heads
 from benchmarks.tasks.overhead import peers
+from benchmarks.tasks.overhead.methods import (
+    FIXED,
+    FULL,
+    GRADIENT_DRIVEN,
+    LOSS_DRIVEN,
+    MEASURED,
+)
 from yoto_jax import weightings
 
 Array = jax.Array
-FIXED = dict(zip(NAMES, (0.4, 0.2, 0.3, 0.1), strict=True))
-
-
-LEFT_OUT = {
-    "equal": "what fixed weights are",
-    "causal": "for losses in the order of time",
-    "ntk": "its kernel is the user's",
-    "ntk_surrogate": "as gradnorm",
-    "grap_closed_form": "as grap",
-    "softmax_alignment": "as grap",
-    "auto_lambda": "as grap",
-}
-MEASURED = {
-    name: method
-    for name, method in weightings.methods().items()
-    if name not in LEFT_OUT
-}
-LOSS_DRIVEN = tuple(n for n, m in MEASURED.items() if set(m.needs) <= {"losses"})
-GRADIENT_DRIVEN = tuple(n for n in MEASURED if n not in LOSS_DRIVEN)
 
 
 def make(name: str) -> yoto.LossWeighting:
@@ -48,15 +36,6 @@ def make(name: str) -> yoto.LossWeighting:
         return weightings.static(FIXED)
     return method.example("class" if method.requires == "downstream" else "fit")
 
-
-FULL = {
-    "upgrad, all parameters": yoto.of_parameters(),
-    "upgrad, all parameters, one at a time": yoto.of_parameters(chunk_size=1),
-    "upgrad, all parameters, none kept": yoto.of_parameters(keep=False),
-    "gradnorm, all parameters, none kept": yoto.of_parameters(keep=False),
-}
-ARMS = ("fixed", "fixed again", *LOSS_DRIVEN, *GRADIENT_DRIVEN, *FULL)
-"""What is timed, in the order of the table."""
 
 TRANSFORMER = "transformer, 2 layers"
 SHARED = {
@@ -348,131 +327,3 @@ def peer_solvers(rounds: int, quick: bool) -> list[common.Record]:
             metric = "TorchJD solver microseconds"
             records.append(common.record(method, metric, value, config=f"K={size}"))
     return records
-
-
-# Tables.
-
-
-def _cell(records: list[common.Record], **wanted: Any) -> float:
-    found = common.values(records, **wanted)
-    return float(found[0]) if len(found) else float("nan")
-
-
-def _number(value: float, digits: int) -> str:
-    return "" if np.isnan(value) else f"{value:z,.{digits}f}"  # z: no minus zero
-
-
-def _spread(median: float, first: float, third: float) -> str:
-    if np.isnan(median):
-        return ""
-    return f"{median:.3f} ({first:.3f} to {third:.3f})"
-
-
-def step_table(result: common.Result) -> common.Table:
-    """Time, compilation and memory of a step with each weighting."""
-    records = result["records"]
-    models = [
-        r["config"]
-        for r in common.select(records, method="fixed", metric="milliseconds")
-    ]
-    measured = [r for r in records if r["metric"] == "extra MiB"]
-    columns = ["weighting"]
-    found = {r["method"] for r in measured}
-    rows = [[arm] for arm in ARMS if arm in found]
-    sizes = []
-    for model in models:
-        get = lambda arm, metric, model=model: _cell(
-            records, method=arm, metric=metric, config=model
-        )
-        columns += [f"{model}: step", "compile (s)", "extra memory (MiB)"]
-        for row in rows:
-            arm = row[0]
-            quartiles = [
-                get(arm, f"ratio{which}")
-                for which in ("", ", first quartile", ", third quartile")
-            ]
-            row += [
-                f"{get('fixed', 'milliseconds'):.0f} ms"
-                if arm == "fixed"
-                else _spread(*quartiles),
-                _number(get(arm, "compile seconds"), 1),
-                _number(get(arm, "extra MiB"), 1),
-            ]
-        sizes.append(f"{get('fixed', 'parameters MiB'):.1f} MiB ({model})")
-    meta = result["meta"]
-    return common.Table(
-        columns,
-        rows,
-        "Ratio to the step with fixed weights measured right before or after it, "
-        f"median (quartiles) of {meta['pairs']} pairs, fewer for steps that take "
-        f"seconds, {meta['device']} "
-        f"({meta['cpu_count']} cores), four losses. Methods that look at gradients use "
-        "those of the representation unless they say otherwise. Memory beyond the "
-        "plain step's, from the compiled program; "
-        f"parameters: {', '.join(sizes)}.",
-    )
-
-
-def solver_table(result: common.Result) -> common.Table:
-    """Microseconds of a call, ours and, where measured, TorchJD's."""
-    records = common.select(result["records"], metric="solver microseconds")
-    theirs = common.select(result["records"], metric="TorchJD solver microseconds")
-    sizes = dict.fromkeys(r["config"] for r in records)
-    columns = ["method"]
-    for size in sizes:
-        columns += [f"{size} (us)", *(["TorchJD (us)"] if theirs else [])]
-    rows = []
-    for method in dict.fromkeys(r["method"] for r in records):
-        row = [method]
-        for size in sizes:
-            row.append(_number(_cell(records, method=method, config=size), 0))
-            if theirs:
-                row.append(_number(_cell(theirs, method=method, config=size), 0))
-        rows.append(row)
-    return common.Table(
-        columns, rows, "One call on a K x K Gramian in float32, median, same machine."
-    )
-
-
-def peer_table(result: common.Result) -> common.Table:
-    """The same transformer and losses in PyTorch with TorchJD, in the same run."""
-    records = result["records"]
-    theirs = common.select(records, metric="TorchJD milliseconds")
-    (model,) = dict.fromkeys(r["config"] for r in theirs)
-    ours = lambda method, metric: _cell(
-        records, method=method, metric=metric, config=model
-    )
-    plain = _cell(theirs, method="plain")
-    step = _number(ours("fixed", "milliseconds"), 0)
-    rows = [["plain step", step, "", _number(plain, 0), "", _number(plain, 0), ""]]
-    for method in peers.METHODS:
-        row = [method, _number(ours(method, "milliseconds"), 0)]
-        row.append(_number(ours(method, "ratio"), 2))
-        for way in peers.WAYS:
-            taken = _cell(theirs, method=f"{method}, {way}")
-            row += [_number(taken, 0), _number(taken / plain, 2)]
-        rows.append(row)
-    meta = result["meta"]
-    versions = [
-        f"{name} {meta[key]}"
-        for key, name in (("torch", "PyTorch"), ("torchjd", "TorchJD"))
-        if key in meta
-    ]
-    return common.Table(
-        [
-            "method",
-            "ours (ms)",
-            "overhead",
-            "TorchJD, parameters (ms)",
-            "overhead",
-            "TorchJD, features (ms)",
-            "overhead",
-        ],
-        rows,
-        f"A step of the {model}, four losses, {meta['device']} ({meta['cpu_count']} "
-        "cores), median. Ours: `of_representation`. TorchJD: `mtl_backward` to the "
-        "shared parameters, as it is documented, or to the features alone, written by "
-        "hand. "
-        "Overhead: ratio to the plain step of the same framework."
-        + (f" {', '.join(versions)}." if versions else ""),
-    )

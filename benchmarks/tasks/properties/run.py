@@ -2,6 +2,7 @@
 
 import yoto_jax as yoto
 from benchmarks.harness import common
+from benchmarks.tasks.properties.report import table
 from yoto_jax.testing import gramian_properties
 
 METHODS = {name: m for name, m in yoto.weightings.methods().items() if m.properties}
@@ -23,16 +24,3 @@ def main(options: common.Options) -> None:
     result = common.write_json(path, common.meta(options), records)
     common.show(table(result))
     common.say(f"Results: {path}")
-
-
-def table(result: common.Result) -> common.Table:
-    """A yes wherever no sample contradicted the property."""
-    records = result["records"]
-    properties = tuple(dict.fromkeys(r["metric"] for r in records))
-    rows = []
-    for method, config in dict.fromkeys((r["method"], r["config"]) for r in records):
-        chosen = common.select(records, method=method, config=config)
-        held = [common.values(chosen, metric=name) for name in properties]
-        name = f"`{method}({config})`" if config else f"`{method}`"
-        rows.append([name, *("yes" if h.all() else "-" for h in held)])
-    return common.Table(("weighting", *properties), rows)

@@ -6,24 +6,20 @@ the evidence for the default rho of the library.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 import yoto_jax as yoto
-from benchmarks.harness import common, plots
-from benchmarks.harness.common import Options, Record, Result, Table
+from benchmarks.harness import common
+from benchmarks.harness.common import Options, Record
 from benchmarks.tasks.digits import task
+from benchmarks.tasks.rho.methods import EPSILON, EPSILONS, METHODS, Entropy, config_of
+from benchmarks.tasks.rho.report import conclusions, figure, table
 
 RESUMABLE = True
-METHODS = ("adamw", "sgdw")
 STEPS = {  # AdamW moves a logit by a learning rate a step: it takes longer to arrive.
     "quick": {"adamw": 20, "sgdw": 20},
     "cpu": {"adamw": 6000, "sgdw": 2000},
@@ -34,11 +30,6 @@ OPTIMIZERS: dict[str, Optimizer] = {"adamw": yoto.adamw, "sgdw": yoto.sgdw}
 LEARNING_RATES = {"adamw": 1e-3, "sgdw": 0.2}
 RHOS = (0, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 20, 30, 100, 200)
 QUICK_RHOS = (0, 1, 20)
-EPSILONS = (0.01, 0.1, 1.0)
-EPSILON = 0.1  # for what is shown at one epsilon only
-COLLAPSED = 1e-3  # A loss that weighs less might as well be left out.
-
-Entropy = Literal["all", "auxiliary"]
 
 
 def main(options: Options) -> None:
@@ -99,7 +90,7 @@ def run(
         )
 
     runs = task.learned(pairs, seeds)
-    configs = [_config(rho, epsilon, entropy) for epsilon, rho in pairs]
+    configs = [config_of(rho, epsilon, entropy) for epsilon, rho in pairs]
     if grid:
         fixed = task.fixed(jnp.array(grid), seeds)
         runs = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), runs, fixed)
@@ -114,216 +105,3 @@ def run(
         measured["accuracy", f"validation {name}"] = accuracy
     for seed, (i, config) in itertools.product(range(seeds), enumerate(configs)):
         yield from task.run_records(method, config, seed, i, measured)
-
-
-def _config(rho: float, epsilon: float, entropy: Entropy = "all") -> str:
-    return common.describe(rho=rho, epsilon=epsilon, entropy=entropy)
-
-
-# What follows reads the stored result and nothing else.
-
-
-def _methods(result: Result) -> list[str]:
-    return [m for m in METHODS if common.select(result["records"], method=m)]
-
-
-def _run(
-    result: Result, method: str, rho: float, epsilon: float, entropy: Entropy = "all"
-) -> list[Record]:
-    config = _config(rho, epsilon, entropy)
-    return common.select(result["records"], method=method, config=config)
-
-
-def _stylised(records: list[Record]) -> np.ndarray:
-    """Validation accuracy on stylised images in %, for each seed."""
-    return 100 * common.values(records, domain="validation stylised")
-
-
-def _grid(result: Result, method: str) -> dict[str, float]:
-    """Validation accuracy of every point of the grid, over seeds."""
-    return {
-        config: _stylised(
-            common.select(result["records"], method=method, config=config)
-        ).mean()
-        for config in map(task.describe_ratios, task.GRID)
-    }
-
-
-def _regulariser(result: Result, entropy: Entropy = "all") -> dict[str, float]:
-    return task.mean_of(
-        common.select(
-            result["records"], method="regulariser", config=f"entropy={entropy}"
-        ),
-        "weight",
-    )
-
-
-def table(result: Result) -> Table:
-    methods = _methods(result)
-    columns = ["rho"]
-    for method in methods:
-        columns += [f"{method}: {name}" for name in task.LOSSES] + ["accuracy"]
-    rows = []
-    for rho in result["meta"]["rhos"]:
-        row = [f"{rho:g}"]
-        for method in methods:
-            records = _run(result, method, rho, EPSILON)
-            weights = task.mean_of(records, "weight")
-            row += [f"{weights[name]:.2g}" for name in task.LOSSES]
-            row.append(common.mean_sd(_stylised(records)))
-        rows.append(row)
-    alone = [f"{weight:.2g}" for weight in _regulariser(result).values()]
-    rows.append(["regulariser alone", *[*alone, ""] * len(methods)])
-    for name, choose in (("best of grid", max), ("worst of grid", min)):
-        row = [name]
-        for method in methods:
-            row += ["", "", "", f"{choose(_grid(result, method).values()):.1f}"]
-        rows.append(row)
-    meta = result["meta"]
-    steps = " and ".join(f"{n} steps of {m}" for m, n in meta["steps"].items())
-    caption = (
-        f"Weights after {steps} from epsilon {EPSILON:g}, and accuracy "
-        f"in % on stylised validation images, over {meta['seeds']} seeds; "
-        f"{meta['device']} ({meta['cpu_count']} cores)."
-    )
-    return Table(columns, rows, caption)
-
-
-def conclusions(result: Result) -> list[str]:
-    return [
-        sentence
-        for method in _methods(result)
-        for sentence in (_held(result, method), _moved(result, method))
-    ]
-
-
-def _held(result: Result, method: str) -> str:
-    """Where no loss is lost, from whichever epsilon."""
-    safe = [
-        rho
-        for rho in result["meta"]["rhos"]
-        if min(
-            record["value"]
-            for epsilon in EPSILONS
-            for record in _run(result, method, rho, epsilon)
-            if record["metric"].startswith("weight:")
-        )
-        >= COLLAPSED
-    ]
-    listed = ", ".join(f"{rho:g}" for rho in safe) or "none"
-    return (
-        f"{method}: from every epsilon, all weights stay above {COLLAPSED:g} at rho "
-        f"{listed}."
-    )
-
-
-def _moved(result: Result, method: str) -> str:
-    """Where the losses have a say, and where accuracy is best."""
-    alone = _regulariser(result)
-    runs = {rho: _run(result, method, rho, EPSILON) for rho in result["meta"]["rhos"]}
-    moved = {
-        rho: task.distance(task.mean_of(records, "weight"), alone)[1]
-        for rho, records in runs.items()
-    }
-    pinned = ", ".join(f"{rho:g}" for rho, factor in moved.items() if factor < 1.5)
-    accuracy = {rho: _stylised(records) for rho, records in runs.items()}
-    best = max(accuracy, key=lambda rho: accuracy[rho].mean())
-    grid = _grid(result, method).values()
-    return (
-        f"{method}: the weights end within a factor of 1.5 of the regulariser's own at "
-        f"rho {pinned or 'none'}; accuracy is best at rho {best:g} "
-        f"({common.mean_sd(accuracy[best])}; fixed weights: {min(grid):.1f} to "
-        f"{max(grid):.1f})."
-    )
-
-
-# The figure.
-
-STYLES = {0.01: ":", 0.1: "-", 1.0: "--"}
-ZERO = 1e-3  # where rho = 0 stands on the logarithmic axis
-
-
-def figure(result: Result, path: Path) -> None:
-    """Weights and validation accuracy against rho, one column for each optimizer."""
-    methods = _methods(result)
-    drawing = Figure(figsize=(2 + 5 * len(methods), 7), dpi=100, layout="constrained")
-    panels = drawing.subplots(2, len(methods), sharex=True, sharey="row", squeeze=False)
-    for column, method in zip(panels.T, methods, strict=True):
-        _draw_weights(column[0], result, method)
-        _draw_accuracy(column[1], result, method)
-        rate = result["meta"]["learning_rates"][method]
-        steps = result["meta"]["steps"][method]
-        column[0].set_title(f"{method}, learning rate {rate:g}, {steps} steps")
-        column[1].set_xlabel("rho")
-    panels[0, 0].set_ylabel("loss weight after training")
-    panels[1, 0].set_ylabel("accuracy on stylised\nvalidation images (%)")
-    drawing.legend(
-        handles=_legend(),
-        loc="outside lower center",
-        ncols=2 + len(methods),
-        frameon=False,
-    )
-    plots.save(drawing, path)
-
-
-def _on_axis(rho: float) -> float:
-    return rho or ZERO
-
-
-def _draw_weights(panel: Axes, result: Result, method: str) -> None:
-    x = [_on_axis(rho) for rho in result["meta"]["rhos"]]
-    for name, color in plots.LOSS_COLORS.items():
-        for epsilon, style in STYLES.items():
-            weights = [
-                task.mean_of(_run(result, method, rho, epsilon), "weight")[name]
-                for rho in result["meta"]["rhos"]
-            ]
-            panel.plot(x, weights, color=color, linestyle=style)
-    for weight in set(_regulariser(result).values()):
-        panel.axhline(weight, color=plots.GREY, linewidth=0.8, zorder=0)
-    panel.set(xscale="log", yscale="log")
-    panel.set_ylim(bottom=1e-5)
-    _label_zero(panel)
-
-
-def _draw_accuracy(panel: Axes, result: Result, method: str) -> None:
-    x = [_on_axis(rho) for rho in result["meta"]["rhos"]]
-    lines: list[tuple[float, Entropy, str, str]] = [
-        *((epsilon, "all", plots.BLACK, style) for epsilon, style in STYLES.items()),
-        (EPSILON, "auxiliary", plots.PURPLE, "-"),
-    ]
-    for epsilon, entropy, color, style in lines:
-        accuracy = np.stack(
-            [
-                _stylised(_run(result, method, rho, epsilon, entropy))
-                for rho in result["meta"]["rhos"]
-            ]
-        )
-        panel.plot(x, accuracy.mean(axis=1), color=color, linestyle=style)
-        if epsilon == EPSILON:
-            low, high = accuracy.min(axis=1), accuracy.max(axis=1)
-            panel.fill_between(x, low, high, color=color, alpha=0.12, lw=0)
-    grid = _grid(result, method).values()
-    panel.axhspan(min(grid), max(grid), color=plots.SKY, alpha=0.2, lw=0, zorder=0)
-
-
-def _label_zero(panel: Axes) -> None:
-    ticks = [ZERO, 1e-2, 1e-1, 1, 10, 100]
-    panel.set_xticks(ticks, ["0", *(f"{tick:g}" for tick in ticks[1:])])
-    panel.minorticks_off()
-
-
-def _legend() -> list[Line2D]:
-    def line(label: str, **style: Any) -> Line2D:
-        return Line2D([], [], label=label, **style)
-
-    return [
-        *(line(name, color=color) for name, color in plots.LOSS_COLORS.items()),
-        *(
-            line(f"epsilon {epsilon:g}", color=plots.BLACK, linestyle=style)
-            for epsilon, style in STYLES.items()
-        ),
-        line("regulariser alone", color=plots.GREY, linewidth=0.8),
-        line("entropy over auxiliary losses", color=plots.PURPLE),
-        line("worst to best of the grid", color=plots.SKY, alpha=0.4, linewidth=8),
-    ]

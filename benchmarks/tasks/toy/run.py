@@ -9,30 +9,25 @@ zero for some methods; where it is only small, Adam still makes full steps along
 import os
 from collections.abc import Callable
 from concurrent import futures
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 import yoto_jax as yoto
-from benchmarks.harness import common, plots
-from benchmarks.harness.common import Options, Record, Result, Table
+from benchmarks.harness import common
+from benchmarks.harness.common import Options, Record
+from benchmarks.tasks.toy.report import figure, table
+from benchmarks.tasks.toy.task import STARTS, Array, front, losses_of, start_of
 
-Array = jax.Array
 Build = Callable[[Array], yoto.LossWeighting]
 
 RESUMABLE = True
-STARTS = ((-8.5, 7.5), (0.0, 0.0), (9.0, 9.0), (-7.5, -0.5), (9.0, -1.0))
-SCALES = (0.1, 1.0)
 LOWER_BOUNDS = (-2.1, -21.0)
 LEARNING_RATE = 1e-3
 STEPS = {"quick": 500, "cpu": 50_000, "gpu": 50_000}
-CLOSE = 0.5  # a run has reached the front if it ends this near to it
 POINTS = 100  # of a trajectory, for the figure
 
 
@@ -115,45 +110,6 @@ def main(options: Options) -> None:
     common.say(f"Written: {options.out / 'toy.json'}, {options.out / 'toy.png'}")
 
 
-# The problem.
-
-
-def losses_of(x: Array) -> Array:
-    """Both losses at one point x (2,): a smooth pair of walls above, bowls below."""
-
-    def wall(a: Array) -> Array:
-        return jnp.log(jnp.maximum(jnp.abs(a), 5e-6)) + 6
-
-    def bowl(centre: float) -> Array:
-        return ((-x[0] + centre) ** 2 + 0.1 * (-x[1] - 8) ** 2) / 10 - 20
-
-    def positive(a: Array) -> Array:
-        # Not maximum: its derivative at the tie, where a run starts, is one half.
-        return jnp.where(a >= 0, a, 0.0)
-
-    above, below = positive(jnp.tanh(x[1] / 2)), positive(jnp.tanh(-x[1] / 2))
-    first = wall(0.5 * (-x[0] - 7) - jnp.tanh(-x[1]))
-    second = wall(0.5 * (-x[0] + 3) + jnp.tanh(-x[1]) + 2)
-    unscaled = jnp.stack(
-        [first * above + bowl(7.0) * below, second * above + bowl(-7.0) * below]
-    )
-    return jnp.array(SCALES, x.dtype) * unscaled
-
-
-def front(x1: np.ndarray) -> np.ndarray:
-    """The x2 of the Pareto front, which spans x1 from -7 to 7.
-
-    There the gradients are opposite. That fixes the ratio of their lengths from the
-    first coordinate, and leaves ``(x2 + 8) sinh(-x2) = 50 q(x1, x2)`` from the second,
-    with q the bowls' mean by that ratio.
-    """
-    x2 = np.full_like(x1, -8.4)
-    for _ in range(100):
-        bowls = (49 - x1**2 + 0.1 * (x2 + 8) ** 2) / 10 - 20
-        x2 = 0.5 * x2 + 0.5 * (50 * bowls / np.sinh(-x2) - 8)
-    return x2
-
-
 def distance(x: np.ndarray) -> np.ndarray:
     """From points (..., 2) to the nearest one of the front."""
     x1 = np.linspace(-7, 7, 2801)
@@ -225,107 +181,10 @@ def measure(method: str, ends: np.ndarray) -> list[Record]:
                 method,
                 metric,
                 numbers[i],
-                config=_start(STARTS[i]),
+                config=start_of(STARTS[i]),
                 seed=seed if method in STOCHASTIC else None,
             )
             for i in range(len(STARTS))
             for metric, numbers in measured.items()
         ]
     return records
-
-
-def _start(point: tuple[float, float]) -> str:
-    return f"start={point[0]:g},{point[1]:g}"
-
-
-# What follows reads the stored result and nothing else.
-
-
-def table(result: Result) -> Table:
-    """Where the runs end: x1 on the front, both coordinates of those that miss it."""
-    columns = ["method", "on the front"]
-    columns += [f"from ({a:g}, {b:g})" for a, b in STARTS]
-    rows = []
-    for trajectories in result["trajectories"]:
-        method = trajectories["method"]
-        records = common.select(result["records"], method=method)
-        near = common.values(records, metric="distance to front") <= CLOSE
-        cells = [_cell(common.select(records, config=_start(s))) for s in STARTS]
-        rows.append([method, f"{near.mean() * len(STARTS):.2g} of 5", *cells])
-    meta = result["meta"]
-    caption = (
-        f"Coordinate x1 on the front, from -7 (best for the second loss) to 7 (for the "
-        f"first), after {meta['steps']} steps of Adam; (x1, x2) of a run that ends "
-        f"farther than {CLOSE} from it. Random: {meta['seeds']} seeds. All runs with "
-        f"compilation: {meta['seconds']} s, {meta['device']} ({meta['cpu_count']} "
-        "cores)."
-    )
-    return Table(columns, rows, caption)
-
-
-def _cell(records: list[Record]) -> str:
-    x1, x2, far = (
-        common.values(records, metric=metric)
-        for metric in ("x1", "x2", "distance to front")
-    )
-    missed = np.flatnonzero(far > CLOSE)
-    if missed.size:
-        return f"({x1[missed[0]]:.2f}, {x2[missed[0]]:.2f})"
-    return common.mean_sd(x1, digits=2)
-
-
-COLORS = (plots.BLUE, plots.VERMILION, plots.GREEN, plots.PURPLE, plots.ORANGE)
-LINES = "#BBBBBB"
-LIMIT = 10.5
-
-
-def figure(result: Result, path: Path) -> None:
-    """The paths of every method on the contours of the mean loss."""
-    trajectories = result["trajectories"]
-    columns = min(5, len(trajectories))
-    rows = -(-len(trajectories) // columns)
-    drawing = Figure(
-        figsize=(2.6 * columns, 2.75 * rows + 0.7), dpi=90, layout="constrained"
-    )
-    panels = drawing.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for panel in panels.flat[len(trajectories) :]:
-        panel.set_visible(False)
-    axis = np.linspace(-LIMIT, LIMIT, 211)
-    grid = np.stack(np.meshgrid(axis, axis), axis=-1)
-    mean_loss = np.mean(jax.vmap(jax.vmap(losses_of))(jnp.asarray(grid)), axis=-1)
-    for panel, entry in zip(panels.flat, trajectories, strict=False):
-        panel.contour(
-            axis,
-            axis,
-            mean_loss,
-            levels=14,
-            colors=LINES,
-            linewidths=0.6,
-            linestyles="solid",
-        )
-        _draw_paths(panel, np.array(entry["paths"]))
-        panel.set_title(entry["method"], fontsize=10)
-        panel.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), aspect="equal")
-    for panel in panels[-1]:
-        panel.set_xlabel("x1")
-    for panel in panels[:, 0]:
-        panel.set_ylabel("x2")
-    drawing.legend(
-        *panels[0, 0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=5,
-        frameon=False,
-    )
-    plots.save(drawing, path)
-
-
-def _draw_paths(panel: Axes, paths: np.ndarray) -> None:
-    x1 = np.linspace(-7, 7, 141)
-    panel.plot(x1, front(x1), color=plots.BLACK, lw=4, label="Pareto front")
-    ends = dict(linestyle="none", markersize=8, zorder=4)
-    for color, points in zip(COLORS, paths, strict=True):
-        panel.plot(*points.T, color=color, lw=1.5)
-        panel.plot(*points[0], "o", color=color, markeredgecolor="white", zorder=3)
-        panel.plot(*points[-1], "*", color=color, markeredgecolor="black", **ends)
-    panel.plot([], [], "o", color=plots.GREY, linestyle="none", label="start")
-    panel.plot([], [], "*", color=plots.GREY, label="end", **ends)

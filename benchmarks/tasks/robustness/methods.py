@@ -1,0 +1,11 @@
+"""What is compared on bad batches: methods and their settings."""
+
+from benchmarks.harness import common
+
+CLOSE = 0.05
+LOST = 1e6  # stands for a deviation that is not a number, or is larger
+PROTECTIONS = ("bare", "skip_outliers")
+
+
+def config_of(protection: str, stream: str) -> str:
+    return common.describe(protection=protection, stream=stream)
