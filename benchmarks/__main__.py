@@ -6,7 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import common, merging, methods_table
+from benchmarks.harness import merging, methods_table
+from benchmarks.harness.options import PRESETS, Options, UsageError
+from benchmarks.harness.provenance import refuse_miscompiling
+from benchmarks.harness.results import read_json
+from benchmarks.harness.tables import fill_blocks, markdown
+from benchmarks.harness.terminal import say
 
 BENCHMARKS = {
     "digits": "learned against searched loss weights on digits under shift",
@@ -51,30 +56,30 @@ def update_tables(pages: tuple[Path, ...], results: Path) -> None:
     further tables to marks that the benchmark chooses, and what all benchmarks with a
     ``view`` have in common to ``searches``; all weightings go to ``methods``.
     """
-    blocks = {"methods": common.markdown(methods_table.table(), numbers=False)}
+    blocks = {"methods": markdown(methods_table.table(), numbers=False)}
     views = {}
     for name, report, path in _stored(results):
-        result = common.read_json(path)
-        blocks[path.stem] = common.markdown(report.table(result))
+        result = read_json(path)
+        blocks[path.stem] = markdown(report.table(result))
         if hasattr(report, "summary"):
-            blocks[f"{path.stem}-summary"] = common.markdown(report.summary(result))
+            blocks[f"{path.stem}-summary"] = markdown(report.summary(result))
         if hasattr(report, "view"):
             views[path.stem.replace("_", ", ")] = report.view(result)
         if hasattr(report, "tables") and path.stem == name:  # not on other data
             for mark, table in report.tables(result).items():
-                blocks[mark] = common.markdown(table)
+                blocks[mark] = markdown(table)
     if views:
         digest = importlib.import_module("benchmarks.harness.contest").digest(views)
-        blocks["searches"] = common.markdown(digest)
+        blocks["searches"] = markdown(digest)
     for page in pages:
-        page.write_text(common.fill_blocks(page.read_text(), blocks))
+        page.write_text(fill_blocks(page.read_text(), blocks))
 
 
 def draw_figures(results: Path) -> None:
     """Redraw the figures from the stored results."""
     for _, report, path in _stored(results):
         if hasattr(report, "figure"):
-            report.figure(common.read_json(path), path.with_suffix(".png"))
+            report.figure(read_json(path), path.with_suffix(".png"))
 
 
 def _stored(results: Path) -> Iterator[tuple[str, Any, Path]]:
@@ -115,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:
-    default = common.Options("")
+    default = Options("")
     command.add_argument(
         "--methods",
         type=_names,
@@ -137,7 +142,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--preset",
-        choices=common.PRESETS,
+        choices=PRESETS,
         default=default.preset,
         help="size of the benchmark (default: %(default)s)",
     )
@@ -263,14 +268,14 @@ def main(arguments: list[str] | None = None) -> None:
             merged = merging.merge_folder(
                 names, given["folder"], RESULTS, given["drop"]
             )
-            common.say(f"Merged: {', '.join(path.name for path in merged)}")
+            say(f"Merged: {', '.join(path.name for path in merged)}")
         else:
             benchmark = load(name)
             if given["resume"] and not getattr(benchmark, "RESUMABLE", False):
-                raise common.UsageError(f"{name} cannot be resumed: drop --resume")
-            common.refuse_miscompiling()
-            benchmark.main(common.Options(name, **given, extra=extra))
-    except common.UsageError as error:
+                raise UsageError(f"{name} cannot be resumed: drop --resume")
+            refuse_miscompiling()
+            benchmark.main(Options(name, **given, extra=extra))
+    except UsageError as error:
         command_line.error(str(error))
 
 

@@ -1,5 +1,6 @@
 """The benchmarks run, their records are complete, and pages follow from records."""
 
+import importlib.metadata
 import json
 import pathlib
 
@@ -10,7 +11,10 @@ import pytest
 
 import yoto_jax as yoto
 from benchmarks import __main__ as command_line
-from benchmarks.harness import common, merging
+from benchmarks.harness import merging
+from benchmarks.harness.options import Options, UsageError
+from benchmarks.harness.provenance import refuse_miscompiling
+from benchmarks.harness.results import read_json, record, select, values
 from benchmarks.tasks.digits import methods as digits_methods
 from benchmarks.tasks.digits import report as digits_report
 from benchmarks.tasks.digits import run as digits
@@ -52,7 +56,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(folder):
-    return common.read_json(folder / "digits.json")
+    return read_json(folder / "digits.json")
 
 
 # Command line.
@@ -95,9 +99,9 @@ def test_bad_options_exit_with_2_and_say_why(arguments, message, capsys):
 
 
 def test_a_jaxlib_that_miscompiles_is_refused_on_a_cpu(monkeypatch, capsys, tmp_path):
-    installed = common.importlib.metadata.version
+    installed = importlib.metadata.version
     monkeypatch.setattr(
-        common.importlib.metadata,
+        importlib.metadata,
         "version",
         lambda package: "0.10.2" if package == "jaxlib" else installed(package),
     )
@@ -108,7 +112,7 @@ def test_a_jaxlib_that_miscompiles_is_refused_on_a_cpu(monkeypatch, capsys, tmp_
     assert "jaxlib 0.10.2" in message
     assert "pip install 'jax!=0.10.*'" in message
     assert not list(tmp_path.iterdir())
-    common.refuse_miscompiling("gpu")  # right there
+    refuse_miscompiling("gpu")  # right there
 
 
 # Stored results.
@@ -130,7 +134,7 @@ def stored(path):
 )
 def test_no_stored_result_rests_on_miscompiled_gradients(path):
     name = merging.benchmark_of(path.stem, tuple(command_line.BENCHMARKS))
-    assert merging.complaints(name, common.read_json(path)) == []
+    assert merging.complaints(name, read_json(path)) == []
 
 
 def measured(jaxlib, values, seeds=3):
@@ -139,7 +143,7 @@ def measured(jaxlib, values, seeds=3):
     meta = {"platform": "cpu", "versions": versions, "seeds": seeds, "steps": 800}
     meta |= dict.fromkeys(("command", "commit", "date"), jaxlib)
     records = [
-        common.record(method, "delta1", value, seed=seed, domain="both")
+        record(method, "delta1", value, seed=seed, domain="both")
         for method, of_method in values.items()
         for seed, value in enumerate(of_method[:seeds])
     ]
@@ -153,7 +157,7 @@ def test_results_of_a_jaxlib_that_miscompiles_are_complained_about():
     assert merging.complaints("depth", OLD) == ["jaxlib 0.10.2 computed it"]
     later = measured("0.10.1", {"grap": (7, 8, 9)})
     assert merging.complaints("depth", later) == []
-    later["records"].append(common.record("grap", "CD", 1.0, seed=0, domain="both"))
+    later["records"].append(record("grap", "CD", 1.0, seed=0, domain="both"))
     assert merging.complaints("depth", later) == ["jaxlib 0.10.1 computed CD"]
     later["meta"]["versions"]["jaxlib"] = "0.9.2"
     assert merging.complaints("depth", later) == []
@@ -162,8 +166,8 @@ def test_results_of_a_jaxlib_that_miscompiles_are_complained_about():
 def test_what_is_measured_again_replaces_and_the_rest_is_marked_as_kept():
     now = measured("0.10.1", {"equal": (1, 2, 6), "grap": (4, 4, 4)})
     merged = merging.merge("depth", OLD, now)
-    assert common.values(merged["records"], method="grap").tolist() == [4, 4, 4]
-    assert common.values(merged["records"], method="yoto").tolist() == [4, 5, 6]
+    assert values(merged["records"], method="grap").tolist() == [4, 4, 4]
+    assert values(merged["records"], method="yoto").tolist() == [4, 5, 6]
     assert merged["meta"]["versions"] == {"jaxlib": "0.10.1"}
     kept = merged["meta"]["kept"]
     assert kept["methods"] == ["yoto"]
@@ -207,7 +211,7 @@ def test_a_sample_of_fewer_seeds_is_compared_and_replaces_nothing():
     ],
 )
 def test_what_cannot_be_merged_says_so(now, message):
-    with pytest.raises(common.UsageError, match=message):
+    with pytest.raises(UsageError, match=message):
         merging.merge("depth", OLD, now)
 
 
@@ -308,10 +312,10 @@ def test_records_have_the_schema(result):
         "value": float,
         "compute": int | float,
     }
-    for record in result["records"]:
-        assert record.keys() == fields.keys()
+    for found in result["records"]:
+        assert found.keys() == fields.keys()
         for field, kind in fields.items():
-            assert isinstance(record[field], kind), record
+            assert isinstance(found[field], kind), found
 
 
 def test_meta_names_no_folder_of_this_machine(result, folder):
@@ -325,11 +329,11 @@ def test_meta_names_no_folder_of_this_machine(result, folder):
 )
 def test_every_method_has_every_seed_and_domain(method, config, result):
     for domain in ("clean", *task.UNSEEN):
-        records = common.select(
+        records = select(
             result["records"], method=method, domain=domain, metric="accuracy"
         )
         if config is not None:
-            records = common.select(records, config=config)
+            records = select(records, config=config)
         runs = 9 if method in digits.SEARCHES and config is None else 1
         assert [r["seed"] for r in records] == list(range(SEEDS)) * runs
         assert all(r["unseen"] == (domain != "clean") for r in records)
@@ -338,38 +342,36 @@ def test_every_method_has_every_seed_and_domain(method, config, result):
 
 def test_a_search_pays_for_all_its_runs(result):
     for method in digits.SEARCHES:
-        chosen = common.select(
-            result["records"], method=method, config=digits.VALIDATED
-        )
+        chosen = select(result["records"], method=method, config=digits.VALIDATED)
         assert {r["compute"] for r in chosen} == {9}
 
 
 def test_validation_chooses_and_test_does_not(result):
-    grid = common.select(result["records"], method="grid", seed=0)
+    grid = select(result["records"], method="grid", seed=0)
     runs = [r for r in grid if "=" in r["config"]]
-    validation = common.values(runs, domain="validation stylised")
-    configs = [r["config"] for r in common.select(runs, domain="clean")]
+    validation = values(runs, domain="validation stylised")
+    configs = [r["config"] for r in select(runs, domain="clean")]
     best = configs[int(np.argmax(validation))]
     for domain in ("clean", *task.UNSEEN):
         np.testing.assert_array_equal(
-            common.values(grid, config=digits.VALIDATED, domain=domain),
-            common.values(grid, config=best, domain=domain),
+            values(grid, config=digits.VALIDATED, domain=domain),
+            values(grid, config=best, domain=domain),
         )
 
 
 def test_best_of_n_of_all_is_the_validated_best(result):
     curve = digits_report.best_of_n(result, "random")
-    records = common.select(result["records"], method="random", config=digits.VALIDATED)
-    expected = np.mean([common.values(records, domain=d) for d in task.UNSEEN])
+    records = select(result["records"], method="random", config=digits.VALIDATED)
+    expected = np.mean([values(records, domain=d) for d in task.UNSEEN])
     np.testing.assert_allclose(curve[-1], expected, rtol=1e-6)
 
 
 def test_sentences_follow_from_the_records(result):
     assert len(digits_report.conclusions(result)) == 11
     better = json.loads(json.dumps(result))
-    for record in better["records"]:
-        if record["method"] == "yoto" and record["unseen"]:
-            record["value"] = 1.0 + 0.001 * record["seed"]
+    for found in better["records"]:
+        if found["method"] == "yoto" and found["unseen"]:
+            found["value"] = 1.0 + 0.001 * found["seed"]
     assert "YOTO is ahead" in digits_report.conclusions(better)[0]
 
 
@@ -380,18 +382,16 @@ def test_figure_is_redrawn_from_the_file(folder, result):
 
 
 def test_one_seed_and_one_method_are_enough(tmp_path):
-    options = common.Options("digits", ("equal",), seeds=1, steps=2, out=tmp_path)
+    options = Options("digits", ("equal",), seeds=1, steps=2, out=tmp_path)
     digits.main(options)
-    table = digits_report.table(common.read_json(tmp_path / "digits.json"))
+    table = digits_report.table(read_json(tmp_path / "digits.json"))
     assert len(table.rows) == 1
 
 
 def test_rho_writes_its_results(tmp_path):
-    options = common.Options(
-        "rho", ("sgdw",), seeds=1, steps=2, preset="quick", out=tmp_path
-    )
+    options = Options("rho", ("sgdw",), seeds=1, steps=2, preset="quick", out=tmp_path)
     rho.main(options)
-    result = common.read_json(tmp_path / "rho.json")
+    result = read_json(tmp_path / "rho.json")
     assert (tmp_path / "rho.png").is_file()
     learned = [r for r in result["records"] if "rho=" in r["config"]]
     assert len(learned) == len(rho.QUICK_RHOS) * (len(rho_methods.EPSILONS) + 1) * 5
@@ -428,7 +428,7 @@ def overhead_folder(tmp_path_factory):
 
 @pytest.mark.slow
 def test_sections_of_the_overhead_are_measured_apart(overhead_folder):
-    result = common.read_json(overhead_folder / "overhead.json")
+    result = read_json(overhead_folder / "overhead.json")
     found = {overhead.section(r) for r in result["records"]}
     assert found == {"weightings", "solvers"}
     tables = overhead_report.tables(result)
@@ -441,11 +441,11 @@ def test_sections_of_the_overhead_are_measured_apart(overhead_folder):
 
 @pytest.mark.slow
 def test_the_overhead_goes_on_where_it_stopped(overhead_folder, monkeypatch, capsys):
-    before = common.read_json(overhead_folder / "overhead.json")
+    before = read_json(overhead_folder / "overhead.json")
     monkeypatch.setattr(weighting_costs, "solver_times", lambda *_: 1 / 0)
     quick = f"--preset quick --steps 1 --out {overhead_folder}"
     command_line.main(f"overhead {quick} --methods solvers --resume".split())
-    after = common.read_json(overhead_folder / "overhead.json")
+    after = read_json(overhead_folder / "overhead.json")
     assert after["records"] == before["records"]
     assert "part 1 of 3: solvers, nash_mtl, 2 sizes" in capsys.readouterr().out
 
@@ -459,7 +459,7 @@ def test_each_weighting_is_timed_with_a_model():
 def test_tables_of_costs_show_no_minus_zero_and_name_versions_that_are_known():
     assert overhead_report._number(-0.04, 1) == "0.0"
     assert overhead_report._number(-1234.5, 1) == "-1,234.5"
-    result = common.read_json(ROOT / "benchmarks" / "results" / "overhead.json")
+    result = read_json(ROOT / "benchmarks" / "results" / "overhead.json")
     for versions in ({}, {"torch": "2.9.1", "torchjd": "0.17.0"}):
         result["meta"] = result["meta"] | versions
         caption = overhead_report.peer_table(result).caption
@@ -486,13 +486,13 @@ def test_benchmarks_take_the_weightings_of_the_registry(benchmark, stored_in, na
         left_out = {name for name in known if name not in properties.METHODS}
     assert known - left_out <= taking_part
     assert not left_out & taking_part
-    result = common.read_json(ROOT / "benchmarks" / "results" / f"{stored_in}.json")
+    result = read_json(ROOT / "benchmarks" / "results" / f"{stored_in}.json")
     assert known & {r["method"] for r in result["records"]} <= taking_part
 
 
 def test_properties_have_a_row_for_each_method(tmp_path):
     command_line.main(f"properties --methods equal,mgda --out {tmp_path}".split())
-    result = common.read_json(tmp_path / "properties.json")
+    result = read_json(tmp_path / "properties.json")
     columns, rows, _ = properties_report.table(result)
     assert [row[0] for row in rows] == ["`equal`", "`mgda`"]
     assert set(rows[0][1:]) == {"yes", "-"}

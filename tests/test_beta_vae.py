@@ -11,7 +11,8 @@ from matplotlib.image import imread, imsave
 from PIL import Image
 from scipy import stats
 
-from benchmarks.harness import common
+from benchmarks.harness.options import Options, UsageError
+from benchmarks.harness.results import describe, read_json, record
 from benchmarks.tasks.beta_vae import report, task
 from benchmarks.tasks.beta_vae import run as beta_vae
 from yoto_jax import conditional
@@ -230,7 +231,7 @@ def made_up(shift=0.0):
     records = []
     for method, betas in {"fixed": task.BETAS, "conditional": task.GRID}.items():
         note = lambda metric, value, method=method, **rest: records.append(
-            common.record(method, metric, value, **rest)
+            record(method, metric, value, **rest)
         )
         note("parameters", 100, config="width=1")
         for domain in ("test", "train", "validation"):
@@ -242,7 +243,7 @@ def made_up(shift=0.0):
                     if method == "conditional":
                         reconstruction += worse
                     where = {"seed": seed, "domain": domain}
-                    config = common.describe(width=1, beta=beta)
+                    config = describe(width=1, beta=beta)
                     note("kl", kl, config=config, **where)
                     note("reconstruction", reconstruction, config=config, **where)
     meta = {"seeds": 2, "steps": 5, "data": "no data", "device": "cpu"}
@@ -300,14 +301,12 @@ def folder(tmp_path_factory, quick_compilation):
 
 
 def options(folder, methods):
-    return common.Options(
-        "beta_vae", methods, seeds=2, steps=4, preset="quick", out=folder
-    )
+    return Options("beta_vae", methods, seeds=2, steps=4, preset="quick", out=folder)
 
 
 @pytest.fixture(scope="module")
 def result(folder):
-    return common.read_json(folder / "beta_vae.json")
+    return read_json(folder / "beta_vae.json")
 
 
 def test_records_are_complete(result):
@@ -340,12 +339,12 @@ def test_a_timed_step_is_a_training_step(quick_compilation, digits):
 
 
 def test_costs_alone_keep_the_rest(result, folder, monkeypatch):
-    made = [common.record("cost: fixed", "forward: microseconds", 7, config="width=1")]
+    made = [record("cost: fixed", "forward: microseconds", 7, config="width=1")]
     monkeypatch.setattr(beta_vae, "costs", lambda *_: made)
     monkeypatch.setattr(report, "cost_table", lambda result: report.table(result))
     before = json.loads((folder / "beta_vae.json").read_text())
     beta_vae.main(options(folder, ("cost",)))
-    after = common.read_json(folder / "beta_vae.json")
+    after = read_json(folder / "beta_vae.json")
     kept = [r for r in before["records"] if not r["method"].startswith("cost")]
     assert after["records"] == kept + made
     assert after["meta"]["date"] == before["meta"]["date"]
@@ -353,5 +352,5 @@ def test_costs_alone_keep_the_rest(result, folder, monkeypatch):
 
 
 def test_unknown_methods_are_refused(tmp_path):
-    with pytest.raises(common.UsageError, match="unknown method 'yoto'"):
+    with pytest.raises(UsageError, match="unknown method 'yoto'"):
         beta_vae.main(options(tmp_path, ("yoto",)))

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.harness import common
+from benchmarks.harness.options import Options
+from benchmarks.harness.results import read_json, select, values
 from benchmarks.tasks.compression import coder, jpeg, methods, report, task
 from benchmarks.tasks.compression import run as compression
 
@@ -230,13 +231,13 @@ def folder(tmp_path_factory, source):
     with jax.numpy_rank_promotion("allow"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(task, "load", lambda size, data: few)
         size = {"preset": "quick", "seeds": SEEDS, "steps": 30}
-        compression.main(common.Options("compression", **size, out=folder))
+        compression.main(Options("compression", **size, out=folder))
     return folder
 
 
 @pytest.fixture(scope="module")
 def result(folder):
-    return common.read_json(folder / "compression.json")
+    return read_json(folder / "compression.json")
 
 
 def test_records_are_complete(result):
@@ -244,20 +245,20 @@ def test_records_are_complete(result):
     metrics = ("bpp", "entropy", "mse", "psnr")
     for method, weights in (("conditional", 3), ("fixed", 2)):
         for metric in metrics:
-            found = common.select(records, method=method, metric=metric)
+            found = select(records, method=method, metric=metric)
             assert len(found) == SEEDS * weights
-        (seconds,) = common.select(records, method=method, metric="run_seconds")
+        (seconds,) = select(records, method=method, metric="run_seconds")
         assert seconds["compute"] == (1 if method == "conditional" else weights)
     jpegs = len(methods.QUALITIES) * len(methods.SUBSAMPLINGS)
-    assert len(common.select(records, method="jpeg", metric="psnr")) == jpegs
+    assert len(select(records, method="jpeg", metric="psnr")) == jpegs
     assert len(report.shared_weights(result)) == 2
     assert all(np.isfinite(r["value"]) for r in records)
 
 
 def test_bytes_are_close_to_the_entropy(result):
     coded = [r for r in result["records"] if r["method"] != "jpeg"]
-    bpp = common.values(coded, metric="bpp")
-    entropy = common.values(coded, metric="entropy")
+    bpp = values(coded, metric="bpp")
+    entropy = values(coded, metric="entropy")
     pixels = 40 * 48
     assert (np.abs(bpp - entropy) < 0.02 * entropy + 64 / pixels).all()
 

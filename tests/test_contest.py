@@ -14,12 +14,17 @@ from PIL import Image
 
 from benchmarks import __main__ as command_line
 from benchmarks.data.camvid import VOID
-from benchmarks.harness import common, experiment
 from benchmarks.harness import contest as contests
+from benchmarks.harness import contest_report, contest_runs, timing
+from benchmarks.harness import runs as engine
 from benchmarks.harness import searches as searching
 from benchmarks.harness.contest import Contest, Method
-from benchmarks.harness.experiment import Finished
+from benchmarks.harness.options import Options, UsageError
+from benchmarks.harness.results import parse, read_json, record, select, values
+from benchmarks.harness.runs import Finished, Run, Runs, settings
 from benchmarks.harness.searches import MEDIAN, ORACLE, VALIDATED, WORST
+from benchmarks.harness.tables import mean_sd
+from benchmarks.harness.training import Task
 from benchmarks.tasks.ablations import methods as ablations_methods
 from benchmarks.tasks.ablations import report as ablations_report
 from benchmarks.tasks.ablations import run as ablations
@@ -96,7 +101,7 @@ def folder(tmp_path_factory, camvid):
         patch.setattr(depth.task, "make", functools.cache(depth.task.make))
         for name in FILES:
             command_line.main(command(name, folder, camvid))
-        patch.setattr(experiment.Runs, "_train", None)
+        patch.setattr(Runs, "_train", None)
         (folder / "resumed").mkdir()
         written = folder / "depth" / "depth.json"
         kept = written.read_text()
@@ -108,7 +113,7 @@ def folder(tmp_path_factory, camvid):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    return {name: common.read_json(folder / name / f"{name}.json") for name in FILES}
+    return {name: read_json(folder / name / f"{name}.json") for name in FILES}
 
 
 @pytest.fixture(params=FILES)
@@ -142,7 +147,7 @@ def test_every_method_has_every_metric_domain_and_seed(name, result):
     for method in METHODS[name]:
         for config in choices.get(method, ("",)):
             for seed in range(SEEDS):
-                records = common.select(
+                records = select(
                     result["records"], method=method, config=config, seed=seed
                 )
                 assert len(records) == len(wanted)
@@ -153,15 +158,15 @@ def test_every_method_has_every_metric_domain_and_seed(name, result):
 
 def test_the_runs_of_a_search_have_the_metric_and_the_validation(name, result):
     task = MODULES[name].task
-    records = common.select(result["records"], method="grid")
+    records = select(result["records"], method="grid")
     runs = [r for r in records if "=" in r["config"]]
     tried = {r["config"] for r in runs}
     assert len(tried) == MODULES[name].BUDGET["quick"] == 2
-    assert all(tuple(common.parse(c)) == task.AUXILIARY for c in tried)
+    assert all(tuple(parse(c)) == task.AUXILIARY for c in tried)
     metric = COMPARED[name].METRIC
     for config in tried:
         for seed in range(SEEDS):
-            of_run = common.select(runs, config=config, seed=seed)
+            of_run = select(runs, config=config, seed=seed)
             assert sorted((r["metric"], r["domain"] or "") for r in of_run) == sorted(
                 [(metric, d) for d in domains(name)] + [("validation", "")]
             )
@@ -169,40 +174,40 @@ def test_the_runs_of_a_search_have_the_metric_and_the_validation(name, result):
 
 def test_domains_kept_out_of_training_are_marked(name, result):
     seen, *unseen = domains(name)
-    for record in result["records"]:
-        assert record["unseen"] == (record["domain"] in unseen)
-        assert record["domain"] in (None, seen, *unseen)
+    for found in result["records"]:
+        assert found["unseen"] == (found["domain"] in unseen)
+        assert found["domain"] in (None, seen, *unseen)
 
 
 def test_a_run_costs_one_and_a_choice_the_whole_search(name, result):
-    for record in result["records"]:
-        whole = record["config"] in (VALIDATED, ORACLE)
-        expected = 0 if record["method"] == "constant" else 2 if whole else 1
-        assert record["compute"] == expected
+    for found in result["records"]:
+        whole = found["config"] in (VALIDATED, ORACLE)
+        expected = 0 if found["method"] == "constant" else 2 if whole else 1
+        assert found["compute"] == expected
 
 
 def test_validation_chooses(name, result):
     for seed in range(SEEDS):
-        records = common.select(result["records"], method="grid", seed=seed)
+        records = select(result["records"], method="grid", seed=seed)
         runs = [r for r in records if "=" in r["config"]]
-        best = int(np.argmax(common.values(runs, metric="validation")))
+        best = int(np.argmax(values(runs, metric="validation")))
         for domain in domains(name):
             wanted = {"metric": COMPARED[name].METRIC, "domain": domain}
-            chosen = common.select(records, config=VALIDATED)
-            expected = common.values(runs, **wanted)[best]
-            assert common.values(chosen, **wanted) == [expected]
+            chosen = select(records, config=VALIDATED)
+            expected = values(runs, **wanted)[best]
+            assert values(chosen, **wanted) == [expected]
 
 
 def test_weights_sum_to_one(name, result):
     for method in METHODS[name]:
         for config in {r["config"] for r in result["records"]}:
-            found = common.select(result["records"], method=method, config=config)
-            weights = [common.values(found, metric=f"weight:{n}") for n in losses(name)]
+            found = select(result["records"], method=method, config=config)
+            weights = [values(found, metric=f"weight:{n}") for n in losses(name)]
             np.testing.assert_allclose(np.sum(weights, axis=0), 1, atol=1e-4)
-    equal = common.select(result["records"], method="equal")
+    equal = select(result["records"], method="equal")
     for n in losses(name):
         share = 1 / len(losses(name))
-        found = common.values(equal, metric=f"weight:{n}")
+        found = values(equal, metric=f"weight:{n}")
         np.testing.assert_allclose(found, share, rtol=1e-4)
 
 
@@ -241,7 +246,7 @@ def test_a_folder_of_images_is_told_from_scenes(results):
 
 
 def test_resuming_a_finished_benchmark_trains_nothing(folder, results):
-    resumed = common.read_json(folder / "resumed" / "depth.json")
+    resumed = read_json(folder / "resumed" / "depth.json")
     assert resumed["records"] == results["depth"]["records"]
     assert resumed["history"] == results["depth"]["history"]
 
@@ -261,7 +266,7 @@ def nothing_is_trained(monkeypatch):
     monkeypatch.setattr(depth.task, "make", None)
     monkeypatch.setattr(segmentation.task, "make", None)
     monkeypatch.setattr(segmentation.task, "load", None)
-    monkeypatch.setattr(experiment, "prepare", None)
+    monkeypatch.setattr(engine, "prepare", None)
 
 
 @pytest.mark.usefixtures("nothing_is_trained")
@@ -285,17 +290,15 @@ def test_tables_follow_from_the_file(name, result):
         "grid, worst point",
     ]
     equal = full.rows[labels.index("equal weights")]
-    records = common.select(
-        result["records"], method="equal", metric=COMPARED[name].METRIC
-    )
+    records = select(result["records"], method="equal", metric=COMPARED[name].METRIC)
     for domain in domains(name):
-        expected = common.mean_sd(common.values(records, domain=domain))
+        expected = mean_sd(values(records, domain=domain))
         assert equal[full.columns.index(domain)] == expected
     by_seed = [
         np.mean([r["value"] for r in records if r["unseen"] and r["seed"] == seed])
         for seed in range(SEEDS)
     ]
-    assert equal[full.columns.index("mean unseen")] == common.mean_sd(by_seed)
+    assert equal[full.columns.index("mean unseen")] == mean_sd(by_seed)
 
 
 @pytest.mark.usefixtures("nothing_is_trained")
@@ -309,7 +312,7 @@ def test_the_figure_is_redrawn_from_the_file(name, result, folder, tmp_path):
 def raised(result, method, values, config=""):
     """The result with these values, one for each seed, of a method in all domains."""
     changed = json.loads(json.dumps(result))
-    for r in common.select(changed["records"], method=method, config=config):
+    for r in select(changed["records"], method=method, config=config):
         if r["domain"] is not None:
             r["value"] = values[r["seed"]]
     return changed
@@ -326,7 +329,7 @@ def test_claims_follow_from_the_records(values, verdict, results):
     rows = depth_report.tables(result)["depth-claims"].rows
     # The first of the two is about YOTO, the other about the best train-once method.
     _, difference, found = next(row for row in rows if row[0] == "- equal weights")
-    assert difference == common.mean_sd(np.array(values) - 50)
+    assert difference == mean_sd(np.array(values) - 50)
     assert verdict in found
     assert ("did not" in verdict) == ("did not" in found)
     # There is no such method in the records.
@@ -338,8 +341,10 @@ def test_the_best_train_once_method_learns_its_weights(results):
     result = raised(results["depth"], "equal", (99.0, 99.0))
     result = raised(result, "aligned", (98.0, 98.0))
     view = depth_report.view(result)
-    assert contests.best_train_once(view) == "aligned"
-    assert any("softmax alignment" in row[0] for row in contests.claims(view).rows)
+    assert contest_report.best_train_once(view) == "aligned"
+    assert any(
+        "softmax alignment" in row[0] for row in contest_report.claims(view).rows
+    )
 
 
 def test_costs_are_read_from_the_records(results, monkeypatch):
@@ -352,10 +357,10 @@ def test_costs_are_read_from_the_records(results, monkeypatch):
         return {name: np.array(ratios.get(name, [1.1] * 3)) for name in rules}
 
     speed = lambda task, rule, config, lanes, rounds: np.array([5.0, 3.0, 4.0])
-    monkeypatch.setattr(experiment, "step_ratios", step_ratios)
-    monkeypatch.setattr(experiment, "sweep_speed", speed)
+    monkeypatch.setattr(timing, "step_ratios", step_ratios)
+    monkeypatch.setattr(timing, "sweep_speed", speed)
     contest = depth_methods.contest(SimpleNamespace(auxiliary=depth.task.AUXILIARY))
-    records = contests.costs(contest, METHODS["depth"], 3)
+    records = contest_runs.costs(contest, METHODS["depth"], 3)
     assert set(asked) == {"softmax", "plain", "plain again", "aligned"}
     assert asked["plain"][0] is asked["plain again"][0]
     result = dict(results["depth"])
@@ -429,8 +434,8 @@ def points(n):
 
 
 def chosen(records, config, seed):
-    found = common.select(records, config=config, seed=seed, metric="score")
-    return common.values(found, domain="far") + 1, {r["compute"] for r in found}
+    found = select(records, config=config, seed=seed, metric="score")
+    return values(found, domain="far") + 1, {r["compute"] for r in found}
 
 
 @pytest.mark.parametrize("better", [1, -1])
@@ -440,7 +445,7 @@ def test_a_search_chooses_by_validation_where_the_test_disagrees(one_by_one, bet
     searches = [make(points(7)) for _ in range(SEEDS)]
     # By validation the larger is the better, on the test it is the worse.
     runs = Trained(lambda x, seed: x + 10 * seed, lambda x, seed: -better * x)
-    records = contests.search(contest_of(searches, better), "grid", runs, SEEDS)
+    records = contest_runs.search(contest_of(searches, better), "grid", runs, SEEDS)
     for seed in range(SEEDS):
         value = lambda config, seed=seed: chosen(records, config, seed)
         assert value(VALIDATED) == (-better * 7, {7})
@@ -459,7 +464,7 @@ def test_a_search_chooses_by_validation_where_the_test_disagrees(one_by_one, bet
 def test_seeds_of_a_search_train_side_by_side():
     searches = [searching.Points(points(3)) for _ in range(SEEDS)]
     runs = Trained(lambda x, seed: x, lambda x, seed: x)
-    contests.search(contest_of(searches), "grid", runs, SEEDS)
+    contest_runs.search(contest_of(searches), "grid", runs, SEEDS)
     assert [run.seed for run in runs.runs] == [0, 1] * 3
 
 
@@ -467,7 +472,7 @@ def test_seeds_of_a_search_train_side_by_side():
 def test_smaller_budgets_are_those_that_are_smaller(runs, budgets):
     searches = [searching.Points(points(runs))]
     trained = Trained(lambda x, seed: -abs(x - 7), lambda x, seed: x)
-    records = contests.search(contest_of(searches), "grid", trained, 1)
+    records = contest_runs.search(contest_of(searches), "grid", trained, 1)
     configs = {r["config"] for r in records if "=" not in r["config"]}
     smaller = {f"{VALIDATED}, {n} runs" for n in budgets}
     assert configs == {VALIDATED, ORACLE, MEDIAN, WORST} | smaller
@@ -480,25 +485,25 @@ def test_a_run_that_diverged_is_not_chosen():
     searches = [searching.Points(points(4))]
     diverged = lambda x, seed: math.nan if x == 4 else x
     runs = Trained(diverged, lambda x, seed: x)
-    records = contests.search(contest_of(searches), "grid", runs, 1)
+    records = contest_runs.search(contest_of(searches), "grid", runs, 1)
     assert chosen(records, VALIDATED, 0)[0] == 3
 
 
 def test_the_same_weights_are_described_alike():
     task = SimpleNamespace(auxiliary=NAMES)
-    assert contests.describe(task, (contests.NONE, 0.25)) == "a=0 b=0.25"
+    assert contest_runs.config_of(task, (contests.NONE, 0.25)) == "a=0 b=0.25"
 
 
 def read(records, labels=("grid", "random", "tpe")):
     named = {method: (method, contests.SOFTMAX) for method in labels}
     unseen = ("far", "farther")
-    return contests.View({"records": records}, named, "score", 1, "near", unseen)
+    return contest_report.View({"records": records}, named, "score", 1, "near", unseen)
 
 
 def searched(method, validation, test):
     """Records of the runs of a search, seed by seed."""
     return [
-        common.record(method, metric, value, config=f"a={i}", seed=seed, domain=domain)
+        record(method, metric, value, config=f"a={i}", seed=seed, domain=domain)
         for seed, (of_seed, tests) in enumerate(zip(validation, test, strict=True))
         for i in range(len(of_seed))
         for metric, domain, value in (
@@ -514,7 +519,7 @@ def test_the_curve_of_a_search_is_the_validated_best_of_n():
     validation, test = rng.normal(size=(2, SEEDS, 6)).round(3)
     for method in ("grid", "random", "tpe"):
         view = read(searched(method, validation, test))
-        curve = contests.search_curve(view, method)
+        curve = contest_report.search_curve(view, method)
         if method == "tpe":  # Its runs build on those before.
             expected = [
                 [t[np.argmax(v[:n])] for n in range(1, 7)]
@@ -527,12 +532,12 @@ def test_the_curve_of_a_search_is_the_validated_best_of_n():
         np.testing.assert_allclose(curve, np.mean(expected, axis=0), atol=1e-4)
         chosen = [t[np.argmax(v)] for v, t in zip(validation, test, strict=True)]
         np.testing.assert_allclose(curve[-1], np.mean(chosen), atol=1e-4)
-    assert contests.search_curve(read([]), "grid") is None
+    assert contest_report.search_curve(read([]), "grid") is None
 
 
 def test_a_run_that_diverged_is_not_in_the_curve():
     validation, test = [[math.nan, 1.0, math.nan, 2.0]], [[9.0, 1.0, 8.0, 2.0]]
-    curve = contests.search_curve(read(searched("tpe", validation, test)), "tpe")
+    curve = contest_report.search_curve(read(searched("tpe", validation, test)), "tpe")
     np.testing.assert_allclose(curve, [9.0, 1.0, 1.0, 2.0])
 
 
@@ -567,8 +572,8 @@ def test_a_folder_without_images_is_refused(capsys, tmp_path):
 
 def test_gp_without_torch_is_refused_where_asked_for(monkeypatch, tmp_path):
     monkeypatch.setattr(searching, "has_gp", lambda: False)
-    options = common.Options("depth", ("equal", "gp"), preset="quick", out=tmp_path)
-    with pytest.raises(common.UsageError, match=r"gp needs PyTorch: pip install"):
+    options = Options("depth", ("equal", "gp"), preset="quick", out=tmp_path)
+    with pytest.raises(UsageError, match=r"gp needs PyTorch: pip install"):
         contests.check(depth_methods.contest(None), options)
     assert not list(tmp_path.iterdir())
 
@@ -594,10 +599,10 @@ def test_every_method_has_a_rule_and_settings_of_it(module):
         config = method.config or {}
         if method.rule == contests.SOFTMAX:
             assert len(config["ratios"]) == len(module.task.AUXILIARY)
-        experiment.settings(**config)
+        settings(**config)
         rule.configure([config])
     keys = [
-        experiment.Run(m.rule, 0, experiment.settings(**(m.config or {}))).key
+        Run(m.rule, 0, settings(**(m.config or {}))).key
         for m in contest.methods.values()
         if not m.search
     ]
@@ -658,10 +663,10 @@ def ablated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablations")
 
     def make(size, extra=0):
-        fields = dict.fromkeys(experiment.Task.__dataclass_fields__)
+        fields = dict.fromkeys(Task.__dataclass_fields__)
         auxiliary = (*depth.task.AUXILIARY, *depth.task.EXTRA[:extra])
         given = {"name": "depth", "primary": depth.task.PRIMARY, "lanes": 3}
-        return experiment.Task(**fields | given | {"auxiliary": auxiliary}), {}, None
+        return Task(**fields | given | {"auxiliary": auxiliary}), {}, None
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ablations.task, "make", make)
@@ -682,7 +687,7 @@ def test_ablations_plan_as_many_runs_as_they_train(ablated):
 
 def test_ablations_are_read_from_the_file(ablated, tmp_path):
     folder, *_ = ablated
-    result = common.read_json(folder / "ablations.json")
+    result = read_json(folder / "ablations.json")
     table = ablations_report.table(result)
     rows = {row[0]: row[1:] for row in table.rows}
     assert (
@@ -709,7 +714,7 @@ def test_ablations_have_parts(ablated, monkeypatch, tmp_path):
     monkeypatch.setattr(ablations.task, "make", ablated[2])
     words = f"ablations --seeds {SEEDS} --methods equal,aligned --out {tmp_path}"
     command_line.main(words.split())
-    result = common.read_json(tmp_path / "ablations.json")
+    result = read_json(tmp_path / "ablations.json")
     assert {r["method"] for r in result["records"]} == {"equal", "K aligned"}
     numbers = ["auxiliary=4", "auxiliary=6", "auxiliary=8", "auxiliary=2"]
     assert ablations_report.configs(result, "K aligned") == numbers
@@ -719,7 +724,7 @@ def test_ablations_have_parts(ablated, monkeypatch, tmp_path):
 def test_the_range_test_of_two_points_is_the_paired_t_test():
     found = np.random.default_rng(0).normal(size=(2, 6)) + np.array([[0.0], [0.8]])
     expected = scipy.stats.ttest_rel(*found).pvalue
-    np.testing.assert_allclose(contests.range_test(found), expected, rtol=1e-6)
+    np.testing.assert_allclose(contest_report.range_test(found), expected, rtol=1e-6)
 
 
 def test_the_range_test_does_not_see_what_seeds_have_in_common():
@@ -727,5 +732,5 @@ def test_the_range_test_does_not_see_what_seeds_have_in_common():
     found = rng.normal(size=(5, 3))
     shifted = found + 100 * rng.normal(size=3)
     np.testing.assert_allclose(
-        contests.range_test(shifted), contests.range_test(found), rtol=1e-6
+        contest_report.range_test(shifted), contest_report.range_test(found), rtol=1e-6
     )

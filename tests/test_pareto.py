@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from benchmarks.harness import common
+from benchmarks.harness.options import Options
+from benchmarks.harness.results import describe, read_json, select, values
 from benchmarks.tasks.digits import task as digits
 from benchmarks.tasks.pareto import methods, report, task
 from benchmarks.tasks.pareto import run as pareto
@@ -28,7 +29,7 @@ pytestmark = [
 def folder(tmp_path_factory, quick_compilation):
     """What the quick preset writes."""
     folder = tmp_path_factory.mktemp("pareto")
-    options = common.Options(
+    options = Options(
         "pareto", RUN, seeds=SEEDS, steps=STEPS, preset="quick", out=folder
     )
     with jax.numpy_rank_promotion("allow"):
@@ -38,7 +39,7 @@ def folder(tmp_path_factory, quick_compilation):
 
 @pytest.fixture(scope="module")
 def result(folder):
-    return common.read_json(folder / "pareto.json")
+    return read_json(folder / "pareto.json")
 
 
 @pytest.fixture(scope="module")
@@ -198,29 +199,27 @@ def test_every_record_is_there(result):
     for method in RUN:
         count = methods.weightings(method)
         counts = {count} | ({methods.MODELS} if count > 1 else set())
-        found = common.select(
+        found = select(
             result["records"], method=method, metric="hypervolume", domain="test"
         )
         assert len(found) == len(budgets) * SEEDS * len(counts)
-        for front in common.select(result["fronts"], method=method):
+        for front in select(result["fronts"], method=method):
             assert len(front["left"]) == methods.weightings(method)
     assert result["meta"]["references"] == {"ce": 2.0, "error": 1.0}
 
 
 @pytest.mark.parametrize("method", RUN)
 def test_numbers_follow_from_the_stored_points(result, method):
-    for front in common.select(result["fronts"], method=method):
+    for front in select(result["fronts"], method=method):
         points = np.array([front[name] for name in TASKS]).T
         fields = {
             "method": method,
             "compute": front["runs"],
             "seed": front["seed"],
             "domain": "test",
-            "config": common.describe(weightings=len(points)),
+            "config": describe(weightings=len(points)),
         }
-        of = lambda metric, f=fields: common.values(
-            result["records"], metric=metric, **f
-        )
+        of = lambda metric, f=fields: values(result["records"], metric=metric, **f)
         assert of("lowest left") == pytest.approx(points[:, 0].min(), rel=1e-3)
         # Far from trained, hardly a point is within the reference of 2.
         inside = np.all(points < 2, axis=1).sum()
@@ -233,7 +232,7 @@ def test_numbers_follow_from_the_stored_points(result, method):
 
 
 def test_the_grid_has_no_gap_to_itself(result):
-    gaps = common.values(
+    gaps = values(
         result["records"], method="grid", metric="largest gap", compute=methods.MODELS
     )
     np.testing.assert_array_equal(gaps, 0)

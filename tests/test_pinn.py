@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.harness import common
+from benchmarks.harness.options import Options
+from benchmarks.harness.results import describe, parse, read_json, select, values
 from benchmarks.tasks.pinn import methods, report, task
 from benchmarks.tasks.pinn import run as pinn
 
@@ -22,9 +23,7 @@ pytestmark = pytest.mark.usefixtures("any_rank")
 def folder(tmp_path_factory):
     """What the quick preset writes."""
     folder = tmp_path_factory.mktemp("pinn")
-    options = common.Options(
-        "pinn", RUN, seeds=SEEDS, steps=STEPS, preset="quick", out=folder
-    )
+    options = Options("pinn", RUN, seeds=SEEDS, steps=STEPS, preset="quick", out=folder)
     with jax.numpy_rank_promotion("allow"):
         pinn.main(options)
     return folder
@@ -32,7 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(folder):
-    return common.read_json(folder / "pinn.json")
+    return read_json(folder / "pinn.json")
 
 
 def cole_hopf(t, x, nodes=100):
@@ -248,12 +247,12 @@ def test_every_method_has_every_seed(result):
     for method in RUN:
         configs = {
             r["config"]
-            for r in common.select(result["records"], method=method, metric="error")
+            for r in select(result["records"], method=method, metric="error")
         }
         assert len(configs) == (len(RATIOS) ** 2 + 2 if method == "tuned" else 1)
         for config in configs:
             for metric in ("error", "error at equal time", "weight:pde"):
-                seeds = common.select(
+                seeds = select(
                     result["records"], method=method, config=config, metric=metric
                 )
                 assert [r["seed"] for r in seeds] == list(range(SEEDS))
@@ -269,9 +268,9 @@ def test_all_methods_start_alike(result):
 
 
 def test_fixed_weights_stay_and_are_those_of_the_configuration(result):
-    for record in common.select(result["records"], method="tuned", seed=0):
+    for record in select(result["records"], method="tuned", seed=0):
         if record["metric"] in ("weight:initial", "weight:boundary"):
-            settings = common.parse(record["config"]) if "=" in record["config"] else {}
+            settings = parse(record["config"]) if "=" in record["config"] else {}
             name = record["metric"].removeprefix("weight:")
             assert record["value"] == float(settings.get(name, record["value"]))
     equal = next(h for h in result["history"] if h["method"] == "static")
@@ -279,16 +278,16 @@ def test_fixed_weights_stay_and_are_those_of_the_configuration(result):
 
 
 def test_equal_weights_are_a_point_of_the_grid(result):
-    config = common.describe(initial=1, boundary=1)
+    config = describe(initial=1, boundary=1)
     static, point = (
-        common.values(result["records"], method=m, config=config, metric="error")
+        values(result["records"], method=m, config=config, metric="error")
         for m in ("static", "tuned")
     )
     np.testing.assert_array_equal(static, point)
 
 
 def test_a_search_pays_for_all_its_runs(result):
-    chosen = common.select(result["records"], method="tuned", config=pinn.VALIDATED)
+    chosen = select(result["records"], method="tuned", config=pinn.VALIDATED)
     assert {r["compute"] for r in chosen} == {len(RATIOS) ** 2}
     others = [r for r in result["records"] if r["config"] != pinn.VALIDATED]
     assert {r["compute"] for r in others} == {1}

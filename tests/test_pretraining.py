@@ -10,7 +10,8 @@ import pytest
 from matplotlib.image import imsave
 
 import yoto_jax as yoto
-from benchmarks.harness import common
+from benchmarks.harness.options import Options, UsageError
+from benchmarks.harness.results import read_json, select, values
 from benchmarks.tasks.pretraining import methods, report, task
 from benchmarks.tasks.pretraining import run as pretraining
 
@@ -28,7 +29,7 @@ def digits():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
-    options = common.Options(
+    options = Options(
         "pretraining", METHODS, seeds=SEEDS, steps=STEPS, preset="quick", out=folder
     )
     with jax.numpy_rank_promotion("allow"):
@@ -38,7 +39,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(folder):
-    return common.read_json(folder / "pretraining.json")
+    return read_json(folder / "pretraining.json")
 
 
 # Losses.
@@ -203,7 +204,7 @@ def test_patches_have_the_class_of_their_middle(street, monkeypatch):
 
 
 def test_a_folder_with_too_little_is_refused(street):
-    with pytest.raises(common.UsageError, match="too few labelled patches"):
+    with pytest.raises(UsageError, match="too few labelled patches"):
         task.load(street)
 
 
@@ -296,7 +297,7 @@ def test_every_method_has_every_seed_and_metric(result):
     for method in METHODS:
         runs = pretraining.DRAWS["quick"] + 4 if method == "random" else 1
         for metric in (*methods.METRICS, "validation"):
-            records = common.select(result["records"], method=method, metric=metric)
+            records = select(result["records"], method=method, metric=metric)
             assert sorted(r["seed"] for r in records) == sorted(
                 list(range(SEEDS)) * runs
             )
@@ -306,15 +307,15 @@ def test_every_method_has_every_seed_and_metric(result):
 def test_validation_chooses_and_a_search_pays_for_all_its_runs(result):
     draws = pretraining.DRAWS["quick"]
     for seed in range(SEEDS):
-        of_seed = common.select(result["records"], method="random", seed=seed)
+        of_seed = select(result["records"], method="random", seed=seed)
         runs = [r for r in of_seed if "=" in r["config"]]
-        validation = common.values(runs, metric="validation")
-        chosen = common.select(of_seed, config=pretraining.VALIDATED)
+        validation = values(runs, metric="validation")
+        chosen = select(of_seed, config=pretraining.VALIDATED)
         assert {r["compute"] for r in chosen} == {draws}
         best = int(np.argmax(validation))
         for metric in methods.METRICS:
-            expected = common.values(runs, metric=metric)[best]
-            assert common.values(chosen, metric=metric) == expected
+            expected = values(runs, metric=metric)[best]
+            assert values(chosen, metric=metric) == expected
 
 
 def test_seeds_of_a_random_search_draw_apart():
@@ -327,7 +328,7 @@ def test_seeds_of_a_random_search_draw_apart():
 
 def test_cost_is_relative_to_a_run_with_constant_weights(result):
     ratios = {
-        method: common.values(result["records"], method=method, metric="step_ratio")
+        method: values(result["records"], method=method, metric="step_ratio")
         for method in METHODS
     }
     assert ratios["equal"] == ratios["random"] == 1
@@ -351,10 +352,8 @@ def test_tables_and_sentences_follow_from_the_records(result):
 
 def test_best_of_n_of_all_is_the_validated_best(result):
     curve = report.best_of_n(result, "random")
-    chosen = common.select(
-        result["records"], method="random", config=pretraining.VALIDATED
-    )
-    expected = common.values(chosen, metric=methods.PROBE).mean()
+    chosen = select(result["records"], method="random", config=pretraining.VALIDATED)
+    expected = values(chosen, metric=methods.PROBE).mean()
     np.testing.assert_allclose(curve[-1], expected, rtol=1e-6)
 
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.harness import common
+from benchmarks.harness.options import Options
+from benchmarks.harness.results import read_json
 from benchmarks.tasks.robustness import methods, report, task
 from benchmarks.tasks.robustness import run as robustness
 
@@ -17,9 +18,9 @@ METHODS = ("famo", "lr_annealing", "layer 1, adamw")
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("robustness")
-    options = common.Options("robustness", METHODS, preset="quick", out=folder)
+    options = Options("robustness", METHODS, preset="quick", out=folder)
     robustness.main(options)
-    return common.read_json(folder / "robustness.json")
+    return read_json(folder / "robustness.json")
 
 
 def test_a_fault_is_in_the_loss_and_in_its_gradient():

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks import distributed
-from benchmarks.harness.common import Options, record
+from benchmarks.harness.options import Options
+from benchmarks.harness.results import record
 from benchmarks.tasks.scaling import collectives, processes, report, task
 from benchmarks.tasks.scaling import measurements as runs
 from benchmarks.tasks.scaling import run as scaling

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.harness import common, experiment
+from benchmarks.harness.results import read_json
+from benchmarks.harness.runs import Runs
 from tools import licenses
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -76,7 +77,7 @@ def test_pickles_in_place_of_a_checkpoint(payload, tmp_path):
 def runs(folder, **state):
     """Runs of a benchmark, as far as reading their files goes."""
     task = types.SimpleNamespace(name="task", settings={"seeds": 1}, lanes=1)
-    return experiment.Runs(task, {}, folder, planned=1, **state)
+    return Runs(task, {}, folder, planned=1, **state)
 
 
 def as_pickle(path, payload):
@@ -112,7 +113,7 @@ def test_pickles_in_place_of_finished_runs(first_line, payload, tmp_path):
 def test_pickles_in_place_of_results(payload, tmp_path):
     as_pickle(tmp_path / "results.json", payload)
     with pytest.raises(ValueError, match="decode"):
-        common.read_json(tmp_path / "results.json")
+        read_json(tmp_path / "results.json")
 
 
 # What is not in the sources cannot be misused.

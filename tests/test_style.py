@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.harness import common
+from benchmarks.harness.options import Options
+from benchmarks.harness.results import read_json, select
 from benchmarks.tasks.style import methods, report, task
 from benchmarks.tasks.style import run as style
 
@@ -33,14 +34,14 @@ def folder(tmp_path_factory):
     """What the quick preset writes."""
     folder = tmp_path_factory.mktemp("results")
     with jax.numpy_rank_promotion("allow"):
-        options = common.Options("style", preset="quick", seeds=2, out=folder)
+        options = Options("style", preset="quick", seeds=2, out=folder)
         style.main(options)
     return folder
 
 
 @pytest.fixture(scope="module")
 def result(folder):
-    return common.read_json(folder / "style.json")
+    return read_json(folder / "style.json")
 
 
 # Images.
@@ -191,10 +192,10 @@ def test_every_number_is_there(result):
     records, points = result["records"], result["meta"]["points"]
     numbers = 2 * len(task.LOSSES)
     weightings, walks = len(methods.WEIGHTINGS), points * len(methods.WALKS)
-    fixed = common.select(records, method="fixed")
+    fixed = select(records, method="fixed")
     assert len(fixed) == weightings * numbers
     for method in report.CONDITIONAL:
-        of = common.select(records, method=method)
+        of = select(records, method=method)
         assert len(of) == (weightings + walks) * numbers
     assert all(np.isfinite(r["value"]) for r in records)
 
@@ -222,7 +223,7 @@ def test_tables_and_conclusions_follow_from_the_records(result):
 
 
 def test_without_fixed_networks_there_are_no_gaps(result):
-    alone = common.select(result["records"], method="conditional")
+    alone = select(result["records"], method="conditional")
     only = {**result, "records": alone}
     assert report.table(only).columns == ["weighting", "conditional"]
     assert len(report.conclusions(only)) == 1

@@ -9,7 +9,8 @@ import optax
 import pytest
 
 import yoto_jax as yoto
-from benchmarks.harness import common
+from benchmarks.harness.options import Options
+from benchmarks.harness.results import read_json
 from benchmarks.tasks.toy import report, task
 from benchmarks.tasks.toy import run as toy
 
@@ -146,8 +147,8 @@ def test_the_engine_takes_the_same_steps():
 
 def test_it_writes_its_results(tmp_path):
     methods = ("equal", "random", "famo")
-    toy.main(common.Options("toy", methods, seeds=2, preset="quick", out=tmp_path))
-    result = common.read_json(tmp_path / "toy.json")
+    toy.main(Options("toy", methods, seeds=2, preset="quick", out=tmp_path))
+    result = read_json(tmp_path / "toy.json")
     assert [entry["method"] for entry in result["trajectories"]] == list(methods)
     points = len(task.STARTS) * 3
     assert len(result["records"]) == (1 + 2 + 1) * points

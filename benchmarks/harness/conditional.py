@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 import yoto_jax as yoto
-from benchmarks.harness.experiment import DOWNSTREAM, Carry, Losses, Rule, Step, Task
+from benchmarks.harness.training import DOWNSTREAM, Carry, Losses, Rule, Step, Task
 from yoto_jax import conditional
 
 PyTree = Any

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import common
-from benchmarks.harness.common import Record, Result
+from benchmarks.harness.options import UsageError
+from benchmarks.harness.results import Record, Result, read_json, rounded, write_json
 from yoto_jax._jaxlib import WRONG_GRADIENTS, WRONG_MEANS
 
 PER_LOSS_GRADIENTS: dict[str, tuple[str, ...]] = {
@@ -50,12 +50,10 @@ def merge(name: str, before: Result, now: Result, drop: bool = False) -> Result:
         nothing was that could be compared.
     """
     if "kept" in before["meta"]:
-        raise common.UsageError(f"{name} has methods of before already: measure all")
+        raise UsageError(f"{name} has methods of before already: measure all")
     changed = _settings(before) ^ _settings(now)
     if changed:
-        raise common.UsageError(
-            f"{name} was measured with other settings: {sorted(changed)}"
-        )
+        raise UsageError(f"{name} was measured with other settings: {sorted(changed)}")
     sample = now["meta"].get("seeds", 0) < before["meta"].get("seeds", 0)
     records = [] if sample else now["records"]
     replaced = {(r["method"], r["metric"]) for r in records}
@@ -72,7 +70,7 @@ def merge(name: str, before: Result, now: Result, drop: bool = False) -> Result:
     wrong = [m for m in methods if m in gradients]
     if wrong or not methods:
         what = f"without {', '.join(wrong)}" if wrong else "with all of its methods"
-        raise common.UsageError(f"{name} was measured again {what}")
+        raise UsageError(f"{name} was measured again {what}")
     of_run = ("command", "date", "commit", "versions")
     meta = before["meta"] | {k: now["meta"][k] for k in of_run}
     meta["kept"] = {
@@ -123,7 +121,7 @@ def compare(name: str, before: Result, now: Result) -> dict[str, Any]:
         place = (r["method"], r["config"], r["domain"])
         of_metric.setdefault(place, []).append((old[key(r)], r["value"]))
     if not methods:
-        raise common.UsageError(
+        raise UsageError(
             f"{name}: measure a method without per-loss gradients too, to compare it"
         )
     differences = {m: _differences(list(of.values())) for m, of in pairs.items()}
@@ -137,7 +135,7 @@ def _differences(pairs: list[list[tuple[float, float]]]) -> dict[str, float]:
     found = {"runs": len(runs), "run": runs.max(), "mean": means[furthest]}
     if len(pairs[furthest]) > 1:
         found["sd of seeds"] = np.std(np.array(pairs[furthest])[:, 0], ddof=1)
-    return {k: common.rounded(x) for k, x in found.items()}
+    return {k: rounded(x) for k, x in found.items()}
 
 
 def complaints(name: str, result: Result) -> list[str]:
@@ -169,13 +167,13 @@ def merge_folder(
     for path in sorted(folder.glob("*.json")):
         stored = results / path.name
         name = benchmark_of(path.stem, names)
-        now = common.read_json(path)
-        result = merge(name, common.read_json(stored), now, drop)
+        now = read_json(path)
+        result = merge(name, read_json(stored), now, drop)
         extra = {k: v for k, v in result.items() if k not in ("meta", "records")}
-        common.write_json(stored, result["meta"], result["records"], **extra)
+        write_json(stored, result["meta"], result["records"], **extra)
         merged.append(stored)
     if not merged:
-        raise common.UsageError(f"no results in {folder}")
+        raise UsageError(f"no results in {folder}")
     return merged
 
 

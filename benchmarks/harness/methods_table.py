@@ -1,7 +1,7 @@
 """The table of all weightings in the documentation, from the registry."""
 
 import yoto_jax as yoto
-from benchmarks.harness.common import Table
+from benchmarks.harness.tables import Table
 
 STATISTICS = {
     "losses": "losses",

@@ -7,9 +7,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.harness import common, plots
-from benchmarks.harness.common import Result, Table
+from benchmarks.harness import plots
+from benchmarks.harness.results import Result, describe, parse, select, values
 from benchmarks.harness.searches import verdict
+from benchmarks.harness.tables import Table, mean_sd
 from benchmarks.tasks.ablations.methods import (
     EPSILON_RHO,
     METRIC,
@@ -22,20 +23,18 @@ from benchmarks.tasks.depth import task
 
 def _values(result: Result, method: str, metric: str, config: str = "") -> np.ndarray:
     """One value for each seed."""
-    found = common.select(result["records"], method=method, config=config)
-    return common.values(found, metric=metric)
+    found = select(result["records"], method=method, config=config)
+    return values(found, metric=metric)
 
 
 def unseen(result: Result, method: str, config: str = "") -> np.ndarray:
     """The metric averaged over the unseen domains, one value for each seed."""
-    found = common.select(
-        result["records"], method=method, config=config, metric=METRIC
-    )
-    return np.mean([common.values(found, domain=d) for d in task.UNSEEN], axis=0)
+    found = select(result["records"], method=method, config=config, metric=METRIC)
+    return np.mean([values(found, domain=d) for d in task.UNSEEN], axis=0)
 
 
 def configs(result: Result, method: str) -> list[str]:
-    found = common.select(result["records"], method=method)
+    found = select(result["records"], method=method)
     return list(dict.fromkeys(r["config"] for r in found))
 
 
@@ -56,13 +55,13 @@ def table(result: Result) -> Table:
         found = unseen(result, method)
         difference = found - baseline
         sign = {1: "better", 0: "", -1: "worse"}[verdict(difference)]
-        seen = common.select(result["records"], method=method, metric=METRIC)
+        seen = select(result["records"], method=method, metric=METRIC)
         rows.append(
             [
                 label,
-                common.mean_sd(common.values(seen, domain=task.SEEN)),
-                common.mean_sd(found),
-                "" if method == "yoto" else common.mean_sd(difference),
+                mean_sd(values(seen, domain=task.SEEN)),
+                mean_sd(found),
+                "" if method == "yoto" else mean_sd(difference),
                 sign,
                 _weights(result, method),
             ]
@@ -83,14 +82,14 @@ def losses_table(result: Result) -> Table:
     """More losses, some useless, some harmful."""
     rows = []
     by_count = {2: {"K yoto": ("yoto", ""), "K equal": ("equal", "")}}
-    counts = [int(common.parse(c)["auxiliary"]) for c in configs(result, "K yoto")]
+    counts = [int(parse(c)["auxiliary"]) for c in configs(result, "K yoto")]
     for k in (2, *counts):
-        config = common.describe(auxiliary=k)
+        config = describe(auxiliary=k)
         cells = []
         for method in ("K yoto", "K equal", "K aligned"):
             place = by_count.get(k, {}).get(method, (method, config))
             there = place[1] in configs(result, place[0])
-            cells.append(common.mean_sd(unseen(result, *place)) if there else "")
+            cells.append(mean_sd(unseen(result, *place)) if there else "")
         names = (*NAMES, *task.EXTRA)[: 1 + k]
         method, config = by_count.get(k, {}).get("K yoto", ("K yoto", config))
         weights = [
@@ -127,7 +126,7 @@ COLORS = dict(zip(NAMES, (plots.BLUE, plots.VERMILION, plots.GREEN), strict=True
 
 def _draw_rho(upper: Axes, lower: Axes, result: Result) -> None:
     every = configs(result, "rho")
-    rhos = [float(common.parse(c)["rho"]) for c in every]
+    rhos = [float(parse(c)["rho"]) for c in every]
     for name, color in COLORS.items():
         curves = np.array([_values(result, "rho", f"weight:{name}", c) for c in every])
         plots.band(upper, rhos, np.maximum(curves.T, 1e-8), color, name)
@@ -154,7 +153,7 @@ def _pairs(result: Result) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     every = configs(result, "epsilon")
     start, end, metric = [], [], []
     for config in every:
-        settings = common.parse(config)
+        settings = parse(config)
         start.append([math.log(float(settings[n])) for n in task.AUXILIARY])
         primary, *others = (
             _values(result, "epsilon", f"weight:{n}", config)[0] for n in NAMES
@@ -187,7 +186,7 @@ def _draw_epsilon(panel: Axes, result: Result) -> None:
 def _draw_epsilon_metric(panel: Axes, drawing: Figure, result: Result) -> None:
     _, _, metric = _pairs(result)
     n = math.isqrt(len(metric))
-    every = [common.parse(c) for c in configs(result, "epsilon")]
+    every = [parse(c) for c in configs(result, "epsilon")]
     image = panel.imshow(metric.reshape(n, n).T, origin="lower", cmap="viridis")
     ticks = list(dict.fromkeys(c["invariance"] for c in every))
     panel.set_xticks(range(n), ticks)

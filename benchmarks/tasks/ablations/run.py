@@ -5,9 +5,12 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.harness import common, contest, experiment
-from benchmarks.harness.common import Options, Record
-from benchmarks.harness.experiment import Finished, Run, Runs
+from benchmarks.harness import contest, contest_runs
+from benchmarks.harness.options import Options
+from benchmarks.harness.provenance import meta
+from benchmarks.harness.results import Record, describe, write_json
+from benchmarks.harness.runs import Finished, Run, Runs, settings
+from benchmarks.harness.terminal import say, show
 from benchmarks.tasks.ablations.methods import (
     EPSILON_RHO,
     METRIC,
@@ -36,17 +39,17 @@ def main(options: Options) -> None:
     quick = options.preset == "quick"
     records, history = ablate(options, size, quick)
     path = options.out / "ablations.json"
-    result = common.write_json(
+    result = write_json(
         path,
-        common.meta(options, seeds=options.seeds, **size._asdict()),
+        meta(options, seeds=options.seeds, **size._asdict()),
         records,
         history=history,
     )
     if options.methods is None:  # else what they are compared with is missing
         figure(result, path.with_suffix(".png"))
-        common.show(table(result))
-        common.show(losses_table(result))
-    common.say(f"Written: {path}")
+        show(table(result))
+        show(losses_table(result))
+    say(f"Written: {path}")
 
 
 # Runs.
@@ -71,11 +74,11 @@ class Notes:
 
 
 def learned(seed: int, **config: Any) -> Run:
-    return Run(contest.SOFTMAX, seed, experiment.settings(**(DEFAULT | config)))
+    return Run(contest.SOFTMAX, seed, settings(**(DEFAULT | config)))
 
 
 def constant(seed: int, ratios: tuple[float, ...]) -> Run:
-    config = experiment.settings(ratios=ratios, learn=0.0)
+    config = settings(ratios=ratios, learn=0.0)
     return Run(contest.SOFTMAX, seed, config)
 
 
@@ -139,7 +142,7 @@ def vary_parts(notes: Notes, runs: Runs) -> None:
 def vary_rho(notes: Notes, runs: Runs, rhos: Sequence[float]) -> None:
     for rho in rhos:
         wanted = [learned(seed, rho=rho) for seed in notes.seeds]
-        notes.add(runs, "rho", common.describe(rho=rho), wanted)
+        notes.add(runs, "rho", describe(rho=rho), wanted)
 
 
 def vary_epsilon(notes: Notes, runs: Runs, epsilons: Sequence[float]) -> None:
@@ -148,7 +151,7 @@ def vary_epsilon(notes: Notes, runs: Runs, epsilons: Sequence[float]) -> None:
     wanted = [learned(0, ratios=pair, rho=EPSILON_RHO) for pair in pairs]
     finished = runs.finish(wanted, "epsilon")
     for pair, run, done in zip(pairs, wanted, finished, strict=True):
-        config = common.describe(camera=pair[0], invariance=pair[1])
+        config = describe(camera=pair[0], invariance=pair[1])
         notes.records += _records("epsilon", config, run.seed, done)
 
 
@@ -157,7 +160,7 @@ def add_losses(
 ) -> None:
     """So many further losses: methods that are not steered, and one that is."""
     k = len(task.AUXILIARY) + extra
-    config = common.describe(auxiliary=k)
+    config = describe(auxiliary=k)
     if unsteered:
         wanted = [learned(seed, ratios=(0.1,) * k) for seed in notes.seeds]
         notes.add(runs, "K yoto", config, wanted)
@@ -176,6 +179,6 @@ def final_ratios(done: Finished) -> tuple[float, ...]:
 def _records(method: str, config: str, seed: int, done: Finished) -> list[Record]:
     return [
         r
-        for r in contest.run_records(task.UNSEEN, method, config, seed, done)
+        for r in contest_runs.run_records(task.UNSEEN, method, config, seed, done)
         if r["metric"] in (METRIC, "validation") or r["domain"] is None
     ]

@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from benchmarks.harness import common, plots
-from benchmarks.harness.common import Result, Table
+from benchmarks.harness import plots
+from benchmarks.harness.results import Result, describe, parse, select, values
+from benchmarks.harness.tables import Table, mean_sd
 from benchmarks.tasks.beta_vae import task
 from benchmarks.tasks.beta_vae.methods import (
     ARMS_OF_COST,
@@ -28,8 +29,8 @@ from yoto_jax import conditional
 
 
 def widths_of(result: Result, method: str) -> list[float]:
-    records = common.select(result["records"], method=method, metric="parameters")
-    return [float(common.parse(r["config"])["width"]) for r in records]
+    records = select(result["records"], method=method, metric="parameters")
+    return [float(parse(r["config"])["width"]) for r in records]
 
 
 def losses_of(
@@ -40,9 +41,9 @@ def losses_of(
     split: str = "test",
 ) -> Losses:
     """Losses [seeds, betas] of the models of one method and width."""
-    wanted = {common.describe(width=width, beta=beta): beta for beta in betas}
+    wanted = {describe(width=width, beta=beta): beta for beta in betas}
     found: dict[str, dict[float, list[float]]] = {name: {} for name in LOSSES}
-    for r in common.select(result["records"], method=method, domain=split):
+    for r in select(result["records"], method=method, domain=split):
         if r["config"] in wanted:
             of_beta = found[r["metric"]].setdefault(wanted[r["config"]], [])
             of_beta.append(r["value"])
@@ -101,10 +102,8 @@ def disorder(losses: Losses) -> tuple[int, float]:
 
 
 def _parameters(result: Result, method: str, width: float) -> float:
-    config = common.describe(width=width)
-    (n,) = common.values(
-        result["records"], method=method, config=config, metric="parameters"
-    )
+    config = describe(width=width)
+    (n,) = values(result["records"], method=method, config=config, metric="parameters")
     return float(n)
 
 
@@ -134,10 +133,10 @@ def table(result: Result) -> Table:
                 f"{width:g}",
                 f"{_parameters(result, 'fixed', width):,.0f}",
                 f"{_parameters(result, 'conditional', width):,.0f}",
-                common.mean_sd(of_test.mean(axis=1), digits=2),
-                f"{common.mean_sd(share, scale=100)} %",
+                mean_sd(of_test.mean(axis=1), digits=2),
+                f"{mean_sd(share, scale=100)} %",
                 _largest(of_test),
-                common.mean_sd(of_train.mean(axis=1), digits=2),
+                mean_sd(of_train.mean(axis=1), digits=2),
                 *checks,
             ]
         )
@@ -161,7 +160,7 @@ def table(result: Result) -> Table:
 def _largest(gaps: np.ndarray) -> str:
     means = gaps.mean(axis=0)
     i = int(means.argmax())
-    return f"{common.mean_sd(gaps[:, i], digits=2)} at {task.BETAS[i]:g}"
+    return f"{mean_sd(gaps[:, i], digits=2)} at {task.BETAS[i]:g}"
 
 
 def _counts(found: tuple[int, float], of: int) -> str:
@@ -191,7 +190,7 @@ def beta_table(result: Result) -> Table:
     for i, beta in enumerate(task.BETAS):
         cells = [losses[name][:, i] for name in LOSSES for losses in both]
         cells += [of_split[:, i] for of_split in gaps]
-        rows.append([f"{beta:g}", *(common.mean_sd(x, digits=2) for x in cells)])
+        rows.append([f"{beta:g}", *(mean_sd(x, digits=2) for x in cells)])
     caption = (
         f"Width {width:g}, {result['meta']['data']}, nats, mean ± standard deviation "
         f"over {result['meta']['seeds']} seeds; test images unless it says training."
@@ -214,13 +213,13 @@ def variant_table(result: Result) -> Table:
     for method in _variants(result):
         test = gap(result, MIDDLE, method)
         validation = gap(result, MIDDLE, method, "validation").mean(axis=1)
-        compute = common.select(result["records"], method=method)[0]["compute"]
+        compute = select(result["records"], method=method)[0]["compute"]
         rows.append(
             [
                 "not normalised" if method == "conditional" else NAMES[method],
                 f"{compute:g}",
-                common.mean_sd(validation, digits=2),
-                common.mean_sd(test.mean(axis=1), digits=2),
+                mean_sd(validation, digits=2),
+                mean_sd(test.mean(axis=1), digits=2),
                 *(f"{x:.2f}" for x in test.mean(axis=0)),
             ]
         )
@@ -234,21 +233,21 @@ def variant_table(result: Result) -> Table:
 
 def _ratio(result: Result, arm: str, what: str, width: float) -> list[float]:
     """Median and quartiles, empty if not measured."""
-    records = common.select(
+    records = select(
         result["records"],
         method=f"cost: {arm}",
-        config=common.describe(width=width),
+        config=describe(width=width),
     )
-    find = lambda which: common.values(records, metric=f"{what}: ratio{which}")
+    find = lambda which: values(records, metric=f"{what}: ratio{which}")
     found = [find(which) for which in ("", ", first quartile", ", third quartile")]
     return [float(x[0]) for x in found if len(x)]
 
 
 def _cost_widths(result: Result) -> list[float]:
-    records = common.select(
+    records = select(
         result["records"], method="cost: fixed", metric="forward: microseconds"
     )
-    return [float(common.parse(r["config"])["width"]) for r in records]
+    return [float(parse(r["config"])["width"]) for r in records]
 
 
 def cost_table(result: Result) -> Table:
@@ -258,8 +257,8 @@ def cost_table(result: Result) -> Table:
         "step": ("fixed again", "beta per group", "beta per image"),
     }
     for what, of_what in arms.items():
-        records = common.select(result["records"], metric=f"{what}: microseconds")
-        fixed = common.values(records, method="cost: fixed")
+        records = select(result["records"], metric=f"{what}: microseconds")
+        fixed = values(records, method="cost: fixed")
         if not len(fixed):
             continue
         columns += [f"{what}: fixed (us)", "same again", *of_what[1:]]
@@ -306,7 +305,7 @@ def _about_gap(result: Result, width: float) -> str:
     sign, word = (1, "above") if mean.mean() > 0 else (-1, "below")
     return (
         f"Width {width:g}: one conditional model is "
-        f"{common.mean_sd(sign * mean, digits=2)} nats {word} the {len(task.BETAS)} "
+        f"{mean_sd(sign * mean, digits=2)} nats {word} the {len(task.BETAS)} "
         f"fixed ones on average over beta ({100 * sign * share:.1f} % of the spread), "
         f"its largest gap is {_largest(gaps)}; mean gap on training images "
         f"{training:.2f}."

@@ -26,8 +26,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.harness import common
-from benchmarks.harness.common import Options, Record, Result
+from benchmarks.harness.options import Options
+from benchmarks.harness.provenance import meta
+from benchmarks.harness.results import (
+    Record,
+    Result,
+    describe,
+    read_json,
+    record,
+    write_json,
+)
+from benchmarks.harness.terminal import say, show, track
+from benchmarks.harness.units import Units
 from benchmarks.tasks.beta_vae import task
 from benchmarks.tasks.beta_vae.examples import examples
 from benchmarks.tasks.beta_vae.methods import (
@@ -62,17 +72,17 @@ def main(options: Options) -> None:
     data = task.load(options.data)
     suffix = "" if options.data is None else f"_{options.data.name}"
     path = options.out / f"beta_vae{suffix}.json"
-    units = common.Units(options, path.stem)
+    units = Units(options, path.stem)
     records, params = train_all(options, methods, data, units)
     if "cost" in methods:
         records += units.do("cost", lambda: costs(data, options))
-    meta = common.meta(options, **_settings(options, data, units))
-    result = common.write_json(path, *_merged(path, options, methods, meta, records))
+    about = meta(options, **_settings(options, data, units))
+    result = write_json(path, *_merged(path, options, methods, about, records))
     report(result, params, data, path, WIDTHS[options.preset][-1])
 
 
 def train_all(
-    options: Options, methods: Sequence[str], data: task.Data, units: common.Units
+    options: Options, methods: Sequence[str], data: task.Data, units: Units
 ) -> tuple[list[Record], dict[str, Any]]:
     """Records of the trained methods, and the parameters of the widest of each."""
     quick = options.preset == "quick"
@@ -84,7 +94,7 @@ def train_all(
         if method not in TRAINED or (quick and method in VARIANTS):
             continue
         widths = (MIDDLE,) if method in VARIANTS else WIDTHS[options.preset]
-        for width in common.track(widths, method):
+        for width in track(widths, method):
             work = functools.partial(
                 finish, method, width, data, options.seeds, steps, most
             )
@@ -94,7 +104,7 @@ def train_all(
     return records, params
 
 
-def _settings(options: Options, data: task.Data, units: common.Units) -> dict[str, Any]:
+def _settings(options: Options, data: task.Data, units: Units) -> dict[str, Any]:
     """What the results depend on."""
     return {
         "data": data.name,
@@ -123,10 +133,10 @@ def report(
         examples(params, data, widest, drawn)
     for shown in (table(result), *tables(result).values()):
         if shown.rows:
-            common.show(shown)
+            show(shown)
     for sentence in conclusions(result):
-        common.say(f"- {sentence}")
-    common.say(f"Written: {path} and figures beside it")
+        say(f"- {sentence}")
+    say(f"Written: {path} and figures beside it")
 
 
 def _merged(
@@ -139,7 +149,7 @@ def _merged(
     """What was not asked for stays as it was measured before."""
     if options.methods is None or not path.is_file():
         return meta, records
-    before = common.read_json(path)
+    before = read_json(path)
     asked = lambda r: (
         ("cost" if r["method"] in ARMS_OF_COST else r["method"]) in methods
     )
@@ -185,7 +195,7 @@ def measure(
         splits["validation"] = data.validation
     betas = task.BETAS if method == "fixed" else task.GRID
     compute = len(task.BETAS) if method == "long" else 1
-    note = functools.partial(common.record, method, compute=compute)
+    note = functools.partial(record, method, compute=compute)
     records = []
     for split, images in splits.items():
         images = images[:most]
@@ -197,7 +207,7 @@ def measure(
         for name in LOSSES:
             for seed, of_seed in enumerate(np.asarray(losses[name])):
                 for beta, value in zip(betas, of_seed, strict=True):
-                    config = common.describe(width=width, beta=beta)
+                    config = describe(width=width, beta=beta)
                     records.append(
                         note(name, value, config=config, seed=seed, domain=split)
                     )
@@ -208,7 +218,7 @@ def measure(
         "run_seconds": trained.seconds,
         "compile_seconds": trained.compile_seconds,
     }
-    config = common.describe(width=width)
+    config = describe(width=width)
     return records + [note(k, value, config=config) for k, value in sizes.items()]
 
 
@@ -226,7 +236,9 @@ def costs(data: task.Data, options: Options) -> list[Record]:
             calls = {arm: make() for arm, make in makers.items()}
             times = interleaved(calls, ROUNDS[options.preset])
             for arm, of_arm in times.items():
-                records += describe(f"cost: {arm}", what, width, of_arm, times["fixed"])
+                records += time_records(
+                    f"cost: {arm}", what, width, of_arm, times["fixed"]
+                )
     return records
 
 
@@ -305,16 +317,16 @@ def interleaved(
     return times
 
 
-def describe(
+def time_records(
     method: str, what: str, width: float, times: list[float], beside: list[float]
 ) -> list[Record]:
     """Median time, and quartiles of its ratio to that of the fixed model beside it."""
     first, median, third = np.percentile(np.divide(times, beside), [25, 50, 75])
-    config = common.describe(width=width)
+    config = describe(width=width)
     measured = {
         f"{what}: microseconds": 1e6 * statistics.median(times),
         f"{what}: ratio": median,
         f"{what}: ratio, first quartile": first,
         f"{what}: ratio, third quartile": third,
     }
-    return [common.record(method, k, v, config=config) for k, v in measured.items()]
+    return [record(method, k, v, config=config) for k, v in measured.items()]

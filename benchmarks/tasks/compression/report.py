@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from scipy.interpolate import PchipInterpolator
 
-from benchmarks.harness import common, plots
-from benchmarks.harness.common import Record, Result, Table
+from benchmarks.harness import plots
+from benchmarks.harness.results import Record, Result, parse, select, values
+from benchmarks.harness.tables import Table, mean_sd
 from benchmarks.tasks.compression.methods import (
     GRID_OF_PSNR,
     METHODS,
@@ -25,17 +26,17 @@ from yoto_jax import conditional
 
 def weights_of(result: Result, method: str) -> list[float]:
     """Weights of the distortion that were measured, ascending."""
-    records = common.select(result["records"], method=method, metric="bpp")
+    records = select(result["records"], method=method, metric="bpp")
     return sorted({_weight(r) for r in records})
 
 
 def _weight(record: Record) -> float:
-    return float(common.parse(record["config"])["distortion"])
+    return float(parse(record["config"])["distortion"])
 
 
 def measured(result: Result, method: str, metric: str, weight: float) -> np.ndarray:
     """One number for each seed."""
-    records = common.select(result["records"], method=method, metric=metric)
+    records = select(result["records"], method=method, metric=metric)
     return np.array(
         [r["value"] for r in records if r["config"] and _weight(r) == weight]
     )
@@ -58,12 +59,10 @@ def jpeg_curve(
 ) -> tuple[np.ndarray, np.ndarray]:
     some = [
         r
-        for r in common.select(result["records"], method="jpeg")
-        if common.parse(r["config"])["subsampling"] == subsampling
+        for r in select(result["records"], method="jpeg")
+        if parse(r["config"])["subsampling"] == subsampling
     ]
-    return _ascending(
-        common.values(some, metric="psnr"), common.values(some, metric=metric)
-    )
+    return _ascending(values(some, metric="psnr"), values(some, metric=metric))
 
 
 def _ascending(psnr: np.ndarray, bpp: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -157,11 +156,11 @@ def table(result: Result) -> Table:
         for method in methods:
             for metric, digits in (("bpp", 3), ("psnr", 2)):
                 numbers = measured(result, method, metric, weight)
-                row.append(common.mean_sd(numbers, digits) if len(numbers) else "")
+                row.append(mean_sd(numbers, digits) if len(numbers) else "")
         if compared and weight in shared_weights(result):
             share = gap(result, weight) / objective(result, "fixed", weight)
-            row.append(common.mean_sd(gap(result, weight), 4))
-            row.append(common.mean_sd(share, 2, scale=100))
+            row.append(mean_sd(gap(result, weight), 4))
+            row.append(mean_sd(share, 2, scale=100))
         elif compared:
             row += ["", ""]
         if jpeg_known(result):
@@ -173,7 +172,7 @@ def table(result: Result) -> Table:
 
 
 def jpeg_known(result: Result) -> bool:
-    return bool(common.select(result["records"], method="jpeg"))
+    return bool(select(result["records"], method="jpeg"))
 
 
 def _caption(result: Result) -> str:
@@ -205,10 +204,10 @@ def summary(result: Result) -> Table:
             "one conditional model" if method == "conditional" else "a model a weight",
             f"{runs:g}",
             f"{seconds * runs:.1f}",
-            common.mean_sd(against_jpeg(result, method), 1, scale=100),
+            mean_sd(against_jpeg(result, method), 1, scale=100),
         ]
         if method == "conditional":
-            row.append(common.mean_sd(against_fixed(result), 1, scale=100))
+            row.append(mean_sd(against_fixed(result), 1, scale=100))
             shares = gap_shares(result).mean(axis=1)
             row.append(f"{100 * shares.max():.1f}, {100 * shares.mean():.1f}")
         rows.append([*row, *[""] * (len(columns) - len(row))])
@@ -251,7 +250,7 @@ def selections(result: Result) -> Table:
         row = [f"{wanted:g} dB"]
         for method in METHODS[:2]:
             chosen = [smallest(result, method, s, wanted) for s in seeds_of(result)]
-            row.append("" if None in chosen else common.mean_sd(chosen, 3))
+            row.append("" if None in chosen else mean_sd(chosen, 3))
         offers = [{"psnr": psnr, "bpp": bpp} for psnr, bpp in jpeg_curves(result)]
         found = [b for b in (_smallest(offer, wanted) for offer in offers) if b]
         rows.append([*row, f"{min(found):.3f}" if found else ""])
@@ -307,7 +306,7 @@ def _quality(result: Result) -> str:
         f"One conditional model against {rivals} fixed ones: its objective is "
         f"{means.mean():+.1f} % on average, {means.max():+.1f} % at worst (at weight "
         f"{worst:.3g}), and lower than theirs at {ahead} of {rivals} weights; at equal "
-        f"PSNR it takes {common.mean_sd(rate)} % more bits (negative: fewer)."
+        f"PSNR it takes {mean_sd(rate)} % more bits (negative: fewer)."
     )
 
 
@@ -315,7 +314,7 @@ def seconds_of(result: Result, method: str) -> tuple[float, float]:
     """Seconds of a run, processor time on a CPU, and the number of runs."""
     cpu = result["meta"]["platform"] == "cpu"
     metric = "run_processor_seconds" if cpu else "run_seconds"
-    (found,) = common.select(result["records"], method=method, metric=metric)
+    (found,) = select(result["records"], method=method, metric=metric)
     return found["value"], found["compute"]
 
 
@@ -354,8 +353,8 @@ def _jpeg_sentence(result: Result) -> str:
     whole = against_jpeg(result, "conditional", "bpp with headers")
     crossing = _crossing(result)
     text = (
-        f"Against JPEG at equal PSNR: {common.mean_sd(stripped, scale=100)} % bits, "
-        f"{common.mean_sd(whole, scale=100)} % if JPEG's headers count."
+        f"Against JPEG at equal PSNR: {mean_sd(stripped, scale=100)} % bits, "
+        f"{mean_sd(whole, scale=100)} % if JPEG's headers count."
     )
     if crossing is not None:
         text += f" JPEG without headers takes fewer bits below {crossing:.1f} dB."
@@ -374,8 +373,8 @@ def _crossing(result: Result) -> float | None:
 
 def _coder_sentence(result: Result) -> str:
     ratios = [
-        common.values(result["records"], method=method, metric="bpp")
-        / common.values(result["records"], method=method, metric="entropy")
+        values(result["records"], method=method, metric="bpp")
+        / values(result["records"], method=method, metric="entropy")
         for method in METHODS[:2]
     ]
     excess = 100 * (np.concatenate(ratios) - 1)

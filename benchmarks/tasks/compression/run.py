@@ -14,8 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import common
-from benchmarks.harness.common import Options, Record
+from benchmarks.harness.options import Options
+from benchmarks.harness.provenance import meta
+from benchmarks.harness.results import Record, describe, record, write_json
+from benchmarks.harness.terminal import say, show, track
+from benchmarks.harness.units import Units
 from benchmarks.tasks.compression import coder, task
 from benchmarks.tasks.compression.examples import examples
 from benchmarks.tasks.compression.jpeg import jpeg
@@ -44,7 +47,7 @@ def main(options: Options) -> None:
     learned = [method for method in methods if method != "jpeg"]
     name = options.benchmark if options.data is None else f"compression_{source.name}"
     path = options.out / f"{name}.json"
-    units = common.Units(options, name)
+    units = Units(options, name)
     trained, records = train(learned, source, stats, size, options.seeds, units)
     for method in learned:
         records += code_records(method, codec, trained[method], source, size, units)
@@ -59,7 +62,7 @@ def main(options: Options) -> None:
         "fixed_parameters": task.count(stats, size, conditioned=False),
         "conditional_parameters": task.count(stats, size, conditioned=True),
     }
-    result = common.write_json(path, common.meta(options, **settings), records)
+    result = write_json(path, meta(options, **settings), records)
     written = [path]
     if methods == METHODS:
         figure(result, path.with_suffix(".png"))
@@ -68,12 +71,12 @@ def main(options: Options) -> None:
         written.append(path.with_name(f"{path.stem}_examples.png"))
         _, _, params = trained["conditional"][0]
         examples(codec, params, source, written[-1])
-    common.show(table(result))
+    show(table(result))
     if methods == METHODS:
-        common.show(summary(result))
+        show(summary(result))
         for sentence in conclusions(result):
-            common.say(f"- {sentence}")
-    common.say(f"Written: {', '.join(map(str, written))}")
+            say(f"- {sentence}")
+    say(f"Written: {', '.join(map(str, written))}")
 
 
 # Runs.
@@ -85,7 +88,7 @@ def train(
     stats: Statistics,
     size: Size,
     seeds: int,
-    units: common.Units,
+    units: Units,
 ) -> tuple[dict[str, list[Run]], list[Record]]:
     """All runs of the methods, and what one of them costs.
 
@@ -107,7 +110,7 @@ def train(
         end = time.perf_counter(), time.process_time()
         return {"params": params, "seconds": (end[0] - start[0], end[1] - start[1])}
 
-    for seed, method, weight in common.track(todo, "training"):
+    for seed, method, weight in track(todo, "training"):
         work = functools.partial(timed, seed, method, weight)
         found = units.do(_unit(method, seed, weight), work)
         trained[method].append((weight, seed, found["params"]))
@@ -123,7 +126,7 @@ def train(
             "compile_seconds": max(0.0, first[0] - typical[0]),
         }
         records += [
-            common.record(method, metric, value, compute=len(weights[method]))
+            record(method, metric, value, compute=len(weights[method]))
             for metric, value in measured.items()
         ]
     return trained, records
@@ -141,7 +144,7 @@ def code_records(
     runs: list[Run],
     source: Source,
     size: Size,
-    units: common.Units,
+    units: Units,
 ) -> list[Record]:
     """Compress the test images with every model, at every weight that it is for."""
     asked = [
@@ -159,14 +162,12 @@ def code_records(
             **errors(source.test, coded.images),
         }
 
-    for _, seed, params, weight in common.track(asked, f"{method}: coding"):
+    for _, seed, params, weight in track(asked, f"{method}: coding"):
         work = functools.partial(code, params, weight)
         measured = units.do(f"coding: {_unit(method, seed, weight)}", work)
-        config = common.describe(distortion=weight)
+        config = describe(distortion=weight)
         for metric, value in measured.items():
-            records.append(
-                common.record(method, metric, value, config=config, seed=seed)
-            )
+            records.append(record(method, metric, value, config=config, seed=seed))
     return records
 
 
@@ -186,7 +187,7 @@ def jpeg_records(images: np.ndarray) -> list[Record]:
             "bpp with headers": 8 * file / pixels,
             **errors(images, decoded),
         }
-        config = common.describe(subsampling=name, quality=quality)
+        config = describe(subsampling=name, quality=quality)
         for metric, value in measured.items():
-            records.append(common.record("jpeg", metric, value, config=config))
+            records.append(record("jpeg", metric, value, config=config))
     return records

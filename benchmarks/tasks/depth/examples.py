@@ -9,20 +9,20 @@ from matplotlib.figure import Figure
 
 from benchmarks.data.scenes import Scenes
 from benchmarks.harness import contest as contests
-from benchmarks.harness import experiment
-from benchmarks.harness.experiment import Run
+from benchmarks.harness.runs import Run, settings, train
+from benchmarks.harness.training import Task
 from benchmarks.tasks.depth import task
 
 EXAMPLES = (task.SEEN, *task.UNSEEN)
 
 
 def examples(
-    made: experiment.Task, tests: dict[str, Scenes], net: task.DepthNet, path: Path
+    made: Task, tests: dict[str, Scenes], net: task.DepthNet, path: Path
 ) -> None:
     """Images, their depth, and what a model with equal weights makes of them."""
-    equal = experiment.settings(ratios=(1.0,) * len(task.AUXILIARY), learn=0.0)
+    equal = settings(ratios=(1.0,) * len(task.AUXILIARY), learn=0.0)
     run = Run(contests.SOFTMAX, 0, equal)
-    model = experiment.train(made, contests.RULES[run.rule], run)
+    model = train(made, contests.RULES[run.rule], run)
     drawing = Figure(figsize=(12, 3.5), dpi=100, layout="compressed")
     panels = drawing.subplots(3, 2 * len(EXAMPLES))
     for column, domain in enumerate(EXAMPLES):

@@ -3,8 +3,8 @@
 import itertools
 
 from benchmarks.harness import contest as contests
-from benchmarks.harness import experiment
 from benchmarks.harness.contest import Contest
+from benchmarks.harness.training import Task
 from benchmarks.tasks.depth import task
 
 GRID = tuple(itertools.product((0.001, 0.01, 0.25, 1.0, 10.0), (0.01, 0.1, 1.0)))
@@ -15,7 +15,7 @@ RHOS = (0.1, 1.0)
 METRIC = "delta1"
 
 
-def contest(made: experiment.Task | None, budget: int | None = None) -> Contest:
+def contest(made: Task | None, budget: int | None = None) -> Contest:
     methods = contests.methods(
         len(task.AUXILIARY), GRID, BOUNDS, PUBLISHED, PAPER, RHOS, budget
     )

@@ -4,21 +4,21 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import common
-from benchmarks.harness import contest as contests
-from benchmarks.harness.common import Result, Table
+from benchmarks.harness import contest_report
+from benchmarks.harness.results import Result
+from benchmarks.harness.tables import Table, mean_sd
 from benchmarks.tasks.depth import metrics, task
 from benchmarks.tasks.depth.methods import contest
 
 
-def view(result: Result) -> contests.View:
-    return contests.view(contest(None), result)
+def view(result: Result) -> contest_report.View:
+    return contest_report.view(contest(None), result)
 
 
 def table(result: Result) -> Table:
     meta = result["meta"]
     seen = view(result)
-    return contests.table(
+    return contest_report.table(
         seen,
         (task.PRIMARY, *task.AUXILIARY),
         f"delta1 in % (share of pixels whose depth is right within 25 %), mean ± "
@@ -32,14 +32,14 @@ def table(result: Result) -> Table:
 
 
 def summary(result: Result) -> Table:
-    return contests.short(table(result), view(result))
+    return contest_report.short(table(result), view(result))
 
 
 def tables(result: Result) -> dict[str, Table]:
     return {
-        "depth-claims": contests.claims(view(result)),
+        "depth-claims": contest_report.claims(view(result)),
         "depth-metrics": all_metrics(result),
-        "depth-costs": contests.cost_table(view(result)),
+        "depth-costs": contest_report.cost_table(view(result)),
     }
 
 
@@ -55,9 +55,7 @@ def all_metrics(result: Result) -> Table:
             for metric in metrics.METRICS
         ]
         digits = [1, 2, 3, 1, 1, 2, 1]
-        cells = [
-            common.mean_sd(x, digits=n) for x, n in zip(found, digits, strict=True)
-        ]
+        cells = [mean_sd(x, digits=n) for x, n in zip(found, digits, strict=True)]
         rows.append([label, *cells])
     return Table(
         ["method", *metrics.METRICS],
@@ -68,7 +66,7 @@ def all_metrics(result: Result) -> Table:
 
 
 def figure(result: Result, path: Path) -> None:
-    contests.figure(
+    contest_report.figure(
         view(result),
         (task.PRIMARY, *task.AUXILIARY),
         path,

@@ -5,9 +5,12 @@ choose on held-out scenes of the training domain; GraP and softmax alignment are
 by the same scenes. The zero-shot domains choose nothing.
 """
 
-from benchmarks.harness import common
 from benchmarks.harness import contest as contests
-from benchmarks.harness.common import Options
+from benchmarks.harness import contest_report, contest_runs
+from benchmarks.harness.options import Options
+from benchmarks.harness.provenance import meta
+from benchmarks.harness.results import write_json
+from benchmarks.harness.terminal import say, show
 from benchmarks.tasks.depth import task
 from benchmarks.tasks.depth.examples import examples
 from benchmarks.tasks.depth.methods import contest
@@ -25,20 +28,18 @@ def main(options: Options) -> None:
     size = size._replace(steps=options.steps or size.steps)
     made, tests, net = task.make(size)
     ours = contest(made, BUDGET.get(options.preset))
-    records, history = contests.contend(ours, options, chosen, ROUNDS)
+    records, history = contest_runs.contend(ours, options, chosen, ROUNDS)
     constant = {
         (metric, domain): value
         for domain, data in tests.items()
         for metric, value in task.constant(made.data[0], data).items()
     }
-    records += contests.constant_records(task.UNSEEN, constant)
+    records += contest_runs.constant_records(task.UNSEEN, constant)
     settings = {"seeds": options.seeds, **size._asdict()}
     path = options.out / "depth.json"
-    result = common.write_json(
-        path, common.meta(options, **settings), records, history=history
-    )
+    result = write_json(path, meta(options, **settings), records, history=history)
     figure(result, path.with_suffix(".png"))
     examples(made, tests, net, options.out / "depth_examples.png")
-    common.show(table(result), summary(result))
-    common.show(contests.claims(view(result)))
-    common.say(f"Written: {path} and figures beside it")
+    show(table(result), summary(result))
+    show(contest_report.claims(view(result)))
+    say(f"Written: {path} and figures beside it")

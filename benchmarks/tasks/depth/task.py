@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.data import scenes
-from benchmarks.harness.experiment import Measured, Size, Task
+from benchmarks.harness.training import Measured, Size, Task
 from benchmarks.models.vision import PATCH, Decoder, Encoder, from_patches
 from benchmarks.tasks.depth import metrics
 

@@ -8,22 +8,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
-from benchmarks.harness import common, plots, searches
-from benchmarks.harness.common import Record, Result, Table
+from benchmarks.harness import plots, searches
+from benchmarks.harness.results import Record, Result, parse, select, values
 from benchmarks.harness.searches import ORACLE, VALIDATED, WORST, verdict
+from benchmarks.harness.tables import Table, mean_sd
 from benchmarks.tasks.digits import task
 from benchmarks.tasks.digits.methods import CONDITIONAL, LEARNED, ROWS
 
 
 def _unseen(records: list[Record]) -> np.ndarray:
     """Accuracy averaged over the unseen shifts, one value for each seed and run."""
-    shifts = [common.values(records, metric="accuracy", domain=d) for d in task.UNSEEN]
+    shifts = [values(records, metric="accuracy", domain=d) for d in task.UNSEEN]
     return np.mean(shifts, axis=0)
 
 
 def _of(result: Result, method: str, config: str | None = None) -> list[Record]:
-    records = common.select(result["records"], method=method)
-    return records if config is None else common.select(records, config=config)
+    records = select(result["records"], method=method)
+    return records if config is None else select(records, config=config)
 
 
 def table(result: Result) -> Table:
@@ -53,29 +54,27 @@ def summary(result: Result) -> Table:
 
 def _name(result: Result, method: str, config: str | None) -> str:
     settings = _of(result, method)[0]["config"] if method in LEARNED else ""
-    return ROWS[method, config].format(**common.parse(settings))
+    return ROWS[method, config].format(**parse(settings))
 
 
 def _row(result: Result, method: str, config: str | None) -> list[str]:
     records = _of(result, method, config)
-    (seconds,) = common.select(_of(result, method), metric="run_seconds")
+    (seconds,) = select(_of(result, method), metric="run_seconds")
     compute = _compute(records)
     repeated = 1 if method in CONDITIONAL else compute / seconds["compute"]
     return [
         *(
-            common.mean_sd(
-                common.values(records, metric="accuracy", domain=domain), scale=100
-            )
+            mean_sd(values(records, metric="accuracy", domain=domain), scale=100)
             for domain in ("clean", *task.UNSEEN)
         ),
-        common.mean_sd(_unseen(records), scale=100),
+        mean_sd(_unseen(records), scale=100),
         f"{compute:.3g}",
         f"{seconds['value'] * repeated:.1f}",
     ]
 
 
 def _compute(records: list[Record]) -> float:
-    measured = common.select(records, metric="accuracy")
+    measured = select(records, metric="accuracy")
     return float(np.mean([record["compute"] for record in measured]))
 
 
@@ -109,7 +108,7 @@ def _comparison(
     }[verdict(difference)]
     return (
         f"{name} against {_name(result, method, config)}: "
-        f"{common.mean_sd(difference, scale=100)} points on unseen shifts, for "
+        f"{mean_sd(difference, scale=100)} points on unseen shifts, for "
         f"{_compute(mine):.3g} against {_compute(theirs):g} training runs; {outcome}."
     )
 
@@ -254,7 +253,7 @@ def best_of_n(result: Result, method: str) -> np.ndarray:
     searched = [r for r in _of(result, method) if "=" in r["config"]]
     curves = []
     for seed in range(result["meta"]["seeds"]):
-        of_seed = common.select(searched, seed=seed)
-        validation = common.values(of_seed, domain="validation stylised")
+        of_seed = select(searched, seed=seed)
+        validation = values(of_seed, domain="validation stylised")
         curves.append(searches.best_of_n(validation, _unseen(of_seed)))
     return np.mean(curves, axis=0)

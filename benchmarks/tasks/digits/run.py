@@ -15,10 +15,21 @@ import numpy as np
 import optax
 
 import yoto_jax as yoto
-from benchmarks.harness import common, contest, experiment, searches
-from benchmarks.harness.common import Options, Record
-from benchmarks.harness.experiment import Run
+from benchmarks.harness import contest, contest_runs, searches, timing
+from benchmarks.harness.options import Options
+from benchmarks.harness.provenance import meta
+from benchmarks.harness.results import (
+    Record,
+    describe,
+    record,
+    rounded,
+    thinned_curves,
+    write_json,
+)
+from benchmarks.harness.runs import Run, Runs
 from benchmarks.harness.searches import ORACLE, VALIDATED
+from benchmarks.harness.terminal import say, show
+from benchmarks.harness.units import Units
 from benchmarks.tasks.digits import task
 from benchmarks.tasks.digits.methods import CONDITIONAL, LEARNED
 from benchmarks.tasks.digits.report import conclusions, figure, summary, table
@@ -47,7 +58,7 @@ def main(options: Options) -> None:
     data = task.load()
     records = task.regulariser_records("all")
     history = []
-    units = common.Units(options)
+    units = Units(options)
     for method in (m for m in methods if m not in CONDITIONAL):
         work = functools.partial(finish, method, data, options.seeds, steps)
         found = units.do(method, work)
@@ -57,17 +68,17 @@ def main(options: Options) -> None:
         work = functools.partial(run_conditional, asked, data, options, steps)
         records += units.do(", ".join(asked), work)
     settings = {"steps": steps, "seeds": options.seeds, "batch": task.BATCH}
-    result = common.write_json(
+    result = write_json(
         options.out / "digits.json",
-        common.meta(options, **settings),
+        meta(options, **settings),
         records,
         history=history,
     )
     figure(result, options.out / "digits.png")
-    common.show(table(result), summary(result))
+    show(table(result), summary(result))
     for sentence in conclusions(result):
-        common.say(f"- {sentence}")
-    common.say(f"Written: {options.out / 'digits.json'}, {options.out / 'digits.png'}")
+        say(f"- {sentence}")
+    say(f"Written: {options.out / 'digits.json'}, {options.out / 'digits.png'}")
 
 
 # Runs.
@@ -123,7 +134,7 @@ def run(
     for metric in ("run_seconds", "compile_seconds"):
         # Seeds share a program; a search repeated for each of them is counted once.
         seconds = getattr(outcome, metric) / (seeds if metric == "run_seconds" else 1)
-        records.append(common.record(method, metric, seconds, compute=cost))
+        records.append(record(method, metric, seconds, compute=cost))
     return outcome, records
 
 
@@ -143,7 +154,7 @@ def run_conditional(
     # Shifts alone: the invariance is one of raw features, and a model that can scale
     # them has an easy way to make it small (found on validation images).
     rules = contest.rules(CONDITIONED, where=lambda path, leaf: leaf.ndim == 1)
-    runs = experiment.Runs(
+    runs = Runs(
         made, rules, options.out, resume=options.resume, planned=seeds * len(methods)
     )
     finished = {
@@ -152,15 +163,17 @@ def run_conditional(
     }
     timed = {name: (rules[name], {}) for name in (contest.PLAIN, "conditional")}
     rounds = ROUNDS[options.preset]
-    ratios = experiment.step_ratios(made, timed, contest.PLAIN, rounds)
+    ratios = timing.step_ratios(made, timed, contest.PLAIN, rounds)
     ratio = float(np.median(ratios["conditional"]))
     records = []
     for method, found in finished.items():
         for seed, done in enumerate(found):
-            cost = common.rounded(ratio * done.cost)
-            records += contest.run_records(task.UNSEEN, method, "", seed, done, cost)
+            cost = rounded(ratio * done.cost)
+            records += contest_runs.run_records(
+                task.UNSEEN, method, "", seed, done, cost
+            )
         seconds = sum(done.seconds * done.cost for done in found)
-        records.append(common.record(method, "run_seconds", seconds / seeds))
+        records.append(record(method, "run_seconds", seconds / seeds))
     return records
 
 
@@ -185,7 +198,7 @@ def selections(measured: task.Measured, seed: int) -> dict[str, int]:
 
 def _describe(method: str, runs: task.Configurations, seed: int, i: int) -> str:
     if method in LEARNED:
-        return common.describe(rho=runs.rho[seed, i], epsilon=runs.epsilon[seed, i, 0])
+        return describe(rho=runs.rho[seed, i], epsilon=runs.epsilon[seed, i, 0])
     return task.describe_ratios(runs.epsilon[seed, i])
 
 
@@ -198,7 +211,7 @@ def thinned(method: str, outcome: task.Outcome) -> list[dict[str, Any]]:
             kind: {name: curve[seed, 0] for name, curve in named.items()}
             for kind, named in kinds.items()
         }
-        return common.thinned_curves(curves, HISTORY_POINTS)
+        return thinned_curves(curves, HISTORY_POINTS)
 
     seeds = range(len(outcome.weights[task.PRIMARY]))
     return [{"method": method, "seed": seed, **of_seed(seed)} for seed in seeds]

@@ -19,9 +19,10 @@ from sklearn.model_selection import train_test_split
 
 import yoto_jax as yoto
 from benchmarks.harness import lanes
-from benchmarks.harness.common import Record, describe, record, say, track, values
-from benchmarks.harness.experiment import Measured as OfLanes
-from benchmarks.harness.experiment import Task
+from benchmarks.harness.results import Record, describe, record, values
+from benchmarks.harness.terminal import say, track
+from benchmarks.harness.training import Measured as OfLanes
+from benchmarks.harness.training import Task
 
 PyTree = Any
 Key = jax.Array

@@ -4,12 +4,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import common
+from benchmarks.harness.results import Record, Result, select, values
+from benchmarks.harness.tables import Table
 from benchmarks.tasks.overhead import peers, report
 from benchmarks.tasks.overhead.methods import ARMS, COMPARED, WAYS
 
 
-def tables(result: common.Result) -> dict[str, common.Table]:
+def tables(result: Result) -> dict[str, Table]:
     """All tables but that of the loss logits, by their marks."""
     metrics = {r["metric"] for r in result["records"]}
     found = {}
@@ -22,12 +23,12 @@ def tables(result: common.Result) -> dict[str, common.Table]:
     return found
 
 
-def table(result: common.Result) -> common.Table:
+def table(result: Result) -> Table:
     """Step times and paired ratios by model, from the stored records."""
     records = result["records"]
 
     def cell(model: str, arm: str, metric: str) -> float:
-        (value,) = common.values(records, config=model, method=arm, metric=metric)
+        (value,) = values(records, config=model, method=arm, metric=metric)
         return float(value)
 
     def ratio(model: str, way: str, arm: str) -> str:
@@ -45,15 +46,15 @@ def table(result: common.Result) -> common.Table:
         row = [model]
         for way in WAYS:
             metric = f"{way}: microseconds"
-            if not common.select(records, config=model, metric=metric):
+            if not select(records, config=model, metric=metric):
                 row += ["", "", ""]
                 continue
             row.append(f"{cell(model, 'fixed', metric):,.0f}")
             row += [ratio(model, way, arm) for arm in COMPARED[1:]]
         rows.append(row)
-    imported = common.values(records, metric="import ms")
+    imported = values(records, metric="import ms")
     meta = result["meta"]
-    return common.Table(
+    return Table(
         columns,
         rows,
         f"Ratio to the step with fixed weights, median (quartiles) of {meta['rounds']} "
@@ -65,8 +66,8 @@ def table(result: common.Result) -> common.Table:
     )
 
 
-def _cell(records: list[common.Record], **wanted: Any) -> float:
-    found = common.values(records, **wanted)
+def _cell(records: list[Record], **wanted: Any) -> float:
+    found = values(records, **wanted)
     return float(found[0]) if len(found) else float("nan")
 
 
@@ -80,12 +81,11 @@ def _spread(median: float, first: float, third: float) -> str:
     return f"{median:.3f} ({first:.3f} to {third:.3f})"
 
 
-def step_table(result: common.Result) -> common.Table:
+def step_table(result: Result) -> Table:
     """Time, compilation and memory of a step with each weighting."""
     records = result["records"]
     models = [
-        r["config"]
-        for r in common.select(records, method="fixed", metric="milliseconds")
+        r["config"] for r in select(records, method="fixed", metric="milliseconds")
     ]
     measured = [r for r in records if r["metric"] == "extra MiB"]
     columns = ["weighting"]
@@ -112,7 +112,7 @@ def step_table(result: common.Result) -> common.Table:
             ]
         sizes.append(f"{get('fixed', 'parameters MiB'):.1f} MiB ({model})")
     meta = result["meta"]
-    return common.Table(
+    return Table(
         columns,
         rows,
         "Ratio to the step with fixed weights measured right before or after it, "
@@ -125,10 +125,10 @@ def step_table(result: common.Result) -> common.Table:
     )
 
 
-def solver_table(result: common.Result) -> common.Table:
+def solver_table(result: Result) -> Table:
     """Microseconds of a call, ours and, where measured, TorchJD's."""
-    records = common.select(result["records"], metric="solver microseconds")
-    theirs = common.select(result["records"], metric="TorchJD solver microseconds")
+    records = select(result["records"], metric="solver microseconds")
+    theirs = select(result["records"], metric="TorchJD solver microseconds")
     sizes = dict.fromkeys(r["config"] for r in records)
     columns = ["method"]
     for size in sizes:
@@ -141,15 +141,15 @@ def solver_table(result: common.Result) -> common.Table:
             if theirs:
                 row.append(_number(_cell(theirs, method=method, config=size), 0))
         rows.append(row)
-    return common.Table(
+    return Table(
         columns, rows, "One call on a K x K Gramian in float32, median, same machine."
     )
 
 
-def peer_table(result: common.Result) -> common.Table:
+def peer_table(result: Result) -> Table:
     """The same transformer and losses in PyTorch with TorchJD, in the same run."""
     records = result["records"]
-    theirs = common.select(records, metric="TorchJD milliseconds")
+    theirs = select(records, metric="TorchJD milliseconds")
     (model,) = dict.fromkeys(r["config"] for r in theirs)
     ours = lambda method, metric: _cell(
         records, method=method, metric=metric, config=model
@@ -170,7 +170,7 @@ def peer_table(result: common.Result) -> common.Table:
         for key, name in (("torch", "PyTorch"), ("torchjd", "TorchJD"))
         if key in meta
     ]
-    return common.Table(
+    return Table(
         [
             "method",
             "ours (ms)",

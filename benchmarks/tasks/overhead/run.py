@@ -26,7 +26,11 @@ import numpy as np
 import optax
 
 import yoto_jax as yoto
-from benchmarks.harness import common
+from benchmarks.harness.options import Options
+from benchmarks.harness.provenance import meta
+from benchmarks.harness.results import Record, read_json, record, write_json
+from benchmarks.harness.terminal import say, show, track
+from benchmarks.harness.units import Units
 from benchmarks.models import small
 from benchmarks.models.small import convolutional, mlp, transformer
 from benchmarks.tasks.overhead import peers
@@ -118,7 +122,7 @@ def seconds(run: Callable[..., Any], carry: Any, x: Array) -> float:
     return time.perf_counter() - start
 
 
-def compare(name: str, model: Model, rounds: int) -> list[common.Record]:
+def compare(name: str, model: Model, rounds: int) -> list[Record]:
     """Time the arms of one model in turn; records of times and paired ratios."""
     x = jax.random.normal(jax.random.key(1), model.inputs)
     arms = {arm: build(arm, model) for arm in COMPARED}
@@ -135,7 +139,7 @@ def compare(name: str, model: Model, rounds: int) -> list[common.Record]:
         for run, carry in runs.values():
             seconds(run, carry, x)
         times: dict[str, list[float]] = {arm: [] for arm in COMPARED}
-        for turn in common.track(range(rounds), f"{name}, {way}"):
+        for turn in track(range(rounds), f"{name}, {way}"):
             for arm in COMPARED if turn % 2 else COMPARED[::-1]:
                 times[arm].append(seconds(*runs[arm], x) / n)
         records += [r for arm in COMPARED for r in describe(name, way, arm, times)]
@@ -144,7 +148,7 @@ def compare(name: str, model: Model, rounds: int) -> list[common.Record]:
 
 def describe(
     name: str, way: str, arm: str, times: dict[str, list[float]]
-) -> list[common.Record]:
+) -> list[Record]:
     """Median time of a step, and quartiles of its ratio to the step beside it."""
     ratios = np.percentile(np.divide(times[arm], times["fixed"]), [25, 50, 75])
     measured = {
@@ -154,12 +158,11 @@ def describe(
         f"{way}: ratio, third quartile": ratios[2],
     }
     return [
-        common.record(arm, metric, value, config=name)
-        for metric, value in measured.items()
+        record(arm, metric, value, config=name) for metric, value in measured.items()
     ]
 
 
-def import_time(rounds: int) -> list[common.Record]:
+def import_time(rounds: int) -> list[Record]:
     """What ``import yoto_jax`` takes after ``import optax``, in new interpreters."""
     code = (
         "import time, optax; start = time.perf_counter(); import yoto_jax; "
@@ -167,9 +170,9 @@ def import_time(rounds: int) -> list[common.Record]:
     )
     times = [
         float(subprocess.check_output([sys.executable, "-c", code], text=True))
-        for _ in common.track(range(rounds), "import")
+        for _ in track(range(rounds), "import")
     ]
-    return [common.record("yoto", "import ms", statistics.median(times))]
+    return [record("yoto", "import ms", statistics.median(times))]
 
 
 RESUMABLE = True
@@ -180,37 +183,35 @@ class Part(NamedTuple):
     """What is measured at one go, and how the progress names it."""
 
     name: str
-    measure: Callable[[], list[common.Record]]
+    measure: Callable[[], list[Record]]
 
 
-def main(options: common.Options) -> None:
+def main(options: Options) -> None:
     options.refuse_data()
     sections = options.choose(SECTIONS)
     quick = options.preset == "quick"
     rounds = options.steps or (3 if quick else 21)  # There is no training to step.
     pairs = options.steps or (2 if quick else 7)
-    units = common.Units(options, rounds=rounds, pairs=pairs)
+    units = Units(options, rounds=rounds, pairs=pairs)
     parts = plan(sections, rounds, pairs, quick, units)
     records = []
     for number, part in enumerate(parts, 1):
-        common.say(
-            f"{units.seconds:4.0f} s, part {number} of {len(parts)}: {part.name}"
-        )
+        say(f"{units.seconds:4.0f} s, part {number} of {len(parts)}: {part.name}")
         records += part.measure()
     path = Path(options.out) / "overhead.json"
     seconds = round(units.seconds)
-    meta = common.meta(options, rounds=rounds, pairs=pairs, seconds=seconds)
+    about = meta(options, rounds=rounds, pairs=pairs, seconds=seconds)
     if "peers" in sections and peers.available():
-        meta |= costs.peer_versions()
-    result = common.write_json(path, *merged(path, options, meta, records))
+        about |= costs.peer_versions()
+    result = write_json(path, *merged(path, options, about, records))
     for shown in {"overhead": table(result), **tables(result)}.values():
         if shown.rows:
-            common.show(shown)
-    common.say(f"Results, after {seconds} s: {path}")
+            show(shown)
+    say(f"Results, after {seconds} s: {path}")
 
 
 def plan(
-    sections: Sequence[str], rounds: int, pairs: int, quick: bool, units: common.Units
+    sections: Sequence[str], rounds: int, pairs: int, quick: bool, units: Units
 ) -> list[Part]:
     """All that is to be measured, in order."""
     parts = []
@@ -225,7 +226,7 @@ def plan(
     return parts
 
 
-def yoto_parts(rounds: int, quick: bool, units: common.Units) -> Iterator[Part]:
+def yoto_parts(rounds: int, quick: bool, units: Units) -> Iterator[Part]:
     for name, model in (QUICK if quick else MODELS).items():
         work = functools.partial(compare, name, model, rounds)
         yield Part(
@@ -237,7 +238,7 @@ def yoto_parts(rounds: int, quick: bool, units: common.Units) -> Iterator[Part]:
     yield Part(f"import, {imports} times", functools.partial(units.do, "import", work))
 
 
-def weighting_parts(pairs: int, quick: bool, units: common.Units) -> Iterator[Part]:
+def weighting_parts(pairs: int, quick: bool, units: Units) -> Iterator[Part]:
     for name, model in (costs.SMALL if quick else costs.SHARED).items():
         bench = costs.Bench(name, model, pairs, units)
         for kind, arms in costs.kinds(name).items():
@@ -247,7 +248,7 @@ def weighting_parts(pairs: int, quick: bool, units: common.Units) -> Iterator[Pa
             )
 
 
-def solver_parts(rounds: int, quick: bool, units: common.Units) -> Iterator[Part]:
+def solver_parts(rounds: int, quick: bool, units: Units) -> Iterator[Part]:
     sizes = (2, 3) if quick else costs.SIZES
     for method in costs.SOLVED[:3] if quick else costs.SOLVED:
         work = functools.partial(costs.solver_times, method, rounds, sizes)
@@ -257,7 +258,7 @@ def solver_parts(rounds: int, quick: bool, units: common.Units) -> Iterator[Part
         )
 
 
-def peer_parts(rounds: int, quick: bool, units: common.Units) -> Iterator[Part]:
+def peer_parts(rounds: int, quick: bool, units: Units) -> Iterator[Part]:
     methods = len(costs.peer_methods(quick))
     for what, measure in (("steps", costs.peer_steps), ("solvers", costs.peer_solvers)):
         work = functools.partial(measure, rounds, quick)
@@ -269,14 +270,14 @@ def peer_parts(rounds: int, quick: bool, units: common.Units) -> Iterator[Part]:
 
 def merged(
     path: Path,
-    options: common.Options,
+    options: Options,
     meta: dict[str, Any],
-    records: list[common.Record],
-) -> tuple[dict[str, Any], list[common.Record]]:
+    records: list[Record],
+) -> tuple[dict[str, Any], list[Record]]:
     """What was not asked for stays as it was measured before."""
     if options.methods is None or not path.is_file():
         return meta, records
-    before = common.read_json(path)
+    before = read_json(path)
     stay = [r for r in before["records"] if section(r) not in options.methods]
     of_run = ("command", "commit", "date")
     meta = meta | {"before": {k: before["meta"].get(k) for k in of_run}}
@@ -286,7 +287,7 @@ def merged(
     return meta, stay + records
 
 
-def section(record: common.Record) -> str:
+def section(record: Record) -> str:
     """The section that a record belongs to."""
     metric = record["metric"]
     if metric.startswith("TorchJD"):

@@ -13,7 +13,9 @@ import numpy as np
 import optax
 
 import yoto_jax as yoto
-from benchmarks.harness import common
+from benchmarks.harness.results import Record, record
+from benchmarks.harness.terminal import track
+from benchmarks.harness.units import Units
 from benchmarks.models import small
 from benchmarks.models.small import NAMES, Losses, Shared, heads
 from benchmarks.tasks.overhead import peers
@@ -145,7 +147,7 @@ class Bench:
     Only the ratio of such neighbours counts: a machine that slows down slows both.
     """
 
-    def __init__(self, name: str, model: Shared, pairs: int, units: common.Units):
+    def __init__(self, name: str, model: Shared, pairs: int, units: Units):
         """Nothing is compiled yet.
 
         Args:
@@ -159,10 +161,10 @@ class Bench:
         self.x = jax.random.normal(jax.random.key(1), model.inputs)
         self.arms = arms_of(model)
 
-    def measure(self, arms: Sequence[str]) -> list[common.Record]:
+    def measure(self, arms: Sequence[str]) -> list[Record]:
         """Records of these arms, of which each is kept when it is done."""
         records = []
-        for arm in common.track(arms, self.name):
+        for arm in track(arms, self.name):
             work = self._baseline if arm == "fixed" else self._beside
             records += self.units.do(
                 f"{self.name}, {arm}", functools.partial(work, arm)
@@ -188,16 +190,16 @@ class Bench:
         mib = analysis.temp_size_in_bytes / 2**20 if analysis else np.nan
         return Compiled(program, carry, seconds, mib)
 
-    def _record(self, arm: str, metric: str, value: float) -> common.Record:
-        return common.record(arm, metric, value, config=self.name)
+    def _record(self, arm: str, metric: str, value: float) -> Record:
+        return record(arm, metric, value, config=self.name)
 
-    def _of_program(self, arm: str, compiled: Compiled) -> list[common.Record]:
+    def _of_program(self, arm: str, compiled: Compiled) -> list[Record]:
         return [
             self._record(arm, "compile seconds", compiled.seconds),
             self._record(arm, "extra MiB", compiled.mib - self._fixed.mib),
         ]
 
-    def _baseline(self, arm: str) -> list[common.Record]:
+    def _baseline(self, arm: str) -> list[Record]:
         fixed = self._fixed
         size = sum(x.nbytes for x in jax.tree.leaves(fixed.carry[0])) / 2**20
         times = [timed(fixed, self.x, self._count) for _ in range(self.pairs)]
@@ -207,7 +209,7 @@ class Bench:
             self._record(arm, "milliseconds", 1e3 * statistics.median(times)),
         ]
 
-    def _beside(self, arm: str) -> list[common.Record]:
+    def _beside(self, arm: str) -> list[Record]:
         compiled = self._compile(arm)
         step = timed(compiled, self.x, 1)  # It warms up, too.
         patience = int(PATIENCE / step)  # steps
@@ -248,7 +250,7 @@ def gramian(count: int, seed: int = 0) -> np.ndarray:
 
 def solver_times(
     method: str, rounds: int, sizes: tuple[int, ...] = SIZES
-) -> list[common.Record]:
+) -> list[Record]:
     """Microseconds for one call of a weighting on a Gramian."""
     records = []
     for size in sizes:
@@ -271,9 +273,7 @@ def solver_times(
             jax.block_until_ready(out)
             measured.append((time.perf_counter() - start) / 20)
         value = 1e6 * statistics.median(measured)
-        records.append(
-            common.record(method, "solver microseconds", value, config=f"K={size}")
-        )
+        records.append(record(method, "solver microseconds", value, config=f"K={size}"))
     return records
 
 
@@ -288,20 +288,20 @@ def peer_methods(quick: bool) -> tuple[str, ...]:
     return ("upgrad",) if quick else peers.METHODS
 
 
-def peer_steps(rounds: int, quick: bool) -> list[common.Record]:
+def peer_steps(rounds: int, quick: bool) -> list[Record]:
     """Milliseconds of TorchJD's steps beside PyTorch's plain one."""
     model = peers.problem(*((1, 2, 8) if quick else ()))
     steps = peers.steps(model, peer_methods(quick))
     times: dict[str, list[float]] = {method: [] for method in steps}
     for step in steps.values():
         step()
-    for _ in common.track(range(rounds), "TorchJD"):
+    for _ in track(range(rounds), "TorchJD"):
         for method, step in steps.items():
             start = time.perf_counter()
             step()
             times[method].append(time.perf_counter() - start)
     return [
-        common.record(
+        record(
             method,
             "TorchJD milliseconds",
             1e3 * statistics.median(measured),
@@ -311,10 +311,10 @@ def peer_steps(rounds: int, quick: bool) -> list[common.Record]:
     ]
 
 
-def peer_solvers(rounds: int, quick: bool) -> list[common.Record]:
+def peer_solvers(rounds: int, quick: bool) -> list[Record]:
     """Microseconds of TorchJD's solvers on the Gramians of ours."""
     records = []
-    for method in common.track(peer_methods(quick), "TorchJD"):
+    for method in track(peer_methods(quick), "TorchJD"):
         for size in (2, 3) if quick else SIZES:
             solve = peers.solver(method, gramian(size).astype(np.float32))
             solve()
@@ -325,5 +325,5 @@ def peer_solvers(rounds: int, quick: bool) -> list[common.Record]:
                 measured.append(time.perf_counter() - start)
             value = 1e6 * statistics.median(measured)
             metric = "TorchJD solver microseconds"
-            records.append(common.record(method, metric, value, config=f"K={size}"))
+            records.append(record(method, metric, value, config=f"K={size}"))
     return records

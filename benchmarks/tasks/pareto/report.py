@@ -8,9 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from benchmarks.harness import common, plots
-from benchmarks.harness.common import Result, Table
+from benchmarks.harness import plots
+from benchmarks.harness.results import Result, describe, select, values
 from benchmarks.harness.searches import verdict
+from benchmarks.harness.tables import Table, mean_sd
 from benchmarks.tasks.pareto import task
 from benchmarks.tasks.pareto.methods import (
     EQUAL,
@@ -34,13 +35,13 @@ def _of(
 ) -> np.ndarray:
     """A metric for every seed; by default at as many weightings as are asked for."""
     n = weightings(method) if n is None else n
-    return common.values(
+    return values(
         result["records"],
         method=method,
         compute=runs,
         metric=metric,
         domain=domain,
-        config=common.describe(weightings=n),
+        config=describe(weightings=n),
     )
 
 
@@ -55,7 +56,7 @@ def _budgets(result: Result) -> list[int]:
 
 def _front(result: Result, method: str, runs: int) -> dict[str, np.ndarray]:
     """The losses of both tasks, (seeds, weightings)."""
-    found = common.select(result["fronts"], method=method, runs=runs)
+    found = select(result["fronts"], method=method, runs=runs)
     return {name: np.array([front[name] for front in found]) for name in TASKS}
 
 
@@ -107,7 +108,7 @@ def _row(result: Result, method: str, runs: int) -> list[str]:
 
 
 def _cell(values: np.ndarray, digits: int) -> str:
-    return common.mean_sd(values, digits=digits) if values.size else ""
+    return mean_sd(values, digits=digits) if values.size else ""
 
 
 def conclusions(result: Result) -> list[str]:
@@ -150,10 +151,10 @@ def _against(
     def one(method: str) -> str:
         ours = _of(result, method, runs, "hypervolume")
         outcome = outcomes[verdict(ours - theirs)]
-        return f"{method} {common.mean_sd(ours, digits=2)} ({outcome})"
+        return f"{method} {mean_sd(ours, digits=2)} ({outcome})"
 
     return (
-        f"Hypervolume with {_runs(runs)}, against {common.mean_sd(theirs, digits=2)} "
+        f"Hypervolume with {_runs(runs)}, against {mean_sd(theirs, digits=2)} "
         f"of {RIVALS[rival]} with {_runs(of_rival)}: "
         f"{', '.join(map(one, methods))}; ahead or behind at 95 %."
     )
@@ -189,7 +190,7 @@ def _spread(result: Result, method: str, runs: int) -> str:
 
 
 def _cost(result: Result, method: str) -> str:
-    of = functools.partial(common.values, result["records"], method=method)
+    of = functools.partial(values, result["records"], method=method)
     (parameters,), (step,) = of(metric="parameters"), of(metric="cost of a step")
     return (
         f"{method}: {parameters:.0f} parameters, and {step:.2f} times the operations "

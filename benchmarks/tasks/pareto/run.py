@@ -14,8 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.harness import common
-from benchmarks.harness.common import Options, Record
+from benchmarks.harness.options import Options
+from benchmarks.harness.provenance import meta
+from benchmarks.harness.results import Record, describe, record, write_json
+from benchmarks.harness.terminal import say, show, track
+from benchmarks.harness.units import Units
 from benchmarks.tasks.pareto import task
 from benchmarks.tasks.pareto.methods import (
     GRID,
@@ -61,7 +64,7 @@ def main(options: Options) -> None:
     steps = options.steps or size.steps
     data = task.load(size.pairs)
     runs = [(method, budget) for budget in size.budgets[::-1] for method in methods]
-    units = common.Units(options)
+    units = Units(options)
 
     def one(method: str, budget: int) -> Points:
         work = lambda: run(method, budget, options.seeds, steps, data)
@@ -69,13 +72,13 @@ def main(options: Options) -> None:
 
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         outcomes = pool.map(one, *zip(*runs, strict=True))  # each takes about one core
-        points = dict(zip(common.track(runs, "pareto"), outcomes, strict=True))
+        points = dict(zip(track(runs, "pareto"), outcomes, strict=True))
     records = [r for method in methods for r in size_records(method, data.train)]
     for method, budget in runs:
         records += measure(method, budget, points)
-    result = common.write_json(
+    result = write_json(
         options.out / "pareto.json",
-        common.meta(
+        meta(
             options,
             steps=steps,
             seeds=options.seeds,
@@ -93,10 +96,10 @@ def main(options: Options) -> None:
         ],
     )
     figure(result, options.out / "pareto.png")
-    common.show(table(result))
+    show(table(result))
     for sentence in conclusions(result):
-        common.say(f"- {sentence}")
-    common.say(f"Written: {options.out / 'pareto.json'}, {options.out / 'pareto.png'}")
+        say(f"- {sentence}")
+    say(f"Written: {options.out / 'pareto.json'}, {options.out / 'pareto.png'}")
 
 
 # Runs.
@@ -149,7 +152,7 @@ def size_records(method: str, source: task.Digits) -> list[Record]:
         "parameters": task.parameters(shapes),
         "cost of a step": task.flops(how, source) / task.flops(None, source),
     }
-    return [common.record(method, name, value) for name, value in measured.items()]
+    return [record(method, name, value) for name, value in measured.items()]
 
 
 def measure(
@@ -170,11 +173,11 @@ def measure(
                             of_seed(found)["ce"], of_seed(grid[domain][n])["ce"]
                         )
                 records += [
-                    common.record(
+                    record(
                         method,
                         metric,
                         value,
-                        config=common.describe(weightings=n),
+                        config=describe(weightings=n),
                         seed=seed,
                         domain=domain,
                         compute=budget,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 
 import yoto_jax as yoto
-from benchmarks.harness import common
+from benchmarks.harness.results import describe
 from yoto_jax import weightings
 
 PERIOD = 100  # steps between looks at gradients, for the methods that need them
@@ -32,7 +32,7 @@ def _sometimes(weighting: Callable[[], yoto.LossWeighting]) -> Make:
     return lambda _: weightings.every(weighting(), PERIOD)
 
 
-EVERY = common.describe(every=PERIOD)
+EVERY = describe(every=PERIOD)
 METHODS = {
     "static": Method("static 1:1:1", "", _fixed),
     "tuned": Method("static, best by validation", "", _fixed),

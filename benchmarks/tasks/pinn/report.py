@@ -7,9 +7,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.harness import common, plots
-from benchmarks.harness.common import Result, Table
+from benchmarks.harness import plots
+from benchmarks.harness.results import Result, rounded, select, values
 from benchmarks.harness.searches import VALIDATED, WORST, verdict
+from benchmarks.harness.tables import Table, mean_sd
 from benchmarks.tasks.pinn.methods import CONDITIONS, FIXED, METHODS
 
 
@@ -17,7 +18,7 @@ def _rows(result: Result) -> list[tuple[str, str]]:
     """Methods and configurations that have a row."""
     rows = []
     for method in METHODS:
-        records = common.select(result["records"], method=method, metric="error")
+        records = select(result["records"], method=method, metric="error")
         if method == "tuned" and records:
             rows += [(method, VALIDATED), (method, WORST)]
         elif records:
@@ -29,7 +30,7 @@ def _errors(
     result: Result, method: str, config: str, metric: str = "error"
 ) -> np.ndarray:
     """One for each seed."""
-    return common.values(result["records"], method=method, config=config, metric=metric)
+    return values(result["records"], method=method, config=config, metric=metric)
 
 
 def _name(method: str, config: str) -> str:
@@ -37,7 +38,7 @@ def _name(method: str, config: str) -> str:
 
 
 def _measured(result: Result, method: str, metric: str) -> float | None:
-    found = common.values(result["records"], method=method, metric=metric)
+    found = values(result["records"], method=method, metric=metric)
     return float(found[0]) if len(found) else None
 
 
@@ -82,9 +83,7 @@ def table(result: Result) -> Table:
 
 
 def _row(result: Result, method: str, config: str) -> list[str]:
-    errors = common.select(
-        result["records"], method=method, config=config, metric="error"
-    )
+    errors = select(result["records"], method=method, config=config, metric="error")
     at_equal_time = _errors(result, method, config, "error at equal time")
     times = [
         _measured(result, method, metric)
@@ -94,11 +93,11 @@ def _row(result: Result, method: str, config: str) -> list[str]:
         ""
     ] * 3
     return [
-        common.mean_sd((record["value"] for record in errors), digits=4),
-        common.mean_sd(at_equal_time, digits=4) if len(at_equal_time) else "",
+        mean_sd((record["value"] for record in errors), digits=4),
+        mean_sd(at_equal_time, digits=4) if len(at_equal_time) else "",
         f"{middle} ({low} to {high})" if middle else "",
         *(
-            f"{common.rounded(f'{_ratio(result, method, config, name):.2g}'):,g}"
+            f"{rounded(f'{_ratio(result, method, config, name):.2g}'):,g}"
             for name in CONDITIONS
         ),
         f"{errors[0]['compute']:g}",

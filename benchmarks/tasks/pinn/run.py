@@ -19,9 +19,12 @@ import numpy as np
 import optax
 
 import yoto_jax as yoto
-from benchmarks.harness import common
-from benchmarks.harness.common import Options, Record
+from benchmarks.harness.options import Options
+from benchmarks.harness.provenance import meta
+from benchmarks.harness.results import Record, describe, record, rounded, write_json
 from benchmarks.harness.searches import VALIDATED, WORST
+from benchmarks.harness.terminal import say, show, track
+from benchmarks.harness.units import Units
 from benchmarks.tasks.pinn import task
 from benchmarks.tasks.pinn.methods import CONDITIONS, FIXED, METHODS, PERIOD, Make
 from benchmarks.tasks.pinn.report import conclusions, figure, table
@@ -60,7 +63,7 @@ def main(options: Options) -> None:
     steps = options.steps or size.steps
     runs = choose_runs(methods, size.ratios)
     # Methods take turns in the time of a seed, so that is what is done or not.
-    units = common.Units(options, methods=methods)
+    units = Units(options, methods=methods)
     trained = train(runs, size, steps, options.seeds, units)
     records = [
         *timing_records(methods, trained),
@@ -84,17 +87,17 @@ def main(options: Options) -> None:
         "every": PERIOD,
         "ratios": size.ratios,
     }
-    result = common.write_json(
+    result = write_json(
         options.out / "pinn.json",
-        common.meta(options, **settings),
+        meta(options, **settings),
         records,
         history=history,
     )
     figure(result, options.out / "pinn.png")
-    common.show(table(result))
+    show(table(result))
     for sentence in conclusions(result):
-        common.say(f"- {sentence}")
-    common.say(f"Written: {options.out / 'pinn.json'}, {options.out / 'pinn.png'}")
+        say(f"- {sentence}")
+    say(f"Written: {options.out / 'pinn.json'}, {options.out / 'pinn.png'}")
 
 
 # Runs.
@@ -142,9 +145,7 @@ def choose_runs(methods: tuple[str, ...], ratios: tuple[float, ...]) -> list[Run
     return runs
 
 
-def train(
-    runs: list[Run], size: Size, steps: int, seeds: int, units: common.Units
-) -> Trained:
+def train(runs: list[Run], size: Size, steps: int, seeds: int, units: Units) -> Trained:
     """Train all runs, a stretch of each in turn."""
     stretches = next(n for n in range(STRETCHES, 0, -1) if steps % n == 0)
     stretch = steps // stretches
@@ -192,7 +193,7 @@ def train_seed(
     carries = {
         run: programs[run.program][0](seed, jnp.array(run.ratios)) for run in runs
     }
-    for done in common.track(range(stretches), f"pinn, seed {seed}"):
+    for done in track(range(stretches), f"pinn, seed {seed}"):
         for program in programs:
             seconds[program].append([])
         first = (seed * stretches + done) % len(
@@ -302,7 +303,7 @@ def _finite(error: Callable[[Run], float]) -> Callable[[Run], float]:
 
 
 def _describe(run: Run) -> str:
-    return common.describe(**dict(zip(CONDITIONS, run.ratios, strict=True)))
+    return describe(**dict(zip(CONDITIONS, run.ratios, strict=True)))
 
 
 def method_records(
@@ -321,9 +322,7 @@ def method_records(
             found["error at equal time"] = at_equal_time(curve, run, trained)
         cost = len(grid(ratios)) if config == VALIDATED else 1
         for metric, value in found.items():
-            yield common.record(
-                method, metric, value, config=config, seed=seed, compute=cost
-            )
+            yield record(method, metric, value, config=config, seed=seed, compute=cost)
 
 
 def relative_times(program: str, trained: Trained) -> np.ndarray:
@@ -356,7 +355,7 @@ def timing_records(methods: tuple[str, ...], trained: Trained) -> Iterator[Recor
             names = ("relative_time", "relative_time:25%", "relative_time:75%")
             found |= dict(zip(names, quartiles, strict=True))
         for metric, value in found.items():
-            yield common.record(method, metric, value)
+            yield record(method, metric, value)
 
 
 def history_of(
@@ -367,13 +366,13 @@ def history_of(
     curve = trained.curves[run, seed]
 
     def by_name(points: list[dict[str, float]]) -> dict[str, list[float]]:
-        return {name: [common.rounded(p[name]) for p in points] for name in points[0]}
+        return {name: [rounded(p[name]) for p in points] for name in points[0]}
 
     return {
         "method": method,
         "seed": seed,
         "step": [trained.stretch * (i + 1) for i in range(len(curve.error))],
-        "error": [common.rounded(error) for error in curve.error],
+        "error": [rounded(error) for error in curve.error],
         "weights": by_name(curve.weights),
         "losses": by_name(curve.losses),
     }

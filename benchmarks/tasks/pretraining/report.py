@@ -6,9 +6,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.harness import common, plots, searches
-from benchmarks.harness.common import Record, Result, Table
+from benchmarks.harness import plots, searches
+from benchmarks.harness.results import Record, Result, select, values
 from benchmarks.harness.searches import ORACLE, VALIDATED, WORST, verdict
+from benchmarks.harness.tables import Table, mean_sd
 from benchmarks.tasks.pretraining import task
 from benchmarks.tasks.pretraining.methods import (
     ALIGNED,
@@ -25,14 +26,14 @@ from benchmarks.tasks.pretraining.methods import (
 
 
 def _of(result: Result, method: str, config: str | None = None) -> list[Record]:
-    records = common.select(result["records"], method=method)
+    records = select(result["records"], method=method)
     records = [r for r in records if r["seed"] is not None]
-    return records if config is None else common.select(records, config=config)
+    return records if config is None else select(records, config=config)
 
 
 def _compute(result: Result, method: str, config: str | None) -> float:
     """Total cost in units of one run with constant weights."""
-    (ratio,) = common.values(result["records"], method=method, metric="step_ratio")
+    (ratio,) = values(result["records"], method=method, metric="step_ratio")
     return float(ratio * _of(result, method, config)[0]["compute"])
 
 
@@ -46,11 +47,10 @@ def table(result: Result) -> Table:
     for row, name in _present(result).items():
         records = _of(result, *row)
         accuracies = [
-            common.mean_sd(common.values(records, metric=metric), scale=100)
-            for metric in METRICS
+            mean_sd(values(records, metric=metric), scale=100) for metric in METRICS
         ]
         at_the_end = [
-            f"{100 * common.values(records, metric=f'weight:{loss}').mean():.1f}"
+            f"{100 * values(records, metric=f'weight:{loss}').mean():.1f}"
             for loss in task.LOSSES
         ]
         rows.append([name, *accuracies, f"{_compute(result, *row):.3g}", *at_the_end])
@@ -81,7 +81,7 @@ def conclusions(result: Result) -> list[str]:
         best, worst = (_probe(result, "random", c) for c in (ORACLE, WORST))
         sentences.append(
             f"Weights matter: the best and the worst random draw are "
-            f"{common.mean_sd(best - worst, scale=100)} points apart."
+            f"{mean_sd(best - worst, scale=100)} points apart."
         )
     rivals = [("random", VALIDATED), ("grid", VALIDATED), (EQUAL, None)]
     rivals += [("published", None), (PLAIN, None), (CLOSED, None)]
@@ -93,7 +93,7 @@ def conclusions(result: Result) -> list[str]:
 
 
 def _probe(result: Result, method: str, config: str | None = None) -> np.ndarray:
-    return common.values(_of(result, method, config), metric=PROBE)
+    return values(_of(result, method, config), metric=PROBE)
 
 
 def _comparison(result: Result, ours: str, theirs: tuple[str, str | None]) -> str:
@@ -105,7 +105,7 @@ def _comparison(result: Result, ours: str, theirs: tuple[str, str | None]) -> st
     }[verdict(difference)]
     return (
         f"{ROWS[ours, None]} against {ROWS[theirs]}: "
-        f"{common.mean_sd(difference, scale=100)} points of the linear probe, for "
+        f"{mean_sd(difference, scale=100)} points of the linear probe, for "
         f"{_compute(result, ours, None):.3g} against {_compute(result, *theirs):.3g} "
         f"runs; {outcome}."
     )
@@ -203,8 +203,8 @@ def best_of_n(result: Result, method: str) -> np.ndarray:
     searched = [r for r in _of(result, method) if "=" in r["config"]]
     curves = []
     for seed in range(result["meta"]["seeds"]):
-        of_seed = common.select(searched, seed=seed)
-        validation = common.values(of_seed, metric="validation")
-        test = common.values(of_seed, metric=PROBE)
+        of_seed = select(searched, seed=seed)
+        validation = values(of_seed, metric="validation")
+        test = values(of_seed, metric=PROBE)
         curves.append(searches.best_of_n(validation, test))
     return np.mean(curves, axis=0)

@@ -13,9 +13,19 @@ from typing import Any
 import numpy as np
 
 import yoto_jax as yoto
-from benchmarks.harness import common, searches
-from benchmarks.harness.common import Options, Record
+from benchmarks.harness import searches
+from benchmarks.harness.options import Options
+from benchmarks.harness.provenance import meta
+from benchmarks.harness.results import (
+    Record,
+    describe,
+    record,
+    thinned_curves,
+    write_json,
+)
 from benchmarks.harness.searches import ORACLE, VALIDATED
+from benchmarks.harness.terminal import say, show
+from benchmarks.harness.units import Units
 from benchmarks.tasks.pretraining import task
 from benchmarks.tasks.pretraining.methods import (
     ALIGNED,
@@ -81,7 +91,7 @@ def main(options: Options) -> None:
     records: list[Record] = []
     history: list[dict[str, Any]] = []
     path = options.out / _file_name(setup)
-    units = common.Units(options, path.stem)
+    units = Units(options, path.stem)
     for method in methods:
         work = functools.partial(
             finish, method, setup, data, options.seeds, steps, draws
@@ -101,14 +111,12 @@ def main(options: Options) -> None:
         "seeds": options.seeds,
         "batch": setup.batch,
     }
-    result = common.write_json(
-        path, common.meta(options, **settings), records, history=history
-    )
+    result = write_json(path, meta(options, **settings), records, history=history)
     figure(result, path.with_suffix(".png"))
-    common.show(table(result), summary(result))
+    show(table(result), summary(result))
     for sentence in conclusions(result):
-        common.say(f"- {sentence}")
-    common.say(f"Written: {path}, {path.with_suffix('.png')}")
+        say(f"- {sentence}")
+    say(f"Written: {path}, {path.with_suffix('.png')}")
 
 
 def _file_name(setup: task.Task) -> str:
@@ -157,14 +165,14 @@ def run(
     records = []
     for seed in range(seeds):
         for i in range(total):
-            config = describe(weights[seed, i]) if rule is task.FIXED else ""
+            config = config_of(weights[seed, i]) if rule is task.FIXED else ""
             records += _run_records(method, config, seed, i, measured)
         if method in SEARCHES:
             for config, i in selections(measured, seed).items():
                 cost = total if config in (VALIDATED, ORACLE) else 1
                 records += _run_records(method, config, seed, i, measured, cost)
     seconds = sum(outcome.run_seconds for outcome in outcomes) / seeds
-    records.append(common.record(method, "run_seconds", seconds, compute=total))
+    records.append(record(method, "run_seconds", seconds, compute=total))
     return outcomes[0], records
 
 
@@ -175,8 +183,8 @@ def finish(method: str, *how: Any) -> dict[str, Any]:
     return {"records": records, "history": history}
 
 
-def describe(weights: np.ndarray) -> str:
-    return common.describe(**dict(zip(task.LOSSES, weights, strict=True)))
+def config_of(weights: np.ndarray) -> str:
+    return describe(**dict(zip(task.LOSSES, weights, strict=True)))
 
 
 Measured = dict[str, np.ndarray]
@@ -210,9 +218,7 @@ def _run_records(
     method: str, config: str, seed: int, i: int, measured: Measured, cost: float = 1
 ) -> list[Record]:
     return [
-        common.record(
-            method, metric, of_runs[seed, i], config=config, seed=seed, compute=cost
-        )
+        record(method, metric, of_runs[seed, i], config=config, seed=seed, compute=cost)
         for metric, of_runs in measured.items()
     ]
 
@@ -238,9 +244,7 @@ def costs(
     # The fastest round is the one that others on the machine disturbed the least.
     fastest = {m: min(seconds[m] for seconds in seen) for m in rules}
     return [
-        common.record(
-            m, "step_ratio", fastest[m if m in rules else EQUAL] / fastest[EQUAL]
-        )
+        record(m, "step_ratio", fastest[m if m in rules else EQUAL] / fastest[EQUAL])
         for m in methods
     ]
 
@@ -254,7 +258,7 @@ def thinned(method: str, outcome: task.Outcome) -> list[dict[str, Any]]:
             kind: {name: curve[seed, 0] for name, curve in named.items()}
             for kind, named in kinds.items()
         }
-        return common.thinned_curves(curves, HISTORY_POINTS)
+        return thinned_curves(curves, HISTORY_POINTS)
 
     seeds = range(len(outcome.weights[task.LOSSES[0]]))
     return [{"method": method, "seed": seed, **of_seed(seed)} for seed in seeds]

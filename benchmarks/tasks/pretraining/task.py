@@ -31,7 +31,8 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 import yoto_jax as yoto
-from benchmarks.harness.common import UsageError, say, track
+from benchmarks.harness.options import UsageError
+from benchmarks.harness.terminal import say, track
 
 PyTree = Any
 Key = jax.Array

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from benchmarks.harness import common
+from benchmarks.harness.results import describe
 
 METHODS = ("adamw", "sgdw")
 EPSILONS = (0.01, 0.1, 1.0)
@@ -13,4 +13,4 @@ Entropy = Literal["all", "auxiliary"]
 
 
 def config_of(rho: float, epsilon: float, entropy: Entropy = "all") -> str:
-    return common.describe(rho=rho, epsilon=epsilon, entropy=entropy)
+    return describe(rho=rho, epsilon=epsilon, entropy=entropy)

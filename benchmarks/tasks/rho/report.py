@@ -8,8 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from benchmarks.harness import common, plots
-from benchmarks.harness.common import Record, Result, Table
+from benchmarks.harness import plots
+from benchmarks.harness.results import Record, Result, select, values
+from benchmarks.harness.tables import Table, mean_sd
 from benchmarks.tasks.digits import task
 from benchmarks.tasks.rho.methods import (
     COLLAPSED,
@@ -22,26 +23,26 @@ from benchmarks.tasks.rho.methods import (
 
 
 def _methods(result: Result) -> list[str]:
-    return [m for m in METHODS if common.select(result["records"], method=m)]
+    return [m for m in METHODS if select(result["records"], method=m)]
 
 
 def _run(
     result: Result, method: str, rho: float, epsilon: float, entropy: Entropy = "all"
 ) -> list[Record]:
     config = config_of(rho, epsilon, entropy)
-    return common.select(result["records"], method=method, config=config)
+    return select(result["records"], method=method, config=config)
 
 
 def _stylised(records: list[Record]) -> np.ndarray:
     """Validation accuracy on stylised images in %, for each seed."""
-    return 100 * common.values(records, domain="validation stylised")
+    return 100 * values(records, domain="validation stylised")
 
 
 def _grid(result: Result, method: str) -> dict[str, float]:
     """Validation accuracy of every point of the grid, over seeds."""
     return {
         config: _stylised(
-            common.select(result["records"], method=method, config=config)
+            select(result["records"], method=method, config=config)
         ).mean()
         for config in map(task.describe_ratios, task.GRID)
     }
@@ -49,9 +50,7 @@ def _grid(result: Result, method: str) -> dict[str, float]:
 
 def _regulariser(result: Result, entropy: Entropy = "all") -> dict[str, float]:
     return task.mean_of(
-        common.select(
-            result["records"], method="regulariser", config=f"entropy={entropy}"
-        ),
+        select(result["records"], method="regulariser", config=f"entropy={entropy}"),
         "weight",
     )
 
@@ -68,7 +67,7 @@ def table(result: Result) -> Table:
             records = _run(result, method, rho, EPSILON)
             weights = task.mean_of(records, "weight")
             row += [f"{weights[name]:.2g}" for name in task.LOSSES]
-            row.append(common.mean_sd(_stylised(records)))
+            row.append(mean_sd(_stylised(records)))
         rows.append(row)
     alone = [f"{weight:.2g}" for weight in _regulariser(result).values()]
     rows.append(["regulariser alone", *[*alone, ""] * len(methods)])
@@ -130,7 +129,7 @@ def _moved(result: Result, method: str) -> str:
     return (
         f"{method}: the weights end within a factor of 1.5 of the regulariser's own at "
         f"rho {pinned or 'none'}; accuracy is best at rho {best:g} "
-        f"({common.mean_sd(accuracy[best])}; fixed weights: {min(grid):.1f} to "
+        f"({mean_sd(accuracy[best])}; fixed weights: {min(grid):.1f} to "
         f"{max(grid):.1f})."
     )
 

@@ -13,8 +13,11 @@ import jax.numpy as jnp
 import optax
 
 import yoto_jax as yoto
-from benchmarks.harness import common
-from benchmarks.harness.common import Options, Record
+from benchmarks.harness.options import Options
+from benchmarks.harness.provenance import meta
+from benchmarks.harness.results import Record, write_json
+from benchmarks.harness.terminal import say, show
+from benchmarks.harness.units import Units
 from benchmarks.tasks.digits import task
 from benchmarks.tasks.rho.methods import EPSILON, EPSILONS, METHODS, Entropy, config_of
 from benchmarks.tasks.rho.report import conclusions, figure, table
@@ -41,7 +44,7 @@ def main(options: Options) -> None:
     fewer = [(EPSILON, rho) for rho in rhos]
     data = task.load()
     records = task.regulariser_records("all") + task.regulariser_records("auxiliary")
-    units = common.Units(options)
+    units = Units(options)
 
     def done(
         method: str, entropy: Entropy, pairs: list[Any], grid: tuple[Any, ...]
@@ -60,14 +63,12 @@ def main(options: Options) -> None:
         "learning_rates": LEARNING_RATES,
         "rhos": rhos,
     }
-    result = common.write_json(
-        options.out / "rho.json", common.meta(options, **settings), records
-    )
+    result = write_json(options.out / "rho.json", meta(options, **settings), records)
     figure(result, options.out / "rho.png")
-    common.show(table(result))
+    show(table(result))
     for sentence in conclusions(result):
-        common.say(f"- {sentence}")
-    common.say(f"Written: {options.out / 'rho.json'}, {options.out / 'rho.png'}")
+        say(f"- {sentence}")
+    say(f"Written: {options.out / 'rho.json'}, {options.out / 'rho.png'}")
 
 
 # Runs.

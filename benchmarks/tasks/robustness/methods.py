@@ -1,6 +1,6 @@
 """What is compared on bad batches: methods and their settings."""
 
-from benchmarks.harness import common
+from benchmarks.harness.results import describe
 
 CLOSE = 0.05
 LOST = 1e6  # stands for a deviation that is not a number, or is larger
@@ -8,4 +8,4 @@ PROTECTIONS = ("bare", "skip_outliers")
 
 
 def config_of(protection: str, stream: str) -> str:
-    return common.describe(protection=protection, stream=stream)
+    return describe(protection=protection, stream=stream)

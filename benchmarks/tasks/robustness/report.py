@@ -2,8 +2,8 @@
 
 import functools
 
-from benchmarks.harness import common
-from benchmarks.harness.common import Result, Table
+from benchmarks.harness.results import Result, select, values
+from benchmarks.harness.tables import Table
 from benchmarks.tasks.robustness import task
 from benchmarks.tasks.robustness.methods import CLOSE, LOST, PROTECTIONS, config_of
 
@@ -13,9 +13,7 @@ def value(
 ) -> float:
     """One number of a run, 0 if there is no record of it."""
     config = config_of(protection, stream)
-    found = common.values(
-        result["records"], method=method, config=config, metric=metric
-    )
+    found = values(result["records"], method=method, config=config, metric=metric)
     return float(found.sum())
 
 
@@ -165,7 +163,7 @@ def _about_states(result: Result) -> str:
     methods = [m for m in methods_of(result) if m in task.WEIGHTINGS]
     broken = [
         record
-        for record in common.select(result["records"], metric="state broke")
+        for record in select(result["records"], metric="state broke")
         if record["method"] in methods
     ]
     count = len(methods) * len(PROTECTIONS) * len(task.STREAMS)

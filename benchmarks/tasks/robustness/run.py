@@ -13,8 +13,10 @@ from concurrent import futures
 
 import numpy as np
 
-from benchmarks.harness import common
-from benchmarks.harness.common import Options, Record
+from benchmarks.harness.options import Options
+from benchmarks.harness.provenance import meta
+from benchmarks.harness.results import Record, record, write_json
+from benchmarks.harness.terminal import say, show, track
 from benchmarks.tasks.robustness import task
 from benchmarks.tasks.robustness.methods import LOST, PROTECTIONS, config_of
 from benchmarks.tasks.robustness.report import conclusions, table
@@ -32,12 +34,12 @@ def main(options: Options) -> None:
     one = functools.partial(_run, steps=steps)
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         outcomes = pool.map(one, *zip(*runs, strict=True))
-        tracked = common.track(runs, "robustness")
+        tracked = track(runs, "robustness")
         done = dict(zip(tracked, outcomes, strict=True))
     records: list[Record] = []
     for (method, protection), outcome in done.items():
         records += measure(method, protection, outcome)
-    meta = common.meta(
+    about = meta(
         options,
         steps=steps,
         probability=task.PROBABILITY,
@@ -46,11 +48,11 @@ def main(options: Options) -> None:
         processor_seconds=round(time.process_time() - processor),
     )
     path = options.out / "robustness.json"
-    result = common.write_json(path, meta, records)
-    common.show(table(result))
+    result = write_json(path, about, records)
+    show(table(result))
     for sentence in conclusions(result):
-        common.say(sentence)
-    common.say(f"Results: {path}")
+        say(sentence)
+    say(f"Results: {path}")
 
 
 def _run(method: str, protection: str, steps: int) -> task.Outcome:
@@ -77,7 +79,7 @@ def measure(method: str, protection: str, outcome: task.Outcome) -> list[Record]
             }
         config = config_of(protection, stream)
         records += [
-            common.record(method, metric, value, config=config)
+            record(method, metric, value, config=config)
             for metric, value in measured.items()
             if value != 0
         ]

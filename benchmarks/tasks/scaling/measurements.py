@@ -16,8 +16,8 @@ import numpy as np
 import optax
 
 import yoto_jax as yoto
-from benchmarks.harness import common
-from benchmarks.harness.common import Record, describe, record
+from benchmarks.harness.results import Record, describe, record
+from benchmarks.harness.terminal import track
 from benchmarks.tasks.digits import task as digits
 from benchmarks.tasks.scaling import collectives, processes, task
 from yoto_jax import weightings
@@ -57,7 +57,7 @@ def compare_devices(size: Size) -> list[Record]:
     """Differences from the run on one device, and whether replicas agree."""
     drawn = task.batches(size.steps, 128)
     records = []
-    for name in common.track(size.of(task.COMPARED), "devices"):
+    for name in track(size.of(task.COMPARED), "devices"):
         method = task.METHODS[name]()
         reference = task.run(task.one_device(method), method, drawn)
         for way, make in task.WAYS.items():
@@ -111,7 +111,7 @@ def measure_collectives(size: Size) -> list[Record]:
             record("plain", "collectives", traffic.count, config=way),
             record("plain", "bytes", traffic.bytes, config=way),
         ]
-    for name in common.track(size.of(methods), "collectives"):
+    for name in track(size.of(methods), "collectives"):
         for way, reference in plain.items():
             extra = collectives.added(sent(methods[name], way, devices), reference)
             records += [
@@ -272,7 +272,7 @@ def measure_speed(size: Size) -> list[Record]:
                 carry = way.place(method.init(params))
             arms[name, count] = way, carry, way.spread(batch)
     times: dict[tuple[str, int], list[float]] = {arm: [] for arm in arms}
-    for turn in common.track(range(size.rounds + 1), "speed"):
+    for turn in track(range(size.rounds + 1), "speed"):
         for arm in list(arms)[:: 1 if turn % 2 else -1]:
             times[arm].append(seconds(*arms[arm]))
     records = []
@@ -322,7 +322,7 @@ def compare_processes(size: Size) -> list[Record]:
     records = []
     for name in ("yoto", "famo", "upgrad", "plain"):
         finals = {}
-        for count in common.track(size.processes, f"processes, {name}"):
+        for count in track(size.processes, f"processes, {name}"):
             with tempfile.TemporaryDirectory() as folder:
                 arguments = worker_arguments(Path(folder), name, size.process_steps)
                 together(count, VIRTUAL_DEVICES // count, arguments)
@@ -389,7 +389,7 @@ def crash(size: Size, count: int) -> list[Record]:
         arguments = worker_arguments(Path(folder), "yoto", steps, every)
         together(count, 1, arguments)
         expected = read_reports(Path(folder), count)[0]["digest"]
-    for trial in common.track(range(size.trials), "crashes"):
+    for trial in track(range(size.trials), "crashes"):
         victim, at = rng.randrange(count), rng.randrange(2, steps)
         with tempfile.TemporaryDirectory() as folder:
             arguments = worker_arguments(Path(folder), "yoto", steps, every)
@@ -432,7 +432,7 @@ def soak(size: Size) -> list[Record]:
     drawn = task.batches(8, 128)
     history = []
     finite = True
-    for step in common.track(range(size.soak), "soak"):
+    for step in track(range(size.soak), "soak"):
         carry, weights = way.step(carry, drawn[step % len(drawn)])
         if step % max(1, size.soak // 50) == 0:
             finite &= all(np.isfinite(x) for x in jax.tree.leaves(weights))

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import common
-from benchmarks.harness.common import describe
+from benchmarks.harness.results import describe, parse, select, values
+from benchmarks.harness.tables import Table
 from benchmarks.tasks.scaling import measurements as runs
 from benchmarks.tasks.scaling import task
 
 
-def table(result: dict[str, Any]) -> common.Table:
+def table(result: dict[str, Any]) -> Table:
     """What each method sends beyond a plain step."""
     records = result["records"]
     ways = {"shard_map": "shard_map, pmap", "jit, Auto": "jit"}
@@ -25,14 +25,14 @@ def table(result: dict[str, Any]) -> common.Table:
     for name in names:
         row = [name]
         for way in ways:
-            of_way = functools.partial(common.values, records, method=name, config=way)
+            of_way = functools.partial(values, records, method=name, config=way)
             sign = "" if name == "plain" else "+"
             row += [
                 f"{int(of_way(metric='collectives')[0]):{sign}d}",
                 f"{int(of_way(metric='bytes')[0]):{sign},d}",
             ]
         rows.append(row)
-    return common.Table(
+    return Table(
         columns,
         rows,
         "Collective operations of one training step on eight devices, and the bytes of "
@@ -43,12 +43,12 @@ def table(result: dict[str, Any]) -> common.Table:
     )
 
 
-def summary(result: dict[str, Any]) -> common.Table:
+def summary(result: dict[str, Any]) -> Table:
     """The conclusions, one a row."""
-    return common.Table(["what came of it"], [[text] for text in conclusions(result)])
+    return Table(["what came of it"], [[text] for text in conclusions(result)])
 
 
-def tables(result: dict[str, Any]) -> dict[str, common.Table]:
+def tables(result: dict[str, Any]) -> dict[str, Table]:
     """The other tables, by the mark of their place."""
     made = {
         "scaling-devices": _devices_table(result),
@@ -61,18 +61,18 @@ def tables(result: dict[str, Any]) -> dict[str, common.Table]:
     return {mark: table for mark, table in made.items() if table.rows}
 
 
-def _devices_table(result: dict[str, Any]) -> common.Table:
+def _devices_table(result: dict[str, Any]) -> Table:
     records = [r for r in result["records"] if r["domain"] is not None]
     rows = []
     for name in dict.fromkeys(r["method"] for r in records):
-        of_name = functools.partial(common.values, records, method=name)
+        of_name = functools.partial(values, records, method=name)
         row = [name]
         for way in task.WAYS:
             row.append(f"{of_name(metric='difference', config=way).max():.1e}")
         row.append("yes" if of_name(metric="identical").all() else "NO")
         rows.append(row)
     counts = ", ".join(map(str, result["meta"]["devices"]))
-    return common.Table(
+    return Table(
         ["", *task.WAYS, "replicas identical"],
         rows,
         "Largest difference from the run on one device after "
@@ -83,17 +83,17 @@ def _devices_table(result: dict[str, Any]) -> common.Table:
     )
 
 
-def _memory_table(result: dict[str, Any]) -> common.Table:
+def _memory_table(result: dict[str, Any]) -> Table:
     records = result["records"]
     mib = lambda x: f"{x / 2**20:.2f}"
     rows = []
     configs = [r["config"] for r in records if r["metric"] == "promised bytes"]
     for config in configs:
-        pick = functools.partial(common.values, records, config=config)
+        pick = functools.partial(values, records, config=config)
         promised = pick(metric="promised bytes")[0]
         extra = pick(metric="extra bytes")[0]
         rows.append([config, mib(promised), mib(extra), f"{extra / promised:.2f}"])
-    ratio = common.values(records, metric="ratio of peaks")
+    ratio = values(records, metric="ratio of peaks")
     caption = (
         "Memory for gradients that a weighting looks at, beyond a plain gradient: "
         "what the guide says and what the compiled program has (MiB; MLP "
@@ -104,28 +104,26 @@ def _memory_table(result: dict[str, Any]) -> common.Table:
             f" A whole step of YOTO with AdamW takes {100 * (ratio[0] - 1):.3f} % more "
             "than a plain one."
         )
-    return common.Table(
-        ["gradients of", "promised", "measured", "ratio"], rows, caption
-    )
+    return Table(["gradients of", "promised", "measured", "ratio"], rows, caption)
 
 
-def _speed_table(result: dict[str, Any]) -> common.Table:
+def _speed_table(result: dict[str, Any]) -> Table:
     records = [r for r in result["records"] if r["config"].startswith("devices=")]
     counts = list(dict.fromkeys(r["config"] for r in records))
     rows = []
     for name in dict.fromkeys(r["method"] for r in records):
         row = [name]
         for config in counts:
-            pick = functools.partial(common.values, records, method=name, config=config)
+            pick = functools.partial(values, records, method=name, config=config)
             row.append(f"{pick(metric='milliseconds')[0]:.2f}")
             row.append(_spread(pick, "of one device"))
             row.append("" if name == "plain" else _spread(pick, "of plain"))
         rows.append(row)
     columns = [""]
     for config in counts:
-        n = common.parse(config)["devices"]
+        n = parse(config)["devices"]
         columns += [f"{n}: ms", "of 1 device", "of plain"]
-    return common.Table(
+    return Table(
         columns,
         rows,
         "Strong scaling: time of a step on the same batch of "
@@ -149,30 +147,28 @@ def _spread(pick: Callable[..., np.ndarray], metric: str) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def _processes_table(result: dict[str, Any]) -> common.Table:
+def _processes_table(result: dict[str, Any]) -> Table:
     records = [r for r in result["records"] if r["config"].startswith("processes=")]
     counts = list(dict.fromkeys(r["config"] for r in records))
     rows = []
     for name in dict.fromkeys(r["method"] for r in records):
         row = [name]
         for config in counts:
-            pick = functools.partial(common.values, records, method=name, config=config)
+            pick = functools.partial(values, records, method=name, config=config)
             row.append(f"{pick(metric='milliseconds')[0]:.1f}")
             if config != counts[0]:
                 row.append(f"{pick(metric='difference')[0]:.1e}")
         row.append(
-            "yes"
-            if common.values(records, method=name, metric="identical").all()
-            else "NO"
+            "yes" if values(records, method=name, metric="identical").all() else "NO"
         )
         rows.append(row)
     columns = [""]
     for config in counts:
-        n = common.parse(config)["processes"]
+        n = parse(config)["processes"]
         columns.append(f"{n}: ms" if n != "1" else "1 process: ms")
         if config != counts[0]:
             columns.append("difference")
-    return common.Table(
+    return Table(
         [*columns, "all processes identical"],
         rows,
         f"{result['meta']['process_steps']} steps with a batch of 128 on eight virtual "
@@ -181,9 +177,9 @@ def _processes_table(result: dict[str, Any]) -> common.Table:
     )
 
 
-def _crashes_table(result: dict[str, Any]) -> common.Table:
+def _crashes_table(result: dict[str, Any]) -> Table:
     records = result["records"]
-    of = lambda metric: common.values(records, method="crash", metric=metric)
+    of = lambda metric: values(records, method="crash", metric=metric)
     rows = []
     if len(of("steps lost")):
         trials, delay = len(of("steps lost")), of("seconds until others ended")
@@ -198,7 +194,7 @@ def _crashes_table(result: dict[str, Any]) -> common.Table:
             ["steps lost, median", f"{np.median(of('steps lost')):.0f}"],
             ["steps lost, most", f"{of('steps lost').max():.0f}"],
         ]
-    return common.Table(
+    return Table(
         ["", ""],
         rows,
         "A process of a run of YOTO gets SIGKILL at a random step; the run is started "
@@ -224,7 +220,7 @@ def all_reduce_seconds(size: float, devices: int = DEVICES) -> float:
     return min(ring, tree)
 
 
-def model_table(result: dict[str, Any]) -> common.Table:
+def model_table(result: dict[str, Any]) -> Table:
     """Cost of a step on many devices, computed and not measured."""
     del result
     losses = 4
@@ -245,7 +241,7 @@ def model_table(result: dict[str, Any]) -> common.Table:
         taken = sum(all_reduce_seconds(size) for size in sizes)
         share = (taken - plain) / (STEP + plain)
         rows.append([name, f"{1e3 * taken:.2f}", f"{100 * share:+.2f} %"])
-    return common.Table(
+    return Table(
         ["weighting", "communication (ms)", "of a plain step"],
         rows,
         f"A model, not a measurement: {DEVICES} devices, {BANDWIDTH / 1e9:.0f} GB/s "
@@ -259,8 +255,8 @@ def conclusions(result: dict[str, Any]) -> list[str]:
     """What the numbers say."""
     records = result["records"]
     said = []
-    if len(off := common.values(records, metric="difference")):
-        same = common.values(records, metric="identical").all()
+    if len(off := values(records, metric="difference")):
+        same = values(records, metric="identical").all()
         said.append(
             f"Runs on several devices or processes differ from one by at most "
             f"{off.max():.1e} (limit {result['meta']['limit']:.0e}); replicas of the "
@@ -279,22 +275,22 @@ def conclusions(result: dict[str, Any]) -> list[str]:
             f"Weightings that look at losses add at most {int(max(driven))} all-reduce "
             f"to a step; YOTO adds {int(sent_by['yoto'])}."
         )
-    if len(ratio := common.values(records, metric="ratio of peaks")):
+    if len(ratio := values(records, metric="ratio of peaks")):
         said.append(
             f"A step of YOTO takes {100 * (ratio[0] - 1):.3f} % more memory than a "
             "plain one."
         )
-    lost = common.values(records, metric="steps lost")
+    lost = values(records, metric="steps lost")
     if len(lost):
-        bits = common.values(records, metric="bit for bit")
-        every = int(common.values(records, metric="every")[0])
+        bits = values(records, metric="bit for bit")
+        every = int(values(records, metric="every")[0])
         said.append(
             f"Of {len(lost)} killed runs {int(bits.sum())} continued bit for bit; at "
             f"most {int(lost.max())} steps were lost, with a checkpoint every {every}."
         )
     soaked = {r["metric"]: r["value"] for r in records if r["method"] == "soak"}
     if soaked:
-        steps = common.parse(common.select(records, method="soak")[0]["config"])
+        steps = parse(select(records, method="soak")[0]["config"])
         said.append(
             f"After {float(steps['steps']):,.0f} steps: {int(soaked['compilations'])} "
             f"compilation, memory {soaked['growth of resident MiB']:+.1f} MiB of "
@@ -313,12 +309,12 @@ def figure(result: dict[str, Any], path: Path) -> None:
         1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=(1, 1.15)
     )
     timed = [r for r in records if r["metric"] == "of one device"]
-    counts = sorted({int(common.parse(r["config"])["devices"]) for r in timed})
+    counts = sorted({int(parse(r["config"])["devices"]) for r in timed})
     for name in dict.fromkeys(r["method"] for r in timed):
         middle, low, high = (
             np.array(
                 [
-                    common.values(
+                    values(
                         records,
                         method=name,
                         metric="of one device" + part,

@@ -9,8 +9,11 @@ from collections.abc import Callable
 
 import jax
 
-from benchmarks.harness import common
-from benchmarks.harness.common import Options, Record
+from benchmarks.harness.options import Options, UsageError
+from benchmarks.harness.provenance import meta
+from benchmarks.harness.results import Record, write_json
+from benchmarks.harness.terminal import say, show
+from benchmarks.harness.units import Units
 from benchmarks.tasks.scaling import measurements as runs
 from benchmarks.tasks.scaling.report import conclusions, figure, table, tables
 
@@ -55,22 +58,22 @@ def main(options: Options) -> None:
         "soak": lambda: runs.soak(size),
     }
     records = []
-    units = common.Units(options, processes=size.processes)
+    units = Units(options, processes=size.processes)
     for method in methods:
         started = time.monotonic()
         records += units.do(method, parts[method])
-        common.say(f"{method}: {time.monotonic() - started:.0f} s")
+        say(f"{method}: {time.monotonic() - started:.0f} s")
     path = options.out / "scaling.json"
     settings = {"limit": runs.LIMIT, **size._asdict()}
-    result = common.write_json(path, common.meta(options, **settings), records)
+    result = write_json(path, meta(options, **settings), records)
     if "speed" in methods and "collectives" in methods:
         figure(result, path.with_suffix(".png"))
-    common.show(table(result))
+    show(table(result))
     for part in tables(result).values():
-        common.show(part)
+        show(part)
     for sentence in conclusions(result):
-        common.say(f"- {sentence}")
-    common.say(f"Written: {path}")
+        say(f"- {sentence}")
+    say(f"Written: {path}")
 
 
 def use_virtual_devices() -> None:
@@ -79,6 +82,6 @@ def use_virtual_devices() -> None:
         jax.config.update("jax_num_cpu_devices", runs.VIRTUAL_DEVICES)
     except RuntimeError:
         if jax.device_count() < 2:
-            raise common.UsageError(
+            raise UsageError(
                 "scaling needs several devices: JAX has been started with one"
             ) from None

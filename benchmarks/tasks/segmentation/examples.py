@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from benchmarks.harness import contest as contests
-from benchmarks.harness import experiment, plots
-from benchmarks.harness.experiment import Run
+from benchmarks.harness import plots
+from benchmarks.harness.runs import Run, settings, train
+from benchmarks.harness.training import Task
 from benchmarks.tasks.segmentation import task
 
 COLORS = {
@@ -32,15 +33,15 @@ COLORS = {
 
 
 def examples(
-    made: experiment.Task,
+    made: Task,
     source: task.Source,
     net: task.SegmentationNet,
     path: Path,
 ) -> None:
     """Images, their labels, and what a model with equal weights makes of them."""
-    equal = experiment.settings(ratios=(1.0,) * len(task.AUXILIARY), learn=0.0)
+    equal = settings(ratios=(1.0,) * len(task.AUXILIARY), learn=0.0)
     run = Run(contests.SOFTMAX, 0, equal)
-    model = experiment.train(made, contests.RULES[run.rule], run)
+    model = train(made, contests.RULES[run.rule], run)
     classes = len(source.classes)
     colors = ListedColormap([COLORS[name] for name in source.classes])
     drawing = Figure(figsize=(12, 4.6), dpi=100, layout="compressed")

@@ -3,8 +3,8 @@
 import math
 
 from benchmarks.harness import contest as contests
-from benchmarks.harness import experiment
 from benchmarks.harness.contest import NONE, Contest
+from benchmarks.harness.training import Task
 from benchmarks.tasks.segmentation import task
 
 EXPONENTS = (-2, -1.5, -1, -0.5, 0, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2)
@@ -16,7 +16,7 @@ RHOS = (1.0, 20.0, 50.0, 500.0)
 METRIC = "mIoU"
 
 
-def contest(made: experiment.Task | None, budget: int | None = None) -> Contest:
+def contest(made: Task | None, budget: int | None = None) -> Contest:
     methods = contests.methods(
         len(task.AUXILIARY), GRID, BOUNDS, PUBLISHED, PAPER, RHOS, budget
     )

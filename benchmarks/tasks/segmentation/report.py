@@ -2,20 +2,21 @@
 
 from pathlib import Path
 
-from benchmarks.harness import contest as contests
-from benchmarks.harness.common import Result, Table
+from benchmarks.harness import contest_report
+from benchmarks.harness.results import Result
+from benchmarks.harness.tables import Table
 from benchmarks.tasks.segmentation import task
 from benchmarks.tasks.segmentation.methods import contest
 
 
-def view(result: Result) -> contests.View:
-    return contests.view(contest(None), result)
+def view(result: Result) -> contest_report.View:
+    return contest_report.view(contest(None), result)
 
 
 def table(result: Result) -> Table:
     meta = result["meta"]
     seen = view(result)
-    return contests.table(
+    return contest_report.table(
         seen,
         (task.PRIMARY, *task.AUXILIARY),
         f"mIoU in %, mean ± standard deviation over {meta['seeds']} seeds; "
@@ -29,17 +30,17 @@ def table(result: Result) -> Table:
 
 
 def summary(result: Result) -> Table:
-    return contests.short(table(result), view(result))
+    return contest_report.short(table(result), view(result))
 
 
 def tables(result: Result) -> dict[str, Table]:
     return {
-        "segmentation-claims": contests.claims(view(result)),
-        "segmentation-costs": contests.cost_table(view(result)),
+        "segmentation-claims": contest_report.claims(view(result)),
+        "segmentation-costs": contest_report.cost_table(view(result)),
     }
 
 
 def figure(result: Result, path: Path) -> None:
-    contests.figure(
+    contest_report.figure(
         view(result), (task.PRIMARY, *task.AUXILIARY), path, "mIoU on unseen (%)"
     )

@@ -6,9 +6,12 @@ are steered by the same images. No labelled image of a target condition chooses
 anything.
 """
 
-from benchmarks.harness import common
 from benchmarks.harness import contest as contests
-from benchmarks.harness.common import Options
+from benchmarks.harness import contest_report, contest_runs
+from benchmarks.harness.options import Options
+from benchmarks.harness.provenance import meta
+from benchmarks.harness.results import write_json
+from benchmarks.harness.terminal import say, show
 from benchmarks.tasks.segmentation import task
 from benchmarks.tasks.segmentation.examples import examples
 from benchmarks.tasks.segmentation.methods import METRIC, contest
@@ -26,9 +29,9 @@ def main(options: Options) -> None:
     source = task.load(size, options.data)
     made, net = task.make(size, source)
     ours = contest(made, BUDGET.get(options.preset))
-    records, history = contests.contend(ours, options, chosen, ROUNDS)
+    records, history = contest_runs.contend(ours, options, chosen, ROUNDS)
     constant = {(METRIC, d): value for d, value in task.constant(source).items()}
-    records += contests.constant_records(task.UNSEEN, constant)
+    records += contest_runs.constant_records(task.UNSEEN, constant)
     settings = {
         "seeds": options.seeds,
         "data": source.name,
@@ -40,11 +43,9 @@ def main(options: Options) -> None:
         "test_images": len(source.tests[task.CLEAN].images),
     }
     path = options.out / f"{made.name}.json"
-    result = common.write_json(
-        path, common.meta(options, **settings), records, history=history
-    )
+    result = write_json(path, meta(options, **settings), records, history=history)
     figure(result, path.with_suffix(".png"))
     examples(made, source, net, path.with_name(f"{path.stem}_examples.png"))
-    common.show(table(result), summary(result))
-    common.show(contests.claims(view(result)))
-    common.say(f"Written: {path} and figures beside it")
+    show(table(result), summary(result))
+    show(contest_report.claims(view(result)))
+    say(f"Written: {path} and figures beside it")

@@ -20,8 +20,8 @@ import optax
 
 from benchmarks.data import camvid, scenes
 from benchmarks.data import conditions as styles
-from benchmarks.harness.common import UsageError
-from benchmarks.harness.experiment import Measured, Size, Task
+from benchmarks.harness.options import UsageError
+from benchmarks.harness.training import Measured, Size, Task
 from benchmarks.models.vision import Decoder, Encoder
 
 PyTree = Any

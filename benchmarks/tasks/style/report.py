@@ -9,8 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.harness import common, plots
-from benchmarks.harness.common import Result, Table
+from benchmarks.harness import plots
+from benchmarks.harness.results import Result, select, values
+from benchmarks.harness.tables import Table, mean_sd
 from benchmarks.tasks.style.methods import (
     HIGH,
     LONGER,
@@ -29,16 +30,16 @@ from yoto_jax import conditional
 
 def _losses(result: Result, method: str, dial: str, names: Sequence[str]) -> Weights:
     """Losses (seeds, n) at the weightings of these names."""
-    of = common.select(result["records"], method=method, domain=dial)
+    of = select(result["records"], method=method, domain=dial)
     rows = {
-        loss: [common.values(of, metric=loss, config=name) for name in names]
+        loss: [values(of, metric=loss, config=name) for name in names]
         for loss in LOSSES
     }
-    return {loss: np.stack(values, axis=1) for loss, values in rows.items()}
+    return {loss: np.stack(each, axis=1) for loss, each in rows.items()}
 
 
 def _has(result: Result, method: str) -> bool:
-    return bool(common.select(result["records"], method=method))
+    return bool(select(result["records"], method=method))
 
 
 def totals(result: Result, method: str) -> np.ndarray:
@@ -97,11 +98,11 @@ def table(result: Result) -> Table:
     cells = []
     if fixed:
         columns += ["fixed", "fixed for all middle"]
-        cells.append([common.mean_sd(x, 3) for x in totals(result, "fixed").T])
+        cells.append([mean_sd(x, 3) for x in totals(result, "fixed").T])
         cells.append([_percent(x) for x in elsewhere(result).T])
     for method in present:
         columns.append(_title(method))
-        total = [common.mean_sd(x, 3) for x in totals(result, method).T]
+        total = [mean_sd(x, 3) for x in totals(result, method).T]
         if fixed:
             gap = gaps(result, method).T
             total = [f"{t} ({_percent(g)})" for t, g in zip(total, gap, strict=True)]
@@ -139,7 +140,7 @@ def losses_table(result: Result) -> Table:
     for i, name in enumerate(names):
         for method in methods:
             losses = _losses(result, method, "", names)
-            cells = [common.mean_sd(losses[loss][:, i], 3) for loss in LOSSES]
+            cells = [mean_sd(losses[loss][:, i], 3) for loss in LOSSES]
             rows.append([f"{name}: {_title(method)}", *cells])
     return Table(["weighting", *LOSSES], rows, "Lower is better.")
 
@@ -157,11 +158,11 @@ def dials_table(result: Result) -> Table:
                 [
                     dial,
                     _title(method),
-                    common.mean_sd(own[:, 0], 3),
-                    common.mean_sd(own[:, -1], 3),
-                    common.mean_sd(turned["correlation"], 2),
+                    mean_sd(own[:, 0], 3),
+                    mean_sd(own[:, -1], 3),
+                    mean_sd(turned["correlation"], 2),
                     f"{100 * turned['violations'].mean():.0f} %",
-                    common.mean_sd(content[:, -1], 3),
+                    mean_sd(content[:, -1], 3),
                 ]
             )
     caption = (
@@ -302,12 +303,12 @@ def _draw_walk(panel: Axes, result: Result, method: str, dial: str) -> None:
     points = result["meta"]["points"]
     rising = np.geomspace(LOW, HIGH, points)
     line = _lines(result)[method]
-    for loss, values in _losses(result, method, dial, places_of(points)).items():
+    for loss, each in _losses(result, method, dial, places_of(points)).items():
         look = dict(color=COLORS[loss], alpha=_alpha(loss, dial), **line)
         label = loss if line["ls"] == "-" else None
-        panel.plot(rising, values.mean(axis=0), label=label, **look)
+        panel.plot(rising, each.mean(axis=0), label=label, **look)
         if label and _alpha(loss, dial) == 1:
-            band = values.min(axis=0), values.max(axis=0)
+            band = each.min(axis=0), each.max(axis=0)
             panel.fill_between(rising, *band, color=COLORS[loss], alpha=0.15, lw=0)
 
 
@@ -321,12 +322,12 @@ def _draw_fixed(panel: Axes, result: Result, dial: str) -> None:
     places = {"all low": LOW, f"{dial} high": HIGH}
     if dial == "all":
         places["all middle"] = MIDDLE
-    for loss, values in _losses(result, "fixed", "", list(places)).items():
+    for loss, each in _losses(result, "fixed", "", list(places)).items():
         if _alpha(loss, dial) == 1:
             panel.errorbar(
                 list(places.values()),
-                values.mean(axis=0),
-                values.std(axis=0, ddof=min(1, len(values) - 1)),
+                each.mean(axis=0),
+                each.std(axis=0, ddof=min(1, len(each) - 1)),
                 fmt="o",
                 ms=6,
                 color=COLORS[loss],

@@ -15,8 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.harness import common
-from benchmarks.harness.common import Options, Record
+from benchmarks.harness.options import Options
+from benchmarks.harness.provenance import meta
+from benchmarks.harness.results import Record, record, write_json
+from benchmarks.harness.terminal import say, show, track
+from benchmarks.harness.units import Units
 from benchmarks.tasks.style import task
 from benchmarks.tasks.style.examples import examples
 from benchmarks.tasks.style.methods import (
@@ -54,14 +57,14 @@ def main(options: Options) -> None:
     photographs = task.load(options.data)
     made = task.make_task(photographs, size.side, counts=size.counts)
     name = "style" if options.data is None else f"style_{options.data.name}"
-    units = common.Units(options, name)
+    units = Units(options, name)
     trained = train_all(made, size, methods, options.seeds, steps, units)
     seconds = units.seconds
     records = measure_all(made, size, trained)
     settings = size._replace(steps=steps)._asdict()
-    result = common.write_json(
+    result = write_json(
         options.out / f"{name}.json",
-        common.meta(
+        meta(
             options,
             seeds=options.seeds,
             seconds=round(seconds),
@@ -77,10 +80,10 @@ def main(options: Options) -> None:
         params = jax.tree.map(lambda x: x[0], trained[shown[0]])
         examples(made, size, params, options.out / f"{name}_examples.png")
     for each in (table(result), *tables(result).values()):
-        common.show(each)
+        show(each)
     for sentence in conclusions(result):
-        common.say(sentence)
-    common.say(f"Written: {options.out / name}.json and .png")
+        say(sentence)
+    say(f"Written: {options.out / name}.json and .png")
 
 
 # Training.
@@ -92,7 +95,7 @@ def train_all(
     methods: tuple[str, ...],
     seeds: int,
     steps: int,
-    units: common.Units,
+    units: Units,
 ) -> dict[str, Any]:
     """Parameters (seeds, ...) by method, of fixed ones (seeds, weightings, ...)."""
     runs: dict[str, tuple[Weights, float, int]] = {}
@@ -114,7 +117,7 @@ def train_all(
         return units.do(name, lambda: program(contents, keys, *runs[name]))
 
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        outcomes = pool.map(finish, common.track(list(runs), "style"))
+        outcomes = pool.map(finish, track(list(runs), "style"))
         trained = dict(zip(runs, outcomes, strict=True))
     if "fixed" in methods:
         every = [trained.pop(name) for name in fixed]
@@ -233,7 +236,7 @@ def _repeat(params: Any, n: int) -> Any:
 def _records(method: str, dial: str, names: list[str], values: Weights) -> list[Record]:
     """Of losses (seeds, n); the domain is the walk, empty for the weightings."""
     return [
-        common.record(
+        record(
             method,
             loss,
             values[loss][seed, i],

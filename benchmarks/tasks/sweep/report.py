@@ -9,19 +9,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.harness import common, plots, searches
-from benchmarks.harness.common import Result, Table
+from benchmarks.harness import plots, searches
+from benchmarks.harness.results import Result, select, values
+from benchmarks.harness.tables import Table, mean_sd
 from benchmarks.tasks.digits import task
 
 
 def _of_trials(result: Result, domains: tuple[str, ...]) -> np.ndarray:
     """Accuracy [trials, seeds], averaged over domains."""
     seeds = result["meta"]["seeds"]
-    values = [
-        common.values(result["records"], metric="accuracy", domain=domain)
+    accuracies = [
+        values(result["records"], metric="accuracy", domain=domain)
         for domain in domains
     ]
-    return np.mean(values, axis=0).reshape(-1, seeds)
+    return np.mean(accuracies, axis=0).reshape(-1, seeds)
 
 
 def _validation(result: Result) -> np.ndarray:
@@ -33,7 +34,7 @@ def _unseen(result: Result) -> np.ndarray:
 
 
 def _finished(result: Result) -> list[dict[str, Any]]:
-    return common.select(result["trials"], state="complete")
+    return select(result["trials"], state="complete")
 
 
 def _lost(result: Result) -> list[dict[str, Any]]:
@@ -53,8 +54,8 @@ def table(result: Result) -> Table:
             [
                 choice,
                 *(f"{ratio:.3g}" for ratio in trial["ratios"]),
-                common.mean_sd(validation[i], scale=100),
-                common.mean_sd(unseen[i], scale=100),
+                mean_sd(validation[i], scale=100),
+                mean_sd(unseen[i], scale=100),
                 str(trial["number"]),
                 str(1 + len(trial["repeats"])),
             ]

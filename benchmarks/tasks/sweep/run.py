@@ -22,8 +22,10 @@ import optuna
 import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
-from benchmarks.harness import common
-from benchmarks.harness.common import Options, Record, Result, UsageError
+from benchmarks.harness.options import Options, UsageError
+from benchmarks.harness.provenance import meta
+from benchmarks.harness.results import Record, Result, rounded, write_json
+from benchmarks.harness.terminal import console, say, show
 from benchmarks.tasks.digits import run as digits
 from benchmarks.tasks.digits import task
 from benchmarks.tasks.sweep import worker as shared
@@ -57,10 +59,10 @@ def main(options: Options) -> None:
     settings = {"seconds": round(seconds), "trials_before": before}
     result = write(options, url, path, settings)
     figure(result, path.with_suffix(".png"))
-    common.show(table(result))
+    show(table(result))
     for sentence in conclusions(result):
-        common.say(f"- {sentence}")
-    common.say(f"Written: {path}, {path.with_suffix('.png')}")
+        say(f"- {sentence}")
+    say(f"Written: {path}, {path.with_suffix('.png')}")
 
 
 def write(options: Options, url: str, path: Path, settings: dict[str, Any]) -> Result:
@@ -76,9 +78,9 @@ def write(options: Options, url: str, path: Path, settings: dict[str, Any]) -> R
     if options.extra.get("storage"):  # What is written down has no password in it.
         public = options.extra | {"storage": shown(url)}
         options = dataclasses.replace(options, extra=public)
-    return common.write_json(
+    return write_json(
         path,
-        common.meta(options, **plan.settings, **settings),
+        meta(options, **plan.settings, **settings),
         records_of(finished),
         trials=described(trials),
     )
@@ -174,7 +176,7 @@ def _watch(url: str, processes: dict[str, BaseProcess], kill: int | None) -> Non
     while any(process.is_alive() for process in processes.values()):
         done = len(shared.completed(study))
         if done != told:
-            common.say(f"sweep: {done} of {budget} trials")
+            say(f"sweep: {done} of {budget} trials")
             told = done
         if kill is not None and done >= kill:
             worker = _in_the_middle(study)
@@ -185,7 +187,7 @@ def _watch(url: str, processes: dict[str, BaseProcess], kill: int | None) -> Non
             if process.exitcode and name not in ended:
                 ended.add(name)
                 shared.give_back(study, name)
-                common.say(
+                say(
                     f"sweep: a worker ended with code {process.exitcode} (negative: "
                     "the signal that killed it); its trial goes to another one"
                 )
@@ -209,7 +211,7 @@ def _in_the_middle(study: optuna.Study) -> str | None:
 def serve(url: str, name: str) -> None:
     """What a worker's process does."""
     shared.stop_when_told()
-    common.console.quiet = True
+    console.quiet = True
     settings = shared.plan_of(shared.load(url, STUDY)).settings
     shared.work(url, STUDY, objective_of(**settings), worker=name)
 
@@ -256,8 +258,8 @@ def described(trials: list[FrozenTrial]) -> list[dict[str, Any]]:
             "worker": workers.index(t.user_attrs.get(shared.WORKER)),
             "started": seconds(t.datetime_start),
             "ended": seconds(t.datetime_complete),
-            "ratios": [common.rounded(ratio) for ratio in t.params.values()],
-            "value": common.rounded(t.value) if t.value is not None else None,
+            "ratios": [rounded(ratio) for ratio in t.params.values()],
+            "value": rounded(t.value) if t.value is not None else None,
             "repeats": t.system_attrs.get(shared.HISTORY, []),
         }
         for t in trials

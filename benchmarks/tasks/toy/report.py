@@ -8,8 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.harness import common, plots
-from benchmarks.harness.common import Record, Result, Table
+from benchmarks.harness import plots
+from benchmarks.harness.results import Record, Result, select, values
+from benchmarks.harness.tables import Table, mean_sd
 from benchmarks.tasks.toy.task import CLOSE, STARTS, front, losses_of, start_of
 
 
@@ -20,9 +21,9 @@ def table(result: Result) -> Table:
     rows = []
     for trajectories in result["trajectories"]:
         method = trajectories["method"]
-        records = common.select(result["records"], method=method)
-        near = common.values(records, metric="distance to front") <= CLOSE
-        cells = [_cell(common.select(records, config=start_of(s))) for s in STARTS]
+        records = select(result["records"], method=method)
+        near = values(records, metric="distance to front") <= CLOSE
+        cells = [_cell(select(records, config=start_of(s))) for s in STARTS]
         rows.append([method, f"{near.mean() * len(STARTS):.2g} of 5", *cells])
     meta = result["meta"]
     caption = (
@@ -37,13 +38,12 @@ def table(result: Result) -> Table:
 
 def _cell(records: list[Record]) -> str:
     x1, x2, far = (
-        common.values(records, metric=metric)
-        for metric in ("x1", "x2", "distance to front")
+        values(records, metric=metric) for metric in ("x1", "x2", "distance to front")
     )
     missed = np.flatnonzero(far > CLOSE)
     if missed.size:
         return f"({x1[missed[0]]:.2f}, {x2[missed[0]]:.2f})"
-    return common.mean_sd(x1, digits=2)
+    return mean_sd(x1, digits=2)
 
 
 COLORS = (plots.BLUE, plots.VERMILION, plots.GREEN, plots.PURPLE, plots.ORANGE)

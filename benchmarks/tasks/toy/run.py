@@ -17,8 +17,11 @@ import numpy as np
 import optax
 
 import yoto_jax as yoto
-from benchmarks.harness import common
-from benchmarks.harness.common import Options, Record
+from benchmarks.harness.options import Options
+from benchmarks.harness.provenance import meta
+from benchmarks.harness.results import Record, record, write_json
+from benchmarks.harness.terminal import say, show, track
+from benchmarks.harness.units import Units
 from benchmarks.tasks.toy.report import figure, table
 from benchmarks.tasks.toy.task import STARTS, Array, front, losses_of, start_of
 
@@ -89,25 +92,25 @@ def main(options: Options) -> None:
     steps = options.steps or STEPS[options.preset]
     records: list[Record] = []
     trajectories = []
-    units = common.Units(options)
+    units = Units(options)
     one = lambda method: units.do(method, lambda: run(method, options.seeds, steps))
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         outcomes = pool.map(one, methods)  # Each takes one core, hardly more.
-        every = dict(zip(common.track(methods, "toy"), outcomes, strict=True))
+        every = dict(zip(track(methods, "toy"), outcomes, strict=True))
     seconds = units.seconds
     for method, paths in every.items():
         records += measure(method, paths[:, :, -1])
         drawn = np.round(paths[0], 2).tolist()
         trajectories.append({"method": method, "paths": drawn})
-    result = common.write_json(
+    result = write_json(
         options.out / "toy.json",
-        common.meta(options, steps=steps, seeds=options.seeds, seconds=round(seconds)),
+        meta(options, steps=steps, seeds=options.seeds, seconds=round(seconds)),
         records,
         trajectories=trajectories,
     )
     figure(result, options.out / "toy.png")
-    common.show(table(result))
-    common.say(f"Written: {options.out / 'toy.json'}, {options.out / 'toy.png'}")
+    show(table(result))
+    say(f"Written: {options.out / 'toy.json'}, {options.out / 'toy.png'}")
 
 
 def distance(x: np.ndarray) -> np.ndarray:
@@ -177,7 +180,7 @@ def measure(method: str, ends: np.ndarray) -> list[Record]:
             "distance to front": distance(points),
         }
         records += [
-            common.record(
+            record(
                 method,
                 metric,
                 numbers[i],
