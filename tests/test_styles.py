@@ -7,10 +7,11 @@ import pytest
 from PIL import Image
 
 from benchmarks.data import camvid, conditions
+from benchmarks.tasks.segmentation import metrics
 
 fda = jax.jit(conditions.fda)
-confusion = jax.jit(conditions.confusion, static_argnums=(2, 3))
-mean_iou = jax.jit(conditions.mean_iou)
+confusion = jax.jit(metrics.confusion, static_argnums=(2, 3))
+mean_iou = jax.jit(metrics.mean_iou)
 jitted = {name: jax.jit(condition) for name, condition in conditions.CONDITIONS.items()}
 KEY = jax.random.key(0)
 N, HEIGHT, WIDTH = 64, 24, 32

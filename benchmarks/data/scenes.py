@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.tasks.depth.metrics import angles_of
+from benchmarks.data.cameras import angles_of
 
 Key = jax.Array
 Range = tuple[float, float]

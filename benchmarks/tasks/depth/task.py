@@ -16,10 +16,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.data import scenes
+from benchmarks.data import cameras, scenes
 from benchmarks.harness.training import Measured, Size, Task
 from benchmarks.models.vision import PATCH, Decoder, Encoder, from_patches
 from benchmarks.tasks.depth import metrics
+from benchmarks.tasks.depth.losses import camera, invariance, silog
+from benchmarks.tasks.depth.views import (
+    Warp,
+    random_warp,
+    warp_angles,
+    warp_depth,
+    warp_directions,
+    warp_images,
+)
 
 PyTree = Any
 Key = jax.Array
@@ -69,8 +78,8 @@ class DepthNet(nn.Module):
         glance = jnp.mean(nn.gelu(self.glance(z)), axis=(1, 2))
         raw = self.pinhole(glance)
         height, width = z.shape[1] * PATCH, z.shape[2] * PATCH
-        view = metrics.Warp(jnp.exp(raw[:, 0]), raw[:, 1:])
-        return metrics.warp_directions(jnp.ones(len(z)), view, height, width)
+        view = Warp(jnp.exp(raw[:, 0]), raw[:, 1:])
+        return warp_directions(jnp.ones(len(z)), view, height, width)
 
     def log_depth(self, z: jax.Array, directions: jax.Array) -> jax.Array:
         """As in UniDepth, the depth does not train the camera that it is told.
@@ -79,7 +88,7 @@ class DepthNet(nn.Module):
         length 1: the longer the lens, the farther is what looks the same.
         """
         directions = jax.lax.stop_gradient(directions)
-        angles = metrics.angles_of(directions)
+        angles = cameras.angles_of(directions)
         at_patches = angles[:, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH]
         x = self.decoder(z + self.prompt(at_patches))
         across = directions[:, 0, -1, 0] - directions[:, 0, 0, 0]
@@ -114,7 +123,7 @@ class Batch(NamedTuple):
     images: jax.Array  # [2 n, h, w, 3]
     depth: jax.Array  # [2 n, h, w]
     angles: jax.Array  # [2 n, h, w, 2]
-    views: tuple[metrics.Warp, metrics.Warp]
+    views: tuple[Warp, Warp]
     noise: jax.Array  # [2 n, h / 4, w / 4]
 
 
@@ -124,15 +133,14 @@ def draw(data: scenes.Scenes, batch: int, key: Key) -> Batch:
     chosen = jax.random.randint(key_choice, (batch,), 0, len(data.images))
     images, depth, focal = (x[chosen] for x in (data.images, data.depth, data.focal))
     height, width = depth.shape[1:]
-    views = [metrics.random_warp(k, batch, ZOOM) for k in keys[:2]]
+    views = [random_warp(k, batch, ZOOM) for k in keys[:2]]
     seen = [
-        jitter(k, metrics.warp_images(images, v))
-        for k, v in zip(keys[2:], views, strict=True)
+        jitter(k, warp_images(images, v)) for k, v in zip(keys[2:], views, strict=True)
     ]
     return Batch(
         jnp.concatenate(seen),
-        jnp.concatenate([metrics.warp_depth(depth, v) for v in views]),
-        jnp.concatenate([metrics.warp_angles(focal, v, height, width) for v in views]),
+        jnp.concatenate([warp_depth(depth, v) for v in views]),
+        jnp.concatenate([warp_angles(focal, v, height, width) for v in views]),
         (views[0], views[1]),
         jax.random.normal(key_noise, (2 * batch, height // PATCH, width // PATCH)),
     )
@@ -234,21 +242,19 @@ class Model:
                 (self._apply(params, DepthNet.guess, z) - batch.noise) ** 2
             ),
             "constant": lambda: jnp.float32(0.5),
-            "shuffled": lambda: metrics.silog(
-                log_depth, jnp.roll(batch.depth, 1, axis=0)
-            ),
+            "shuffled": lambda: silog(log_depth, jnp.roll(batch.depth, 1, axis=0)),
             "collapse": lambda: jnp.mean(jnp.var(z, axis=0)),
         }
         return {
-            "silog": metrics.silog(log_depth, batch.depth),
-            "camera": metrics.camera(
-                metrics.angles_of(directions) / ANGLE, batch.angles / ANGLE
+            "silog": silog(log_depth, batch.depth),
+            "camera": camera(
+                cameras.angles_of(directions) / ANGLE, batch.angles / ANGLE
             ),
-            "invariance": metrics.invariance(first, second, *batch.views),
+            "invariance": invariance(first, second, *batch.views),
         } | {name: further[name]() for name in self.further}
 
     def downstream(self, params: PyTree, z: jax.Array, batch: Batch) -> jax.Array:
-        return metrics.silog(self.predict(params, z)[0], batch.depth)
+        return silog(self.predict(params, z)[0], batch.depth)
 
 
 def make(size: Size, extra: int = 0) -> tuple[Task, dict[str, scenes.Scenes], DepthNet]:

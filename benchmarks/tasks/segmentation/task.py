@@ -23,6 +23,7 @@ from benchmarks.data import conditions as styles
 from benchmarks.harness.options import UsageError
 from benchmarks.harness.training import Measured, Size, Task
 from benchmarks.models.vision import Decoder, Encoder
+from benchmarks.tasks.segmentation import metrics
 
 PyTree = Any
 Key = jax.Array
@@ -310,8 +311,8 @@ def evaluate(model: Model, models: PyTree, images: Images) -> jax.Array:
     def of_one(params: PyTree) -> jax.Array:
         predicted = jnp.argmax(model.net.apply({"params": params}, images.images), -1)
         classes = model.net.classes
-        counts = styles.confusion(predicted, images.labels, classes, model.void)
-        return 100 * styles.mean_iou(counts)
+        counts = metrics.confusion(predicted, images.labels, classes, model.void)
+        return 100 * metrics.mean_iou(counts)
 
     return jax.lax.map(of_one, models)
 
@@ -332,8 +333,8 @@ def constant(source: Source) -> dict[str, float]:
     found = {}
     for domain, images in source.tests.items():
         predicted = jnp.broadcast_to(usual, images.labels.shape)
-        counts = styles.confusion(
+        counts = metrics.confusion(
             predicted, images.labels, len(source.classes), source.void
         )
-        found[domain] = float(100 * styles.mean_iou(counts))
+        found[domain] = float(100 * metrics.mean_iou(counts))
     return found
