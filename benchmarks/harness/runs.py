@@ -10,9 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import time
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +22,15 @@ import rich.progress
 
 from benchmarks.harness import lanes as lane_devices
 from benchmarks.harness.results import rounded, thinned_curves
-from benchmarks.harness.storage import append_line, read_lines
+from benchmarks.harness.storage import (
+    UNREADABLE,
+    append_line,
+    has_lines,
+    read_arrays,
+    read_lines,
+    start_lines,
+    write_arrays,
+)
 from benchmarks.harness.terminal import console, say
 from benchmarks.harness.training import Carry, PyTree, Rule, Task, prepare
 
@@ -113,12 +119,11 @@ class Runs:
         self._started = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         self.header = json.dumps({"task": task.name, **task.settings}, sort_keys=True)
-        # A file without a line was left by a start that got no further.
-        if resume and self.path.is_file() and b"\n" in self.path.read_bytes():
+        if resume and has_lines(self.path):
             self._read()
         else:
             self.partial.unlink(missing_ok=True)
-            self.path.write_text(self.header + "\n")
+            start_lines(self.path, self.header)
         self.resumed = len(self.finished)
         self._bar = rich.progress.Progress(
             "{task.description}",
@@ -230,19 +235,14 @@ class Runs:
         arrays = {f"leaf {i}": leaf for i, leaf in enumerate(leaves)}
         for i, (losses, weights) in enumerate(parts):
             arrays |= {f"losses {i}": losses, f"weights {i}": weights}
-        temporary = self.partial.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            np.savez(
-                file,
-                header=self.header,
-                group=group,
-                parts=len(parts),
-                seconds=seconds,
-                **arrays,
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.partial)
+        about = {
+            "header": self.header,
+            "group": group,
+            "parts": len(parts),
+            "seconds": seconds,
+        }
+        known = {name: np.asarray(value) for name, value in about.items()}
+        write_arrays(self.partial, known | arrays)
 
     def _saved(
         self, group: str, fresh: Carry
@@ -252,8 +252,7 @@ class Runs:
             return fresh, [], (0.0, 0.0)
         leaves, structure = jax.tree.flatten(fresh)
         try:
-            with self.partial.open("rb") as stream, np.load(stream) as file:
-                saved = {name: file[name] for name in file.files}
+            saved = read_arrays(self.partial)
             if (str(saved["header"]), str(saved["group"])) != (self.header, group):
                 return fresh, [], (0.0, 0.0)
             stored = [saved[f"leaf {i}"] for i in range(len(leaves))]
@@ -262,7 +261,7 @@ class Runs:
                 for i in range(int(saved["parts"]))
             ]
             training, choosing = map(float, saved["seconds"])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             say(f"{self.partial} cannot be used: {error}. Its runs start again.")
             return fresh, [], (0.0, 0.0)
         kinds = [(x.shape, x.dtype) for x in map(_bare, leaves)]

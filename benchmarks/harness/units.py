@@ -1,10 +1,8 @@
 """Parts of a benchmark that need not be done again."""
 
 import json
-import os
 import threading
 import time
-import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +11,15 @@ import numpy as np
 
 from benchmarks.harness.options import Options
 from benchmarks.harness.results import rounded
-from benchmarks.harness.storage import append_line, read_lines
+from benchmarks.harness.storage import (
+    UNREADABLE,
+    append_line,
+    has_lines,
+    read_arrays,
+    read_lines,
+    start_lines,
+    write_arrays,
+)
 from benchmarks.harness.terminal import say
 
 
@@ -52,11 +58,10 @@ class Units:
         self._arrays = 0
         self._earlier = 0.0
         self._lock = threading.Lock()
-        # A file without a line was left by a start that got no further.
-        if options.resume and self.path.is_file() and b"\n" in self.path.read_bytes():
+        if options.resume and has_lines(self.path):
             self._read()
         else:
-            self.path.write_text(self._header + "\n")
+            start_lines(self.path, self._header)
             for left in self.folder.glob("*.npz"):
                 left.unlink()
         self._started = time.perf_counter()
@@ -68,7 +73,7 @@ class Units:
             self._arrays = max(self._arrays, entry["arrays"])
             try:
                 arrays = self._load(entry["arrays"]) if entry["arrays"] else []
-            except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            except UNREADABLE as error:
                 say(f"{entry['unit']} is done again, its file cannot be used: {error}")
                 continue
             self._done[entry["unit"]] = _unpacked(entry["outcome"], arrays)
@@ -114,19 +119,13 @@ class Units:
         )
 
     def _save(self, number: int, arrays: list[np.ndarray]) -> None:
-        """A file is there with all its contents or not at all."""
         self.folder.mkdir(exist_ok=True)
-        temporary = self.folder / "unfinished.tmp"
-        with temporary.open("wb") as file:
-            np.savez(file, *arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.folder / f"{number}.npz")
+        named = {f"arr_{i}": array for i, array in enumerate(arrays)}
+        write_arrays(self.folder / f"{number}.npz", named)
 
     def _load(self, number: int) -> list[np.ndarray]:
-        path = self.folder / f"{number}.npz"
-        with path.open("rb") as stream, np.load(stream) as file:
-            return [file[f"arr_{i}"] for i in range(len(file.files))]
+        named = read_arrays(self.folder / f"{number}.npz")
+        return [named[f"arr_{i}"] for i in range(len(named))]
 
 
 _ARRAY, _ITEMS = "array", "items"
