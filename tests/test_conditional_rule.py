@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks.harness import conditional as rules
 from benchmarks.harness.conditional import Chosen, Conditional
-from benchmarks.harness.rules import Softmax
 from benchmarks.harness.runs import CHOOSING, Run, Runs
 from benchmarks.harness.training import _compile, prepare
+from benchmarks.harness.variations import Softmax
 from tests.test_experiment import LANES, NAMES, STEPS, TASK
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

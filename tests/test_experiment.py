@@ -18,9 +18,10 @@ from benchmarks.harness import lanes as lane_devices
 from benchmarks.harness import runs as engine
 from benchmarks.harness import timing
 from benchmarks.harness.options import UsageError
-from benchmarks.harness.rules import Softmax, Switches, Weighted
+from benchmarks.harness.rules import Weighted
 from benchmarks.harness.runs import HISTORY_POINTS, Run, Runs, settings, thinned
 from benchmarks.harness.training import DOWNSTREAM, Carry, Task, prepare
+from benchmarks.harness.variations import Softmax, Switches
 from benchmarks.tasks.digits import task as digits_task
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import yoto_jax as yoto
 from benchmarks.harness import conditional, searches
 from benchmarks.harness.options import Options, UsageError
-from benchmarks.harness.rules import Softmax, Weighted
+from benchmarks.harness.rules import Weighted
 from benchmarks.harness.searches import Ratios, Search
 from benchmarks.harness.terminal import say
 from benchmarks.harness.training import DOWNSTREAM, Rule, Task
+from benchmarks.harness.variations import Softmax
 
 BUDGETS = (5, 10, 15)
 SWEEP = 15  # runs side by side, to measure what that gains
