@@ -16,6 +16,7 @@ from benchmarks.harness.contest import (
     SOFTMAX,
     SWEEP,
     Contest,
+    Method,
     timed,
 )
 from benchmarks.harness.options import Options
@@ -37,12 +38,7 @@ def contend(
     """
     rounds = options.extra.get("rounds")
     rounds = rounds_of[options.preset] if rounds is None else rounds
-    budgets = {
-        name: method.search(0).budget if method.search else 1
-        for name, method in contest.methods.items()
-        if name in chosen
-    }
-    planned = options.seeds * sum(budgets.values())
+    planned = options.seeds * sum(_budget(contest.methods[name]) for name in chosen)
     records: list[Record] = []
     history: list[dict[str, Any]] = []
     runs = Runs(
@@ -53,8 +49,7 @@ def contend(
         if method.search:
             records += search(contest, name, runs, options.seeds)
             continue
-        config = settings(**(method.config or {}))
-        wanted = [Run(method.rule, seed, config) for seed in range(options.seeds)]
+        wanted = [single(method, seed) for seed in range(options.seeds)]
         for seed, done in enumerate(runs.finish(wanted, name)):
             records += run_records(contest.unseen, name, "", seed, done, done.cost)
             if name in DRAWN or name.startswith("rho-"):
@@ -62,6 +57,16 @@ def contend(
     if rounds:
         records += costs(contest, chosen, rounds)
     return records, history
+
+
+def single(method: Method, seed: int) -> Run:
+    """The one run of a method that does not search."""
+    return Run(method.rule, seed, settings(**(method.config or {})))
+
+
+def _budget(method: Method) -> int:
+    """How many runs of one seed a method takes at most."""
+    return method.search(0).budget if method.search else 1
 
 
 def search(contest: Contest, name: str, runs: Runs, seeds: int) -> list[Record]:
@@ -78,19 +83,41 @@ def search(contest: Contest, name: str, runs: Runs, seeds: int) -> list[Record]:
         tests = np.tile(tests.mean(axis=0), (seeds, 1))
     records = []
     for seed in range(seeds):
-        for ratios, done in zip(tried[seed], found[seed], strict=True):
-            config = config_of(contest.task, ratios)
-            records += [
-                r
-                for r in run_records(contest.unseen, name, config, seed, done)
-                if r["metric"] in (contest.metric, "validation")
-            ]
-        validation = [done.values["validation", None] for done in found[seed]]
-        for (config, n), i in choices(validation, tests[seed]).items():
-            cost = 1 if config in (MEDIAN, WORST) else n
-            records += run_records(
-                contest.unseen, name, config, seed, found[seed][i], cost
-            )
+        records += point_records(contest, name, seed, tried[seed], found[seed])
+        records += choice_records(contest, name, seed, tests[seed], found[seed])
+    return records
+
+
+def point_records(
+    contest: Contest,
+    name: str,
+    seed: int,
+    tried: Sequence[Ratios],
+    found: Sequence[Finished],
+) -> list[Record]:
+    """What the searches go by and are judged by, of every point of one seed."""
+    return [
+        r
+        for ratios, done in zip(tried, found, strict=True)
+        for r in run_records(
+            contest.unseen, name, config_of(contest.task, ratios), seed, done
+        )
+        if r["metric"] in (contest.metric, "validation")
+    ]
+
+
+def choice_records(
+    contest: Contest,
+    name: str,
+    seed: int,
+    tests: Sequence[float],
+    found: Sequence[Finished],
+) -> list[Record]:
+    """All that was measured of the runs that the ways of choosing take."""
+    records = []
+    for (config, n), i in choices(validation_of(found), tests).items():
+        cost = 1 if config in (MEDIAN, WORST) else n
+        records += run_records(contest.unseen, name, config, seed, found[i], cost)
     return records
 
 
@@ -104,21 +131,29 @@ def try_out(
     tried: list[list[Ratios]] = [[] for _ in asking]
     found: list[list[Finished]] = [[] for _ in asking]
     while any(asked := [s.ask() for s in asking]):
-        wanted = [
-            Run(SOFTMAX, seed, settings(ratios=ratios, learn=0.0))
-            # One point of all seeds after the other: they share a group of lanes.
-            for i in range(max(map(len, asked)))
-            for seed, points in enumerate(asked)
-            for ratios in points[i : i + 1]
-        ]
+        wanted = in_turns(asked)
         for run, done in zip(wanted, runs.finish(wanted, name), strict=True):
             tried[run.seed].append(dict(run.config)["ratios"])
             found[run.seed].append(done)
-        for s, points, finished in zip(asking, asked, found, strict=True):
+        for one, points, finished in zip(asking, asked, found, strict=True):
             if points:
-                latest = finished[len(finished) - len(points) :]
-                s.tell([done.values["validation", None] for done in latest])
+                one.tell(validation_of(finished[len(finished) - len(points) :]))
     return tried, found
+
+
+def validation_of(finished: Sequence[Finished]) -> list[float]:
+    """What searches go by."""
+    return [done.values["validation", None] for done in finished]
+
+
+def in_turns(asked: Sequence[Sequence[Ratios]]) -> list[Run]:
+    """One point of all seeds after the other: they share a group of lanes."""
+    return [
+        Run(SOFTMAX, seed, settings(ratios=ratios, learn=0.0))
+        for i in range(max(map(len, asked)))
+        for seed, points in enumerate(asked)
+        for ratios in points[i : i + 1]
+    ]
 
 
 def choices(

@@ -6,7 +6,7 @@ import numpy as np
 
 from benchmarks.harness.results import Record, Result, select, values
 from benchmarks.harness.tables import Table
-from benchmarks.tasks.overhead import peers, report
+from benchmarks.tasks.overhead import peers
 from benchmarks.tasks.overhead.methods import ARMS, COMPARED, WAYS
 
 
@@ -15,11 +15,11 @@ def tables(result: Result) -> dict[str, Table]:
     metrics = {r["metric"] for r in result["records"]}
     found = {}
     if "extra MiB" in metrics:
-        found["overhead-weightings"] = report.step_table(result)
+        found["overhead-weightings"] = step_table(result)
     if "solver microseconds" in metrics:
-        found["overhead-solvers"] = report.solver_table(result)
+        found["overhead-solvers"] = solver_table(result)
     if "TorchJD milliseconds" in metrics:
-        found["overhead-peers"] = report.peer_table(result)
+        found["overhead-peers"] = peer_table(result)
     return found
 
 
