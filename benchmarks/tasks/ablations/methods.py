@@ -1,4 +1,4 @@
-"""What is compared on the ablations: methods and their settings."""
+"""What is switched off and turned up in the ablations."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What is compared on the conditional VAE: methods and their settings."""
+"""What is compared of the conditional VAE: losses, methods and their settings."""
 
 import numpy as np
 

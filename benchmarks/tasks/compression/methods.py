@@ -1,4 +1,4 @@
-"""What is compared on the image codecs: methods and their settings."""
+"""What is compared of the image codecs: methods and their settings."""
 
 METHODS = ("conditional", "fixed", "jpeg")
 SUBSAMPLINGS = {"4:4:4": 0, "4:2:0": 2}

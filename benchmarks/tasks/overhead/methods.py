@@ -1,4 +1,4 @@
-"""What is compared on the overhead: methods and their settings."""
+"""What is timed in the benchmark of the overhead."""
 
 import yoto_jax as yoto
 from benchmarks.models.small import NAMES

@@ -1,4 +1,4 @@
-"""What is compared on the fronts of two tasks: methods and their settings."""
+"""What is compared of the fronts of two tasks: methods and their settings."""
 
 import functools
 

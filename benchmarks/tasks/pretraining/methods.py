@@ -1,4 +1,4 @@
-"""What is compared on the pretraining: methods and their settings."""
+"""What is compared in the pretraining: methods and their rows."""
 
 from benchmarks.harness.searches import MEDIAN, ORACLE, VALIDATED, WORST
 from benchmarks.tasks.pretraining import task

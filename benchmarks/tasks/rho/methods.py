@@ -1,4 +1,4 @@
-"""What is compared on the strength of the regulariser: methods and their settings."""
+"""What is compared of the regulariser: optimizers, epsilons and the entropy."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""What is compared on bad batches: methods and their settings."""
+"""What is compared under bad batches, and what counts as close and as lost."""
 
 from benchmarks.harness.results import describe
 

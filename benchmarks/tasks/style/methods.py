@@ -1,4 +1,4 @@
-"""What is compared on the style transfer: methods and their settings."""
+"""What is compared of the style transfer: weightings, their places and walks."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
