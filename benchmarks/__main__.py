@@ -10,7 +10,7 @@ from benchmarks.harness import merging, methods_table
 from benchmarks.harness.options import PRESETS, Options, UsageError
 from benchmarks.harness.provenance import refuse_miscompiling
 from benchmarks.harness.results import read_json
-from benchmarks.harness.tables import fill_blocks, markdown
+from benchmarks.harness.tables import Table, fill_blocks, markdown
 from benchmarks.harness.terminal import say
 
 BENCHMARKS = {
@@ -41,6 +41,8 @@ PAGES = (
     ROOT / "docs" / "scaling.md",
     ROOT / "docs" / "running.md",
     ROOT / "benchmarks" / "README.md",
+    ROOT / "benchmarks" / "FINDINGS.md",
+    *(ROOT / "benchmarks" / "tasks" / name / "REPORT.md" for name in BENCHMARKS),
 )
 
 
@@ -54,9 +56,13 @@ def update_tables(pages: tuple[Path, ...], results: Path) -> None:
 
     The table goes to the mark ``name`` of its benchmark, a summary to ``name-summary``,
     further tables to marks that the benchmark chooses, and what all benchmarks with a
-    ``view`` have in common to ``searches``; all weightings go to ``methods``.
+    ``view`` have in common to ``searches``; all weightings go to ``methods``, and all
+    benchmarks to ``benchmarks``.
     """
-    blocks = {"methods": markdown(methods_table.table(), numbers=False)}
+    blocks = {
+        "methods": markdown(methods_table.table(), numbers=False),
+        "benchmarks": markdown(index(results), numbers=False),
+    }
     views = {}
     for name, report, path in _stored(results):
         result = read_json(path)
@@ -69,10 +75,23 @@ def update_tables(pages: tuple[Path, ...], results: Path) -> None:
             for mark, table in report.tables(result).items():
                 blocks[mark] = markdown(table)
     if views:
-        digest = importlib.import_module("benchmarks.harness.contest").digest(views)
+        digest = importlib.import_module("benchmarks.harness.contest_report").digest(
+            views
+        )
         blocks["searches"] = markdown(digest)
     for page in pages:
         page.write_text(fill_blocks(page.read_text(), blocks))
+
+
+def index(results: Path) -> Table:
+    """All benchmarks, what they measure, how long it took, and where that is told."""
+    rows = []
+    for name, what in BENCHMARKS.items():
+        path = results / f"{name}.json"
+        seconds = read_json(path)["meta"].get("seconds") if path.is_file() else None
+        took = "not recorded" if seconds is None else f"{seconds / 60:.1f} min"
+        rows.append([f"`{name}`", what, took, f"[report](tasks/{name}/REPORT.md)"])
+    return Table(("name", "what it measures", "took", "told in"), rows)
 
 
 def draw_figures(results: Path) -> None:

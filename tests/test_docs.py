@@ -63,7 +63,7 @@ def test_what_a_snippet_prints_is_compared():
 
 
 def test_links_of_the_pages_lead_somewhere():
-    for page in (*PAGES, ROOT / "benchmarks" / "README.md"):
+    for page in (*PAGES, *(ROOT / "benchmarks").rglob("*.md")):
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if "://" not in link:
                 assert (page.parent / link).exists(), f"{page.name}: {link}"

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
+import rich.console
+import rich.progress
 import rich.table
 
 from benchmarks.harness.tables import Table
@@ -11,8 +13,6 @@ from benchmarks.harness.tables import Table
 T = TypeVar("T")
 WIDTH_OF_A_FILE = 160
 
-
-# Terminal.
 
 _interactive = sys.stdout.isatty()
 console = rich.console.Console(
