@@ -87,12 +87,13 @@ def dependencies() -> list[Dependency]:
 
 def stated(metadata: importlib.metadata.PackageMetadata) -> str:
     """The licence in the metadata: an expression, classifiers, or the first line."""
-    if expression := metadata.get("License-Expression"):
-        return str(expression)
+    field = lambda name: next(iter(metadata.get_all(name) or []), "")
+    if expression := field("License-Expression"):
+        return expression
     classifiers = metadata.get_all("Classifier") or []
     found = [x.split(" :: ")[-1] for x in classifiers if x.startswith("License ::")]
     found = [x for x in found if x != "OSI Approved"]
-    text = str(metadata.get("License") or "").strip().partition("\n")[0]
+    text = field("License").strip().partition("\n")[0]
     return ", ".join(found) or text or UNKNOWN
 
 
