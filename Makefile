@@ -54,7 +54,7 @@ mutants: $(VENV)/dev
 # Licences, and known vulnerabilities of what is installed: asks pypi.org. It fails if it
 # cannot find out about a package.
 audit: $(VENV)/dev
-	$(RUN) benchmarks._licenses
+	$(RUN) tools.licenses
 	$(RUN) pip freeze --exclude-editable > $(VENV)/installed.txt
 	$(VENV)/bin/python -m venv $(VENV)/pip-audit
 	$(VENV)/pip-audit/bin/python -m pip install --quiet pip-audit

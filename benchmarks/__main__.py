@@ -6,7 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _common, _kept, _methods_table
+from benchmarks.harness import merging, methods_table
+from benchmarks.harness.options import PRESETS, Options, UsageError
+from benchmarks.harness.provenance import refuse_miscompiling
+from benchmarks.harness.results import read_json
+from benchmarks.harness.tables import Table, fill_blocks, markdown
+from benchmarks.harness.terminal import say
 
 BENCHMARKS = {
     "digits": "learned against searched loss weights on digits under shift",
@@ -36,12 +41,14 @@ PAGES = (
     ROOT / "docs" / "scaling.md",
     ROOT / "docs" / "running.md",
     ROOT / "benchmarks" / "README.md",
+    ROOT / "benchmarks" / "FINDINGS.md",
+    *(ROOT / "benchmarks" / "tasks" / name / "REPORT.md" for name in BENCHMARKS),
 )
 
 
-def load(benchmark: str) -> Any:
-    """The module of a benchmark, imported when it is needed: each takes seconds."""
-    return importlib.import_module(f"benchmarks.{benchmark}")
+def load(benchmark: str, part: str = "run") -> Any:
+    """A module of a benchmark, imported when it is needed: each takes seconds."""
+    return importlib.import_module(f"benchmarks.tasks.{benchmark}.{part}")
 
 
 def update_tables(pages: tuple[Path, ...], results: Path) -> None:
@@ -49,41 +56,58 @@ def update_tables(pages: tuple[Path, ...], results: Path) -> None:
 
     The table goes to the mark ``name`` of its benchmark, a summary to ``name-summary``,
     further tables to marks that the benchmark chooses, and what all benchmarks with a
-    ``view`` have in common to ``searches``; all weightings go to ``methods``.
+    ``view`` have in common to ``searches``; all weightings go to ``methods``, and all
+    benchmarks to ``benchmarks``.
     """
-    blocks = {"methods": _common.markdown(_methods_table.table(), numbers=False)}
+    blocks = {
+        "methods": markdown(methods_table.table(), numbers=False),
+        "benchmarks": markdown(index(results), numbers=False),
+    }
     views = {}
-    for name, module, path in _stored(results):
-        result = _common.read_json(path)
-        blocks[path.stem] = _common.markdown(module.table(result))
-        if hasattr(module, "summary"):
-            blocks[f"{path.stem}-summary"] = _common.markdown(module.summary(result))
-        if hasattr(module, "view"):
-            views[path.stem.replace("_", ", ")] = module.view(result)
-        if hasattr(module, "tables") and path.stem == name:  # not on other data
-            for mark, table in module.tables(result).items():
-                blocks[mark] = _common.markdown(table)
+    for name, report, path in _stored(results):
+        result = read_json(path)
+        blocks[path.stem] = markdown(report.table(result))
+        if hasattr(report, "summary"):
+            blocks[f"{path.stem}-summary"] = markdown(report.summary(result))
+        if hasattr(report, "view"):
+            views[path.stem.replace("_", ", ")] = report.view(result)
+        if hasattr(report, "tables") and path.stem == name:  # not on other data
+            for mark, table in report.tables(result).items():
+                blocks[mark] = markdown(table)
     if views:
-        digest = importlib.import_module("benchmarks._contest").digest(views)
-        blocks["searches"] = _common.markdown(digest)
+        digest = importlib.import_module("benchmarks.harness.contest_report").digest(
+            views
+        )
+        blocks["searches"] = markdown(digest)
     for page in pages:
-        page.write_text(_common.fill_blocks(page.read_text(), blocks))
+        page.write_text(fill_blocks(page.read_text(), blocks))
+
+
+def index(results: Path) -> Table:
+    """All benchmarks, what they measure, how long it took, and where that is told."""
+    rows = []
+    for name, what in BENCHMARKS.items():
+        path = results / f"{name}.json"
+        seconds = read_json(path)["meta"].get("seconds") if path.is_file() else None
+        took = "not recorded" if seconds is None else f"{seconds / 60:.1f} min"
+        rows.append([f"`{name}`", what, took, f"[report](tasks/{name}/REPORT.md)"])
+    return Table(("name", "what it measures", "took", "told in"), rows)
 
 
 def draw_figures(results: Path) -> None:
     """Redraw the figures from the stored results."""
-    for _, module, path in _stored(results):
-        if hasattr(module, "figure"):
-            module.figure(_common.read_json(path), path.with_suffix(".png"))
+    for _, report, path in _stored(results):
+        if hasattr(report, "figure"):
+            report.figure(read_json(path), path.with_suffix(".png"))
 
 
 def _stored(results: Path) -> Iterator[tuple[str, Any, Path]]:
-    """The results, each with its benchmark; ``name_data`` is on other data."""
+    """The results, each with its report; ``name_data`` is on other data."""
     for name in BENCHMARKS:
         usual = results / f"{name}.json"
         for path in (usual, *sorted(results.glob(f"{name}_*.json"))):
             if path.is_file():
-                yield name, load(name), path
+                yield name, load(name, "report"), path
 
 
 def parser() -> argparse.ArgumentParser:
@@ -115,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:
-    default = _common.Options("")
+    default = Options("")
     command.add_argument(
         "--methods",
         type=_names,
@@ -137,7 +161,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--preset",
-        choices=_common.PRESETS,
+        choices=PRESETS,
         default=default.preset,
         help="size of the benchmark (default: %(default)s)",
     )
@@ -260,15 +284,17 @@ def main(arguments: list[str] | None = None) -> None:
             draw_figures(RESULTS)
         elif name == "merge":
             names = tuple(BENCHMARKS)
-            merged = _kept.merge_folder(names, given["folder"], RESULTS, given["drop"])
-            _common.say(f"Merged: {', '.join(path.name for path in merged)}")
+            merged = merging.merge_folder(
+                names, given["folder"], RESULTS, given["drop"]
+            )
+            say(f"Merged: {', '.join(path.name for path in merged)}")
         else:
             benchmark = load(name)
             if given["resume"] and not getattr(benchmark, "RESUMABLE", False):
-                raise _common.UsageError(f"{name} cannot be resumed: drop --resume")
-            _common.refuse_miscompiling()
-            benchmark.main(_common.Options(name, **given, extra=extra))
-    except _common.UsageError as error:
+                raise UsageError(f"{name} cannot be resumed: drop --resume")
+            refuse_miscompiling()
+            benchmark.main(Options(name, **given, extra=extra))
+    except UsageError as error:
         command_line.error(str(error))
 
 

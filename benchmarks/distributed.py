@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import _digits_task as digits
-from benchmarks import _scaling_task as task
+from benchmarks.tasks.digits import task as digits
+from benchmarks.tasks.scaling import task
 from yoto_jax.checkpoints import CheckpointError, Checkpoints
 
 LOST = 75

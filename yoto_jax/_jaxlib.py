@@ -1,6 +1,7 @@
 """Versions of jaxlib whose compiler for CPUs is wrong.
 
-``pyproject.toml`` excludes them. ``tests/engine/test_real_sizes.py`` shows what is wrong.
+``pyproject.toml`` excludes them; what is wrong is shown by
+``tests/engine/test_real_sizes.py``.
 """
 
 import warnings

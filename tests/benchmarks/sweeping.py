@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from benchmarks import _sweep_worker as shared
+from benchmarks.tasks.sweep import worker as shared
 
 NAME = "test"
 QUICK = shared.Timing(beat=0.1, grace=2.0, poll=0.05)

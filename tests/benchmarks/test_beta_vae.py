@@ -11,8 +11,10 @@ from matplotlib.image import imread, imsave
 from PIL import Image
 from scipy import stats
 
-from benchmarks import _beta_vae_task as task
-from benchmarks import _common, beta_vae
+from benchmarks.harness.options import Options, UsageError
+from benchmarks.harness.results import describe, read_json, record
+from benchmarks.tasks.beta_vae import report, task
+from benchmarks.tasks.beta_vae import run as beta_vae
 from yoto_jax import conditional
 
 pytestmark = pytest.mark.usefixtures("any_rank", "quick_compilation")
@@ -229,7 +231,7 @@ def made_up(shift=0.0):
     records = []
     for method, betas in {"fixed": task.BETAS, "conditional": task.GRID}.items():
         note = lambda metric, value, method=method, **rest: records.append(
-            _common.record(method, metric, value, **rest)
+            record(method, metric, value, **rest)
         )
         note("parameters", 100, config="width=1")
         for domain in ("test", "train", "validation"):
@@ -241,7 +243,7 @@ def made_up(shift=0.0):
                     if method == "conditional":
                         reconstruction += worse
                     where = {"seed": seed, "domain": domain}
-                    config = _common.describe(width=1, beta=beta)
+                    config = describe(width=1, beta=beta)
                     note("kl", kl, config=config, **where)
                     note("reconstruction", reconstruction, config=config, **where)
     meta = {"seeds": 2, "steps": 5, "data": "no data", "device": "cpu"}
@@ -251,13 +253,13 @@ def made_up(shift=0.0):
 
 def test_the_gap_is_of_the_objective_of_each_beta():
     expected = [GAPS.get(beta, 1.0) for beta in task.BETAS]
-    gaps = beta_vae.gap(made_up(), 1)
+    gaps = report.gap(made_up(), 1)
     np.testing.assert_allclose(gaps, [expected, expected], atol=1e-3)
     objective = 14 + 4 * np.log(task.BETAS)
     spread = np.ptp(objective)
-    np.testing.assert_allclose(beta_vae.spread(made_up(), 1), spread, rtol=1e-4)
-    (row,) = beta_vae.table(made_up()).rows
-    cells = dict(zip(beta_vae.table(made_up()).columns, row, strict=True))
+    np.testing.assert_allclose(report.spread(made_up(), 1), spread, rtol=1e-4)
+    (row,) = report.table(made_up()).rows
+    cells = dict(zip(report.table(made_up()).columns, row, strict=True))
     assert cells["mean gap (nats)"] == "1.00 ± 0.00"
     assert cells["largest gap"] == "2.00 ± 0.00 at 8"
     assert cells["of the spread"] == f"{100 / spread:.1f} ± 0.0 %"
@@ -265,9 +267,9 @@ def test_the_gap_is_of_the_objective_of_each_beta():
 
 @pytest.mark.parametrize(("shift", "word"), [(0.0, "1.00 ± 0.00 nats above"), (-2, "")])
 def test_a_conclusion_says_on_which_side_the_model_is(shift, word):
-    sentence = beta_vae.conclusions(made_up(shift))[0]
+    sentence = report.conclusions(made_up(shift))[0]
     assert (word or "1.00 ± 0.00 nats below") in sentence
-    where = beta_vae.conclusions(made_up(shift))[1]  # of one width
+    where = report.conclusions(made_up(shift))[1]  # of one width
     worse = "0.125, 2, 8, 32, 128, 512" if shift == 0 else "none"
     assert f"worse at beta {worse}, better at" in where
 
@@ -275,14 +277,14 @@ def test_a_conclusion_says_on_which_side_the_model_is(shift, word):
 def test_order_and_calibration_are_counted():
     kl = np.array([[3.0, 1.0, 2.0, 0.0, 0.0, 0.0, 0.005]])  # up by 1, and by noise
     losses = {"kl": kl, "reconstruction": np.array([[0, 1, 2, 1.5, 3, 3, 3.0]])}
-    assert beta_vae.disorder(losses) == (2, 1.0)  # at 2 and at 8
+    assert report.disorder(losses) == (2, 1.0)  # at 2 and at 8
     steady = {"kl": -np.arange(7.0)[None], "reconstruction": np.arange(7.0)[None]}
-    assert beta_vae.disorder(steady) == (0, 0.0)
+    assert report.disorder(steady) == (0, 0.0)
     # 1 / x + beta x is least where x^2 = 1 / beta: a calibrated family.
     x = 1 / np.sqrt(task.BETAS)[None]
-    assert beta_vae.off_diagonal({"kl": x, "reconstruction": 1 / x})[0] == 0
+    assert report.off_diagonal({"kl": x, "reconstruction": 1 / x})[0] == 0
     mixed = {"kl": x[:, ::-1], "reconstruction": 1 / x[:, ::-1]}
-    count, worst = beta_vae.off_diagonal(mixed)
+    count, worst = report.off_diagonal(mixed)
     assert count == 6  # The middle one is where it was.
     assert worst > 1
 
@@ -299,20 +301,18 @@ def folder(tmp_path_factory, quick_compilation):
 
 
 def options(folder, methods):
-    return _common.Options(
-        "beta_vae", methods, seeds=2, steps=4, preset="quick", out=folder
-    )
+    return Options("beta_vae", methods, seeds=2, steps=4, preset="quick", out=folder)
 
 
 @pytest.fixture(scope="module")
 def result(folder):
-    return _common.read_json(folder / "beta_vae.json")
+    return read_json(folder / "beta_vae.json")
 
 
 def test_records_are_complete(result):
     records = result["records"]
     for method, betas in {"fixed": task.BETAS, "conditional": task.GRID}.items():
-        losses = beta_vae.losses_of(result, method, 1, betas)
+        losses = report.losses_of(result, method, 1, betas)
         assert losses["kl"].shape == losses["reconstruction"].shape == (2, len(betas))
         assert np.all(losses["kl"] > 0)
     assert np.all(np.isfinite([r["value"] for r in records]))
@@ -320,14 +320,14 @@ def test_records_are_complete(result):
 
 
 def test_all_is_made_from_the_file(result, folder, tmp_path):
-    tables = [beta_vae.table(result), *beta_vae.tables(result).values()]
+    tables = [report.table(result), *report.tables(result).values()]
     assert len(tables) == 3
     for table in tables:
         assert len({len(row) for row in (table.columns, *table.rows)}) == 1
-    beta_vae.figure(result, tmp_path / "again.png")
+    report.figure(result, tmp_path / "again.png")
     for name in (tmp_path / "again.png", folder / "beta_vae_examples.png"):
         assert imread(name).std() > 0
-    assert any("forward pass" in text for text in beta_vae.conclusions(result))
+    assert any("forward pass" in text for text in report.conclusions(result))
 
 
 def test_a_timed_step_is_a_training_step(quick_compilation, digits):
@@ -339,12 +339,12 @@ def test_a_timed_step_is_a_training_step(quick_compilation, digits):
 
 
 def test_costs_alone_keep_the_rest(result, folder, monkeypatch):
-    made = [_common.record("cost: fixed", "forward: microseconds", 7, config="width=1")]
+    made = [record("cost: fixed", "forward: microseconds", 7, config="width=1")]
     monkeypatch.setattr(beta_vae, "costs", lambda *_: made)
-    monkeypatch.setattr(beta_vae, "cost_table", lambda result: beta_vae.table(result))
+    monkeypatch.setattr(report, "cost_table", lambda result: report.table(result))
     before = json.loads((folder / "beta_vae.json").read_text())
     beta_vae.main(options(folder, ("cost",)))
-    after = _common.read_json(folder / "beta_vae.json")
+    after = read_json(folder / "beta_vae.json")
     kept = [r for r in before["records"] if not r["method"].startswith("cost")]
     assert after["records"] == kept + made
     assert after["meta"]["date"] == before["meta"]["date"]
@@ -352,5 +352,5 @@ def test_costs_alone_keep_the_rest(result, folder, monkeypatch):
 
 
 def test_unknown_methods_are_refused(tmp_path):
-    with pytest.raises(_common.UsageError, match="unknown method 'yoto'"):
+    with pytest.raises(UsageError, match="unknown method 'yoto'"):
         beta_vae.main(options(tmp_path, ("yoto",)))

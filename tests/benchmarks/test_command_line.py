@@ -1,5 +1,6 @@
 """The benchmarks run, their records are complete, and pages follow from records."""
 
+import importlib.metadata
 import json
 import pathlib
 
@@ -10,21 +11,27 @@ import pytest
 
 import yoto_jax as yoto
 from benchmarks import __main__ as command_line
-from benchmarks import (
-    _common,
-    _kept,
-    _robustness_task,
-    _scaling_runs,
-    _weighting_costs,
-    digits,
-    overhead,
-    pinn,
-    pretraining,
-    properties,
-    rho,
-    toy,
-)
-from benchmarks import _digits_task as task
+from benchmarks.harness import merging
+from benchmarks.harness.options import Options, UsageError
+from benchmarks.harness.provenance import refuse_miscompiling
+from benchmarks.harness.results import read_json, record, select, values
+from benchmarks.tasks.digits import methods as digits_methods
+from benchmarks.tasks.digits import report as digits_report
+from benchmarks.tasks.digits import run as digits
+from benchmarks.tasks.digits import task
+from benchmarks.tasks.overhead import methods as overhead_methods
+from benchmarks.tasks.overhead import report as overhead_report
+from benchmarks.tasks.overhead import run as overhead
+from benchmarks.tasks.overhead import weighting_costs
+from benchmarks.tasks.pinn import methods as pinn_methods
+from benchmarks.tasks.pretraining import run as pretraining
+from benchmarks.tasks.properties import report as properties_report
+from benchmarks.tasks.properties import run as properties
+from benchmarks.tasks.rho import methods as rho_methods
+from benchmarks.tasks.rho import run as rho
+from benchmarks.tasks.robustness import task as robustness
+from benchmarks.tasks.scaling import measurements
+from benchmarks.tasks.toy import run as toy
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SEEDS, STEPS = 2, 10  # throughout, to share compiled programs
@@ -49,7 +56,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(folder):
-    return _common.read_json(folder / "digits.json")
+    return read_json(folder / "digits.json")
 
 
 # Command line.
@@ -65,9 +72,8 @@ def test_without_a_name_the_benchmarks_are_listed(capsys):
 
 @pytest.mark.parametrize("name", command_line.BENCHMARKS)
 def test_every_benchmark_has_a_table_and_a_main(name):
-    module = command_line.load(name)
-    assert callable(module.main)
-    assert callable(module.table)
+    assert callable(command_line.load(name).main)
+    assert callable(command_line.load(name, "report").table)
 
 
 @pytest.mark.parametrize(
@@ -92,9 +98,9 @@ def test_bad_options_exit_with_2_and_say_why(arguments, message, capsys):
 
 
 def test_a_jaxlib_that_miscompiles_is_refused_on_a_cpu(monkeypatch, capsys, tmp_path):
-    installed = _common.importlib.metadata.version
+    installed = importlib.metadata.version
     monkeypatch.setattr(
-        _common.importlib.metadata,
+        importlib.metadata,
         "version",
         lambda package: "0.10.2" if package == "jaxlib" else installed(package),
     )
@@ -105,7 +111,7 @@ def test_a_jaxlib_that_miscompiles_is_refused_on_a_cpu(monkeypatch, capsys, tmp_
     assert "jaxlib 0.10.2" in message
     assert "pip install 'jax!=0.10.*'" in message
     assert not list(tmp_path.iterdir())
-    _common.refuse_miscompiling("gpu")  # right there
+    refuse_miscompiling("gpu")  # right there
 
 
 # Stored results.
@@ -117,8 +123,8 @@ def test_a_jaxlib_that_miscompiles_is_refused_on_a_cpu(monkeypatch, capsys, tmp_
     ids=lambda path: path.stem,
 )
 def test_no_stored_result_rests_on_miscompiled_gradients(path):
-    name = _kept.benchmark_of(path.stem, tuple(command_line.BENCHMARKS))
-    assert _kept.complaints(name, _common.read_json(path)) == []
+    name = merging.benchmark_of(path.stem, tuple(command_line.BENCHMARKS))
+    assert merging.complaints(name, read_json(path)) == []
 
 
 def measured(jaxlib, values, seeds=3):
@@ -127,7 +133,7 @@ def measured(jaxlib, values, seeds=3):
     meta = {"platform": "cpu", "versions": versions, "seeds": seeds, "steps": 800}
     meta |= dict.fromkeys(("command", "commit", "date"), jaxlib)
     records = [
-        _common.record(method, "delta1", value, seed=seed, domain="both")
+        record(method, "delta1", value, seed=seed, domain="both")
         for method, of_method in values.items()
         for seed, value in enumerate(of_method[:seeds])
     ]
@@ -138,20 +144,20 @@ OLD = measured("0.10.2", {"equal": (1, 2, 3), "yoto": (4, 5, 6), "grap": (7, 8, 
 
 
 def test_results_of_a_jaxlib_that_miscompiles_are_complained_about():
-    assert _kept.complaints("depth", OLD) == ["jaxlib 0.10.2 computed it"]
+    assert merging.complaints("depth", OLD) == ["jaxlib 0.10.2 computed it"]
     later = measured("0.10.1", {"grap": (7, 8, 9)})
-    assert _kept.complaints("depth", later) == []
-    later["records"].append(_common.record("grap", "CD", 1.0, seed=0, domain="both"))
-    assert _kept.complaints("depth", later) == ["jaxlib 0.10.1 computed CD"]
+    assert merging.complaints("depth", later) == []
+    later["records"].append(record("grap", "CD", 1.0, seed=0, domain="both"))
+    assert merging.complaints("depth", later) == ["jaxlib 0.10.1 computed CD"]
     later["meta"]["versions"]["jaxlib"] = "0.9.2"
-    assert _kept.complaints("depth", later) == []
+    assert merging.complaints("depth", later) == []
 
 
 def test_what_is_measured_again_replaces_and_the_rest_is_marked_as_kept():
     now = measured("0.10.1", {"equal": (1, 2, 6), "grap": (4, 4, 4)})
-    merged = _kept.merge("depth", OLD, now)
-    assert _common.values(merged["records"], method="grap").tolist() == [4, 4, 4]
-    assert _common.values(merged["records"], method="yoto").tolist() == [4, 5, 6]
+    merged = merging.merge("depth", OLD, now)
+    assert values(merged["records"], method="grap").tolist() == [4, 4, 4]
+    assert values(merged["records"], method="yoto").tolist() == [4, 5, 6]
     assert merged["meta"]["versions"] == {"jaxlib": "0.10.1"}
     kept = merged["meta"]["kept"]
     assert kept["methods"] == ["yoto"]
@@ -159,24 +165,26 @@ def test_what_is_measured_again_replaces_and_the_rest_is_marked_as_kept():
     assert kept["checked"]["methods"] == ["equal"]
     difference = {"runs": 3, "run": 3, "mean": 1, "sd of seeds": 1}
     assert kept["checked"]["differences"] == {"delta1": difference}
-    assert _kept.complaints("depth", merged) == []
+    assert merging.complaints("depth", merged) == []
     del kept["checked"]
-    assert _kept.complaints("depth", merged) == ["what is kept was not compared"]
+    assert merging.complaints("depth", merged) == ["what is kept was not compared"]
     kept["methods"].append("grap")
-    assert "grap looks at gradients, kept" in _kept.complaints("depth", merged)
+    assert "grap looks at gradients, kept" in merging.complaints("depth", merged)
 
 
 def test_methods_that_look_at_gradients_can_be_dropped():
     now = measured("0.10.1", {"equal": (1,)}, seeds=1)
-    merged = _kept.merge("depth", OLD, now, drop=True)
+    merged = merging.merge("depth", OLD, now, drop=True)
     assert {r["method"] for r in merged["records"]} == {"equal", "yoto"}
     assert merged["meta"]["dropped"] == ["aligned", "conditional-grap", "grap"]
-    assert _kept.complaints("depth", merged) == []
+    assert merging.complaints("depth", merged) == []
 
 
 def test_a_sample_of_fewer_seeds_is_compared_and_replaces_nothing():
     before = measured("0.10.2", {"equal": (1, 2, 3), "yoto": (4, 5, 6)})
-    merged = _kept.merge("depth", before, measured("0.10.1", {"equal": (1,)}, seeds=1))
+    merged = merging.merge(
+        "depth", before, measured("0.10.1", {"equal": (1,)}, seeds=1)
+    )
     assert merged["records"] == before["records"]
     assert merged["meta"]["kept"]["methods"] == ["equal", "yoto"]
     assert merged["meta"]["seeds"] == 3
@@ -193,18 +201,22 @@ def test_a_sample_of_fewer_seeds_is_compared_and_replaces_nothing():
     ],
 )
 def test_what_cannot_be_merged_says_so(now, message):
-    with pytest.raises(_common.UsageError, match=message):
-        _kept.merge("depth", OLD, now)
+    with pytest.raises(UsageError, match=message):
+        merging.merge("depth", OLD, now)
 
 
 def test_methods_that_look_at_gradients_are_known():
     needs = lambda make, *given: make(*given).needs != ("losses",)
-    found = {m for m, (_, _, make) in pinn.METHODS.items() if needs(make, jnp.ones(2))}
-    assert found == set(_kept.PER_LOSS_GRADIENTS["pinn"])
+    found = {
+        m
+        for m, (_, _, make) in pinn_methods.METHODS.items()
+        if needs(make, jnp.ones(2))
+    }
+    assert found == set(merging.PER_LOSS_GRADIENTS["pinn"])
     ones = jnp.ones(3)
     learned = pretraining.LEARNED.items()
     found = {name for name, method in learned if needs(method.weighting, ones)}
-    assert found == set(_kept.PER_LOSS_GRADIENTS["pretraining"])
+    assert found == set(merging.PER_LOSS_GRADIENTS["pretraining"])
 
 
 # Data and corruptions.
@@ -290,10 +302,10 @@ def test_records_have_the_schema(result):
         "value": float,
         "compute": int | float,
     }
-    for record in result["records"]:
-        assert record.keys() == fields.keys()
+    for found in result["records"]:
+        assert found.keys() == fields.keys()
         for field, kind in fields.items():
-            assert isinstance(record[field], kind), record
+            assert isinstance(found[field], kind), found
 
 
 def test_meta_names_no_folder_of_this_machine(result, folder):
@@ -303,15 +315,15 @@ def test_meta_names_no_folder_of_this_machine(result, folder):
 
 
 @pytest.mark.parametrize(
-    ("method", "config"), [row for row in digits.ROWS if row[0] in digits.QUICK]
+    ("method", "config"), [row for row in digits_methods.ROWS if row[0] in digits.QUICK]
 )
 def test_every_method_has_every_seed_and_domain(method, config, result):
     for domain in ("clean", *task.UNSEEN):
-        records = _common.select(
+        records = select(
             result["records"], method=method, domain=domain, metric="accuracy"
         )
         if config is not None:
-            records = _common.select(records, config=config)
+            records = select(records, config=config)
         runs = 9 if method in digits.SEARCHES and config is None else 1
         assert [r["seed"] for r in records] == list(range(SEEDS)) * runs
         assert all(r["unseen"] == (domain != "clean") for r in records)
@@ -320,65 +332,59 @@ def test_every_method_has_every_seed_and_domain(method, config, result):
 
 def test_a_search_pays_for_all_its_runs(result):
     for method in digits.SEARCHES:
-        chosen = _common.select(
-            result["records"], method=method, config=digits.VALIDATED
-        )
+        chosen = select(result["records"], method=method, config=digits.VALIDATED)
         assert {r["compute"] for r in chosen} == {9}
 
 
 def test_validation_chooses_and_test_does_not(result):
-    grid = _common.select(result["records"], method="grid", seed=0)
+    grid = select(result["records"], method="grid", seed=0)
     runs = [r for r in grid if "=" in r["config"]]
-    validation = _common.values(runs, domain="validation stylised")
-    configs = [r["config"] for r in _common.select(runs, domain="clean")]
+    validation = values(runs, domain="validation stylised")
+    configs = [r["config"] for r in select(runs, domain="clean")]
     best = configs[int(np.argmax(validation))]
     for domain in ("clean", *task.UNSEEN):
         np.testing.assert_array_equal(
-            _common.values(grid, config=digits.VALIDATED, domain=domain),
-            _common.values(grid, config=best, domain=domain),
+            values(grid, config=digits.VALIDATED, domain=domain),
+            values(grid, config=best, domain=domain),
         )
 
 
 def test_best_of_n_of_all_is_the_validated_best(result):
-    curve = digits.best_of_n(result, "random")
-    records = _common.select(
-        result["records"], method="random", config=digits.VALIDATED
-    )
-    expected = np.mean([_common.values(records, domain=d) for d in task.UNSEEN])
+    curve = digits_report.best_of_n(result, "random")
+    records = select(result["records"], method="random", config=digits.VALIDATED)
+    expected = np.mean([values(records, domain=d) for d in task.UNSEEN])
     np.testing.assert_allclose(curve[-1], expected, rtol=1e-6)
 
 
 def test_sentences_follow_from_the_records(result):
-    assert len(digits.conclusions(result)) == 11
+    assert len(digits_report.conclusions(result)) == 11
     better = json.loads(json.dumps(result))
-    for record in better["records"]:
-        if record["method"] == "yoto" and record["unseen"]:
-            record["value"] = 1.0 + 0.001 * record["seed"]
-    assert "YOTO is ahead" in digits.conclusions(better)[0]
+    for found in better["records"]:
+        if found["method"] == "yoto" and found["unseen"]:
+            found["value"] = 1.0 + 0.001 * found["seed"]
+    assert "YOTO is ahead" in digits_report.conclusions(better)[0]
 
 
 def test_figure_is_redrawn_from_the_file(folder, result):
     written = (folder / "digits.png").read_bytes()
-    digits.figure(result, folder / "again.png")
+    digits_report.figure(result, folder / "again.png")
     assert (folder / "again.png").read_bytes() == written
 
 
 def test_one_seed_and_one_method_are_enough(tmp_path):
-    options = _common.Options("digits", ("equal",), seeds=1, steps=2, out=tmp_path)
+    options = Options("digits", ("equal",), seeds=1, steps=2, out=tmp_path)
     digits.main(options)
-    table = digits.table(_common.read_json(tmp_path / "digits.json"))
+    table = digits_report.table(read_json(tmp_path / "digits.json"))
     assert len(table.rows) == 1
 
 
 def test_rho_writes_its_results(tmp_path):
-    options = _common.Options(
-        "rho", ("sgdw",), seeds=1, steps=2, preset="quick", out=tmp_path
-    )
+    options = Options("rho", ("sgdw",), seeds=1, steps=2, preset="quick", out=tmp_path)
     rho.main(options)
-    result = _common.read_json(tmp_path / "rho.json")
+    result = read_json(tmp_path / "rho.json")
     assert (tmp_path / "rho.png").is_file()
     learned = [r for r in result["records"] if "rho=" in r["config"]]
-    assert len(learned) == len(rho.QUICK_RHOS) * (len(rho.EPSILONS) + 1) * 5
+    assert len(learned) == len(rho.QUICK_RHOS) * (len(rho_methods.EPSILONS) + 1) * 5
     assert not any(r["unseen"] for r in result["records"])
 
 
@@ -412,10 +418,10 @@ def overhead_folder(tmp_path_factory):
 
 @pytest.mark.slow
 def test_sections_of_the_overhead_are_measured_apart(overhead_folder):
-    result = _common.read_json(overhead_folder / "overhead.json")
+    result = read_json(overhead_folder / "overhead.json")
     found = {overhead.section(r) for r in result["records"]}
     assert found == {"weightings", "solvers"}
-    tables = overhead.tables(result)
+    tables = overhead_report.tables(result)
     assert set(tables) == {"overhead-weightings", "overhead-solvers"}
     rows = {row[0]: row for row in tables["overhead-weightings"].rows}
     assert float(rows["upgrad"][1].split()[0]) > 0
@@ -425,28 +431,28 @@ def test_sections_of_the_overhead_are_measured_apart(overhead_folder):
 
 @pytest.mark.slow
 def test_the_overhead_goes_on_where_it_stopped(overhead_folder, monkeypatch, capsys):
-    before = _common.read_json(overhead_folder / "overhead.json")
-    monkeypatch.setattr(_weighting_costs, "solver_times", lambda *_: 1 / 0)
+    before = read_json(overhead_folder / "overhead.json")
+    monkeypatch.setattr(weighting_costs, "solver_times", lambda *_: 1 / 0)
     quick = f"--preset quick --steps 1 --out {overhead_folder}"
     command_line.main(f"overhead {quick} --methods solvers --resume".split())
-    after = _common.read_json(overhead_folder / "overhead.json")
+    after = read_json(overhead_folder / "overhead.json")
     assert after["records"] == before["records"]
     assert "part 1 of 3: solvers, nash_mtl, 2 sizes" in capsys.readouterr().out
 
 
 def test_each_weighting_is_timed_with_a_model():
-    kinds = [_weighting_costs.kinds(name).values() for name in _weighting_costs.SHARED]
+    kinds = [weighting_costs.kinds(name).values() for name in weighting_costs.SHARED]
     timed = {arm for of_model in kinds for arms in of_model for arm in arms}
-    assert timed == set(_weighting_costs.ARMS)
+    assert timed == set(overhead_methods.ARMS)
 
 
 def test_tables_of_costs_show_no_minus_zero_and_name_versions_that_are_known():
-    assert _weighting_costs._number(-0.04, 1) == "0.0"
-    assert _weighting_costs._number(-1234.5, 1) == "-1,234.5"
-    result = _common.read_json(ROOT / "benchmarks" / "results" / "overhead.json")
+    assert overhead_report._number(-0.04, 1) == "0.0"
+    assert overhead_report._number(-1234.5, 1) == "-1,234.5"
+    result = read_json(ROOT / "benchmarks" / "results" / "overhead.json")
     for versions in ({}, {"torch": "2.9.1", "torchjd": "0.17.0"}):
         result["meta"] = result["meta"] | versions
-        caption = _weighting_costs.peer_table(result).caption
+        caption = overhead_report.peer_table(result).caption
         named = " PyTorch 2.9.1, TorchJD 0.17.0." if versions else ""
         assert caption.endswith(f"the same framework.{named}")
 
@@ -455,9 +461,9 @@ def test_tables_of_costs_show_no_minus_zero_and_name_versions_that_are_known():
     ("benchmark", "stored_in", "names"),
     [
         (toy, "toy", toy.METHODS),
-        (_robustness_task, "robustness", _robustness_task.WEIGHTINGS),
-        (_weighting_costs, "overhead", _weighting_costs.MEASURED),
-        (_scaling_runs, "scaling", _scaling_runs.WEIGHTINGS),
+        (robustness, "robustness", robustness.WEIGHTINGS),
+        (overhead_methods, "overhead", overhead_methods.MEASURED),
+        (measurements, "scaling", measurements.WEIGHTINGS),
         (properties, "properties", properties.METHODS),
     ],
 )
@@ -470,14 +476,14 @@ def test_benchmarks_take_the_weightings_of_the_registry(benchmark, stored_in, na
         left_out = {name for name in known if name not in properties.METHODS}
     assert known - left_out <= taking_part
     assert not left_out & taking_part
-    result = _common.read_json(ROOT / "benchmarks" / "results" / f"{stored_in}.json")
+    result = read_json(ROOT / "benchmarks" / "results" / f"{stored_in}.json")
     assert known & {r["method"] for r in result["records"]} <= taking_part
 
 
 def test_properties_have_a_row_for_each_method(tmp_path):
     command_line.main(f"properties --methods equal,mgda --out {tmp_path}".split())
-    result = _common.read_json(tmp_path / "properties.json")
-    columns, rows, _ = properties.table(result)
+    result = read_json(tmp_path / "properties.json")
+    columns, rows, _ = properties_report.table(result)
     assert [row[0] for row in rows] == ["`equal`", "`mgda`"]
     assert set(rows[0][1:]) == {"yes", "-"}
     held = dict(zip(columns, rows[1], strict=True))

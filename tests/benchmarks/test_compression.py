@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import _common, compression
-from benchmarks import _compression_coder as coder
-from benchmarks import _compression_task as task
+from benchmarks.harness.options import Options
+from benchmarks.harness.results import read_json, select, values
+from benchmarks.tasks.compression import coder, jpeg, methods, report, task
+from benchmarks.tasks.compression import run as compression
 
 SEEDS = 2
 SIZE = task.SIZES["quick"]
@@ -190,7 +191,7 @@ def test_psnr():
 
 def test_jpeg_without_headers_is_smaller_and_better_with_quality(source):
     sizes, files, decoded = zip(
-        *(compression.jpeg(source.test, q, "4:4:4") for q in (10, 50, 90)), strict=True
+        *(jpeg.jpeg(source.test, q, "4:4:4") for q in (10, 50, 90)), strict=True
     )
     assert sizes[0] < sizes[1] < sizes[2]
     assert all(0 < s < f for s, f in zip(sizes, files, strict=True))
@@ -202,21 +203,21 @@ def test_rates_at_equal_quality():
     psnr = np.array([28.0, 30.0, 33.0, 36.0])
     bpp = np.array([0.3, 0.5, 1.0, 1.9])
     theirs = [(psnr, bpp)]
-    assert compression.bd_rate(theirs, theirs) == 0
-    np.testing.assert_allclose(compression.bd_rate([(psnr, bpp / 2)], theirs), -0.5)
+    assert report.bd_rate(theirs, theirs) == 0
+    np.testing.assert_allclose(report.bd_rate([(psnr, bpp / 2)], theirs), -0.5)
     # What is 1 dB better everywhere is measured where both are.
-    better = compression.bd_rate([(psnr + 1, bpp)], theirs)
+    better = report.bd_rate([(psnr + 1, bpp)], theirs)
     at = np.linspace(29, 36, 200)
-    expected = compression.log_rate(theirs, at - 1) - compression.log_rate(theirs, at)
+    expected = report.log_rate(theirs, at - 1) - report.log_rate(theirs, at)
     np.testing.assert_allclose(better, np.expm1(expected.mean()), rtol=1e-6)
     # One point is no curve, and curves without a common quality have no difference.
     for ours in ((psnr + 20, bpp), (psnr[1:2], bpp[1:2])):
-        assert math.isnan(compression.bd_rate([ours], theirs))
+        assert math.isnan(report.bd_rate([ours], theirs))
 
 
 def test_points_that_others_beat_are_left_out():
     psnr, bpp = np.array([30.0, 29.0, 31.0, 31.5]), np.array([1.0, 1.2, 0.9, 2.0])
-    kept = compression._ascending(psnr, bpp)
+    kept = report._ascending(psnr, bpp)
     np.testing.assert_array_equal(kept, [[31.0, 31.5], [0.9, 2.0]])
 
 
@@ -230,13 +231,13 @@ def folder(tmp_path_factory, source):
     with jax.numpy_rank_promotion("allow"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(task, "load", lambda size, data: few)
         size = {"preset": "quick", "seeds": SEEDS, "steps": 30}
-        compression.main(_common.Options("compression", **size, out=folder))
+        compression.main(Options("compression", **size, out=folder))
     return folder
 
 
 @pytest.fixture(scope="module")
 def result(folder):
-    return _common.read_json(folder / "compression.json")
+    return read_json(folder / "compression.json")
 
 
 def test_records_are_complete(result):
@@ -244,32 +245,32 @@ def test_records_are_complete(result):
     metrics = ("bpp", "entropy", "mse", "psnr")
     for method, weights in (("conditional", 3), ("fixed", 2)):
         for metric in metrics:
-            found = _common.select(records, method=method, metric=metric)
+            found = select(records, method=method, metric=metric)
             assert len(found) == SEEDS * weights
-        (seconds,) = _common.select(records, method=method, metric="run_seconds")
+        (seconds,) = select(records, method=method, metric="run_seconds")
         assert seconds["compute"] == (1 if method == "conditional" else weights)
-    jpegs = len(compression.QUALITIES) * len(compression.SUBSAMPLINGS)
-    assert len(_common.select(records, method="jpeg", metric="psnr")) == jpegs
-    assert len(compression.shared_weights(result)) == 2
+    jpegs = len(methods.QUALITIES) * len(methods.SUBSAMPLINGS)
+    assert len(select(records, method="jpeg", metric="psnr")) == jpegs
+    assert len(report.shared_weights(result)) == 2
     assert all(np.isfinite(r["value"]) for r in records)
 
 
 def test_bytes_are_close_to_the_entropy(result):
     coded = [r for r in result["records"] if r["method"] != "jpeg"]
-    bpp = _common.values(coded, metric="bpp")
-    entropy = _common.values(coded, metric="entropy")
+    bpp = values(coded, metric="bpp")
+    entropy = values(coded, metric="entropy")
     pixels = 40 * 48
     assert (np.abs(bpp - entropy) < 0.02 * entropy + 64 / pixels).all()
 
 
 def test_tables_and_figures_follow_from_the_file(folder, result):
-    table = compression.table(result)
+    table = report.table(result)
     assert len(table.rows) == 3
-    some = [table, compression.summary(result), *compression.tables(result).values()]
+    some = [table, report.summary(result), *report.tables(result).values()]
     for one in some:
         assert all(len(row) == len(one.columns) for row in one.rows)
-    assert len(compression.conclusions(result)) == 5
-    compression.figure(result, folder / "again.png")
+    assert len(report.conclusions(result)) == 5
+    report.figure(result, folder / "again.png")
     written = (folder / "compression.png").read_bytes()
     assert (folder / "again.png").read_bytes() == written
     with Image.open(folder / "compression_examples.png") as drawn:
@@ -277,12 +278,12 @@ def test_tables_and_figures_follow_from_the_file(folder, result):
 
 
 def test_gaps_are_of_the_objective(result):
-    weight = compression.shared_weights(result)[1]
+    weight = report.shared_weights(result)[1]
     ours, theirs = (
-        compression.objective(result, m, weight) for m in ("conditional", "fixed")
+        report.objective(result, m, weight) for m in ("conditional", "fixed")
     )
     np.testing.assert_allclose(
-        compression.gap(result, weight), ours - theirs, rtol=1e-3, atol=1e-3
+        report.gap(result, weight), ours - theirs, rtol=1e-3, atol=1e-3
     )
 
 

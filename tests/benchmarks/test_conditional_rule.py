@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import _conditional as rules
-from benchmarks import _experiment as experiment
-from benchmarks._conditional import Chosen, Conditional
-from benchmarks._experiment import CHOOSING, Run, Runs, Softmax
+from benchmarks.harness import conditional as rules
+from benchmarks.harness.conditional import Chosen, Conditional
+from benchmarks.harness.runs import CHOOSING, Run, Runs
+from benchmarks.harness.training import _compile, prepare
+from benchmarks.harness.variations import Softmax
 from tests.benchmarks.test_experiment import LANES, NAMES, STEPS, TASK
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -38,7 +39,7 @@ CUT = dataclasses.replace(TASK, draw=lambda data, key: split(TASK.draw(data, key
 def carry():
     """The model, trained in all lanes with different seeds."""
     configs, seeds = TRAINED.configure([{}] * LANES), jnp.arange(LANES)
-    program = experiment.prepare(CUT, TRAINED, configs, LANES)
+    program = prepare(CUT, TRAINED, configs, LANES)
     carry = program.init(seeds, configs)
     for _ in range(program.chunks):
         carry, _ = program.advance(carry, CUT.data, seeds, configs)
@@ -61,7 +62,7 @@ def test_without_a_range_it_is_training_with_constant_weights():
     models = []
     for rule, config in ((fixed, {}), (softmax, {"ratios": (0.5, 2.0), "learn": 0.0})):
         arrays, seeds = rule.configure([config] * LANES), jnp.arange(LANES)
-        program = experiment.prepare(TASK, rule, arrays, LANES)
+        program = prepare(TASK, rule, arrays, LANES)
         carry = program.init(seeds, arrays)
         for _ in range(program.chunks):
             carry, _ = program.advance(carry, TASK.data, seeds, arrays)
@@ -146,11 +147,11 @@ def experiment_batch(x, y):
 
 def test_all_ways_to_choose_share_the_programs_of_training(finished):
     del finished
-    before = experiment._compile.cache_info()
+    before = _compile.cache_info()
     configs = TRAINED.configure([{}] * LANES)
     for rule in ALL.values():
-        experiment.prepare(CUT, rule, configs, LANES)
-    after = experiment._compile.cache_info()
+        prepare(CUT, rule, configs, LANES)
+    after = _compile.cache_info()
     assert after.misses == before.misses
 
 

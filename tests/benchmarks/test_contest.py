@@ -13,20 +13,28 @@ import scipy.stats
 from PIL import Image
 
 from benchmarks import __main__ as command_line
-from benchmarks import (
-    _common,
-    _contest,
-    _depth_metrics,
-    _searches,
-    ablations,
-    depth,
-    segmentation,
-)
-from benchmarks import _experiment as experiment
-from benchmarks._camvid import VOID
-from benchmarks._contest import Contest, Method
-from benchmarks._experiment import Finished
-from benchmarks._searches import MEDIAN, ORACLE, VALIDATED, WORST
+from benchmarks.data.camvid import VOID
+from benchmarks.harness import contest as contests
+from benchmarks.harness import contest_report, contest_runs, timing
+from benchmarks.harness import runs as engine
+from benchmarks.harness import searches as searching
+from benchmarks.harness.contest import Contest, Method
+from benchmarks.harness.options import Options, UsageError
+from benchmarks.harness.results import parse, read_json, record, select, values
+from benchmarks.harness.runs import Finished, Run, Runs, settings
+from benchmarks.harness.searches import MEDIAN, ORACLE, VALIDATED, WORST
+from benchmarks.harness.tables import mean_sd
+from benchmarks.harness.training import Task
+from benchmarks.tasks.ablations import methods as ablations_methods
+from benchmarks.tasks.ablations import report as ablations_report
+from benchmarks.tasks.ablations import run as ablations
+from benchmarks.tasks.depth import methods as depth_methods
+from benchmarks.tasks.depth import metrics
+from benchmarks.tasks.depth import report as depth_report
+from benchmarks.tasks.depth import run as depth
+from benchmarks.tasks.segmentation import methods as segmentation_methods
+from benchmarks.tasks.segmentation import report as segmentation_report
+from benchmarks.tasks.segmentation import run as segmentation
 
 pytestmark = pytest.mark.usefixtures("any_rank", "quick_compilation")
 
@@ -41,8 +49,18 @@ MODULES = {
     "segmentation": segmentation,
     "segmentation_camvid": segmentation,
 }
+COMPARED = {
+    "depth": depth_methods,
+    "segmentation": segmentation_methods,
+    "segmentation_camvid": segmentation_methods,
+}
+REPORTS = {
+    "depth": depth_report,
+    "segmentation": segmentation_report,
+    "segmentation_camvid": segmentation_report,
+}
 METRICS = {
-    "depth": _depth_metrics.METRICS,
+    "depth": metrics.METRICS,
     "segmentation": ("mIoU",),
     "segmentation_camvid": ("mIoU",),
 }
@@ -83,7 +101,7 @@ def folder(tmp_path_factory, camvid):
         patch.setattr(depth.task, "make", functools.cache(depth.task.make))
         for name in FILES:
             command_line.main(command(name, folder, camvid))
-        patch.setattr(experiment.Runs, "_train", None)
+        patch.setattr(Runs, "_train", None)
         (folder / "resumed").mkdir()
         written = folder / "depth" / "depth.json"
         kept = written.read_text()
@@ -95,7 +113,7 @@ def folder(tmp_path_factory, camvid):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    return {name: _common.read_json(folder / name / f"{name}.json") for name in FILES}
+    return {name: read_json(folder / name / f"{name}.json") for name in FILES}
 
 
 @pytest.fixture(params=FILES)
@@ -109,7 +127,7 @@ def result(name, results):
 
 
 def domains(name):
-    contest = MODULES[name].contest(None)
+    contest = COMPARED[name].contest(None)
     return (contest.seen, *contest.unseen)
 
 
@@ -129,7 +147,7 @@ def test_every_method_has_every_metric_domain_and_seed(name, result):
     for method in METHODS[name]:
         for config in choices.get(method, ("",)):
             for seed in range(SEEDS):
-                records = _common.select(
+                records = select(
                     result["records"], method=method, config=config, seed=seed
                 )
                 assert len(records) == len(wanted)
@@ -140,15 +158,15 @@ def test_every_method_has_every_metric_domain_and_seed(name, result):
 
 def test_the_runs_of_a_search_have_the_metric_and_the_validation(name, result):
     task = MODULES[name].task
-    records = _common.select(result["records"], method="grid")
+    records = select(result["records"], method="grid")
     runs = [r for r in records if "=" in r["config"]]
     tried = {r["config"] for r in runs}
     assert len(tried) == MODULES[name].BUDGET["quick"] == 2
-    assert all(tuple(_common.parse(c)) == task.AUXILIARY for c in tried)
-    metric = MODULES[name].METRIC
+    assert all(tuple(parse(c)) == task.AUXILIARY for c in tried)
+    metric = COMPARED[name].METRIC
     for config in tried:
         for seed in range(SEEDS):
-            of_run = _common.select(runs, config=config, seed=seed)
+            of_run = select(runs, config=config, seed=seed)
             assert sorted((r["metric"], r["domain"] or "") for r in of_run) == sorted(
                 [(metric, d) for d in domains(name)] + [("validation", "")]
             )
@@ -156,42 +174,40 @@ def test_the_runs_of_a_search_have_the_metric_and_the_validation(name, result):
 
 def test_domains_kept_out_of_training_are_marked(name, result):
     seen, *unseen = domains(name)
-    for record in result["records"]:
-        assert record["unseen"] == (record["domain"] in unseen)
-        assert record["domain"] in (None, seen, *unseen)
+    for found in result["records"]:
+        assert found["unseen"] == (found["domain"] in unseen)
+        assert found["domain"] in (None, seen, *unseen)
 
 
 def test_a_run_costs_one_and_a_choice_the_whole_search(name, result):
-    for record in result["records"]:
-        whole = record["config"] in (VALIDATED, ORACLE)
-        expected = 0 if record["method"] == "constant" else 2 if whole else 1
-        assert record["compute"] == expected
+    for found in result["records"]:
+        whole = found["config"] in (VALIDATED, ORACLE)
+        expected = 0 if found["method"] == "constant" else 2 if whole else 1
+        assert found["compute"] == expected
 
 
 def test_validation_chooses(name, result):
     for seed in range(SEEDS):
-        records = _common.select(result["records"], method="grid", seed=seed)
+        records = select(result["records"], method="grid", seed=seed)
         runs = [r for r in records if "=" in r["config"]]
-        best = int(np.argmax(_common.values(runs, metric="validation")))
+        best = int(np.argmax(values(runs, metric="validation")))
         for domain in domains(name):
-            wanted = {"metric": MODULES[name].METRIC, "domain": domain}
-            chosen = _common.select(records, config=VALIDATED)
-            expected = _common.values(runs, **wanted)[best]
-            assert _common.values(chosen, **wanted) == [expected]
+            wanted = {"metric": COMPARED[name].METRIC, "domain": domain}
+            chosen = select(records, config=VALIDATED)
+            expected = values(runs, **wanted)[best]
+            assert values(chosen, **wanted) == [expected]
 
 
 def test_weights_sum_to_one(name, result):
     for method in METHODS[name]:
         for config in {r["config"] for r in result["records"]}:
-            found = _common.select(result["records"], method=method, config=config)
-            weights = [
-                _common.values(found, metric=f"weight:{n}") for n in losses(name)
-            ]
+            found = select(result["records"], method=method, config=config)
+            weights = [values(found, metric=f"weight:{n}") for n in losses(name)]
             np.testing.assert_allclose(np.sum(weights, axis=0), 1, atol=1e-4)
-    equal = _common.select(result["records"], method="equal")
+    equal = select(result["records"], method="equal")
     for n in losses(name):
         share = 1 / len(losses(name))
-        found = _common.values(equal, metric=f"weight:{n}")
+        found = values(equal, metric=f"weight:{n}")
         np.testing.assert_allclose(found, share, rtol=1e-4)
 
 
@@ -230,7 +246,7 @@ def test_a_folder_of_images_is_told_from_scenes(results):
 
 
 def test_resuming_a_finished_benchmark_trains_nothing(folder, results):
-    resumed = _common.read_json(folder / "resumed" / "depth.json")
+    resumed = read_json(folder / "resumed" / "depth.json")
     assert resumed["records"] == results["depth"]["records"]
     assert resumed["history"] == results["depth"]["history"]
 
@@ -250,14 +266,14 @@ def nothing_is_trained(monkeypatch):
     monkeypatch.setattr(depth.task, "make", None)
     monkeypatch.setattr(segmentation.task, "make", None)
     monkeypatch.setattr(segmentation.task, "load", None)
-    monkeypatch.setattr(experiment, "prepare", None)
+    monkeypatch.setattr(engine, "prepare", None)
 
 
 @pytest.mark.usefixtures("nothing_is_trained")
 def test_tables_follow_from_the_file(name, result):
-    module = MODULES[name]
-    everything = [module.table(result), module.summary(result)]
-    everything += module.tables(result).values()
+    report = REPORTS[name]
+    everything = [report.table(result), report.summary(result)]
+    everything += report.tables(result).values()
     for table in everything:
         assert all(len(row) == len(table.columns) for row in table.rows)
         assert all(isinstance(cell, str) for row in table.rows for cell in row)
@@ -274,20 +290,20 @@ def test_tables_follow_from_the_file(name, result):
         "grid, worst point",
     ]
     equal = full.rows[labels.index("equal weights")]
-    records = _common.select(result["records"], method="equal", metric=module.METRIC)
+    records = select(result["records"], method="equal", metric=COMPARED[name].METRIC)
     for domain in domains(name):
-        expected = _common.mean_sd(_common.values(records, domain=domain))
+        expected = mean_sd(values(records, domain=domain))
         assert equal[full.columns.index(domain)] == expected
     by_seed = [
         np.mean([r["value"] for r in records if r["unseen"] and r["seed"] == seed])
         for seed in range(SEEDS)
     ]
-    assert equal[full.columns.index("mean unseen")] == _common.mean_sd(by_seed)
+    assert equal[full.columns.index("mean unseen")] == mean_sd(by_seed)
 
 
 @pytest.mark.usefixtures("nothing_is_trained")
 def test_the_figure_is_redrawn_from_the_file(name, result, folder, tmp_path):
-    MODULES[name].figure(result, tmp_path / "again.png")
+    REPORTS[name].figure(result, tmp_path / "again.png")
     written = folder / name / f"{name}.png"
     assert (tmp_path / "again.png").read_bytes() == written.read_bytes()
     assert (folder / name / f"{name}_examples.png").stat().st_size > 10_000
@@ -296,7 +312,7 @@ def test_the_figure_is_redrawn_from_the_file(name, result, folder, tmp_path):
 def raised(result, method, values, config=""):
     """The result with these values, one for each seed, of a method in all domains."""
     changed = json.loads(json.dumps(result))
-    for r in _common.select(changed["records"], method=method, config=config):
+    for r in select(changed["records"], method=method, config=config):
         if r["domain"] is not None:
             r["value"] = values[r["seed"]]
     return changed
@@ -310,10 +326,10 @@ def raised(result, method, values, config=""):
 def test_claims_follow_from_the_records(values, verdict, results):
     result = raised(results["depth"], "equal", (50.0, 50.0))
     result = raised(result, "yoto", values)
-    rows = depth.tables(result)["depth-claims"].rows
+    rows = depth_report.tables(result)["depth-claims"].rows
     # The first of the two is about YOTO, the other about the best train-once method.
     _, difference, found = next(row for row in rows if row[0] == "- equal weights")
-    assert difference == _common.mean_sd(np.array(values) - 50)
+    assert difference == mean_sd(np.array(values) - 50)
     assert verdict in found
     assert ("did not" in verdict) == ("did not" in found)
     # There is no such method in the records.
@@ -324,36 +340,38 @@ def test_claims_follow_from_the_records(values, verdict, results):
 def test_the_best_train_once_method_learns_its_weights(results):
     result = raised(results["depth"], "equal", (99.0, 99.0))
     result = raised(result, "aligned", (98.0, 98.0))
-    view = depth.view(result)
-    assert _contest.best_train_once(view) == "aligned"
-    assert any("softmax alignment" in row[0] for row in _contest.claims(view).rows)
+    view = depth_report.view(result)
+    assert contest_report.best_train_once(view) == "aligned"
+    assert any(
+        "softmax alignment" in row[0] for row in contest_report.claims(view).rows
+    )
 
 
 def test_costs_are_read_from_the_records(results, monkeypatch):
-    ratios = {"aligned": [1.5, 1.6, 1.7], _contest.PLAIN: [1.0] * 3}
+    ratios = {"aligned": [1.5, 1.6, 1.7], contests.PLAIN: [1.0] * 3}
     asked = {}
 
     def step_ratios(task, rules, baseline, rounds):
         asked.update(rules)
-        assert (baseline, rounds) == (_contest.PLAIN, 3)
+        assert (baseline, rounds) == (contests.PLAIN, 3)
         return {name: np.array(ratios.get(name, [1.1] * 3)) for name in rules}
 
     speed = lambda task, rule, config, lanes, rounds: np.array([5.0, 3.0, 4.0])
-    monkeypatch.setattr(experiment, "step_ratios", step_ratios)
-    monkeypatch.setattr(experiment, "sweep_speed", speed)
-    contest = depth.contest(SimpleNamespace(auxiliary=depth.task.AUXILIARY))
-    records = _contest.costs(contest, METHODS["depth"], 3)
+    monkeypatch.setattr(timing, "step_ratios", step_ratios)
+    monkeypatch.setattr(timing, "sweep_speed", speed)
+    contest = depth_methods.contest(SimpleNamespace(auxiliary=depth.task.AUXILIARY))
+    records = contest_runs.costs(contest, METHODS["depth"], 3)
     assert set(asked) == {"softmax", "plain", "plain again", "aligned"}
     assert asked["plain"][0] is asked["plain again"][0]
     result = dict(results["depth"])
     result["records"] = result["records"] + records
-    table = depth.tables(result)["depth-costs"]
+    table = depth_report.tables(result)["depth-costs"]
     assert dict(table.rows)["softmax alignment, held-out objective"] == (
         "1.600 (1.550 to 1.650)"
     )
     assert "as long as 3.8 one by one (4.00 times faster" in table.caption
-    rows = {row[0]: row for row in depth.table(result).rows}
-    runs = depth.table(result).columns.index("runs")
+    rows = {row[0]: row for row in depth_report.table(result).rows}
+    runs = depth_report.table(result).columns.index("runs")
     assert rows["softmax alignment, held-out objective"][runs] == "1.6"
     assert rows["YOTO, library defaults"][runs] == "1.1"
     assert rows["equal weights"][runs] == "1"
@@ -365,7 +383,7 @@ def test_costs_are_read_from_the_records(results, monkeypatch):
 NAMES = ("a", "b")
 
 
-class Recorded(_searches.Points):
+class Recorded(searching.Points):
     """Points one by one, and what was told of them."""
 
     def __init__(self, points):
@@ -416,18 +434,18 @@ def points(n):
 
 
 def chosen(records, config, seed):
-    found = _common.select(records, config=config, seed=seed, metric="score")
-    return _common.values(found, domain="far") + 1, {r["compute"] for r in found}
+    found = select(records, config=config, seed=seed, metric="score")
+    return values(found, domain="far") + 1, {r["compute"] for r in found}
 
 
 @pytest.mark.parametrize("better", [1, -1])
 @pytest.mark.parametrize("one_by_one", [True, False])
 def test_a_search_chooses_by_validation_where_the_test_disagrees(one_by_one, better):
-    make = Recorded if one_by_one else _searches.Points
+    make = Recorded if one_by_one else searching.Points
     searches = [make(points(7)) for _ in range(SEEDS)]
     # By validation the larger is the better, on the test it is the worse.
     runs = Trained(lambda x, seed: x + 10 * seed, lambda x, seed: -better * x)
-    records = _contest.search(contest_of(searches, better), "grid", runs, SEEDS)
+    records = contest_runs.search(contest_of(searches, better), "grid", runs, SEEDS)
     for seed in range(SEEDS):
         value = lambda config, seed=seed: chosen(records, config, seed)
         assert value(VALIDATED) == (-better * 7, {7})
@@ -444,17 +462,17 @@ def test_a_search_chooses_by_validation_where_the_test_disagrees(one_by_one, bet
 
 
 def test_seeds_of_a_search_train_side_by_side():
-    searches = [_searches.Points(points(3)) for _ in range(SEEDS)]
+    searches = [searching.Points(points(3)) for _ in range(SEEDS)]
     runs = Trained(lambda x, seed: x, lambda x, seed: x)
-    _contest.search(contest_of(searches), "grid", runs, SEEDS)
+    contest_runs.search(contest_of(searches), "grid", runs, SEEDS)
     assert [run.seed for run in runs.runs] == [0, 1] * 3
 
 
 @pytest.mark.parametrize(("runs", "budgets"), [(5, ()), (10, (5,)), (15, (5, 10))])
 def test_smaller_budgets_are_those_that_are_smaller(runs, budgets):
-    searches = [_searches.Points(points(runs))]
+    searches = [searching.Points(points(runs))]
     trained = Trained(lambda x, seed: -abs(x - 7), lambda x, seed: x)
-    records = _contest.search(contest_of(searches), "grid", trained, 1)
+    records = contest_runs.search(contest_of(searches), "grid", trained, 1)
     configs = {r["config"] for r in records if "=" not in r["config"]}
     smaller = {f"{VALIDATED}, {n} runs" for n in budgets}
     assert configs == {VALIDATED, ORACLE, MEDIAN, WORST} | smaller
@@ -464,28 +482,28 @@ def test_smaller_budgets_are_those_that_are_smaller(runs, budgets):
 
 
 def test_a_run_that_diverged_is_not_chosen():
-    searches = [_searches.Points(points(4))]
+    searches = [searching.Points(points(4))]
     diverged = lambda x, seed: math.nan if x == 4 else x
     runs = Trained(diverged, lambda x, seed: x)
-    records = _contest.search(contest_of(searches), "grid", runs, 1)
+    records = contest_runs.search(contest_of(searches), "grid", runs, 1)
     assert chosen(records, VALIDATED, 0)[0] == 3
 
 
 def test_the_same_weights_are_described_alike():
     task = SimpleNamespace(auxiliary=NAMES)
-    assert _contest.describe(task, (_contest.NONE, 0.25)) == "a=0 b=0.25"
+    assert contest_runs.config_of(task, (contests.NONE, 0.25)) == "a=0 b=0.25"
 
 
 def read(records, labels=("grid", "random", "tpe")):
-    named = {method: (method, _contest.SOFTMAX) for method in labels}
+    named = {method: (method, contests.SOFTMAX) for method in labels}
     unseen = ("far", "farther")
-    return _contest.View({"records": records}, named, "score", 1, "near", unseen)
+    return contest_report.View({"records": records}, named, "score", 1, "near", unseen)
 
 
 def searched(method, validation, test):
     """Records of the runs of a search, seed by seed."""
     return [
-        _common.record(method, metric, value, config=f"a={i}", seed=seed, domain=domain)
+        record(method, metric, value, config=f"a={i}", seed=seed, domain=domain)
         for seed, (of_seed, tests) in enumerate(zip(validation, test, strict=True))
         for i in range(len(of_seed))
         for metric, domain, value in (
@@ -501,7 +519,7 @@ def test_the_curve_of_a_search_is_the_validated_best_of_n():
     validation, test = rng.normal(size=(2, SEEDS, 6)).round(3)
     for method in ("grid", "random", "tpe"):
         view = read(searched(method, validation, test))
-        curve = _contest.search_curve(view, method)
+        curve = contest_report.search_curve(view, method)
         if method == "tpe":  # Its runs build on those before.
             expected = [
                 [t[np.argmax(v[:n])] for n in range(1, 7)]
@@ -509,17 +527,17 @@ def test_the_curve_of_a_search_is_the_validated_best_of_n():
             ]
         else:
             expected = [
-                _searches.best_of_n(v, t) for v, t in zip(validation, test, strict=True)
+                searching.best_of_n(v, t) for v, t in zip(validation, test, strict=True)
             ]
         np.testing.assert_allclose(curve, np.mean(expected, axis=0), atol=1e-4)
         chosen = [t[np.argmax(v)] for v, t in zip(validation, test, strict=True)]
         np.testing.assert_allclose(curve[-1], np.mean(chosen), atol=1e-4)
-    assert _contest.search_curve(read([]), "grid") is None
+    assert contest_report.search_curve(read([]), "grid") is None
 
 
 def test_a_run_that_diverged_is_not_in_the_curve():
     validation, test = [[math.nan, 1.0, math.nan, 2.0]], [[9.0, 1.0, 8.0, 2.0]]
-    curve = _contest.search_curve(read(searched("tpe", validation, test)), "tpe")
+    curve = contest_report.search_curve(read(searched("tpe", validation, test)), "tpe")
     np.testing.assert_allclose(curve, [9.0, 1.0, 1.0, 2.0])
 
 
@@ -528,7 +546,7 @@ def test_methods_that_are_not_drawn_leave_an_empty_figure(results, tmp_path):
     result["records"] = [
         r | {"method": "rho-1"} for r in result["records"] if r["method"] == "equal"
     ]
-    depth.figure(result, tmp_path / "empty.png")
+    depth_report.figure(result, tmp_path / "empty.png")
     assert (tmp_path / "empty.png").exists()
 
 
@@ -553,24 +571,24 @@ def test_a_folder_without_images_is_refused(capsys, tmp_path):
 
 
 def test_gp_without_torch_is_refused_where_asked_for(monkeypatch, tmp_path):
-    monkeypatch.setattr(_searches, "has_gp", lambda: False)
-    options = _common.Options("depth", ("equal", "gp"), preset="quick", out=tmp_path)
-    with pytest.raises(_common.UsageError, match=r"gp needs PyTorch: pip install"):
-        _contest.check(depth.contest(None), options)
+    monkeypatch.setattr(searching, "has_gp", lambda: False)
+    options = Options("depth", ("equal", "gp"), preset="quick", out=tmp_path)
+    with pytest.raises(UsageError, match=r"gp needs PyTorch: pip install"):
+        contests.check(depth_methods.contest(None), options)
     assert not list(tmp_path.iterdir())
 
 
 def test_gp_without_torch_is_left_out_otherwise(monkeypatch, capsys):
     names = ("grid", "gp")
-    monkeypatch.setattr(_searches, "has_gp", lambda: False)
-    assert _contest.available(names, asked=False) == ("grid",)
+    monkeypatch.setattr(searching, "has_gp", lambda: False)
+    assert contests.available(names, asked=False) == ("grid",)
     assert "gp is left out" in capsys.readouterr().out
-    monkeypatch.setattr(_searches, "has_gp", lambda: True)
-    assert _contest.available(names, asked=False) == names
-    assert _contest.available(names, asked=True) == names
+    monkeypatch.setattr(searching, "has_gp", lambda: True)
+    assert contests.available(names, asked=False) == names
+    assert contests.available(names, asked=True) == names
 
 
-@pytest.mark.parametrize("module", [depth, segmentation])
+@pytest.mark.parametrize("module", [depth_methods, segmentation_methods])
 def test_every_method_has_a_rule_and_settings_of_it(module):
     contest = module.contest(None)
     for method in contest.methods.values():
@@ -579,25 +597,25 @@ def test_every_method_has_a_rule_and_settings_of_it(module):
             continue
         rule = contest.rules[method.rule]
         config = method.config or {}
-        if method.rule == _contest.SOFTMAX:
+        if method.rule == contests.SOFTMAX:
             assert len(config["ratios"]) == len(module.task.AUXILIARY)
-        experiment.settings(**config)
+        settings(**config)
         rule.configure([config])
     keys = [
-        experiment.Run(m.rule, 0, experiment.settings(**(m.config or {}))).key
+        Run(m.rule, 0, settings(**(m.config or {}))).key
         for m in contest.methods.values()
         if not m.search
     ]
     assert len(set(keys)) == len(keys)
 
 
-@pytest.mark.parametrize("module", [depth, segmentation])
+@pytest.mark.parametrize("module", [depth_methods, segmentation_methods])
 def test_searches_have_the_budget_of_the_paper_or_less(module):
     for budget in (None, 2):
         methods = module.contest(None, budget).methods
         for name in ("grid", "random", "tpe"):
             search = methods[name].search(0)
-            expected = len(module.GRID) if name == "grid" else max(_contest.BUDGETS)
+            expected = len(module.GRID) if name == "grid" else max(contests.BUDGETS)
             assert search.budget == (budget or expected)
         first, other = (methods["random"].search(seed).ask() for seed in range(2))
         assert not set(first) & set(other)
@@ -626,7 +644,7 @@ class Made:
         weights = relative / relative.sum()
         value = 50 + run.seed + min(config.get("rho", 10.0), 100.0) / 100
         seen = (depth.task.SEEN, *depth.task.UNSEEN)
-        values = {(ablations.METRIC, domain): value for domain in seen}
+        values = {(ablations_methods.METRIC, domain): value for domain in seen}
         values["validation", None] = value
         for i, n in enumerate(self.task.names):
             values[f"weight:{n}", None] = float(weights[i])
@@ -645,10 +663,10 @@ def ablated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablations")
 
     def make(size, extra=0):
-        fields = dict.fromkeys(experiment.Task.__dataclass_fields__)
+        fields = dict.fromkeys(Task.__dataclass_fields__)
         auxiliary = (*depth.task.AUXILIARY, *depth.task.EXTRA[:extra])
         given = {"name": "depth", "primary": depth.task.PRIMARY, "lanes": 3}
-        return experiment.Task(**fields | given | {"auxiliary": auxiliary}), {}, None
+        return Task(**fields | given | {"auxiliary": auxiliary}), {}, None
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ablations.task, "make", make)
@@ -669,10 +687,13 @@ def test_ablations_plan_as_many_runs_as_they_train(ablated):
 
 def test_ablations_are_read_from_the_file(ablated, tmp_path):
     folder, *_ = ablated
-    result = _common.read_json(folder / "ablations.json")
-    table = ablations.table(result)
+    result = read_json(folder / "ablations.json")
+    table = ablations_report.table(result)
     rows = {row[0]: row[1:] for row in table.rows}
-    assert len(rows) == len(ablations.VARIANTS) + len(ablations.REPLAYED) + 1
+    assert (
+        len(rows)
+        == len(ablations_methods.VARIANTS) + len(ablations_methods.REPLAYED) + 1
+    )
     assert rows["YOTO, library defaults (rho 10)"][1] == "50.6 ± 0.7"
     assert rows["YOTO, library defaults (rho 10)"][2:4] == ["", ""]
     # Every seed is as much worse as the others.
@@ -680,11 +701,11 @@ def test_ablations_are_read_from_the_file(ablated, tmp_path):
     assert rows["exp(mu), not normalised"][3] == ""
     assert rows["equal weights"][4] == "0.33 / 0.33 / 0.33"
     assert rows["constant, YOTO's final weights"][4] == "0.83 / 0.083 / 0.083"
-    counts = ablations.tables(result)["ablations-losses"]
+    counts = ablations_report.tables(result)["ablations-losses"]
     assert [row[0] for row in counts.rows] == ["2", "8"]
     assert "collapse" in counts.rows[1][-1]
     written = (folder / "ablations.png").read_bytes()
-    ablations.figure(result, Path(tmp_path / "again.png"))
+    ablations_report.figure(result, Path(tmp_path / "again.png"))
     assert (tmp_path / "again.png").read_bytes() == written
 
 
@@ -693,17 +714,17 @@ def test_ablations_have_parts(ablated, monkeypatch, tmp_path):
     monkeypatch.setattr(ablations.task, "make", ablated[2])
     words = f"ablations --seeds {SEEDS} --methods equal,aligned --out {tmp_path}"
     command_line.main(words.split())
-    result = _common.read_json(tmp_path / "ablations.json")
+    result = read_json(tmp_path / "ablations.json")
     assert {r["method"] for r in result["records"]} == {"equal", "K aligned"}
     numbers = ["auxiliary=4", "auxiliary=6", "auxiliary=8", "auxiliary=2"]
-    assert ablations.configs(result, "K aligned") == numbers
+    assert ablations_report.configs(result, "K aligned") == numbers
     assert not list(tmp_path.glob("*.png"))
 
 
 def test_the_range_test_of_two_points_is_the_paired_t_test():
     found = np.random.default_rng(0).normal(size=(2, 6)) + np.array([[0.0], [0.8]])
     expected = scipy.stats.ttest_rel(*found).pvalue
-    np.testing.assert_allclose(_contest.range_test(found), expected, rtol=1e-6)
+    np.testing.assert_allclose(contest_report.range_test(found), expected, rtol=1e-6)
 
 
 def test_the_range_test_does_not_see_what_seeds_have_in_common():
@@ -711,5 +732,5 @@ def test_the_range_test_does_not_see_what_seeds_have_in_common():
     found = rng.normal(size=(5, 3))
     shifted = found + 100 * rng.normal(size=3)
     np.testing.assert_allclose(
-        _contest.range_test(shifted), _contest.range_test(found), rtol=1e-6
+        contest_report.range_test(shifted), contest_report.range_test(found), rtol=1e-6
     )

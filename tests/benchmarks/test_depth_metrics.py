@@ -5,21 +5,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import _depth_metrics as depth_task
-from benchmarks import _scenes
-from benchmarks._depth_metrics import Warp
+from benchmarks.data import cameras as depth_cameras
+from benchmarks.data import scenes
+from benchmarks.tasks.depth import losses as depth_losses
+from benchmarks.tasks.depth import metrics as depth_task
+from benchmarks.tasks.depth import views as depth_views
+from benchmarks.tasks.depth.views import Warp
 
-silog = jax.jit(depth_task.silog)
-silog_gradient = jax.jit(jax.grad(depth_task.silog))
-random_warp = jax.jit(depth_task.random_warp, static_argnums=1)
-warp_images = jax.jit(depth_task.warp_images)
-warp_depth = jax.jit(depth_task.warp_depth)
-warp_nearest = jax.jit(depth_task.warp_nearest)
-warp_angles = jax.jit(depth_task.warp_angles, static_argnums=(2, 3))
-warp_directions = jax.jit(depth_task.warp_directions, static_argnums=(2, 3))
-seen_by_both = jax.jit(depth_task.seen_by_both, static_argnums=(2, 3))
-relative = jax.jit(depth_task.relative)
-invariance = jax.jit(depth_task.invariance)
+silog = jax.jit(depth_losses.silog)
+silog_gradient = jax.jit(jax.grad(depth_losses.silog))
+random_warp = jax.jit(depth_views.random_warp, static_argnums=1)
+warp_images = jax.jit(depth_views.warp_images)
+warp_depth = jax.jit(depth_views.warp_depth)
+warp_nearest = jax.jit(depth_views.warp_nearest)
+warp_angles = jax.jit(depth_views.warp_angles, static_argnums=(2, 3))
+warp_directions = jax.jit(depth_views.warp_directions, static_argnums=(2, 3))
+seen_by_both = jax.jit(depth_views.seen_by_both, static_argnums=(2, 3))
+relative = jax.jit(depth_views.relative)
+invariance = jax.jit(depth_losses.invariance)
 jitted_metrics = jax.jit(depth_task.depth_metrics)
 
 HEIGHT, WIDTH = 8, 12
@@ -125,7 +128,7 @@ def test_silog_and_its_gradient_are_finite_with_hardly_a_valid_pixel(valid):
 
 def test_camera_loss_is_the_mean_square_over_pixels_and_both_angles():
     angles = rng().normal(size=(2, 3, 4, 2))
-    loss = depth_task.camera(f32(angles + np.array([0.1, -0.3])), f32(angles))
+    loss = depth_losses.camera(f32(angles + np.array([0.1, -0.3])), f32(angles))
     np.testing.assert_allclose(loss, (0.1**2 + 0.3**2) / 2, rtol=1e-5)
 
 
@@ -148,11 +151,11 @@ def test_a_random_view_is_inside_the_image_or_shows_all_of_it():
 
 def test_the_identity_changes_nothing():
     images = f32(rng().uniform(size=(3, HEIGHT, WIDTH, 2)))
-    warp = depth_task.identity(3)
+    warp = depth_views.identity(3)
     np.testing.assert_array_equal(warp_images(images, warp), images)
     np.testing.assert_array_equal(warp_depth(images[..., 0], warp), images[..., 0])
     np.testing.assert_array_equal(
-        depth_task.warp_focal(f32([1, 2, 3]), warp), [1, 2, 3]
+        depth_views.warp_focal(f32([1, 2, 3]), warp), [1, 2, 3]
     )
     assert np.all(seen_by_both(warp, warp, HEIGHT, WIDTH))
 
@@ -219,10 +222,10 @@ def ramp(x, y):
 
 def test_a_linear_ramp_is_warped_exactly_where_the_view_is_inside():
     warp = some_warps(scale=(1.2, 1.6))
-    image = ramp(*sources(depth_task.identity(3), HEIGHT, WIDTH))
+    image = ramp(*sources(depth_views.identity(3), HEIGHT, WIDTH))
     view = ramp(*sources(warp, HEIGHT, WIDTH))
     # All but half a pixel of the image has pixels around it.
-    inside = seen_by_both(depth_task.identity(3), warp, HEIGHT, WIDTH)
+    inside = seen_by_both(depth_views.identity(3), warp, HEIGHT, WIDTH)
     assert np.mean(inside) > 0.8
     actual = np.asarray(warp_images(f32(image), warp))
     np.testing.assert_allclose(actual[inside], view[inside], atol=2e-6)
@@ -259,12 +262,12 @@ def test_without_a_shift_a_view_has_the_camera_of_its_focal_length():
     warp = Warp(f32([0.8, 1.5, 1.0]), jnp.zeros((3, 2)))
     directions = warp_directions(focal, warp, HEIGHT, WIDTH)
     angles = warp_angles(focal, warp, HEIGHT, WIDTH)
-    zoomed = depth_task.warp_focal(focal, warp)
+    zoomed = depth_views.warp_focal(focal, warp)
     np.testing.assert_allclose(
-        directions, _scenes.ray_directions(zoomed, HEIGHT, WIDTH), atol=1e-6
+        directions, scenes.ray_directions(zoomed, HEIGHT, WIDTH), atol=1e-6
     )
     np.testing.assert_allclose(
-        angles, _scenes.ray_angles(zoomed, HEIGHT, WIDTH), atol=1e-6
+        angles, scenes.ray_angles(zoomed, HEIGHT, WIDTH), atol=1e-6
     )
 
 
@@ -285,7 +288,7 @@ def test_a_point_keeps_its_direction_in_every_view():
     actual = warp_angles(f32(focal), warp, HEIGHT, WIDTH)
     np.testing.assert_allclose(actual, angles, atol=2e-6)
     np.testing.assert_allclose(
-        depth_task.directions_of(actual), directions, rtol=1e-5, atol=2e-6
+        depth_cameras.directions_of(actual), directions, rtol=1e-5, atol=2e-6
     )
 
 
@@ -336,7 +339,7 @@ def test_invariance_equals_its_definition():
 def test_invariance_has_no_gradient_in_its_target_and_none_without_overlap():
     warp1, warp2 = some_warps(1), some_warps(2)
     features1, features2 = f32(rng().normal(size=(2, 3, HEIGHT, WIDTH, 2)))
-    gradients = jax.jit(jax.grad(depth_task.invariance, argnums=(0, 1)))
+    gradients = jax.jit(jax.grad(depth_losses.invariance, argnums=(0, 1)))
     gradient1, gradient2 = gradients(features1, features2, warp1, warp2)
     assert np.any(gradient1 != 0)
     assert np.all(gradient2 == 0)
@@ -353,7 +356,7 @@ def test_invariance_has_no_gradient_in_its_target_and_none_without_overlap():
 
 def some_directions(n=3, height=HEIGHT, width=WIDTH):
     focal = jnp.linspace(0.7, 1.2, n)
-    return warp_directions(focal, depth_task.identity(n), height, width)
+    return warp_directions(focal, depth_views.identity(n), height, width)
 
 
 def metrics_oracle(depth_hat, directions_hat, depth, directions, max_depth, grid):
@@ -500,12 +503,12 @@ def test_all_of_it_runs_under_vmap():
     focal = jnp.ones(3)
 
     def one_run(warp1, warp2):
-        view = depth_task.warp_images(images, warp1)
-        depth = depth_task.warp_depth(images[..., 0], warp1)
-        directions = depth_task.warp_directions(focal, warp1, HEIGHT, WIDTH)
+        view = depth_views.warp_images(images, warp1)
+        depth = depth_views.warp_depth(images[..., 0], warp1)
+        directions = depth_views.warp_directions(focal, warp1, HEIGHT, WIDTH)
         return {
-            "silog": depth_task.silog(jnp.log(view[..., 0]), depth),
-            "invariance": depth_task.invariance(view, images, warp1, warp2),
+            "silog": depth_losses.silog(jnp.log(view[..., 0]), depth),
+            "invariance": depth_losses.invariance(view, images, warp1, warp2),
             **depth_task.depth_metrics(depth + 0.1, directions, depth, directions),
         }
 

@@ -14,11 +14,15 @@ import optax
 import pytest
 
 import yoto_jax as yoto
-from benchmarks import _digits_task as digits_task
-from benchmarks import _experiment as experiment
-from benchmarks import _lanes
-from benchmarks._common import UsageError
-from benchmarks._experiment import DOWNSTREAM, Run, Runs, Softmax, Weighted, settings
+from benchmarks.harness import lanes as lane_devices
+from benchmarks.harness import runs as engine
+from benchmarks.harness import timing
+from benchmarks.harness.options import UsageError
+from benchmarks.harness.rules import Weighted
+from benchmarks.harness.runs import HISTORY_POINTS, Run, Runs, settings, thinned
+from benchmarks.harness.training import DOWNSTREAM, Carry, Task, prepare
+from benchmarks.harness.variations import Softmax, Switches
+from benchmarks.tasks.digits import task as digits_task
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -96,7 +100,7 @@ def validate(models):
     return -evaluate(models)["error", "shifted"]
 
 
-TASK = experiment.Task(
+TASK = Task(
     name="toy",
     settings={"steps": STEPS},
     primary="fit",
@@ -129,7 +133,7 @@ class Trained(NamedTuple):
 def train(rule, configs, seeds, data=TASK.data):
     """Models and curves of runs, lane by lane."""
     arrays, seeds = rule.configure(configs), jnp.asarray(seeds)
-    program = experiment.prepare(TASK, rule, arrays, len(configs))
+    program = prepare(TASK, rule, arrays, len(configs))
     carry, parts = program.init(seeds, arrays), []
     for _ in range(program.chunks):
         carry, seen = program.advance(carry, data, seeds, arrays)
@@ -288,7 +292,7 @@ def slope_of_regulariser(mu, c):
 
 
 def by_hand(config, seed=0):
-    c = experiment.Switches(**{"ratios": RATIOS} | config)
+    c = Switches(**{"ratios": RATIOS} | config)
     model = {k: np.float64(v) for k, v in init(jax.random.key(seed)).items()}
     mu, momentum, means = np.log(c.ratios), np.zeros(2), None
     of_model, of_mu = {name: AdamInNumpy() for name in model}, AdamInNumpy()
@@ -435,7 +439,7 @@ def test_lanes_one_after_the_other_are_lanes_side_by_side(rule):
 def test_the_model_of_one_run_is_that_of_its_lane():
     run = Run("softmax", 3, settings(ratios=RATIOS, rho=2.0))
     assert_same(
-        experiment.train(TASK, SOFTMAX, run),
+        engine.train(TASK, SOFTMAX, run),
         train(SOFTMAX, [dict(run.config)] * LANES, [9, 3, 8])[1].model,
     )
 
@@ -446,7 +450,7 @@ def test_the_model_of_one_run_is_that_of_its_lane():
 def test_a_steered_rule_weighs_the_losses_and_the_downstream_one_trains_nothing():
     model, key = init(jax.random.key(0)), jax.random.key(1)
     state = STEERED.init(TASK, 0)
-    carry = experiment.Carry(jnp.zeros((), jnp.int32), model, (), state)
+    carry = Carry(jnp.zeros((), jnp.int32), model, (), state)
     made = jax.jit(lambda data: STEERED.step(TASK, data, carry, 0, key))(TASK.data)
     model = {k: np.float64(v) for k, v in model.items()}
     batch = TASK.draw(TASK.data, key)
@@ -508,7 +512,7 @@ def test_held_out_data_are_differentiated_only_when_weights_are_due():
         ),
     )
     config = STEERED.configure([{}])
-    program = experiment.prepare(task, STEERED, config, 1, STEPS)
+    program = prepare(task, STEERED, config, 1, STEPS)
     seeds = jnp.arange(1)
     program.advance(program.init(seeds, config), task.data, seeds, config)
     jax.effects_barrier()
@@ -555,8 +559,8 @@ class Interrupted:
         self.advances = self.saves = 0
         self.stop_before_advance = self.stop_before_save = None
         self.stop_after_save = None
-        prepare, save = experiment.prepare, Runs._save
-        patch.setattr(experiment, "SAVE_SECONDS", 0.0)
+        prepare, save = engine.prepare, Runs._save
+        patch.setattr(engine, "SAVE_SECONDS", 0.0)
 
         def prepared(*args):
             program = prepare(*args)
@@ -577,7 +581,7 @@ class Interrupted:
             if self.saves == self.stop_after_save:
                 raise KeyboardInterrupt
 
-        patch.setattr(experiment, "prepare", prepared)
+        patch.setattr(engine, "prepare", prepared)
         patch.setattr(Runs, "_save", saved)
 
     def never(self):
@@ -624,7 +628,7 @@ def test_a_run_stopped_around_saving_goes_on(
                     file.truncate(file.tell() // 2)
                     raise KeyboardInterrupt
 
-            patch.setattr(experiment.np, "savez", half)
+            patch.setattr(engine.np, "savez", half)
         stop(tmp_path, wanted)
     interrupted.never()
     assert kept(runs_in(tmp_path).finish(wanted, "test")) == undisturbed[0]
@@ -655,7 +659,7 @@ def test_finished_runs_are_read_and_nothing_is_trained_or_compiled(
 ):
     expected, content = undisturbed
     (tmp_path / "toy.runs.jsonl").write_bytes(content)
-    monkeypatch.setattr(experiment, "prepare", None)
+    monkeypatch.setattr(engine, "prepare", None)
     assert kept(runs_in(tmp_path).finish(wanted[::-1], "test")) == expected[::-1]
     assert (tmp_path / "toy.runs.jsonl").read_bytes() == content
 
@@ -813,9 +817,9 @@ def test_a_run_that_diverges_is_kept_as_it_is(tmp_path):
 
 def test_curves_are_averaged_over_stretches():
     losses = np.arange(2.0 * 130).reshape(130, 2)
-    thin = experiment.thinned(("a", "b"), losses, 2 * losses)
+    thin = thinned(("a", "b"), losses, 2 * losses)
     steps = np.array(thin["step"])
-    assert len(steps) == experiment.HISTORY_POINTS
+    assert len(steps) == HISTORY_POINTS
     assert (np.diff(steps) > 0).all()
     np.testing.assert_allclose(thin["losses"]["b"], 2 * steps + 1, rtol=1e-4)
     np.testing.assert_allclose(thin["weights"]["a"], 4 * steps, rtol=1e-4)
@@ -846,7 +850,7 @@ def on(devices, folder, *, resume=False):
 @pytest.fixture(scope="module")
 def unrounded():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "rounded", float)
+        patch.setattr(engine, "rounded", float)
         yield
 
 
@@ -867,7 +871,7 @@ def assert_close(finished, expected):
 def test_lanes_on_eight_devices_exchange_nothing(rule, many):
     of_rule = [dict(run.config) for run in many if run.rule == rule]
     configs = RULES[rule].configure((4 * of_rule)[:8])
-    program = experiment.prepare(EIGHT, RULES[rule], configs, 8, None, jax.devices())
+    program = prepare(EIGHT, RULES[rule], configs, 8, None, jax.devices())
     for spread in (program.init, program.advance):
         code = spread.compiled.as_text()
         assert "num_partitions=8" in code
@@ -912,7 +916,7 @@ def test_the_digits_on_eight_devices(any_rank):
             other,
         )
     shapes = jax.eval_shape(lambda x: x, (data, jnp.arange(2), configurations))
-    mesh = _lanes.mesh(jax.devices(), 2, 4)
+    mesh = lane_devices.mesh(jax.devices(), 2, 4)
     assert mesh.devices.shape == (2, 4)
     _, advance = digits_task._compile(optimizer, 1, shapes, mesh)
     assert not [name for name in COLLECTIVES if name in advance.compiled.as_text()]
@@ -920,21 +924,21 @@ def test_the_digits_on_eight_devices(any_rank):
 
 def test_lanes_use_as_many_devices_as_divide_them():
     devices = jax.devices()
-    used = lambda *lanes: (m := _lanes.mesh(devices, *lanes)) and m.devices.shape
+    used = lambda *lanes: (m := lane_devices.mesh(devices, *lanes)) and m.devices.shape
     assert used(8) == (8,)
     assert used(12) == (6,)
     assert used(7) == (7,)
     assert math.prod(used(3, 9)) == 3
     assert used(2, 4) == (2, 4)
     assert used(11) is None
-    assert _lanes.mesh(devices[:1], 8) is None
+    assert lane_devices.mesh(devices[:1], 8) is None
 
 
 def test_virtual_devices_of_a_cpu_have_to_be_asked_for():
-    assert _lanes.default_devices() == tuple(jax.local_devices()[:1])
+    assert lane_devices.default_devices() == tuple(jax.local_devices()[:1])
     config = SOFTMAX.configure([{"ratios": RATIOS}] * 8)
-    program = experiment.prepare(EIGHT, SOFTMAX, config, 8)
-    assert not isinstance(program.advance, _lanes.Spread)
+    program = prepare(EIGHT, SOFTMAX, config, 8)
+    assert not isinstance(program.advance, lane_devices.Spread)
 
 
 # Cost.
@@ -942,10 +946,10 @@ def test_virtual_devices_of_a_cpu_have_to_be_asked_for():
 
 def test_costs_are_ratios_for_every_round():
     rules = {"softmax": (SOFTMAX, {"ratios": RATIOS}), "plain": (PLAIN, {})}
-    ratios = experiment.step_ratios(TASK, rules, "plain", 4)
+    ratios = timing.step_ratios(TASK, rules, "plain", 4)
     assert ratios.keys() == rules.keys()
     assert all(ratio.shape == (4,) and (ratio > 0).all() for ratio in ratios.values())
     np.testing.assert_array_equal(ratios["plain"], 1)
-    speed = experiment.sweep_speed(TASK, SOFTMAX, {"ratios": RATIOS}, 2, 4)
+    speed = timing.sweep_speed(TASK, SOFTMAX, {"ratios": RATIOS}, 2, 4)
     assert speed.shape == (4,)
     assert (speed > 0).all()

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from benchmarks import _common, pareto
-from benchmarks import _digits_task as digits
-from benchmarks import _multidigits as task
-from benchmarks._multidigits import TASKS, Conditioning
+from benchmarks.harness.options import Options
+from benchmarks.harness.results import describe, read_json, select, values
+from benchmarks.tasks.digits import task as digits
+from benchmarks.tasks.pareto import methods, report, task
+from benchmarks.tasks.pareto import run as pareto
+from benchmarks.tasks.pareto.task import TASKS, Conditioning
 from yoto_jax import conditional
 
 SEEDS, STEPS = 2, 9
@@ -27,7 +29,7 @@ pytestmark = [
 def folder(tmp_path_factory, quick_compilation):
     """What the quick preset writes."""
     folder = tmp_path_factory.mktemp("pareto")
-    options = _common.Options(
+    options = Options(
         "pareto", RUN, seeds=SEEDS, steps=STEPS, preset="quick", out=folder
     )
     with jax.numpy_rank_promotion("allow"):
@@ -37,7 +39,7 @@ def folder(tmp_path_factory, quick_compilation):
 
 @pytest.fixture(scope="module")
 def result(folder):
-    return _common.read_json(folder / "pareto.json")
+    return read_json(folder / "pareto.json")
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +140,7 @@ def test_objectives_are_their_formulas(data):
 
     model = perturbed(task.init(key, 2), key)
     for method in ("linear", "cosmos"):
-        how = pareto.METHODS[method]
+        how = methods.METHODS[method]
         drawn = how.support.sample(key, 8, groups=how.groups)
         w = np.stack([drawn[name] for name in TASKS], axis=1)
         assert (len(np.unique(w[:, 0])) == 1) == (method == "cosmos")
@@ -191,35 +193,33 @@ def test_conditional_models_are_swept_over_all_weightings(data):
 
 
 def test_every_record_is_there(result):
-    budgets = {1, pareto.MODELS}
+    budgets = {1, methods.MODELS}
     assert {front["runs"] for front in result["fronts"]} == budgets
     assert len(result["fronts"]) == len(RUN) * len(budgets) * SEEDS
     for method in RUN:
-        count = pareto.weightings(method)
-        counts = {count} | ({pareto.MODELS} if count > 1 else set())
-        found = _common.select(
+        count = methods.weightings(method)
+        counts = {count} | ({methods.MODELS} if count > 1 else set())
+        found = select(
             result["records"], method=method, metric="hypervolume", domain="test"
         )
         assert len(found) == len(budgets) * SEEDS * len(counts)
-        for front in _common.select(result["fronts"], method=method):
-            assert len(front["left"]) == pareto.weightings(method)
+        for front in select(result["fronts"], method=method):
+            assert len(front["left"]) == methods.weightings(method)
     assert result["meta"]["references"] == {"ce": 2.0, "error": 1.0}
 
 
 @pytest.mark.parametrize("method", RUN)
 def test_numbers_follow_from_the_stored_points(result, method):
-    for front in _common.select(result["fronts"], method=method):
+    for front in select(result["fronts"], method=method):
         points = np.array([front[name] for name in TASKS]).T
         fields = {
             "method": method,
             "compute": front["runs"],
             "seed": front["seed"],
             "domain": "test",
-            "config": _common.describe(weightings=len(points)),
+            "config": describe(weightings=len(points)),
         }
-        of = lambda metric, f=fields: _common.values(
-            result["records"], metric=metric, **f
-        )
+        of = lambda metric, f=fields: values(result["records"], metric=metric, **f)
         assert of("lowest left") == pytest.approx(points[:, 0].min(), rel=1e-3)
         # Far from trained, hardly a point is within the reference of 2.
         inside = np.all(points < 2, axis=1).sum()
@@ -232,8 +232,8 @@ def test_numbers_follow_from_the_stored_points(result, method):
 
 
 def test_the_grid_has_no_gap_to_itself(result):
-    gaps = _common.values(
-        result["records"], method="grid", metric="largest gap", compute=pareto.MODELS
+    gaps = values(
+        result["records"], method="grid", metric="largest gap", compute=methods.MODELS
     )
     np.testing.assert_array_equal(gaps, 0)
 
@@ -251,15 +251,15 @@ def test_calibration_tells_true_minimisers_from_a_model_told_the_wrong_way():
 
 
 def test_table_and_conclusions_read_the_stored_result_alone(folder, result):
-    table = pareto.table(result)
+    table = report.table(result)
     assert len(table.rows) == 2 * len(RUN)
     assert {len(row) for row in table.rows} == {len(table.columns)}
     before = json.dumps(result)
-    sentences = pareto.conclusions(result)
+    sentences = report.conclusions(result)
     # The competition, three times the grid, twice equal weights; linear twice.
     assert len(sentences) == 1 + 3 + 2 + 2
     assert json.dumps(result) == before
-    pareto.figure(result, folder / "again.png")
+    report.figure(result, folder / "again.png")
     assert (folder / "again.png").stat().st_size > 10_000
 
 
@@ -272,7 +272,7 @@ def test_conclusions_say_what_the_numbers_say(result):
             else r
             for r in result["records"]
         ]
-        sentences = pareto.conclusions(result | {"records": records})
+        sentences = report.conclusions(result | {"records": records})
         against = [text for text in sentences if "of the grid with" in text]
         assert len(against) == 3
         return [
@@ -288,7 +288,7 @@ def test_without_the_grid_there_is_nothing_to_compare(result):
         name: [r for r in result[name] if r["method"] != "grid"]
         for name in ("records", "fronts")
     }
-    sentences = pareto.conclusions(result | alone)
+    sentences = report.conclusions(result | alone)
     assert len(sentences) == 2 + 2
     assert not any("grid" in sentence for sentence in sentences)
 

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import _burgers as task
-from benchmarks import _common, pinn
+from benchmarks.harness.options import Options
+from benchmarks.harness.results import describe, parse, read_json, select, values
+from benchmarks.tasks.pinn import methods, report, task
+from benchmarks.tasks.pinn import run as pinn
 
 SEEDS, STEPS = 2, 4
 RUN = ("static", "tuned", "ntk", "yoto")
@@ -21,9 +23,7 @@ pytestmark = pytest.mark.usefixtures("any_rank")
 def folder(tmp_path_factory):
     """What the quick preset writes."""
     folder = tmp_path_factory.mktemp("pinn")
-    options = _common.Options(
-        "pinn", RUN, seeds=SEEDS, steps=STEPS, preset="quick", out=folder
-    )
+    options = Options("pinn", RUN, seeds=SEEDS, steps=STEPS, preset="quick", out=folder)
     with jax.numpy_rank_promotion("allow"):
         pinn.main(options)
     return folder
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(folder):
-    return _common.read_json(folder / "pinn.json")
+    return read_json(folder / "pinn.json")
 
 
 def cole_hopf(t, x, nodes=100):
@@ -177,9 +177,9 @@ def test_the_error_of_a_perfect_network_is_0_and_of_none_is_1():
 # Runs.
 
 
-@pytest.mark.parametrize("method", pinn.METHODS)
+@pytest.mark.parametrize("method", methods.METHODS)
 def test_every_method_can_be_traced_and_keeps_its_state(method):
-    make = pinn.METHODS[method].make
+    make = methods.METHODS[method].make
     start, advance = pinn.program_of(make, pinn.SIZES["quick"], 10, 5)
     carry = jax.eval_shape(start, 0, jnp.ones(2))
     after, (weights, losses) = jax.eval_shape(advance, carry, 0, jnp.ones(2))
@@ -247,12 +247,12 @@ def test_every_method_has_every_seed(result):
     for method in RUN:
         configs = {
             r["config"]
-            for r in _common.select(result["records"], method=method, metric="error")
+            for r in select(result["records"], method=method, metric="error")
         }
         assert len(configs) == (len(RATIOS) ** 2 + 2 if method == "tuned" else 1)
         for config in configs:
             for metric in ("error", "error at equal time", "weight:pde"):
-                seeds = _common.select(
+                seeds = select(
                     result["records"], method=method, config=config, metric=metric
                 )
                 assert [r["seed"] for r in seeds] == list(range(SEEDS))
@@ -268,11 +268,9 @@ def test_all_methods_start_alike(result):
 
 
 def test_fixed_weights_stay_and_are_those_of_the_configuration(result):
-    for record in _common.select(result["records"], method="tuned", seed=0):
+    for record in select(result["records"], method="tuned", seed=0):
         if record["metric"] in ("weight:initial", "weight:boundary"):
-            settings = (
-                _common.parse(record["config"]) if "=" in record["config"] else {}
-            )
+            settings = parse(record["config"]) if "=" in record["config"] else {}
             name = record["metric"].removeprefix("weight:")
             assert record["value"] == float(settings.get(name, record["value"]))
     equal = next(h for h in result["history"] if h["method"] == "static")
@@ -280,23 +278,23 @@ def test_fixed_weights_stay_and_are_those_of_the_configuration(result):
 
 
 def test_equal_weights_are_a_point_of_the_grid(result):
-    config = _common.describe(initial=1, boundary=1)
+    config = describe(initial=1, boundary=1)
     static, point = (
-        _common.values(result["records"], method=m, config=config, metric="error")
+        values(result["records"], method=m, config=config, metric="error")
         for m in ("static", "tuned")
     )
     np.testing.assert_array_equal(static, point)
 
 
 def test_a_search_pays_for_all_its_runs(result):
-    chosen = _common.select(result["records"], method="tuned", config=pinn.VALIDATED)
+    chosen = select(result["records"], method="tuned", config=pinn.VALIDATED)
     assert {r["compute"] for r in chosen} == {len(RATIOS) ** 2}
     others = [r for r in result["records"] if r["config"] != pinn.VALIDATED]
     assert {r["compute"] for r in others} == {1}
 
 
 def test_table_and_sentences_follow_from_the_file(folder, result):
-    rows = {row[0]: row for row in pinn.table(result).rows}
+    rows = {row[0]: row for row in report.table(result).rows}
     assert set(rows) == {
         "static 1:1:1",
         "static, best by validation",
@@ -309,9 +307,9 @@ def test_table_and_sentences_follow_from_the_file(folder, result):
     for record in better["records"]:
         if record["method"] == "yoto" and record["metric"] == "error":
             record["value"] = 1e-3 * (1 + 0.001 * record["seed"])
-    ranking, against_static, _ = pinn.conclusions(better)
+    ranking, against_static, _ = report.conclusions(better)
     assert "seeds: YOTO 0.001," in ranking
     assert "YOTO" in against_static.partition("; not told apart")[0]
     written = (folder / "pinn.png").read_bytes()
-    pinn.figure(result, folder / "again.png")
+    report.figure(result, folder / "again.png")
     assert (folder / "again.png").read_bytes() == written

@@ -10,8 +10,10 @@ import pytest
 from matplotlib.image import imsave
 
 import yoto_jax as yoto
-from benchmarks import _common, pretraining
-from benchmarks import _vicreg as task
+from benchmarks.harness.options import Options, UsageError
+from benchmarks.harness.results import read_json, select, values
+from benchmarks.tasks.pretraining import methods, report, task
+from benchmarks.tasks.pretraining import run as pretraining
 
 SEEDS, STEPS = 2, 4
 METHODS = ("grap", "equal", "random")
@@ -27,7 +29,7 @@ def digits():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
-    options = _common.Options(
+    options = Options(
         "pretraining", METHODS, seeds=SEEDS, steps=STEPS, preset="quick", out=folder
     )
     with jax.numpy_rank_promotion("allow"):
@@ -37,7 +39,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(folder):
-    return _common.read_json(folder / "pretraining.json")
+    return read_json(folder / "pretraining.json")
 
 
 # Losses.
@@ -202,7 +204,7 @@ def test_patches_have_the_class_of_their_middle(street, monkeypatch):
 
 
 def test_a_folder_with_too_little_is_refused(street):
-    with pytest.raises(_common.UsageError, match="too few labelled patches"):
+    with pytest.raises(UsageError, match="too few labelled patches"):
         task.load(street)
 
 
@@ -294,8 +296,8 @@ def test_the_downstream_loss_trains_its_classifier_and_nothing_else(digits):
 def test_every_method_has_every_seed_and_metric(result):
     for method in METHODS:
         runs = pretraining.DRAWS["quick"] + 4 if method == "random" else 1
-        for metric in (*pretraining.METRICS, "validation"):
-            records = _common.select(result["records"], method=method, metric=metric)
+        for metric in (*methods.METRICS, "validation"):
+            records = select(result["records"], method=method, metric=metric)
             assert sorted(r["seed"] for r in records) == sorted(
                 list(range(SEEDS)) * runs
             )
@@ -305,15 +307,15 @@ def test_every_method_has_every_seed_and_metric(result):
 def test_validation_chooses_and_a_search_pays_for_all_its_runs(result):
     draws = pretraining.DRAWS["quick"]
     for seed in range(SEEDS):
-        of_seed = _common.select(result["records"], method="random", seed=seed)
+        of_seed = select(result["records"], method="random", seed=seed)
         runs = [r for r in of_seed if "=" in r["config"]]
-        validation = _common.values(runs, metric="validation")
-        chosen = _common.select(of_seed, config=pretraining.VALIDATED)
+        validation = values(runs, metric="validation")
+        chosen = select(of_seed, config=pretraining.VALIDATED)
         assert {r["compute"] for r in chosen} == {draws}
         best = int(np.argmax(validation))
-        for metric in pretraining.METRICS:
-            expected = _common.values(runs, metric=metric)[best]
-            assert _common.values(chosen, metric=metric) == expected
+        for metric in methods.METRICS:
+            expected = values(runs, metric=metric)[best]
+            assert values(chosen, metric=metric) == expected
 
 
 def test_seeds_of_a_random_search_draw_apart():
@@ -326,7 +328,7 @@ def test_seeds_of_a_random_search_draw_apart():
 
 def test_cost_is_relative_to_a_run_with_constant_weights(result):
     ratios = {
-        method: _common.values(result["records"], method=method, metric="step_ratio")
+        method: values(result["records"], method=method, metric="step_ratio")
         for method in METHODS
     }
     assert ratios["equal"] == ratios["random"] == 1
@@ -334,32 +336,30 @@ def test_cost_is_relative_to_a_run_with_constant_weights(result):
 
 
 def test_tables_and_sentences_follow_from_the_records(result):
-    table = pretraining.table(result)
+    table = report.table(result)
     names = [row[0] for row in table.rows]
     assert names[:3] == ["GraP", "equal weights", "random, best by validation"]
     assert len(names) == 6
     assert all(len(row) == len(table.columns) for row in table.rows)
-    assert len(pretraining.summary(result).columns) == 5
-    assert len(pretraining.conclusions(result)) == 3
+    assert len(report.summary(result).columns) == 5
+    assert len(report.conclusions(result)) == 3
     better = json.loads(json.dumps(result))
     for record in better["records"]:
-        if record["method"] == "grap" and record["metric"] == pretraining.PROBE:
+        if record["method"] == "grap" and record["metric"] == methods.PROBE:
             record["value"] = 1.0 + 0.001 * record["seed"]
-    assert "ahead (95 %)" in pretraining.conclusions(better)[1]
+    assert "ahead (95 %)" in report.conclusions(better)[1]
 
 
 def test_best_of_n_of_all_is_the_validated_best(result):
-    curve = pretraining.best_of_n(result, "random")
-    chosen = _common.select(
-        result["records"], method="random", config=pretraining.VALIDATED
-    )
-    expected = _common.values(chosen, metric=pretraining.PROBE).mean()
+    curve = report.best_of_n(result, "random")
+    chosen = select(result["records"], method="random", config=pretraining.VALIDATED)
+    expected = values(chosen, metric=methods.PROBE).mean()
     np.testing.assert_allclose(curve[-1], expected, rtol=1e-6)
 
 
 def test_figure_is_redrawn_from_the_file(folder, result):
     written = (folder / "pretraining.png").read_bytes()
-    pretraining.figure(result, folder / "again.png")
+    report.figure(result, folder / "again.png")
     assert (folder / "again.png").read_bytes() == written
 
 

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import _common, robustness
-from benchmarks import _robustness_task as task
+from benchmarks.harness.options import Options
+from benchmarks.harness.results import read_json
+from benchmarks.tasks.robustness import methods, report, task
+from benchmarks.tasks.robustness import run as robustness
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -16,9 +18,9 @@ METHODS = ("famo", "lr_annealing", "layer 1, adamw")
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("robustness")
-    options = _common.Options("robustness", METHODS, preset="quick", out=folder)
+    options = Options("robustness", METHODS, preset="quick", out=folder)
     robustness.main(options)
-    return _common.read_json(folder / "robustness.json")
+    return read_json(folder / "robustness.json")
 
 
 def test_a_fault_is_in_the_loss_and_in_its_gradient():
@@ -53,7 +55,7 @@ def test_every_weighting_takes_part():
 
 
 def test_with_skip_outliers_every_fault_comes_to_the_same(result):
-    read = lambda *key: robustness.value(result, *key)
+    read = lambda *key: report.value(result, *key)
     for method in METHODS:
         for metric in ("weights", "losses", "not stepped"):
             found = {
@@ -65,23 +67,23 @@ def test_with_skip_outliers_every_fault_comes_to_the_same(result):
         same = read(method, "skip_outliers", "NaN", "weights")
         assert same == pytest.approx(read(method, "bare", "NaN", "weights"), abs=1e-3)
         for fault in task.FAULTS:
-            assert not robustness.broke(result, method, "skip_outliers", fault)
+            assert not report.broke(result, method, "skip_outliers", fault)
 
 
 def test_without_it_large_losses_do_harm(result):
-    off = lambda method: robustness.value(result, method, "bare", "1e10", "weights")
+    off = lambda method: report.value(result, method, "bare", "1e10", "weights")
     assert off("lr_annealing") > 1  # an average of a ratio
     assert off("layer 1, adamw") > 1  # second moments
     assert off("famo") < 1  # logarithms
-    assert robustness.broke(result, "layer 1, adamw", "bare", "1e30")
+    assert report.broke(result, "layer 1, adamw", "bare", "1e30")
 
 
 def test_tables_and_conclusions_read_the_stored_result_alone(result):
-    tables = [robustness.table(result), *robustness.tables(result).values()]
+    tables = [report.table(result), *report.tables(result).values()]
     for table in tables:
         assert len(table.rows) == len(METHODS)
         assert all(len(row) == len(table.columns) for row in table.rows)
-    sentences = robustness.conclusions(result)
+    sentences = report.conclusions(result)
     assert len(sentences) == 9
     assert "not finite in 0 of" in sentences[-3]
     assert "of 6 runs 0 held a number that is not finite" in sentences[3]
@@ -94,5 +96,5 @@ def test_deviation_is_relative_and_weights_near_zero_count_little():
     off = lambda *values: robustness.deviation(np.array(values), weights)
     assert off(1.0, 0.6, 0.0) == pytest.approx(0.2)
     assert off(1.0, 0.5, 1e-3) == pytest.approx(0.1)
-    assert off(np.nan, 0.5, 0.0) == robustness.LOST
-    assert robustness._percent(robustness.LOST) == "lost"
+    assert off(np.nan, 0.5, 0.0) == methods.LOST
+    assert report._percent(methods.LOST) == "lost"

@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import _collectives as collectives
-from benchmarks import _processes, distributed, scaling
-from benchmarks import _scaling_runs as runs
-from benchmarks import _scaling_task as task
-from benchmarks._common import Options, record
+from benchmarks import distributed
+from benchmarks.harness.options import Options
+from benchmarks.harness.results import record
+from benchmarks.tasks.scaling import collectives, processes, report, task
+from benchmarks.tasks.scaling import measurements as runs
+from benchmarks.tasks.scaling import run as scaling
 
 pytestmark = [
     pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices"),
@@ -129,8 +130,8 @@ def test_a_killed_process_is_noticed_and_the_run_continues_bit_for_bit(tmp_path)
     assert expected[0]["digest"] == expected[1]["digest"]
 
     broken = arguments(folder=tmp_path / "broken", every=3)
-    running = _processes.start(2, 1, broken, ["--kill-at", "8"])
-    killed, other = _processes.wait(running, timeout=120)
+    running = processes.start(2, 1, broken, ["--kill-at", "8"])
+    killed, other = processes.wait(running, timeout=120)
     assert killed.status == -9
     assert other.status not in (0, -9)
     assert runs.is_clear(other.output)
@@ -179,17 +180,17 @@ def test_what_is_said_follows_the_numbers():
         record("crash", "every", 5),
         record("crash", "bit for bit", 1.0),
     )
-    said = scaling.conclusions(stored)
+    said = report.conclusions(stored)
     assert "at most 3.0e-07" in said[0]
     assert "NOT identical" in said[0]
     assert said[1].startswith("Of 1 killed runs 1 continued bit for bit; at most 4")
 
 
 def test_the_model_of_an_all_reduce():
-    tiny, large = scaling.all_reduce_seconds(4), scaling.all_reduce_seconds(1e9)
-    assert tiny == pytest.approx(2 * 10 * scaling.LATENCY, rel=1e-3)  # a tree
-    assert large == pytest.approx(2 * 1e9 / scaling.BANDWIDTH, rel=0.3)  # a ring
-    rows = {name: share for name, _, share in scaling.model_table(result()).rows}
+    tiny, large = report.all_reduce_seconds(4), report.all_reduce_seconds(1e9)
+    assert tiny == pytest.approx(2 * 10 * report.LATENCY, rel=1e-3)  # a tree
+    assert large == pytest.approx(2 * 1e9 / report.BANDWIDTH, rel=0.3)  # a ring
+    rows = {name: share for name, _, share in report.model_table(result()).rows}
     assert rows["plain"] == "+0.00 %"
 
 
@@ -205,5 +206,5 @@ def test_it_writes_its_results(tmp_path, monkeypatch):
     stored = json.loads((tmp_path / "scaling.json").read_text())
     assert {r["method"] for r in stored["records"]} >= {"plain", "yoto"}
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
-    assert scaling.table(stored).rows[0][0] == "plain"
-    assert len(scaling.tables(stored)["scaling-speed"].rows) == 2
+    assert report.table(stored).rows[0][0] == "plain"
+    assert len(report.tables(stored)["scaling-speed"].rows) == 2

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import _scenes as task
+from benchmarks.data import scenes as task
 
 N, HEIGHT, WIDTH = 6, 24, 32  # one size, so that one program serves all tests
 KEY = jax.random.key(7)

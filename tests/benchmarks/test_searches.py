@@ -8,7 +8,7 @@ import numpy as np
 import optuna
 import pytest
 
-from benchmarks import _searches as searches
+from benchmarks.harness import searches
 
 BOUNDS = ((0.001, 10.0), (0.01, 1.0))
 

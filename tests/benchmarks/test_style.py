@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import _common, style
-from benchmarks import _style_task as task
+from benchmarks.harness.options import Options
+from benchmarks.harness.results import read_json, select
+from benchmarks.tasks.style import methods, report, task
+from benchmarks.tasks.style import run as style
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,14 +34,14 @@ def folder(tmp_path_factory):
     """What the quick preset writes."""
     folder = tmp_path_factory.mktemp("results")
     with jax.numpy_rank_promotion("allow"):
-        options = _common.Options("style", preset="quick", seeds=2, out=folder)
+        options = Options("style", preset="quick", seeds=2, out=folder)
         style.main(options)
     return folder
 
 
 @pytest.fixture(scope="module")
 def result(folder):
-    return _common.read_json(folder / "style.json")
+    return read_json(folder / "style.json")
 
 
 # Images.
@@ -173,13 +175,13 @@ def test_enlarging_is_linear_and_keeps_the_border():
 
 
 def test_a_walk_turns_one_dial():
-    weights = style.walk("style2", 5)
+    weights = methods.walk("style2", 5)
     np.testing.assert_allclose(
-        weights["style2"], np.geomspace(style.LOW, style.HIGH, 5)
+        weights["style2"], np.geomspace(methods.LOW, methods.HIGH, 5)
     )
-    np.testing.assert_allclose(weights["style1"], style.LOW)
+    np.testing.assert_allclose(weights["style1"], methods.LOW)
     np.testing.assert_allclose(weights["content"], 1)
-    every = style.walk("all", 5)
+    every = methods.walk("all", 5)
     np.testing.assert_allclose(every["style1"], every["style4"])
 
 
@@ -189,46 +191,46 @@ def test_a_walk_turns_one_dial():
 def test_every_number_is_there(result):
     records, points = result["records"], result["meta"]["points"]
     numbers = 2 * len(task.LOSSES)
-    weightings, walks = len(style.WEIGHTINGS), points * len(style.WALKS)
-    fixed = _common.select(records, method="fixed")
+    weightings, walks = len(methods.WEIGHTINGS), points * len(methods.WALKS)
+    fixed = select(records, method="fixed")
     assert len(fixed) == weightings * numbers
-    for method in style.CONDITIONAL:
-        of = _common.select(records, method=method)
+    for method in report.CONDITIONAL:
+        of = select(records, method=method)
         assert len(of) == (weightings + walks) * numbers
     assert all(np.isfinite(r["value"]) for r in records)
 
 
 def test_a_walk_meets_the_weightings_at_its_ends(result):
     for dial in task.STYLES:
-        ends = [f"{style.LOW:.4g}", f"{style.HIGH:.4g}"]
-        walked = style._losses(result, "conditional", dial, ends)
-        named = style._losses(result, "conditional", "", ["all low", f"{dial} high"])
+        ends = [f"{methods.LOW:.4g}", f"{methods.HIGH:.4g}"]
+        walked = report._losses(result, "conditional", dial, ends)
+        named = report._losses(result, "conditional", "", ["all low", f"{dial} high"])
         for loss in task.LOSSES:
             np.testing.assert_allclose(walked[loss], named[loss], rtol=1e-3)
 
 
 def test_networks_for_high_style_weights_leave_the_content_more(result):
-    losses = style._losses(result, "fixed", "", ["all low", "all high"])
+    losses = report._losses(result, "fixed", "", ["all low", "all high"])
     assert (losses["content"][:, 0] < losses["content"][:, 1]).all()
 
 
 def test_tables_and_conclusions_follow_from_the_records(result):
-    tables = {"style": style.table(result), **style.tables(result)}
+    tables = {"style": report.table(result), **report.tables(result)}
     for table in tables.values():
         assert all(len(row) == len(table.columns) for row in table.rows)
-    assert len(tables["style"].rows) == len(style.WEIGHTINGS)
-    assert len(style.conclusions(result)) == 5
+    assert len(tables["style"].rows) == len(methods.WEIGHTINGS)
+    assert len(report.conclusions(result)) == 5
 
 
 def test_without_fixed_networks_there_are_no_gaps(result):
-    alone = _common.select(result["records"], method="conditional")
+    alone = select(result["records"], method="conditional")
     only = {**result, "records": alone}
-    assert style.table(only).columns == ["weighting", "conditional"]
-    assert len(style.conclusions(only)) == 1
+    assert report.table(only).columns == ["weighting", "conditional"]
+    assert len(report.conclusions(only)) == 1
 
 
 def test_figures_are_drawn(result, folder, tmp_path):
-    style.figure(result, tmp_path / "again.png")
+    report.figure(result, tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == (folder / "style.png").read_bytes()
     with Image.open(folder / "style_examples.png") as picture:
         assert min(picture.size) > 500
@@ -239,7 +241,7 @@ def test_figures_are_drawn(result, folder, tmp_path):
 
 def synthetic(factor, dials=None):
     """Conditional losses are ``factor`` times the fixed ones."""
-    names = list(style.WEIGHTINGS)
+    names = list(methods.WEIGHTINGS)
     fixed = {
         loss: np.full((2, len(names)), 0.1 * (i + 1))
         for i, loss in enumerate(task.LOSSES)
@@ -248,16 +250,16 @@ def synthetic(factor, dials=None):
     ours = {loss: factor * values for loss, values in fixed.items()}
     records += style._records("conditional", "", names, ours)
     for dial, values in (dials or {}).items():
-        records += style._records("conditional", dial, style.places_of(3), values)
+        records += style._records("conditional", dial, methods.places_of(3), values)
     return {"meta": {"seeds": 2, "points": 3}, "records": records}
 
 
 def test_the_gap_is_relative_to_the_fixed_networks():
     result = synthetic(1.2)
-    np.testing.assert_allclose(style.gaps(result, "conditional"), 0.2, rtol=1e-4)
-    np.testing.assert_allclose(style.elsewhere(result), 0, atol=1e-6)
-    low = style.totals(result, "fixed")[:, 0]
-    content, weight = 0.1, style.LOW
+    np.testing.assert_allclose(report.gaps(result, "conditional"), 0.2, rtol=1e-4)
+    np.testing.assert_allclose(report.elsewhere(result), 0, atol=1e-6)
+    low = report.totals(result, "fixed")[:, 0]
+    content, weight = 0.1, methods.LOW
     expected = (content + weight * (0.2 + 0.3 + 0.4 + 0.5)) / (1 + 4 * weight)
     np.testing.assert_allclose(low, expected, rtol=1e-5)
 
@@ -265,6 +267,6 @@ def test_the_gap_is_relative_to_the_fixed_networks():
 def test_a_dial_that_turns_the_wrong_way_is_found():
     rising = np.array([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]])  # the first seed violates
     values = {loss: rising for loss in task.LOSSES}
-    turned = style.turn(synthetic(1, {"style1": values}), "conditional", "style1")
+    turned = report.turn(synthetic(1, {"style1": values}), "conditional", "style1")
     np.testing.assert_allclose(turned["correlation"], [1, -1], atol=1e-9)
     np.testing.assert_allclose(turned["violations"], [1, 0])

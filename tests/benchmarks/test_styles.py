@@ -6,19 +6,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import _camvid, _styles
+from benchmarks.data import camvid, conditions
+from benchmarks.tasks.segmentation import metrics
 
-fda = jax.jit(_styles.fda)
-confusion = jax.jit(_styles.confusion, static_argnums=(2, 3))
-mean_iou = jax.jit(_styles.mean_iou)
-jitted = {name: jax.jit(condition) for name, condition in _styles.CONDITIONS.items()}
+fda = jax.jit(conditions.fda)
+confusion = jax.jit(metrics.confusion, static_argnums=(2, 3))
+mean_iou = jax.jit(metrics.mean_iou)
+jitted = {name: jax.jit(condition) for name, condition in conditions.CONDITIONS.items()}
 KEY = jax.random.key(0)
 N, HEIGHT, WIDTH = 64, 24, 32
 
 
 def apply(name, key, images, depth=None, strength=None):
     """One program for all strengths, the usual ones among them."""
-    strength = strength or _styles.CONDITIONS[name].__kwdefaults__["strength"]
+    strength = strength or conditions.CONDITIONS[name].__kwdefaults__["strength"]
     return jitted[name](key, images, depth, strength=strength)
 
 
@@ -102,7 +103,7 @@ def test_fda_gives_a_flat_image_the_mean_of_its_target():
 # Conditions.
 
 
-@pytest.mark.parametrize("name", _styles.CONDITIONS)
+@pytest.mark.parametrize("name", conditions.CONDITIONS)
 def test_conditions_give_images_and_follow_their_key(name):
     images = f32(some_images())
     first, again, other = (
@@ -117,7 +118,7 @@ def test_conditions_give_images_and_follow_their_key(name):
     assert np.mean(differences) > 0.1
 
 
-@pytest.mark.parametrize("name", _styles.CONDITIONS)
+@pytest.mark.parametrize("name", conditions.CONDITIONS)
 def test_equal_images_differ_from_one_another_in_their_conditions(name):
     images = f32(np.tile(some_images(shape=(1, HEIGHT, WIDTH)), (N, 1, 1, 1)))
     views = np.asarray(apply(name, KEY, images))
@@ -125,7 +126,7 @@ def test_equal_images_differ_from_one_another_in_their_conditions(name):
     assert np.all(differences > 0.005)
 
 
-@pytest.mark.parametrize("name", _styles.CONDITIONS)
+@pytest.mark.parametrize("name", conditions.CONDITIONS)
 def test_strength_zero_is_no_condition(name):
     images = f32(some_images())
     same = apply(name, KEY, images, strength=(0.0, 0.0))
@@ -244,7 +245,7 @@ def folder(tmp_path):
 
 
 def test_images_and_labels_are_loaded_in_the_order_of_their_names(folder):
-    splits = _camvid.load(folder)
+    splits = camvid.load(folder)
     assert list(splits) == ["train", "val"]
     images, labels = splits["train"]
     assert images.dtype == np.float32
@@ -260,7 +261,7 @@ def test_images_and_labels_are_loaded_in_the_order_of_their_names(folder):
 def test_the_test_split_is_loaded_if_it_is_there(folder):
     save(folder / "test" / "a.png", np.zeros((4, 6, 3)))
     save(folder / "testannot" / "a.png", np.zeros((4, 6)))
-    assert list(_camvid.load(str(folder))) == ["train", "val", "test"]
+    assert list(camvid.load(str(folder))) == ["train", "val", "test"]
 
 
 def test_images_are_averaged_and_labels_are_taken_from_one_pixel(folder):
@@ -269,7 +270,7 @@ def test_images_are_averaged_and_labels_are_taken_from_one_pixel(folder):
     labels = np.kron(np.arange(6).reshape(2, 3), np.ones((4, 4)))
     save(folder / "val" / "2.png", image)
     save(folder / "valannot" / "2.png", labels)
-    splits = _camvid.load(folder, size=(2, 3))
+    splits = camvid.load(folder, size=(2, 3))
     assert splits["train"][0].shape == (2, 2, 3, 3)
     images, resized = splits["val"]
     np.testing.assert_allclose(images, 100 / 255, atol=0.05)
@@ -280,30 +281,30 @@ def test_images_are_averaged_and_labels_are_taken_from_one_pixel(folder):
 def test_a_folder_that_is_missing_is_named(folder, missing):
     (folder / missing).rename(folder / "elsewhere")
     with pytest.raises(FileNotFoundError, match=f"no such folder: .*{missing}$"):
-        _camvid.load(folder)
+        camvid.load(folder)
 
 
 def test_a_test_split_is_all_there_or_not_at_all(folder):
     save(folder / "test" / "a.png", np.zeros((4, 6, 3)))
     with pytest.raises(FileNotFoundError, match="no such folder: .*testannot"):
-        _camvid.load(folder)
+        camvid.load(folder)
 
 
 def test_a_folder_without_images_is_named(folder):
     (folder / "val" / "2.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"no \.png files in .*val$"):
-        _camvid.load(folder)
+        camvid.load(folder)
 
 
 def test_images_and_annotations_come_in_pairs(folder):
     (folder / "trainannot" / "1.png").rename(folder / "trainannot" / "3.png")
     with pytest.raises(FileNotFoundError, match=r"image without.*: .*train/1\.png"):
-        _camvid.load(folder)
+        camvid.load(folder)
     (folder / "train" / "1.png").unlink()
     with pytest.raises(
         FileNotFoundError, match=r"annotation without.*: .*trainannot/3\.png"
     ):
-        _camvid.load(folder)
+        camvid.load(folder)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +318,7 @@ def test_images_and_annotations_come_in_pairs(folder):
 def test_a_wrong_annotation_is_named_with_the_reason(folder, annotation, reason):
     save(folder / "trainannot" / "1.png", annotation)
     with pytest.raises(ValueError, match=reason) as error:
-        _camvid.load(folder)
+        camvid.load(folder)
     assert str(folder / "trainannot" / "1.png") in str(error.value)
 
 
@@ -325,11 +326,11 @@ def test_images_of_different_sizes_need_a_size(folder):
     save(folder / "train" / "1.png", np.zeros((5, 6, 3)))
     save(folder / "trainannot" / "1.png", np.zeros((5, 6)))
     with pytest.raises(ValueError, match=r"train/1\.png is 6x5, .* are 6x4"):
-        _camvid.load(folder)
-    assert _camvid.load(folder, (4, 6))["train"][1].shape == (2, 4, 6)
+        camvid.load(folder)
+    assert camvid.load(folder, (4, 6))["train"][1].shape == (2, 4, 6)
 
 
 def test_a_file_that_is_no_image_is_named(folder):
     (folder / "train" / "1.png").write_text("no image")
     with pytest.raises(ValueError, match=r"train/1\.png is not a readable image"):
-        _camvid.load(folder)
+        camvid.load(folder)

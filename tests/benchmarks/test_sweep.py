@@ -18,12 +18,14 @@ import pytest
 from optuna.trial import TrialState
 
 from benchmarks import __main__ as command_line
-from benchmarks import _common, sweep
-from benchmarks import _digits_task as task
-from benchmarks import _sweep_worker as shared
-from benchmarks._common import UsageError
-from benchmarks._searches import VALIDATED
-from benchmarks._sweep_worker import Plan
+from benchmarks.harness.options import Options, UsageError
+from benchmarks.harness.results import read_json, select
+from benchmarks.harness.searches import VALIDATED
+from benchmarks.tasks.digits import task
+from benchmarks.tasks.sweep import report
+from benchmarks.tasks.sweep import run as sweep
+from benchmarks.tasks.sweep import worker as shared
+from benchmarks.tasks.sweep.worker import Plan
 from tests.benchmarks.sweeping import NAME, QUICK, product, serve
 
 BOUNDS = [(0.01, 100.0), (0.1, 10.0)]
@@ -334,7 +336,7 @@ def alone(monkeypatch):
 
 
 def options(folder, *, resume=False, **extra):
-    return _common.Options(
+    return Options(
         "sweep", seeds=2, preset="quick", out=folder, resume=resume, extra=extra
     )
 
@@ -343,27 +345,27 @@ def options(folder, *, resume=False, **extra):
 def test_the_result_follows_from_the_trials(storage, alone, tmp_path):
     extra = {"storage": url_of(tmp_path, storage)} if storage else {}
     sweep.main(options(tmp_path, budget=5, workers=1, **extra))
-    result = _common.read_json(tmp_path / "sweep.json")
+    result = read_json(tmp_path / "sweep.json")
     assert str(tmp_path.parent) not in json.dumps(result["meta"])
     assert (tmp_path / "sweep.png").is_file()
     url = extra.get("storage") or f"sqlite:///{tmp_path / 'sweep.db'}"
     best = shared.load(url, sweep.STUDY).best_trial
-    (row,) = [r for r in sweep.table(result).rows if r[0] == VALIDATED]
+    (row,) = [r for r in report.table(result).rows if r[0] == VALIDATED]
     assert row[5] == str(best.number)
     assert row[1:3] == [f"{ratio:.3g}" for ratio in best.params.values()]
     assert len(result["trials"]) == 5
-    assert "5 of 5 trials are complete" in sweep.conclusions(result)[0]
+    assert "5 of 5 trials are complete" in report.conclusions(result)[0]
 
 
 def test_a_search_is_gone_on_with_only_if_asked(alone, tmp_path, monkeypatch):
     sweep.main(options(tmp_path, budget=3))
-    first = _common.read_json(tmp_path / "sweep.json")
+    first = read_json(tmp_path / "sweep.json")
     with pytest.raises(UsageError, match="sweep.db holds a search already: .*--resume"):
         sweep.main(options(tmp_path, budget=3))
     with pytest.raises(UsageError, match="other settings: .*budget=3.*budget=4"):
         sweep.main(options(tmp_path, resume=True, budget=4))
     sweep.main(options(tmp_path, resume=True, budget=3))
-    again = _common.read_json(tmp_path / "sweep.json")
+    again = read_json(tmp_path / "sweep.json")
     assert again["records"] == first["records"]
     assert again["meta"]["trials_before"] == 3
 
@@ -406,7 +408,7 @@ def test_no_password_is_written_down():
 @pytest.mark.usefixtures("quick_compilation", "any_rank")
 def test_a_trial_trains_the_digits():
     value, more = sweep.objective_of(steps=2, seeds=1, batch=task.BATCH)((1.0, 2.0))
-    (record,) = _common.select(more[sweep.RECORDS], domain="validation stylised")
+    (record,) = select(more[sweep.RECORDS], domain="validation stylised")
     assert record["value"] == pytest.approx(value, rel=1e-4)
     assert record["config"] == "invariance=1 reconstruction=2"
     assert {r["domain"] for r in more[sweep.RECORDS]} >= {"clean", *task.UNSEEN}

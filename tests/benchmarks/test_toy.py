@@ -9,7 +9,10 @@ import optax
 import pytest
 
 import yoto_jax as yoto
-from benchmarks import _common, toy
+from benchmarks.harness.options import Options
+from benchmarks.harness.results import read_json
+from benchmarks.tasks.toy import report, task
+from benchmarks.tasks.toy import run as toy
 
 STEPS = 50_000
 MISSED = None
@@ -40,8 +43,8 @@ def ends(method):
     ],
 )
 def test_losses_at_the_starts_are_the_published_ones(point, losses):
-    assert point in toy.STARTS
-    unscaled = toy.losses_of(jnp.array(point)) / np.array(toy.SCALES)
+    assert point in task.STARTS
+    unscaled = task.losses_of(jnp.array(point)) / np.array(task.SCALES)
     np.testing.assert_allclose(unscaled, losses, atol=5e-4)
 
 
@@ -49,7 +52,7 @@ def test_at_the_origin_both_sides_count():
     # There tanh(x2 / 2) and its mirror image are cut off at their tie. The derivative
     # of each is 1/2: d L1 / d x2 = (wall - bowl) / 2.
     wall, bowl = np.log(3.5) + 6, (7**2 + 6.4) / 10 - 20
-    gradient = jax.jacobian(toy.losses_of)(jnp.zeros(2))[0]
+    gradient = jax.jacobian(task.losses_of)(jnp.zeros(2))[0]
     np.testing.assert_allclose(gradient, [0, 0.1 * (wall - bowl) / 2], rtol=1e-12)
 
 
@@ -64,18 +67,18 @@ def test_at_the_origin_both_sides_count():
     ],
 )
 def test_on_the_front_gradients_are_opposite(x1, losses):
-    x = jnp.array([x1, *toy.front(np.array([x1]))])
-    jacobian = jax.jacobian(toy.losses_of)(x)
+    x = jnp.array([x1, *task.front(np.array([x1]))])
+    jacobian = jax.jacobian(task.losses_of)(x)
     assert abs(np.linalg.det(jacobian)) < 1e-12
     assert np.vdot(jacobian[0], jacobian[1]) < 1e-12
     # The published values are those at x2 = -8.3552, the middle of the front.
     np.testing.assert_allclose(
-        toy.losses_of(x) / np.array(toy.SCALES), losses, atol=2e-3
+        task.losses_of(x) / np.array(task.SCALES), losses, atol=2e-3
     )
 
 
 def test_distance_is_to_the_front_and_its_ends():
-    height = toy.front(np.array([0.0, 7.0]))
+    height = task.front(np.array([0.0, 7.0]))
     np.testing.assert_allclose(height, [-8.35511, -8.43446], atol=1e-5)
     points = np.array([[0, height[0] + 1], [7, height[1]], [10, height[1]]])
     np.testing.assert_allclose(toy.distance(points), [1, 0, 3], atol=1e-3)
@@ -97,14 +100,14 @@ def test_distance_is_to_the_front_and_its_ends():
 )
 def test_methods_end_where_they_did(method, expected, tolerance):
     reached = np.array([x1 is not MISSED for x1 in expected])
-    np.testing.assert_array_equal(toy.distance(ends(method)) < toy.CLOSE, reached)
+    np.testing.assert_array_equal(toy.distance(ends(method)) < task.CLOSE, reached)
     error = np.abs(ends(method)[:, 0] - np.array(expected, float))[reached]
     assert (error <= np.broadcast_to(tolerance, 5)[reached]).all(), ends(method)
 
 
 def two_starts(weighting, steps):
     every = jax.vmap(lambda start: toy.trajectory(weighting, start, steps)[-1])
-    return jax.jit(every)(jnp.array([toy.STARTS[1], toy.STARTS[3]]))
+    return jax.jit(every)(jnp.array([task.STARTS[1], task.STARTS[3]]))
 
 
 def test_nash_keeps_the_symmetry_between_losses_of_different_scale():
@@ -124,8 +127,8 @@ def test_upgrad_for_two_losses_follows_pcgrad():
 
 def test_the_engine_takes_the_same_steps():
     weighting = yoto.weightings.pcgrad()
-    start, tx = jnp.array(toy.STARTS[0]), optax.adam(toy.LEARNING_RATE)
-    value_and_grad = yoto.value_and_grad(lambda x: tuple(toy.losses_of(x)), weighting)
+    start, tx = jnp.array(task.STARTS[0]), optax.adam(toy.LEARNING_RATE)
+    value_and_grad = yoto.value_and_grad(lambda x: tuple(task.losses_of(x)), weighting)
 
     def step(carry, _):
         x, tx_state, state = carry
@@ -133,7 +136,7 @@ def test_the_engine_takes_the_same_steps():
         updates, tx_state = tx.update(gradient, tx_state, x)
         return (x + updates, tx_state, state), None
 
-    carry = (start, tx.init(start), weighting.init(tuple(toy.losses_of(start))))
+    carry = (start, tx.init(start), weighting.init(tuple(task.losses_of(start))))
     (x, _, _), _ = jax.lax.scan(step, carry, length=500)
     expected = toy.trajectory(weighting, start, 500)[-1]
     np.testing.assert_allclose(x, expected, rtol=1e-9)
@@ -144,15 +147,15 @@ def test_the_engine_takes_the_same_steps():
 
 def test_it_writes_its_results(tmp_path):
     methods = ("equal", "random", "famo")
-    toy.main(_common.Options("toy", methods, seeds=2, preset="quick", out=tmp_path))
-    result = _common.read_json(tmp_path / "toy.json")
+    toy.main(Options("toy", methods, seeds=2, preset="quick", out=tmp_path))
+    result = read_json(tmp_path / "toy.json")
     assert [entry["method"] for entry in result["trajectories"]] == list(methods)
-    points = len(toy.STARTS) * 3
+    points = len(task.STARTS) * 3
     assert len(result["records"]) == (1 + 2 + 1) * points
-    table = toy.table(result)
+    table = report.table(result)
     assert [row[0] for row in table.rows] == list(methods)
     assert all(len(row) == len(table.columns) for row in table.rows)
-    toy.figure(result, tmp_path / "again.png")
+    report.figure(result, tmp_path / "again.png")
     written = (tmp_path / "toy.png").read_bytes()
     assert (tmp_path / "again.png").read_bytes() == written
 

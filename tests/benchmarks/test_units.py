@@ -1,26 +1,30 @@
 """What ``--resume`` relies on: finished parts come back, unfinished ones are redone."""
 
 import threading
+import time
 from concurrent import futures
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import _common, toy
-from benchmarks._common import Options, UsageError
+from benchmarks.harness import units as storing
+from benchmarks.harness.options import Options, UsageError
+from benchmarks.harness.results import read_json, record
+from benchmarks.harness.units import Units
+from benchmarks.tasks.toy import run as toy
 
 
 def units_in(folder, *, resume=True, seeds=3, **settings):
     options = Options("toy", seeds=seeds, out=folder, resume=resume)
-    return _common.Units(options, **{"steps": 5, **settings})
+    return Units(options, **{"steps": 5, **settings})
 
 
 def never():
     raise AssertionError("this part is done")
 
 
-RECORD = _common.record("equal", "error", 0.5, seed=1)
+RECORD = record("equal", "error", 0.5, seed=1)
 OUTCOMES = {
     "numbers": [1, 2.5, float("nan"), float("-inf"), None, True, "text"],
     "records": [RECORD, RECORD],
@@ -152,7 +156,7 @@ def test_killed_between_arrays_and_line_loses_that_part_alone(tmp_path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(_common, "append_line", killed)
+        patch.setattr(storing, "append_line", killed)
         with pytest.raises(KeyboardInterrupt):
             units.do("b", lambda: np.zeros(2))
     units = units_in(tmp_path)
@@ -206,7 +210,7 @@ def test_threads_may_work_side_by_side(tmp_path):
 
 def test_seconds_go_on_where_they_were(tmp_path, monkeypatch):
     now = 100.0
-    monkeypatch.setattr(_common.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
     units = units_in(tmp_path, resume=False)
     now += 5
     units.do("a", lambda: 1)
@@ -233,7 +237,7 @@ def test_a_benchmark_that_was_killed_ends_with_the_same_numbers(tmp_path, monkey
         started.clear()
         options = Options("toy", methods, 1, 20, "quick", out=folder, resume=resume)
         toy.main(options)
-        return _common.read_json(folder / "toy.json")
+        return read_json(folder / "toy.json")
 
     monkeypatch.setattr(toy, "run", watched)
     monkeypatch.setattr(toy, "figure", lambda result, path: None)

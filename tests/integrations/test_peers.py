@@ -7,7 +7,8 @@ import optax
 import pytest
 
 import yoto_jax as yoto
-from benchmarks import _models, peers
+from benchmarks.models import small as models
+from benchmarks.tasks.overhead import peers
 from yoto_jax import weightings
 
 pytestmark = [
@@ -133,11 +134,11 @@ def small():
 
 
 def test_losses_are_the_same(small):
-    params = small.init(jax.random.key(0))
-    x = jax.random.normal(jax.random.key(1), small.inputs)
-    ours = _models.heads(params, small.encoder(params, x), x)
+    params = models.init(jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), models.inputs)
+    ours = models.heads(params, models.encoder(params, x), x)
     theirs = values(peers.Trainer(small).plain())
-    np.testing.assert_allclose([ours[n] for n in _models.NAMES], theirs, rtol=1e-5)
+    np.testing.assert_allclose([ours[n] for n in models.NAMES], theirs, rtol=1e-5)
 
 
 def values(losses):
@@ -149,14 +150,14 @@ def test_training_with_upgrad_is_the_same(small, way):
     step = peers.steps(small, ("upgrad",))[f"upgrad, {way}"]
     theirs = [values(step()) for _ in range(5)]
 
-    x = jax.random.normal(jax.random.key(1), small.inputs)
-    full = lambda params, x: _models.heads(params, small.encoder(params, x), x)
+    x = jax.random.normal(jax.random.key(1), models.inputs)
+    full = lambda params, x: models.heads(params, models.encoder(params, x), x)
     weighting = weightings.upgrad()
     value_and_grad = {
         "features": yoto.value_and_grad(
-            _models.heads,
+            models.heads,
             weighting,
-            gradients=yoto.of_representation(small.encoder),
+            gradients=yoto.of_representation(models.encoder),
         ),
         "parameters": yoto.value_and_grad(
             full,
@@ -175,10 +176,10 @@ def test_training_with_upgrad_is_the_same(small, way):
         updates, opt_state = tx.update(grads, opt_state, params)
         return losses, optax.apply_updates(params, updates), state, opt_state
 
-    params = small.init(jax.random.key(0))
-    state = weighting.init(dict.fromkeys(_models.NAMES, 0.0))
+    params = models.init(jax.random.key(0))
+    state = weighting.init(dict.fromkeys(models.NAMES, 0.0))
     opt_state, ours = tx.init(params), []
     for _ in range(5):
         losses, params, state, opt_state = advance(params, state, opt_state)
-        ours.append([float(losses[name]) for name in _models.NAMES])
+        ours.append([float(losses[name]) for name in models.NAMES])
     np.testing.assert_allclose(ours, theirs, rtol=1e-3)

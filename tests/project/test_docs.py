@@ -10,7 +10,8 @@ import tomllib
 import pytest
 
 import yoto_jax as yoto
-from benchmarks import _common, _methods_table
+from benchmarks.harness import methods_table
+from benchmarks.harness.tables import markdown
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 GUIDES = set((ROOT / "docs").glob("*.md")) - {ROOT / "docs" / "dependencies.md"}
@@ -62,7 +63,7 @@ def test_what_a_snippet_prints_is_compared():
 
 
 def test_links_of_the_pages_lead_somewhere():
-    for page in (*PAGES, ROOT / "benchmarks" / "README.md"):
+    for page in (*PAGES, *(ROOT / "benchmarks").rglob("*.md")):
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if "://" not in link:
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
@@ -125,7 +126,7 @@ def test_all_is_what_a_package_shows(module):
 
 def test_the_table_of_weightings_is_that_of_the_registry():
     page = (ROOT / "docs" / "weightings.md").read_text()
-    block = _common.markdown(_methods_table.table(), numbers=False)
+    block = markdown(methods_table.table(), numbers=False)
     assert f"<!-- methods:begin -->\n{block}\n<!-- methods:end -->" in page
     for name in ("normalize", "smooth", "every", "skip_outliers"):
         assert re.search(rf"`{name}\b", page)

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import _common, _experiment, _licenses
+from benchmarks.harness.results import read_json
+from benchmarks.harness.runs import Runs
+from tools import licenses
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -75,7 +77,7 @@ def test_pickles_in_place_of_a_checkpoint(payload, tmp_path):
 def runs(folder, **state):
     """Runs of a benchmark, as far as reading their files goes."""
     task = types.SimpleNamespace(name="task", settings={"seeds": 1}, lanes=1)
-    return _experiment.Runs(task, {}, folder, planned=1, **state)
+    return Runs(task, {}, folder, planned=1, **state)
 
 
 def as_pickle(path, payload):
@@ -111,7 +113,7 @@ def test_pickles_in_place_of_finished_runs(first_line, payload, tmp_path):
 def test_pickles_in_place_of_results(payload, tmp_path):
     as_pickle(tmp_path / "results.json", payload)
     with pytest.raises(ValueError, match="decode"):
-        _common.read_json(tmp_path / "results.json")
+        read_json(tmp_path / "results.json")
 
 
 # What is not in the sources cannot be misused.
@@ -179,19 +181,19 @@ def test_no_source_runs_what_it_reads(package):
 
 def test_every_dependency_is_listed_with_its_licence():
     listed = {
-        row[0].strip("`"): row for row in _licenses.rows(_licenses.PAGE.read_text())
+        row[0].strip("`"): row for row in licenses.rows(licenses.PAGE.read_text())
     }
-    needed = {dependency.name: dependency for dependency in _licenses.dependencies()}
-    assert listed.keys() == needed.keys() == _licenses.PURPOSES.keys()
+    needed = {dependency.name: dependency for dependency in licenses.dependencies()}
+    assert listed.keys() == needed.keys() == licenses.PURPOSES.keys()
     assert needed["jax"].extras == needed["optax"].extras == ("",)
     for name, dependency in needed.items():
         extras = ", ".join(extra or "always" for extra in dependency.extras)
         assert listed[name][1] == extras
-        assert listed[name][-1] not in ("", _licenses.UNKNOWN)
+        assert listed[name][-1] not in ("", licenses.UNKNOWN)
     assert "LGPL" in listed["moocore"][-1]
 
 
 def test_licences_are_read_from_metadata():
     metadata = importlib.metadata.metadata("jax")
-    assert _licenses.stated(metadata) == "Apache-2.0"
-    assert _licenses.Dependency("no-such-package", ("",)).licence is None
+    assert licenses.stated(metadata) == "Apache-2.0"
+    assert licenses.Dependency("no-such-package", ("",)).licence is None

@@ -1,0 +1,37 @@
+"""The table of all weightings in the documentation, from the registry."""
+
+import yoto_jax as yoto
+from benchmarks.harness.tables import Table
+
+STATISTICS = {
+    "losses": "losses",
+    "gramian": "Gramian",
+    "norms": "gradient norms",
+    "max_abs": "gradient entries",
+    "mean_abs": "gradient entries",
+    "alignment": "derivatives along the downstream gradient",
+    "ntk_diagonal": "kernel diagonal",
+}
+SUMS = {"1": "sum 1", "K": "sum K", "free": ""}
+
+
+def table() -> Table:
+    """What is known of each method."""
+    columns = ("weighting", "looks at", "losses", "remembers", "weights", "from")
+    return Table(columns, [_row(m) for m in yoto.weightings.methods().values()])
+
+
+def _row(method: yoto.weightings.Method) -> list[str]:
+    seen = dict.fromkeys(STATISTICS[name] for name in method.needs)
+    about = " and the downstream loss" if "Gramian" in seen and method.requires else ""
+    sign = "any sign" if method.negative_weights else "not negative"
+    if method.requires == "weights":
+        sign = "as given"
+    return [
+        f"`{method.name}`",
+        (", ".join(seen) or "nothing") + about,
+        method.accepts,
+        method.remembers,
+        ", ".join(filter(None, (SUMS[method.sum_of_weights], sign))),
+        ", ".join(f"[{p.author} {p.year}]({p.url})" for p in method.papers),
+    ]

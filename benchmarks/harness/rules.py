@@ -1,0 +1,65 @@
+"""The weightings of the library as rules."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+import yoto_jax as yoto
+from benchmarks.harness.training import DOWNSTREAM, Carry, PyTree, Rule, Step, Task
+
+
+class Weighted(Rule):
+    """Any weighting of the library."""
+
+    def __init__(
+        self,
+        weighting: Callable[[Task], yoto.LossWeighting],
+        *,
+        steered: bool = False,
+        side_by_side: bool = True,
+    ):
+        """A rule from a weighting.
+
+        Args:
+          weighting: Makes it.
+          steered: Whether held-out data steer it: it then sees the gradients of all
+            parameters on a held-out batch, for every loss and the downstream one.
+          side_by_side: See :class:`Rule`.
+        """
+        self.weighting = weighting
+        self.steered = steered
+        self.side_by_side = side_by_side
+
+    def init(self, task: Task, config: PyTree) -> Any:
+        del config
+        names = task.names + ((DOWNSTREAM,) if self.steered else ())
+        return self.weighting(task).init(dict.fromkeys(names, 0.0))
+
+    def step(
+        self, task: Task, data: PyTree, carry: Carry, config: PyTree, key: jax.Array
+    ) -> Step:
+        del config
+        batch = task.draw(data, key)
+        weighting = self.weighting(task)
+        if self.steered:
+            held_out = task.draw_held_out(data, jax.random.fold_in(key, 1))
+            steering = yoto.on_validation(all_losses=True)
+            value_and_grad = yoto.value_and_grad(
+                task.steered_losses, weighting, steering=steering
+            )
+            losses, grads, state = value_and_grad(
+                carry.model, carry.rule, (held_out, True), batch, False
+            )
+        else:
+            value_and_grad = yoto.value_and_grad(
+                lambda model, batch: task.losses(
+                    model, task.encode(model, batch), batch
+                ),
+                weighting,
+            )
+            losses, grads, state = value_and_grad(carry.model, carry.rule, batch)
+        used = optax.tree.get(state, "loss_weights")
+        pick = lambda tree: {name: tree[name] for name in task.names}
+        return Step(pick(losses), pick(used), grads, state)

@@ -1,0 +1,147 @@
+"""Softmax weights, learned as in YOTO with its parts switched on and off, or constant.
+
+All variations are one program: what differs between lanes are numbers.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import yoto_jax as yoto
+from benchmarks.harness.training import Carry, Losses, PyTree, Rule, Step, Task
+
+
+class Switches(NamedTuple):
+    """Configuration of learned and of constant softmax weights, for one lane.
+
+    The defaults are YOTO as the library has it. Scalars but for the first and the last.
+    """
+
+    ratios: Any  # [K] weights relative to the primary loss, at the start
+    learn: Any = 1.0  # 0: the weights stay
+    rho: Any = 10.0
+    entropy: Any = 1.0  # factor on the negated entropy
+    auxiliary: Any = 0.0  # 1: the entropy is over the auxiliary losses alone
+    softplus: Any = 1.0  # factor on the softplus
+    coupled: Any = 0.0  # 1: the decay goes through the moments, with alpha once more
+    sgd: Any = 0.0  # 1: the logits step by momentum, as in Algorithm 1, not by Adam
+    exponential: Any = 0.0  # 1: exp(mu) without the normalisation to sum 1
+    rate: Any = 1.0  # learning rate of the logits relative to the model's
+    normalize: Any = 0.0  # 1: losses are divided by their running means
+    decay: Any = 0.99  # of those means; 1: divided by their first values
+    factors: Any = 1.0  # [K + 1] or scalar: the losses come multiplied by these
+
+
+class SoftmaxState(NamedTuple):
+    mu: yoto.LossLogits
+    adam: optax.OptState
+    momentum: optax.OptState
+    means: jax.Array  # [K + 1]
+
+
+class Softmax(Rule):
+    """Softmax weights, learned as in YOTO with variations, or constant.
+
+    All of them are one program: lanes differ in numbers alone.
+    """
+
+    def configure(self, configs: Sequence[dict[str, Any]]) -> Switches:
+        rows = [Switches(**config) for config in configs]
+        most = max(np.size(row.factors) for row in rows)
+        rows = [
+            row._replace(factors=np.broadcast_to(row.factors, (most,))) for row in rows
+        ]
+        return jax.tree.map(
+            lambda *x: jnp.asarray(np.stack([np.asarray(v, np.float32) for v in x])),
+            *rows,
+            is_leaf=lambda x: isinstance(x, tuple) and not isinstance(x, Switches),
+        )
+
+    def init(self, task: Task, config: Switches) -> SoftmaxState:
+        mu = yoto.init_loss_logits(
+            dict.fromkeys(task.names, 0.0),
+            task.primary,
+            epsilon=dict(zip(task.auxiliary, config.ratios, strict=True)),
+        )
+        return SoftmaxState(
+            mu,
+            optax.scale_by_adam().init(mu),
+            optax.trace(0.9).init(mu),
+            jnp.zeros(len(task.names)),
+        )
+
+    def step(
+        self, task: Task, data: PyTree, carry: Carry, config: Switches, key: jax.Array
+    ) -> Step:
+        batch = task.draw(data, key)
+        state: SoftmaxState = carry.rule
+
+        def composite(
+            model: PyTree, mu: yoto.LossLogits
+        ) -> tuple[jax.Array, tuple[Losses, jax.Array]]:
+            losses = task.losses(model, task.encode(model, batch), batch)
+            vector = jnp.stack([losses[name] for name in task.names])
+            vector = vector * jnp.broadcast_to(config.factors, vector.shape)
+            losses = dict(zip(task.names, vector, strict=True))
+            now = jax.lax.stop_gradient(vector)
+            decay = jnp.where(carry.step == 0, 0.0, config.decay)
+            means = decay * state.means + (1 - decay) * now
+            scale = jnp.where(config.normalize > 0, means, 1.0)
+            scaled = dict(zip(task.names, vector / scale, strict=True))
+            normalised = yoto.composite_loss(scaled, mu)
+            relative = yoto.loss_weights(mu)
+            primary = relative[task.primary]
+            plain = sum(relative[n] / primary * scaled[n] for n in task.names)
+            total = jnp.where(config.exponential > 0, plain, normalised)
+            return total, (losses, means)
+
+        (slopes, slope), (losses, means) = jax.grad(
+            composite, argnums=(0, 1), has_aux=True
+        )(carry.model, state.mu)
+        weights = self.weights(task, state.mu, config)
+        alpha = task.schedule(carry.step)
+        decay = optax.tree.scale(config.rho, self.decay(state.mu, config))
+        coupled = optax.tree.scale(config.coupled * alpha, decay)
+        slope = jax.tree.map(jnp.add, slope, coupled)
+        by_adam, adam = optax.scale_by_adam().update(slope, state.adam)
+        scaled_slope = optax.tree.scale(alpha, slope)
+        by_momentum, momentum = optax.trace(0.9).update(scaled_slope, state.momentum)
+        move = jax.tree.map(
+            lambda m, a, t, d: (
+                m
+                - config.learn
+                * config.rate
+                * (
+                    jnp.where(config.sgd > 0, t, alpha * a)
+                    + jnp.where(config.coupled > 0, 0.0, alpha * d)
+                )
+            ),
+            state.mu,
+            by_adam,
+            by_momentum,
+            decay,
+        )
+        return Step(losses, weights, slopes, SoftmaxState(move, adam, momentum, means))
+
+    @staticmethod
+    def weights(task: Task, mu: yoto.LossLogits, config: Switches) -> Losses:
+        weights = yoto.loss_weights(mu)
+        scale = jnp.where(config.exponential > 0, weights[task.primary], 1.0)
+        return {name: weights[name] / scale for name in task.names}
+
+    @staticmethod
+    def decay(mu: yoto.LossLogits, config: Switches) -> yoto.LossLogits:
+        """Gradient of the regulariser, its parts switched on and off."""
+
+        def regularizer(mu: yoto.LossLogits) -> jax.Array:
+            softplus = jnp.sum(jax.nn.softplus(mu.learned))
+            spanning_all = yoto.regularizer(mu, entropy="all") - softplus
+            auxiliary = yoto.regularizer(mu, entropy="auxiliary") - softplus
+            entropy = jnp.where(config.auxiliary > 0, auxiliary, spanning_all)
+            return config.entropy * entropy + config.softplus * softplus
+
+        return jax.grad(regularizer)(mu)

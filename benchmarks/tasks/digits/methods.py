@@ -1,0 +1,19 @@
+"""What is compared on digits under shift: methods and their settings."""
+
+from benchmarks.harness import conditional
+from benchmarks.harness.searches import MEDIAN, ORACLE, VALIDATED, WORST
+
+CONDITIONAL = tuple(conditional.LABELS)
+LEARNED = ("yoto", "paper")
+
+ROWS = {  # (method, config or None for the only one): name in the table
+    ("yoto", None): "YOTO, rho={rho} (default)",
+    ("paper", None): "YOTO, rho={rho} (paper)",
+    ("equal", None): "equal weights",
+    **{(name, None): label for name, label in conditional.LABELS.items()},
+    ("grid", VALIDATED): "grid, best by validation",
+    ("random", VALIDATED): "random, best by validation",
+    ("grid", MEDIAN): "grid, median point",
+    ("grid", WORST): "grid, worst point",
+    ("grid", ORACLE): "grid, best on test (oracle)",
+}

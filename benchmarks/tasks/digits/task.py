@@ -1,0 +1,507 @@
+"""Digits under shift: data, corruptions, model, losses and training.
+
+Fixed and learned loss weights differ in one thing only: whether the updates of the loss
+logits are applied. All else (losses, seeds, optimizer, compiled loop) is one code path.
+"""
+
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+import yoto_jax as yoto
+from benchmarks.harness import lanes
+from benchmarks.harness.results import Record, describe, record, values
+from benchmarks.harness.terminal import say, track
+from benchmarks.harness.training import Measured as OfLanes
+from benchmarks.harness.training import Task
+
+PyTree = Any
+Key = jax.Array
+
+PRIMARY = "ce"
+AUXILIARY = ("invariance", "reconstruction")
+LOSSES = (PRIMARY, *AUXILIARY)
+CORRUPTIONS = ("contrast", "brightness", "noise", "blur", "inversion")
+UNSEEN = (*CORRUPTIONS, "all")
+UNSEEN_STRENGTH = 1.3
+BATCH = 128
+GRID = tuple(itertools.product((0.1, 1.0, 10.0), repeat=len(AUXILIARY)))
+"""Weights relative to the primary loss that a grid search tries."""
+
+DRAWS = 4  # corrupted copies of every evaluation image, to average out the draw
+
+_EVALUATION_KEY = 2025  # one corruption of the evaluation images for every run
+_SPLIT_SEED = 0
+
+
+class Split(NamedTuple):
+    images: jax.Array  # float32 [n, 8, 8], from 0 to 1
+    labels: jax.Array  # int32 [n]
+
+
+class Data(NamedTuple):
+    train: Split
+    validation: Split
+    test: Split
+
+
+def split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Stratified indices: half for the test, of the rest 20 % for validation."""
+    training, test = train_test_split(
+        np.arange(len(labels)), test_size=0.5, stratify=labels, random_state=_SPLIT_SEED
+    )
+    train, validation = train_test_split(
+        training, test_size=0.2, stratify=labels[training], random_state=_SPLIT_SEED
+    )
+    return train, validation, test
+
+
+def load() -> Data:
+    """The UCI digits that scikit-learn carries with it: no download."""
+    digits = load_digits()
+    images = jnp.asarray(digits.images / 16.0, jnp.float32)
+    labels = jnp.asarray(digits.target, jnp.int32)
+    return Data(*(Split(images[i], labels[i]) for i in split(digits.target)))
+
+
+# Corruptions.
+
+
+def corrupt(key: Key, images: jax.Array, strength: jax.Array) -> jax.Array:
+    """Corrupt images, each by its own amount of each corruption.
+
+    Args:
+      key: For the direction of contrast and brightness, and for the noise.
+      images: [n, 8, 8].
+      strength: [n, 5] in the order of ``CORRUPTIONS``: 0 is the identity, 1 the
+        strongest in training.
+
+    Returns:
+      Images from 0 to 1, [n, 8, 8].
+    """
+    key_sign, key_noise = jax.random.split(key)
+    contrast, brightness, noise, blur, inversion = strength.T[..., None, None]
+    up_or_down = jax.random.rademacher(key_sign, (2, len(images), 1, 1), jnp.float32)
+    x = images + 0.75 * blur * (_smooth(images) - images)
+    x = 0.5 + (x - 0.5) * 3.0 ** (up_or_down[0] * contrast)
+    x = x + 0.4 * up_or_down[1] * brightness
+    x = x + 0.75 * inversion * (1.0 - 2.0 * x)
+    x = x + 0.3 * noise * jax.random.normal(key_noise, x.shape)
+    return jnp.clip(x, 0.0, 1.0)
+
+
+def _smooth(images: jax.Array) -> jax.Array:
+    """The 3x3 binomial blur."""
+    x = jnp.pad(images, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    x = 0.25 * x[:, :-2] + 0.5 * x[:, 1:-1] + 0.25 * x[:, 2:]
+    return 0.25 * x[:, :, :-2] + 0.5 * x[:, :, 1:-1] + 0.25 * x[:, :, 2:]
+
+
+def stylise(key: Key, images: jax.Array) -> jax.Array:
+    """A random view as seen in training: every strength uniform from 0 to 1."""
+    key_strength, key_corrupt = jax.random.split(key)
+    strength = jax.random.uniform(key_strength, (len(images), len(CORRUPTIONS)))
+    return corrupt(key_corrupt, images, strength)
+
+
+def unseen_domains(images: jax.Array) -> dict[str, jax.Array]:
+    """Every corruption alone and all together, stronger than ever in training."""
+    key = jax.random.key(_EVALUATION_KEY)
+    which = jnp.concatenate([jnp.eye(len(CORRUPTIONS)), jnp.ones((1, 5))])
+    return {
+        domain: corrupt(
+            jax.random.fold_in(key, i),
+            images,
+            jnp.tile(UNSEEN_STRENGTH * which[i], (len(images), 1)),
+        )
+        for i, domain in enumerate(UNSEEN)
+    }
+
+
+def validation_domains(split: Split) -> dict[str, Split]:
+    """Clean, and stylised as in training: all that a selection may look at."""
+    many = repeat(split)
+    stylised = stylise(jax.random.key(_EVALUATION_KEY), many.images)
+    return {"clean": split, "stylised": Split(stylised, many.labels)}
+
+
+def test_domains(split: Split) -> dict[str, Split]:
+    many = repeat(split)
+    unseen = unseen_domains(many.images)
+    return {"clean": split} | {
+        domain: Split(images, many.labels) for domain, images in unseen.items()
+    }
+
+
+def repeat(split: Split) -> Split:
+    return Split(*(jnp.repeat(x, DRAWS, axis=0) for x in split))
+
+
+# Model and losses.
+
+
+def init_model(key: Key) -> PyTree:
+    """Encoder 64-128-64, classifier 64-10, decoder 64-128-64."""
+    sizes = {"encoder": (64, 128, 64), "classifier": (64, 10), "decoder": (64, 128, 64)}
+    keys = jax.random.split(key, len(sizes))
+    return {
+        name: [
+            {
+                "w": jax.nn.initializers.he_normal()(layer_key, (m, n)),
+                "b": jnp.zeros(n),
+            }
+            for layer_key, m, n in zip(
+                jax.random.split(k, len(widths) - 1), widths, widths[1:], strict=False
+            )
+        ]
+        for (name, widths), k in zip(sizes.items(), keys, strict=True)
+    }
+
+
+def _mlp(layers: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
+    for layer in layers[:-1]:
+        x = jax.nn.relu(x @ layer["w"] + layer["b"])
+    return x @ layers[-1]["w"] + layers[-1]["b"]
+
+
+def features(model: PyTree, images: jax.Array) -> jax.Array:
+    return jax.nn.relu(_mlp(model["encoder"], images.reshape(len(images), -1)))
+
+
+def classify(model: PyTree, images: jax.Array) -> jax.Array:
+    return _mlp(model["classifier"], features(model, images))
+
+
+def losses(
+    model: PyTree, images: jax.Array, labels: jax.Array, view: jax.Array
+) -> dict[str, jax.Array]:
+    """The three losses of a batch and a stylised view of it."""
+    both = features(model, jnp.concatenate([images, view]))
+    clean, stylised = jnp.split(both, 2)
+    logits = _mlp(model["classifier"], clean)
+    decoded = _mlp(model["decoder"], clean)
+    return {
+        "ce": optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(),
+        "invariance": jnp.mean((clean - stylised) ** 2),
+        "reconstruction": jnp.mean((decoded - images.reshape(decoded.shape)) ** 2),
+    }
+
+
+# Training.
+
+
+class Configurations(NamedTuple):
+    """What differs between the runs of one sweep, on leading axes [seeds, runs]."""
+
+    epsilon: jax.Array  # [seeds, runs, 2], initial weights relative to the primary loss
+    rho: jax.Array  # [seeds, runs]
+    learn: jax.Array  # [seeds, runs], 1 to learn the weights, 0 to keep them
+
+
+def learned(pairs: Sequence[tuple[float, float]], seeds: int) -> Configurations:
+    """Runs with these pairs of epsilon and rho, the same for every seed."""
+    epsilon, rho = jnp.tile(jnp.asarray(pairs, jnp.float32).T[:, None], (1, seeds, 1))
+    epsilon = jnp.repeat(epsilon[..., None], len(AUXILIARY), axis=-1)
+    return Configurations(epsilon, rho, jnp.ones_like(rho))
+
+
+def fixed(ratios: jax.Array, seeds: int) -> Configurations:
+    """Runs with fixed weights in these ratios [runs, 2] or [seeds, runs, 2]."""
+    epsilon = jnp.broadcast_to(ratios, (seeds, *ratios.shape[-2:]))
+    zeros = jnp.zeros(epsilon.shape[:-1])
+    return Configurations(epsilon, zeros, zeros)
+
+
+def describe_ratios(epsilon: Iterable[float]) -> str:
+    """Fixed weights relative to the primary loss, as text."""
+    return describe(**dict(zip(AUXILIARY, epsilon, strict=True)))
+
+
+class Outcome(NamedTuple):
+    """Trained runs, on leading axes [seeds, runs], as NumPy arrays."""
+
+    model: PyTree
+    weights: dict[str, np.ndarray]  # [seeds, runs, steps] each
+    losses: dict[str, np.ndarray]  # [seeds, runs, steps] each
+    run_seconds: float  # of all runs together
+    compile_seconds: float
+
+
+Transformation = Callable[[jax.Array], optax.GradientTransformation]
+"""Optimizer of model and loss logits, given rho (which may be traced).
+
+Sweeps of one size and transformation (the same object) share a compiled program.
+"""
+
+
+def train(
+    data: Split,
+    transformation: Transformation,
+    configurations: Configurations,
+    steps: int,
+    description: str,
+    devices: lanes.Devices | None = None,
+) -> Outcome:
+    """Train all configurations with all seeds in one program.
+
+    A seed decides initialisation, order of batches and augmentation, the same for every
+    configuration. The first sweep with a program pays for its compilation. The runs are
+    spread over the devices (default: ``lanes.default_devices``), over as many of them
+    as can have the same number of seeds and of configurations each.
+    """
+    started = time.perf_counter()
+    seeds = jnp.arange(len(configurations.rho))
+    chunks = next(n for n in range(25, 0, -1) if steps % n == 0)
+    arguments = (data, seeds, configurations)
+    shapes = jax.eval_shape(lambda x: x, arguments)
+    mesh = lanes.mesh(devices or lanes.default_devices(), *configurations.rho.shape)
+    init, advance = _compile(transformation, steps // chunks, shapes, mesh)
+    ready = time.perf_counter()
+    carry = init(seeds, configurations)
+    histories = []
+    for _ in track(range(chunks), description):
+        carry, history = jax.block_until_ready(advance(carry, *arguments))
+        histories.append(jax.device_get(history))
+    finished = time.perf_counter()
+    say(
+        f"{description}: {configurations.rho.size} runs of {steps} steps in "
+        f"{finished - ready:.1f} s, compiled in {ready - started:.1f} s"
+    )
+    weights, curves = jax.tree.map(
+        lambda *parts: np.moveaxis(np.concatenate(parts), 0, -1), *histories
+    )
+    return Outcome(
+        jax.device_get(carry.params["model"]),
+        weights,
+        curves,
+        run_seconds=finished - ready,
+        compile_seconds=ready - started,
+    )
+
+
+class _Carry(NamedTuple):
+    step: jax.Array
+    params: PyTree
+    state: optax.OptState
+
+
+@functools.cache
+def _compile(
+    transformation: Transformation,
+    length: int,
+    arguments: Any,
+    mesh: jax.sharding.Mesh | None,
+) -> Any:
+    """Programs that start all runs and that train them ``length`` steps further."""
+    _, *runs = arguments
+    start = functools.partial(_init, transformation)
+    further = functools.partial(_advance, transformation, length)
+    if mesh is not None:
+        own, of_steps = lanes.spec(mesh), lanes.spec(mesh, 1)
+        of_seeds = jax.sharding.PartitionSpec(mesh.axis_names[0])
+        init = lanes.Spread(start, mesh, (of_seeds, own), own, tuple(runs))
+        specs = (own, lanes.ALL, of_seeds, own)
+        every = (init.out_info, *arguments)
+        return init, lanes.Spread(further, mesh, specs, (own, of_steps), every, (0,))
+    init = jax.jit(start).lower(*runs).compile()
+    advance = jax.jit(further, donate_argnums=0)
+    return init, advance.lower(init.out_info, *arguments).compile()
+
+
+def _init(
+    transformation: Transformation, seeds: jax.Array, configurations: Configurations
+) -> _Carry:
+    def one_run(seed: jax.Array, configuration: Configurations) -> _Carry:
+        epsilon = dict(zip(AUXILIARY, configuration.epsilon, strict=True))
+        mu = yoto.init_loss_logits(dict.fromkeys(LOSSES, 0.0), PRIMARY, epsilon=epsilon)
+        params = {"model": init_model(jax.random.key(seed)), "mu": mu}
+        state = transformation(configuration.rho).init(params)
+        return _Carry(jnp.zeros((), jnp.int32), params, state)
+
+    one_seed = jax.vmap(one_run, in_axes=(None, 0))
+    return jax.vmap(one_seed)(seeds, configurations)
+
+
+def _advance(
+    transformation: Transformation,
+    length: int,
+    carry: _Carry,
+    data: Split,
+    seeds: jax.Array,
+    configurations: Configurations,
+) -> tuple[_Carry, tuple[PyTree, PyTree]]:
+    """Train ``length`` steps, and return the weights and losses of each."""
+
+    def one_run(carry: _Carry, configuration: Configurations, batch: PyTree) -> Any:
+        def objective(params: PyTree) -> tuple[jax.Array, PyTree]:
+            terms = losses(params["model"], *batch)
+            return yoto.composite_loss(terms, params["mu"]), terms
+
+        grads, terms = jax.grad(objective, has_aux=True)(carry.params)
+        updates, state = transformation(configuration.rho).update(
+            grads, carry.state, carry.params
+        )
+        updates["mu"] = optax.tree.scale(configuration.learn, updates["mu"])
+        params = optax.apply_updates(carry.params, updates)
+        weights = yoto.loss_weights(carry.params["mu"])
+        return _Carry(carry.step + 1, params, state), (weights, terms)
+
+    def one_seed(carry: _Carry, seed: jax.Array, configurations: Configurations) -> Any:
+        # One batch for all configurations, which are in step with each other.
+        key = jax.random.fold_in(jax.random.key(seed), carry.step[0])
+        batch = draw(data, key)
+        return jax.vmap(one_run, in_axes=(0, 0, None))(carry, configurations, batch)
+
+    def step(carry: _Carry, _: None) -> Any:
+        return jax.vmap(one_seed)(carry, seeds, configurations)
+
+    return jax.lax.scan(step, carry, length=length)
+
+
+def draw(split: Split, key: Key) -> tuple[jax.Array, ...]:
+    """A batch: images, labels and stylised views of them."""
+    key_batch, key_view = jax.random.split(key)
+    chosen = jax.random.randint(key_batch, (BATCH,), 0, len(split.labels))
+    images = split.images[chosen]
+    return images, split.labels[chosen], stylise(key_view, images)
+
+
+@jax.jit
+def _accuracy(models: PyTree, split: Split) -> jax.Array:
+    def of_one(model: PyTree) -> jax.Array:
+        predicted = jnp.argmax(classify(model, split.images), axis=-1)
+        return jnp.mean(predicted == split.labels)
+
+    # One model after the other: side by side, their activations would fill the memory.
+    return jax.lax.map(lambda seed: jax.lax.map(of_one, seed), models)
+
+
+def accuracy(models: PyTree, domains: dict[str, Split]) -> dict[str, np.ndarray]:
+    """Accuracy of every run in every domain, [seeds, runs] each."""
+    return {name: np.asarray(_accuracy(models, d)) for name, d in domains.items()}
+
+
+# The same as a task that one conditional model can be trained on.
+
+
+class ConstantRate(Task):
+    """A task without a schedule of the learning rate."""
+
+    def schedule(self, step: Any) -> jax.Array:
+        del step
+        return jnp.asarray(self.learning_rate)
+
+
+def as_task(data: Data, steps: int, seeds: int, learning_rate: float) -> Task:
+    """Digits for rules of training: one lane for each seed."""
+    validation = validation_domains(data.validation)
+    tests = test_domains(data.test)
+
+    def held_out(model: PyTree, z: None, batch: tuple[jax.Array, ...]) -> jax.Array:
+        """The cross-entropy of stylised views."""
+        _, labels, view = batch
+        logits = classify(model, view)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def of_lanes(models: PyTree, domains: dict[str, Split]) -> dict[str, np.ndarray]:
+        one_run = jax.tree.map(lambda x: x[:, None], models)
+        return {name: x[:, 0] for name, x in accuracy(one_run, domains).items()}
+
+    def test(models: PyTree) -> OfLanes:
+        measured: OfLanes = {
+            ("accuracy", d): x for d, x in of_lanes(models, tests).items()
+        }
+        for domain, x in of_lanes(models, validation).items():
+            measured["accuracy", f"validation {domain}"] = x
+        return measured
+
+    def validate(models: PyTree) -> np.ndarray:
+        domain = {"stylised": validation["stylised"]}
+        return of_lanes(models, domain)["stylised"]
+
+    return ConstantRate(
+        name="digits",
+        settings={"steps": steps, "learning_rate": learning_rate, "batch": BATCH},
+        primary=PRIMARY,
+        auxiliary=AUXILIARY,
+        data=(data.train, data.validation),
+        init=init_model,
+        draw=lambda splits, key: draw(splits[0], key),
+        draw_held_out=lambda splits, key: draw(splits[1], key),
+        encode=lambda model, batch: None,
+        losses=lambda model, z, batch: losses(model, *batch),
+        downstream=held_out,
+        validate=validate,
+        test=test,
+        steps=steps,
+        learning_rate=learning_rate,
+        weight_decay=1e-4,  # the default of AdamW, as in the other runs
+        lanes=seeds,
+    )
+
+
+# Records.
+
+
+def regulariser_records(entropy: Literal["all", "auxiliary"]) -> list[Record]:
+    """The weights that the regulariser alone would choose."""
+    mu = yoto.init_loss_logits(dict.fromkeys(LOSSES, 0.0), PRIMARY)
+    slope = jax.grad(lambda mu: yoto.regularizer(mu, entropy=entropy))
+    mu = jax.lax.fori_loop(
+        0, 2000, lambda _, mu: jax.tree.map(lambda m, g: m - g, mu, slope(mu)), mu
+    )
+    return [
+        record(
+            "regulariser", f"weight:{name}", w, config=f"entropy={entropy}", compute=0
+        )
+        for name, w in yoto.loss_weights(mu).items()
+    ]
+
+
+Measured = dict[tuple[str, str | None], np.ndarray]
+"""Values [seeds, runs] by metric and domain."""
+
+
+def run_records(
+    method: str, config: str, seed: int, i: int, measured: Measured, compute: int = 1
+) -> list[Record]:
+    """All that was measured of one run."""
+    return [
+        record(
+            method,
+            metric,
+            of_runs[seed, i],
+            config=config,
+            seed=seed,
+            domain=domain,
+            unseen=domain in UNSEEN,
+            compute=compute,
+        )
+        for (metric, domain), of_runs in measured.items()
+    ]
+
+
+def mean_of(records: list[Record], what: str) -> dict[str, float]:
+    """The ``"weight"`` or the ``"loss"`` of each loss after training, over seeds."""
+    return {
+        name: float(values(records, metric=f"{what}:{name}").mean()) for name in LOSSES
+    }
+
+
+def distance(weights: dict[str, float], others: dict[str, float]) -> tuple[str, float]:
+    """The loss whose weight differs by the largest factor, and that factor."""
+    factors = {
+        name: max(weights[name] / others[name], others[name] / weights[name])
+        for name in weights
+    }
+    furthest = max(factors, key=lambda name: factors[name])
+    return furthest, factors[furthest]
