@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,10 +24,17 @@ def plain_log_axis(panel: Axes) -> None:
 
 
 def band(
-    panel: Axes, x: Sequence[float], curves: np.ndarray, color: str, label: str
+    panel: Axes,
+    x: Sequence[float] | np.ndarray,
+    curves: np.ndarray,
+    color: str,
+    label: str,
+    geometric: bool = False,
+    **line: Any,
 ) -> None:
     """Mean of the curves of the seeds, and their range as a band."""
-    panel.plot(x, curves.mean(axis=0), color=color, label=label)
+    mean = np.exp(np.log(curves).mean(axis=0)) if geometric else curves.mean(axis=0)
+    panel.plot(x, mean, color=color, label=label, **line)
     low, high = curves.min(axis=0), curves.max(axis=0)
     panel.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
 

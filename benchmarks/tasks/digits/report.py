@@ -166,7 +166,7 @@ def _hold(result: Result, method: str) -> str:
 def figure(result: Result, path: Path) -> None:
     """Weights and losses over time, and accuracy against cost."""
     history = [h for h in result["history"] if h["method"] == "yoto"]
-    drawing = Figure(figsize=(12.5, 4.4), dpi=110, layout="constrained")
+    drawing = Figure(figsize=(15, 4.4), dpi=100, layout="constrained")
     widths = (1, 1, 1.35) if history else (1,)
     panels = drawing.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     if history:
@@ -245,7 +245,7 @@ def _draw_accuracy(panel: Axes, result: Result) -> None:
         ylabel="accuracy, mean over unseen shifts (%)",
     )
     panel.xaxis.set_major_locator(MultipleLocator(1))
-    panel.legend(fontsize=8, loc="lower right")
+    panel.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
 def best_of_n(result: Result, method: str) -> np.ndarray:

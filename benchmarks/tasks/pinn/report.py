@@ -170,7 +170,7 @@ def figure(result: Result, path: Path) -> None:
     for panel, name in zip(panels[1], CONDITIONS, strict=True):
         panel.set(xlabel="training step", yscale="log")
         panel.set_ylabel(f"weight of {name}, relative to pde")
-    panels[0, 0].set_title("Error at equal steps")
+    panels[0, 0].set_title("Error at equal steps (bands: range over seeds)")
     panels[0, 1].set_title("Error at equal time (line: static finished)")
     drawing.legend(
         *panels[0, 0].get_legend_handles_labels(),
@@ -182,14 +182,21 @@ def figure(result: Result, path: Path) -> None:
 
 
 def _draw(panels: Any, result: Result, method: str, runs: list[dict[str, Any]]) -> None:
-    """Geometric means over seeds."""
+    """Geometric means over seeds, and their range as a band."""
     color, style = STYLES[method]
     step = np.array(runs[0]["step"])
     seconds = _step_seconds(result, method)
 
     def draw(panel: Axes, x: np.ndarray, curves: list[np.ndarray]) -> None:
-        mean = np.exp(np.mean(np.log(curves), axis=0))
-        panel.plot(x, mean, color=color, linestyle=style, label=METHODS[method].name)
+        plots.band(
+            panel,
+            x,
+            np.array(curves),
+            color,
+            METHODS[method].name,
+            geometric=True,
+            linestyle=style,
+        )
 
     errors = [np.array(run["error"]) for run in runs]
     draw(panels[0, 0], step, errors)

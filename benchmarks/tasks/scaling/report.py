@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from benchmarks.harness.results import describe, parse, select, values
+from benchmarks.harness import plots
+from benchmarks.harness.results import Record, describe, parse, select, values
 from benchmarks.harness.tables import Table
 from benchmarks.tasks.scaling import measurements as runs
 from benchmarks.tasks.scaling import task
@@ -300,59 +303,85 @@ def conclusions(result: dict[str, Any]) -> list[str]:
     return said
 
 
+COLORS = {
+    "plain": plots.BLACK,
+    "yoto": plots.BLUE,
+    "famo": plots.SKY,
+    "gradnorm": plots.ORANGE,
+    "upgrad": plots.GREEN,
+    "grap": plots.VERMILION,
+}
+
+
 def figure(result: dict[str, Any], path: Path) -> None:
     """Time of a step over the number of devices, and what methods send."""
-    import matplotlib.pyplot as plt
+    drawing = Figure(figsize=(12, 6), dpi=100, layout="constrained")
+    left, right = drawing.subplots(1, 2, width_ratios=(1, 1.15))
+    _draw_times(left, result)
+    _draw_traffic(right, result["records"])
+    plots.save(drawing, path)
 
+
+def _draw_times(panel: Axes, result: dict[str, Any]) -> None:
     records = result["records"]
-    fig, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=(1, 1.15)
-    )
     timed = [r for r in records if r["metric"] == "of one device"]
     counts = sorted({int(parse(r["config"])["devices"]) for r in timed})
-    for name in dict.fromkeys(r["method"] for r in timed):
+    apart = 2.0 ** np.linspace(-0.1, 0.1, len(COLORS))  # so that bars do not overlap
+    for shift, (name, color) in zip(apart, COLORS.items(), strict=True):
+        pick = lambda part, n, name=name: values(
+            records,
+            method=name,
+            metric=f"of one device{part}",
+            config=describe(devices=n),
+        )[0]
         middle, low, high = (
-            np.array(
-                [
-                    values(
-                        records,
-                        method=name,
-                        metric="of one device" + part,
-                        config=describe(devices=n),
-                    )[0]
-                    for n in counts
-                ]
-            )
+            np.array([pick(part, n) for n in counts])
             for part in ("", ", lower quartile", ", upper quartile")
         )
-        left.errorbar(
-            counts, middle, (middle - low, high - middle), marker="o", label=name
+        panel.errorbar(
+            shift * np.array(counts),
+            middle,
+            (middle - low, high - middle),
+            color=color,
+            marker="o",
+            markersize=4,
+            capsize=2,
+            label=name,
         )
     cores = result["meta"]["cpu_count"] or 1
     if result["meta"]["platform"] == "cpu":
         ideal, label = [1.0 for _ in counts], f"ideal: all use the same {cores} cores"
     else:
         ideal, label = [1 / n for n in counts], "ideal"
-    left.plot(counts, ideal, "k--", lw=1, label=label)
-    left.set_xscale("log", base=2)
-    left.set_xticks(counts, [str(n) for n in counts])
-    left.set_xlabel(f"devices ({_devices_text(result)})")
-    left.set_ylabel("time of a step, relative to one device")
-    left.set_ylim(bottom=0)
-    left.legend(fontsize=8)
-    left.set_title("Strong scaling, one batch", fontsize=10)
+    panel.plot(counts, ideal, color=plots.GREY, linestyle=":", label=label)
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(counts, [str(n) for n in counts])
+    panel.set(
+        title="Time of a step on the same batch (bars: quartiles)",
+        xlabel=f"devices ({_devices_text(result)})",
+        ylabel="time of a step, relative to one device",
+    )
+    panel.set_ylim(bottom=0)
+    panel.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False
+    )
 
-    sent = [r for r in records if r["metric"] == "bytes" and r["config"] == "shard_map"]
+
+def _draw_traffic(panel: Axes, records: list[Record]) -> None:
+    sent = select(records, metric="bytes", config="shard_map")
     plain = next(r["value"] for r in sent if r["method"] == "plain")
     extra = {r["method"]: r["value"] for r in sent if r["method"] != "plain"}
     order = sorted(extra, key=lambda name: extra[name], reverse=True)
-    right.barh(order, [max(extra[name], 0.0) for name in order], color="tab:blue")
-    right.axvline(plain, color="k", ls="--", lw=1)
-    right.text(plain, len(order) - 0.4, " plain gradient", fontsize=8, ha="right")
-    right.set_xscale("symlog", linthresh=4)
-    right.set_xlim(0, 30 * plain)
-    right.set_xlabel("bytes added to the all-reduces of a step")
-    right.tick_params(axis="y", labelsize=7)
-    right.set_title("Communication, three losses, eight devices", fontsize=10)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    panel.barh(order, [max(extra[name], 0.0) for name in order], color=plots.BLUE)
+    panel.axvline(plain, color=plots.GREY, linestyle="--")
+    panel.text(1.2 * plain, len(order) - 1, "plain\ngradient", va="top", fontsize=9)
+    panel.set_xscale("symlog", linthresh=4)
+    panel.set_xticks([0, 10, 1e3, 1e5], ["0", "10", "1,000", "100,000"])
+    panel.set_xlim(0, 30 * plain)
+    panel.set(
+        title="Communication: three losses, eight devices",
+        xlabel="bytes added to the all-reduces of a step",
+    )
+    panel.margins(y=0.01)
+    panel.set_axisbelow(True)
+    panel.tick_params(axis="y", labelsize=8)
