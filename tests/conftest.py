@@ -60,11 +60,53 @@ SMOKE = {
 }
 
 
+# Rows that stand for the others of their test in `make test`: what differs from row to
+# row is tested elsewhere, and each compiles programs for seconds.
+STANDING_FOR_THE_TEST = {
+    "contract/test_weightings.py": {
+        "test_eager_equals_jit": ["famo", "upgrad"],
+    },
+    "devices/test_sharded_params.py": {
+        "test_every_device_holds_a_part_and_gathers_the_whole": ["upgrad-False"],
+        "test_jit_with_sharded_parameters": ["upgrad-False-Explicit"],
+        "test_layers_cut_up_over_a_second_axis": ["gradnorm-False"],
+    },
+    "engine/test_present.py": {
+        "test_a_validation_batch_without_the_downstream_loss_teaches_nothing": [
+            "auto_lambda-False",
+            "auto_lambda-True",
+        ],
+        "test_devices_that_disagree_about_labels": ["shard_map", "pmap"],
+    },
+    "integrations/test_equinox.py": {
+        "test_a_filtered_module_and_its_state": ["direct"],
+    },
+    "integrations/test_flax.py": {"test_nnx_without_its_optimizer": ["tx0"]},
+    "integrations/test_nnx.py": {
+        "test_gradients_and_state_are_those_of_nnx_grad": [
+            "losses",
+            "gramian",
+            "encoder",
+        ],
+        "test_what_steers_leaves_no_trace_in_the_module": ["validation"],
+    },
+}
+
+
+def is_left_out(item, file):
+    """Whether another row stands for this one."""
+    rows = STANDING_FOR_THE_TEST.get(file, {}).get(item.name.split("[")[0])
+    return rows is not None and item.callspec.id not in rows
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
+        file = "/".join(item.path.parts[-2:])
+        if is_left_out(item, file):
+            item.add_marker(pytest.mark.slow)
         if "full_compilation" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.compiled)
-        chosen = SMOKE.get("/".join(item.path.parts[-2:]), ())
+        chosen = SMOKE.get(file, ())
         if item.name in chosen or item.name.split("[")[0] in chosen:
             item.add_marker(pytest.mark.smoke)
 

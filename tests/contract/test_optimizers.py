@@ -115,10 +115,23 @@ def types(tree):
     return structure, [(x.shape, x.dtype, x.weak_type) for x in leaves]
 
 
+# Every form on the tree of a user, and the plain form on every tree: all with all
+# is left to `make test-all`.
+PAIRS = [
+    pytest.param(
+        form,
+        params,
+        id=f"{tree}-{name}",
+        marks=[] if name == "bare" or tree in ("plain", "none") else pytest.mark.slow,
+    )
+    for name, form in FORMS.items()
+    for tree, params in TREES.items()
+]
+
+
 @without_logits
 @rows
-@forms
-@trees
+@pytest.mark.parametrize(("form", "params"), PAIRS)
 def test_every_form_works_on_every_tree(row, form, params):
     tx = form(row.make())
     # Without jit a branch is compiled anew in every step.

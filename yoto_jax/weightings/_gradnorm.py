@@ -53,14 +53,16 @@ def gradnorm(
         such a batch leaves the weights as they were.
 
     Examples:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> import yoto_jax as yoto
       >>> losses = {"camera": 1.0, "depth": 1.0}
       >>> weighting = yoto.weightings.gradnorm()
       >>> state = weighting.init(losses)
+      >>> update = jax.jit(weighting.update)
       >>> for _ in range(300):
       ...     norms = jnp.array([3.0, 1.0])
-      ...     weights, state = weighting.update(losses, state, norms=norms)
+      ...     weights, state = update(losses, state, norms=norms)
       >>> print({name: round(float(w), 1) for name, w in weights.items()})
       {'camera': 0.5, 'depth': 1.5}
 

@@ -48,12 +48,14 @@ def imtl_l(*, optimizer: optax.GradientTransformation | None = None) -> LossWeig
         such a batch leaves the weights as they were.
 
     Examples:
+      >>> import jax
       >>> import yoto_jax as yoto
       >>> losses = {"depth": 0.5, "camera": 4.0}
       >>> weighting = yoto.weightings.imtl_l()
       >>> state = weighting.init(losses)
+      >>> update = jax.jit(weighting.update)
       >>> for _ in range(300):
-      ...     weights, state = weighting.update(losses, state)
+      ...     weights, state = update(losses, state)
       >>> print({name: round(float(w), 2) for name, w in weights.items()})
       {'camera': 0.25, 'depth': 2.0}
 

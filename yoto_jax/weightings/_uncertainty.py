@@ -57,13 +57,15 @@ def uncertainty(
         ``update`` outside ``jit``: a loss is not positive.
 
     Examples:
+      >>> import jax
       >>> import yoto_jax as yoto
       >>> losses = {"depth": 0.5, "label": 2.0}
       >>> kind = {"depth": "regression", "label": "classification"}
       >>> weighting = yoto.weightings.uncertainty(kind=kind)
       >>> state = weighting.init(losses)
+      >>> update = jax.jit(weighting.update)
       >>> for _ in range(300):
-      ...     weights, state = weighting.update(losses, state)
+      ...     weights, state = update(losses, state)
       >>> print({name: round(float(w), 2) for name, w in weights.items()})
       {'depth': 1.0, 'label': 0.25}
 
