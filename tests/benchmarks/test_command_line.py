@@ -450,8 +450,9 @@ def test_tables_of_costs_show_no_minus_zero_and_name_versions_that_are_known():
     assert overhead_report._number(-0.04, 1) == "0.0"
     assert overhead_report._number(-1234.5, 1) == "-1,234.5"
     result = read_json(ROOT / "benchmarks" / "results" / "overhead.json")
+    plain = {k: v for k, v in result["meta"].items() if k not in ("torch", "torchjd")}
     for versions in ({}, {"torch": "2.9.1", "torchjd": "0.17.0"}):
-        result["meta"] = result["meta"] | versions
+        result["meta"] = plain | versions
         caption = overhead_report.peer_table(result).caption
         named = " PyTorch 2.9.1, TorchJD 0.17.0." if versions else ""
         assert caption.endswith(f"the same framework.{named}")
