@@ -37,11 +37,11 @@ AS_USERS := $(RUN) pytest -n $(WORKERS)
 
 tests: $(VENV)/dev
 	$(QUICKLY) -m "not slow and not compiled"
-	$(AS_USERS) -m "compiled and not slow"
+	$(AS_USERS) -m "compiled and not slow" tests/engine
 
 smoke: $(VENV)/dev
 	$(QUICKLY) -m "smoke and not compiled"
-	$(RUN) pytest -m "smoke and compiled"
+	$(RUN) pytest -m "smoke and compiled" tests/engine
 
 # As readers run them: a kernel each, trained to the end.
 notebooks: $(VENV)/dev
