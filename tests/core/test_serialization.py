@@ -17,6 +17,7 @@ import pytest
 import yoto_jax as yoto
 from tests.contract.test_weightings import ROWS
 from yoto_jax import conditional, monitoring, weightings
+from yoto_jax.conditional._distributions import Box, Distribution
 
 LOSSES = {"fit": 0.5, "heads": (1.0, 2.0)}
 MU = yoto.init_loss_logits(LOSSES, "fit", epsilon=0.3)
@@ -76,6 +77,12 @@ def test_states_of_all_weightings_and_transformations_go_into_a_file():
     same(exported(lambda x: x, states)(states), states)
 
 
+def distributions(kind):
+    """All that the package has, those in no list included."""
+    found = [kind] if kind.__module__.startswith("yoto_jax") else []
+    return found + [x for sub in kind.__subclasses__() for x in distributions(sub)]
+
+
 def test_distributions_in_a_file():
     supports = [
         conditional.LogUniform({"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 9.0}),
@@ -84,6 +91,8 @@ def test_distributions_in_a_file():
         conditional.Dirichlet((1.0, 2.0)),
     ]
     same(exported(lambda x: x, supports)(supports), supports)
+    bases = {Distribution, Box}
+    assert {type(x) for x in supports} == {*distributions(Distribution)} - bases
     assert repr(exported(lambda x: x, supports)(supports)) == repr(supports)
 
 

@@ -31,6 +31,12 @@ class Distribution:
 
     A distribution is a pytree: pass it into ``jit``, store it in a checkpoint.
 
+    A subclass sets the attributes and writes ``positions``, ``outside``, ``_draw``
+    (weights of some draws), ``_lattice`` (those of a grid), ``_shown`` (two bounds for
+    ``repr``), and ``tree_flatten_with_keys`` and ``tree_unflatten``, with which
+    ``register_node`` makes it a pytree. Of :class:`Box`, which has independent ranges,
+    ``_scale`` and ``_unscale`` are enough.
+
     Attributes:
       structure: Tree structure of the losses (static).
       free: For each loss, whether its weight varies (static).

@@ -33,7 +33,12 @@ class Batch:
 
 
 class Pass(abc.ABC):
-    """The losses of a batch, and what can be had of their gradients."""
+    """The losses of a batch, and what can be had of their gradients.
+
+    A source owes the engine losses and gradients that are averaged over the devices
+    (``batch.devices``), and calls ``weighting.observe``, where the weighting has it,
+    with the gradient that the weights made.
+    """
 
     losses: Losses  # scalars, averaged over the devices
     aux: Any
