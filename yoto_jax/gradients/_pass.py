@@ -35,9 +35,9 @@ class Batch:
 class Pass(abc.ABC):
     """The losses of a batch, and what can be had of their gradients.
 
-    A source owes the engine losses and gradients that are averaged over the devices
-    (``batch.devices``), and calls ``weighting.observe``, where the weighting has it,
-    with the gradient that the weights made.
+    A source averages losses and gradients over the devices (``batch.devices``) itself.
+    One that has a representation shows its gradient to ``weighting.observe``, if the
+    weighting has that.
     """
 
     losses: Losses  # scalars, averaged over the devices
