@@ -165,6 +165,7 @@ def test_gradients_of_parameters(name, dtype):
     assert_near(np.asarray(state["norms"]), np.linalg.norm(seen, axis=1), dtype)
 
 
+@pytest.mark.slow
 def test_norms_one_gradient_at_a_time():
     params, batch, _ = problem(jnp.float32)
     weighting = looking_at("max_abs", "mean_abs")
@@ -217,8 +218,15 @@ def test_a_jacobian_and_its_aggregate():
     assert_near(np.asarray(state["gramian"]), rows @ rows.T, jnp.float32)
 
 
-@pytest.mark.parametrize("needs", ["alignment", "gramian"])
-@pytest.mark.parametrize("all_losses", [False, True])
+@pytest.mark.parametrize(
+    ("needs", "all_losses"),
+    [
+        ("alignment", True),
+        ("gramian", False),
+        pytest.param("alignment", False, marks=pytest.mark.slow),
+        pytest.param("gramian", True, marks=pytest.mark.slow),
+    ],
+)
 def test_downstream_rows_and_directional_derivatives(needs, all_losses):
     params, batch, other = problem(jnp.float32)
     weighting = looking_at(needs, downstream="label")
