@@ -18,6 +18,11 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
+TIERS = {"not slow and not compiled": "1", "compiled and not slow": ""}
+"""What `make test` runs, and whether XLA compiles quickly then."""
+
+
 class Mutant(NamedTuple):
     """A fault: in ``file`` of the library, ``right`` becomes ``wrong``."""
 
@@ -163,33 +168,40 @@ def is_found(mutant: Mutant) -> tuple[bool, str]:
             raise ValueError(f"{mutant.file} must hold {mutant.right!r} once.")
         path.write_text(text.replace(mutant.right, mutant.wrong))
         tests = [f"tests/{name}" for name in mutant.tests.split()]
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        done = subprocess.run(
-            [*command, *tests],
-            cwd=copy,
-            env=os.environ | {"PYTHONPATH": str(copy)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    said = [x for x in done.stdout.splitlines() if x.startswith(("FAILED", "ERROR"))]
-    return done.returncode == 1, said[0] if said else done.stdout.strip()[-200:]
+        said = ""
+        for marks, quick in TIERS.items():
+            done = subprocess.run(
+                [*PYTEST, "-m", marks, *tests],
+                cwd=copy,
+                env=os.environ | {"PYTHONPATH": str(copy), "YOTO_JAX_QUICK_XLA": quick},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            lines = done.stdout.splitlines()
+            if failed := [line for line in lines if line.startswith("FAILED")]:
+                return True, failed[0]
+            said = lines[-1] if lines else done.stderr[-200:]
+    return False, said
 
 
 def main() -> None:
     """Run the tests with every fault, and say which were found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=2)
-    workers = parser.parse_args().workers
+    parser.add_argument("--only", type=int, nargs="*", metavar="N")
+    options = parser.parse_args()
+    numbers = options.only or range(1, len(MUTANTS) + 1)
+    chosen = [MUTANTS[number - 1] for number in numbers]
     missed = 0
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        for number, (mutant, (found, said)) in enumerate(
-            zip(MUTANTS, pool.map(is_found, MUTANTS), strict=True), 1
-        ):
+    with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
+        results = pool.map(is_found, chosen)
+        for number, mutant, (found, said) in zip(numbers, chosen, results, strict=True):
             missed += not found
             state = "found" if found else "NOT FOUND"
-            print(f"{number:2} {state}  {mutant.file}: {mutant.wrong}\n   {said}")
-    print(f"{len(MUTANTS) - missed} of {len(MUTANTS)} faults were found.")
+            line = f"{number:2} {state}  {mutant.file}: {mutant.wrong}\n   {said}"
+            print(line, flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} faults were found.")
     sys.exit(missed > 0)
 
 
