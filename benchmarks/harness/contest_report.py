@@ -459,15 +459,7 @@ def _draw_costs(panel: Axes, seen: View, ylabel: str) -> None:
         marker, color = _MARKS[method]
         found = seen.unseen_values(method)
         # Methods of one run stand side by side.
-        panel.errorbar(
-            place - len(present),
-            found.mean(),
-            found.std(ddof=1) if len(found) > 1 else None,
-            fmt=marker,
-            color=color,
-            capsize=3,
-            markersize=8,
-        )
+        plots.point(panel, place - len(present), found, marker, color)
     ticks = [(i - len(present), _short_label(seen, m)) for i, m in enumerate(present)]
     longest = 0
     for method, color in _CURVES.items():

@@ -39,6 +39,34 @@ def band(
     panel.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
 
 
+def point(
+    panel: Axes, cost: float, found: np.ndarray, marker: str, color: str, **more: Any
+) -> None:
+    """Mean over seeds at its cost, with the standard deviation as a bar."""
+    panel.errorbar(
+        cost,
+        found.mean(),
+        found.std(ddof=1) if len(found) > 1 else None,
+        fmt=marker,
+        color=color,
+        capsize=3,
+        markersize=8,
+        **more,
+    )
+
+
+def random_search(panel: Axes, percent: np.ndarray) -> None:
+    """What the best of n random draws reaches, for every n."""
+    panel.plot(
+        np.arange(1, len(percent) + 1),
+        percent,
+        color=GREEN,
+        marker=".",
+        zorder=0,
+        label="random, best of n by validation",
+    )
+
+
 def save(drawing: Figure, path: Path) -> None:
     for panel in drawing.axes:
         panel.grid(alpha=0.25)

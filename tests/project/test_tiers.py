@@ -6,14 +6,12 @@ import pytest
 
 from tests import conftest
 from tests.benchmarks import conftest as benchmarks
-from tests.contract import conftest as contract
 
 TESTS = pathlib.Path(conftest.__file__).parent
 TABLES = {
     "smoke": conftest.SMOKE,
     "rows": conftest.STANDING_FOR_THE_TEST,
     "benchmarks": {f"benchmarks/{k}": v for k, v in benchmarks.SLOW.items()},
-    "contract": {"contract/test_weightings.py": contract.COSTLY},
 }
 
 

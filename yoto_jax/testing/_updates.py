@@ -130,9 +130,7 @@ def check_fewer_losses(trial: Trial) -> None:
     update = jax.jit(trial.weighting.update)
     for seed in range(3):
         batch = trial.batch(seed)
-        seen = {name: x[others] for name, x in batch.statistics.items()}
-        if "gramian" in seen:
-            seen["gramian"] = seen["gramian"][:, others]
+        seen = _pick(batch, np.array(others)).statistics
         losses, seen = jax.tree.map(jnp.float32, (some(batch.losses), seen))
         expected, part = update(losses, part, **seen)
         weights, full = trial.tell(batch, full, there)
@@ -158,6 +156,14 @@ def _is_part(part: Any, full: Any, others: list[int]) -> bool:
     return True
 
 
+def _pick(batch: Batch, chosen: np.ndarray) -> Batch:
+    """Some losses of a batch, in the order given."""
+    seen = {name: x[chosen] for name, x in batch.statistics.items()}
+    if "gramian" in seen:
+        seen["gramian"] = seen["gramian"][:, chosen]
+    return Batch(batch.losses[chosen], seen)
+
+
 def check_order(trial: Trial) -> None:
     """Losses that trade places trade their weights."""
     fixed = trial.position
@@ -167,11 +173,8 @@ def check_order(trial: Trial) -> None:
     plain = turned = trial.init()
     for seed in range(4):
         batch = trial.batch(seed)
-        seen = {name: x[order] for name, x in batch.statistics.items()}
-        if "gramian" in seen:
-            seen["gramian"] = seen["gramian"][:, order]
         weights, plain = trial.tell(batch, plain)
-        moved, turned = trial.tell(Batch(batch.losses[order], seen), turned)
+        moved, turned = trial.tell(_pick(batch, order), turned)
     weights, moved = (np.stack(jax.tree.leaves(w)) for w in (weights, moved))
     what = "weights of losses that trade places (or say about=, order_matters=True)"
     require_close(moved, weights[order], what, rtol=1e-3, atol=1e-4)

@@ -212,26 +212,16 @@ def _draw_accuracy(panel: Axes, result: Result) -> None:
     for method, config, marker, color, shift in points:
         if records := _of(result, method, config):
             accuracy = 100 * _unseen(records)
-            panel.errorbar(
+            plots.point(
+                panel,
                 _compute(records) + shift,
-                accuracy.mean(),
-                accuracy.std(ddof=1) if len(accuracy) > 1 else None,
-                fmt=marker,
-                color=color,
-                capsize=3,
-                markersize=8,
+                accuracy,
+                marker,
+                color,
                 label=_name(result, method, config),
             )
     if _of(result, "random"):
-        curve = best_of_n(result, "random")
-        panel.plot(
-            np.arange(1, len(curve) + 1),
-            100 * curve,
-            color=plots.GREEN,
-            marker=".",
-            zorder=0,
-            label="random, best of n by validation",
-        )
+        plots.random_search(panel, 100 * best_of_n(result, "random"))
     if grid := _of(result, "grid", WORST):
         panel.axhline(
             100 * _unseen(grid).mean(),

@@ -166,26 +166,16 @@ def _draw_accuracy(panel: Axes, result: Result) -> None:
             accuracy = 100 * _probe(result, method, config)
             # Points of equal cost side by side.
             place = [p[0] for p in cheap].index(method) if method in FIXED else 0
-            panel.errorbar(
+            plots.point(
+                panel,
                 _compute(result, method, config) * 0.96**place,
-                accuracy.mean(),
-                accuracy.std(ddof=1) if len(accuracy) > 1 else None,
-                fmt=marker,
-                color=color,
-                capsize=3,
-                markersize=8,
+                accuracy,
+                marker,
+                color,
                 label=ROWS[method, config],
             )
     if _of(result, "random"):
-        curve = best_of_n(result, "random")
-        panel.plot(
-            np.arange(1, len(curve) + 1),
-            100 * curve,
-            color=plots.GREEN,
-            marker=".",
-            zorder=0,
-            label="random, best of n by validation",
-        )
+        plots.random_search(panel, 100 * best_of_n(result, "random"))
     panel.set_xscale("log")
     ticks = [1, 2, 5, 10, 20]
     panel.set_xticks(ticks, [str(tick) for tick in ticks])
