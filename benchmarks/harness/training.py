@@ -61,6 +61,8 @@ class Task:
       learning_rate: Peak of the schedule.
       weight_decay: Of AdamW.
       lanes: How many runs train side by side.
+      of_seed: ``of_seed(data, seed) -> data`` that ``draw`` gets: where seeds have data
+        of their own, the part of one seed. By default all of it.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Task:
     learning_rate: float
     weight_decay: float
     lanes: int
+    of_seed: Callable[[PyTree, jax.Array], PyTree] = lambda data, seed: data
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -233,7 +236,8 @@ def _compile(
         data: PyTree, carry: Carry, seed: jax.Array, config: PyTree
     ) -> tuple[Carry, tuple[jax.Array, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), carry.step)
-        made = rule.step(task, data, carry, config, key)
+        own = task.of_seed(data, seed)
+        made = rule.step(task, own, carry, config, key)
         updates, state = optimizer.update(made.grads, carry.optimizer, carry.model)
         model = optax.apply_updates(carry.model, updates)
         vector = lambda tree: jnp.stack([tree[name] for name in task.names])
