@@ -114,8 +114,8 @@ MUTANTS = (
     # Dtypes.
     Mutant(
         "gradients/_rows.py",
-        "terms = [upcast(x) for x in terms]",
-        "pass",
+        "return total.astype(dtype)",
+        "return total",
         "engine contract",
     ),
     Mutant(

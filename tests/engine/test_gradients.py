@@ -436,6 +436,15 @@ def test_inner_products_of_low_precision_are_taken_in_float32():
     chex.assert_trees_all_equal_dtypes(grads, params)
 
 
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 40])
+def test_a_gramian_of_low_precision_is_summed_in_float32(count):
+    rows = jax.random.normal(jax.random.key(0), (count, 300), jnp.bfloat16)
+    tx = yoto.aggregate(reading("gramian")._replace(downstream=None), count)
+    _, state = tx.update({"w": rows}, tx.init(None))
+    exact = np.asarray(rows, np.float64)
+    np.testing.assert_allclose(state.inner, exact @ exact.T, rtol=1e-5, atol=1e-4)
+
+
 def test_value_and_jacobian_with_auxiliary_output_and_chunks():
     f = lambda p, x: (loss_fn(p, x), 3)
     for chunk in (None, 1, 2):
