@@ -38,6 +38,7 @@ from yoto_jax.gradients._value_and_grad import value_and_grad as value_and_grad
 if typing.TYPE_CHECKING:
     from yoto_jax import conditional as conditional
     from yoto_jax import monitoring as monitoring
+    from yoto_jax import racing as racing
     from yoto_jax import testing as testing
 
 __version__ = "0.1.0"
@@ -66,6 +67,7 @@ __all__ = [
     "of_representation",
     "on_training",
     "on_validation",
+    "racing",
     "regularizer",
     "sgdw",
     "skip_outliers",
@@ -78,7 +80,7 @@ __all__ = [
 
 def __getattr__(name: str) -> typing.Any:
     """The parts that few programs need are imported when they are asked for."""
-    if name not in ("conditional", "monitoring", "testing"):
+    if name not in ("conditional", "monitoring", "racing", "testing"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return importlib.import_module(f"{__name__}.{name}")
 

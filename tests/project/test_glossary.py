@@ -11,7 +11,7 @@ import yoto_jax
 import yoto_jax.checkpoints
 import yoto_jax.linen
 import yoto_jax.nnx
-from yoto_jax import conditional, monitoring, weightings
+from yoto_jax import conditional, monitoring, racing, weightings
 
 GLOSSARY = pathlib.Path(__file__).parent.parent.parent / "docs" / "glossary.md"
 MODULES = (
@@ -19,6 +19,7 @@ MODULES = (
     weightings,
     conditional,
     monitoring,
+    racing,
     yoto_jax.checkpoints,
     yoto_jax.linen,
     yoto_jax.nnx,
@@ -80,6 +81,7 @@ DEFAULTS = {
     "groups": REQUIRED,
     "hidden": "a trunk for all parameters is narrower than one for each layer",
     "hyperparameter_decay": "SGD and Adam scale gradients differently",
+    "index": MEANINGS,
     "initial": PAPERS,
     "keep": MEANINGS,
     "key": REQUIRED,
@@ -87,6 +89,7 @@ DEFAULTS = {
     "losses": "an optimizer does without where nothing is to be skipped by them",
     "normalize": MEANINGS,
     "penalty": PAPERS,
+    "primary": REQUIRED,
     "regularization": PAPERS,
     "scale": MEANINGS,
     "step": REQUIRED,
@@ -103,6 +106,7 @@ KINDS = {
     "groups": MAIN,
     "hidden": "fields of a Flax module have no kind",
     "hyperparameter_decay": "as weight_decay in Optax",
+    "index": MAIN,
     "key": MAIN,
     "learning_rate": "as in Optax",
     "losses": "an extra argument of an optimizer",

@@ -17,7 +17,7 @@ LAYERS = (
     ("_weighting", "_loss_spec", "_make_weighting", "_outliers"),
     ("gradients", "_skip_outliers"),
     ("weightings",),
-    ("conditional", "monitoring", "checkpoints", "testing"),
+    ("conditional", "monitoring", "checkpoints", "racing", "testing"),
     ("linen", "nnx"),
 )
 """From the bottom to the top: a room imports from its own layer and from lower ones."""

@@ -9,7 +9,13 @@ from yoto_jax._weighting import LossWeighting
 from yoto_jax.weightings._averages import averaged
 
 
-def grad_norm_balance(*, decay: float = 0.9, eps: float = 1e-5) -> LossWeighting:
+def grad_norm_balance(
+    primary: str | int | None = None,
+    share: float = 1.0,
+    *,
+    decay: float = 0.9,
+    eps: float = 1e-5,
+) -> LossWeighting:
     r"""Weights that make the gradients of all losses equally long.
 
     .. math::
@@ -17,21 +23,28 @@ def grad_norm_balance(*, decay: float = 0.9, eps: float = 1e-5) -> LossWeighting
       \bar n = \frac1K \sum_j n_j, \qquad
       w \leftarrow \beta w + (1 - \beta) \hat w,
 
-    where :math:`n_i` is the gradient norm of the loss without its weight. The average
-    starts at 1 and takes the gradients of an update in before the update uses it.
+    where :math:`n_i` is the gradient norm of the loss without its weight. With a
+    primary loss p, :math:`\bar n = c \, n_p` and :math:`w_p = 1`: the other gradients
+    are c times as long as its own. The average starts at 1 and takes the gradients of
+    an update in before the update uses it.
 
     Args:
+      primary: p, the path of one loss, or its index in a sequence of losses; ``None``
+        for the mean of all norms.
+      share: c, with a primary loss; positive.
       decay: :math:`\beta` of the moving average, in [0, 1).
-      eps: Relative to the mean norm: :math:`\hat w` is at most 1/eps, which is what a
+      eps: Relative to :math:`\bar n`: :math:`\hat w` is at most 1/eps, which is what a
         loss without a gradient gets.
 
     Returns:
       A :class:`yoto_jax.LossWeighting`, for losses of any sign, which needs the
-      gradient norms; its weights are positive, with a harmonic mean near 1. It may be
-      run every k updates alone, see :func:`yoto_jax.weightings.every`.
+      gradient norms; its weights are positive, without a primary loss with a harmonic
+      mean near 1. It may be run every k updates alone, see
+      :func:`yoto_jax.weightings.every`.
 
     Raises:
-      ValueError: ``decay`` is not in [0, 1), or ``eps`` is not positive.
+      ValueError: ``decay`` is not in [0, 1), or ``eps`` or ``share`` is not positive.
+        In ``init``: an unknown ``primary``.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -54,13 +67,18 @@ def grad_norm_balance(*, decay: float = 0.9, eps: float = 1e-5) -> LossWeighting
       gradients first and then take norms: an average of the devices' weights is another
       rule.
     """
-    check_positive(eps=eps)
+    check_positive(eps=eps, share=share)
+
+    def position(spec: LossSpec) -> int:
+        return spec.position("primary", primary)
 
     def target(losses: jax.Array, spec: LossSpec, *, norms: jax.Array) -> jax.Array:
-        mean = spec.mean(norms)
-        # All norms 0: nothing to balance.
-        return jnp.where(
-            mean > 0, mean / jnp.where(mean > 0, norms + eps * mean, 1.0), 1.0
-        )
+        anchored = primary is not None
+        size = share * norms[position(spec)] if anchored else spec.mean(norms)
+        # Nothing to balance, or to measure by.
+        some = size > 0
+        weights = jnp.where(some, size / jnp.where(some, norms + eps * size, 1.0), 1.0)
+        return weights.at[position(spec)].set(1.0) if anchored else weights
 
-    return averaged(target, decay, ("norms",))
+    reference = None if primary is None else position
+    return averaged(target, decay, ("norms",), reference=reference)

@@ -1,0 +1,274 @@
+"""The parts of a race: weightings in lanes, cuts, weights in units of norms."""
+
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import yoto_jax as yoto
+from yoto_jax import racing
+from yoto_jax.testing import check_weighting
+
+EQUAL, UPGRAD = yoto.weightings.equal(), yoto.weightings.upgrad()
+LOSSES = {"a": 1.0, "b": 2.0}
+
+
+# One of several.
+
+
+@pytest.mark.parametrize(
+    "weightings",
+    [
+        {"upgrad": UPGRAD, "mgda": yoto.weightings.mgda()},
+        {"famo": yoto.weightings.famo(), "dwa": yoto.weightings.dwa(window=2)},
+    ],
+    ids=" and ".join,
+)
+def test_it_promises_what_every_weighting_promises(weightings):
+    check_weighting(racing.one_of(weightings))
+
+
+def test_what_it_needs_is_what_any_needs():
+    arms = racing.one_of({"equal": EQUAL, "upgrad": UPGRAD})
+    assert arms.needs == ("losses", "gramian")
+    assert racing.one_of({"equal": EQUAL}).needs == ("losses",)
+
+
+def test_a_lane_touches_no_other_weighting():
+    both = {"famo": yoto.weightings.famo(), "dwa": yoto.weightings.dwa(window=1)}
+    arms = racing.one_of(both)
+    states = racing.start(arms.init(LOSSES), 2)
+    update = jax.jit(jax.vmap(lambda s: arms.update(LOSSES, s)[1]))
+    after = update(states)
+    for lane in range(2):
+        before, now = (racing.lane(s, lane) for s in (states, after))
+        for index in range(2):
+            same = [
+                np.array_equal(x, y)
+                for x, y in zip(before.inner[index], now.inner[index], strict=True)
+            ]
+            assert all(same) == (index != lane)
+
+
+def test_losses_after_the_step_reach_the_weighting_of_the_lane():
+    both = {"equal": EQUAL, "famo": yoto.weightings.famo(exact=True)}
+    arms = racing.one_of(both)
+    states = racing.start(arms.init(LOSSES), 2)
+    states = jax.vmap(lambda s: arms.update(LOSSES, s)[1])(states)
+    less = {"a": 0.5, "b": 1.9}
+    states = jax.vmap(lambda s: arms.observe_step(less, s))(states)
+    famo = both["famo"]
+    _, alone = famo.update(LOSSES, famo.init(LOSSES))
+    alone = famo.observe_step(less, alone)
+    _, _, raced = racing.alone(both, racing.lane(states, 1))
+    jax.tree.map(np.testing.assert_allclose, raced, alone)
+
+
+def test_absent_losses_have_no_weight_in_any_lane():
+    arms = racing.one_of({"equal": EQUAL, "upgrad": UPGRAD})
+    states = racing.start(arms.init(LOSSES), 2)
+    present = {"a": True, "b": False}
+    weights, states = jax.vmap(
+        lambda s: arms.update(LOSSES, s, gramian=jnp.eye(2), present=present)
+    )(states)
+    np.testing.assert_allclose(weights["a"], 1.0, rtol=1e-5)
+    np.testing.assert_array_equal(weights["b"], 0)
+    np.testing.assert_allclose(states.loss_weights["b"], 0.5)  # held
+
+
+def test_bad_batches_are_counted_in_each_lane():
+    arms = racing.one_of({"equal": EQUAL, "upgrad": UPGRAD})
+    states = racing.start(arms.init(LOSSES), 2)
+    bad = {"a": jnp.nan, "b": 1.0}
+    update = jax.vmap(lambda s: arms.update(bad, s, gramian=jnp.eye(2))[1])
+    np.testing.assert_array_equal(update(update(states)).num_skipped, [2, 2])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: racing.one_of({}), ValueError, "at least one"),
+        (
+            lambda: racing.one_of({"a": cast("Any", 0.5)}),
+            TypeError,
+            r"weightings\['a'\] must be a LossWeighting, got a float",
+        ),
+        (
+            lambda: racing.one_of({"g": yoto.weightings.grap("a")}),
+            ValueError,
+            "steered by a downstream loss",
+        ),
+        (
+            lambda: racing.start(racing.one_of({"a": EQUAL}).init(LOSSES), 2),
+            ValueError,
+            "one_of has 1 weightings",
+        ),
+        (
+            lambda: racing.alone(
+                {"a": EQUAL, "b": UPGRAD},
+                racing.start(racing.one_of({"a": EQUAL, "b": UPGRAD}).init(LOSSES), 2),
+            ),
+            ValueError,
+            "several lanes",
+        ),
+        (
+            lambda: racing.alone({"a": EQUAL}, EQUAL.init(LOSSES)),
+            TypeError,
+            "OneOfState",
+        ),
+        (
+            lambda: racing.alone(
+                {"a": EQUAL}, racing.one_of({"a": EQUAL, "b": UPGRAD}).init(LOSSES)
+            ),
+            ValueError,
+            "that of 2 weightings, got 1",
+        ),
+    ],
+)
+def test_misuse_of_weightings(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+# Cuts.
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_ties_go_to_the_first_and_nan_to_nobody(jit):
+    keep = lambda scores: racing.keep({"x": jnp.arange(6)}, scores, 3)
+    keep = jax.jit(keep) if jit else keep
+    scores = jnp.array([jnp.nan, 1.0, -jnp.inf, 1.0, jnp.inf, 1.0])
+    kept = keep(scores)
+    np.testing.assert_array_equal(kept.indices, [1, 3, 4])
+    np.testing.assert_array_equal(kept.lanes["x"], [1, 3, 4])
+    np.testing.assert_array_equal(kept.scores, [1.0, 1.0, jnp.inf])
+    kept = keep(jnp.array([jnp.nan, jnp.nan, -jnp.inf, jnp.nan, 0.0, jnp.nan]))
+    np.testing.assert_array_equal(kept.indices, [0, 2, 4])
+
+
+def test_scores_of_any_dtype():
+    for dtype in (jnp.int32, jnp.uint8, jnp.bfloat16, jnp.float32):
+        scores = jnp.array([3, 0, 200, 7], dtype)
+        kept = racing.keep(jnp.arange(4), scores, 2)
+        np.testing.assert_array_equal(kept.lanes, [2, 3])
+        assert kept.scores.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: racing.keep(jnp.arange(3), jnp.ones(2), 1), "leading axis of 2 lanes"),
+        (lambda: racing.keep({"x": 1.0}, jnp.ones(2), 1), r"'x' has shape \(\)"),
+        (lambda: racing.keep(jnp.arange(2), jnp.ones(2), 0), "from 1 to 2, got 0"),
+        (lambda: racing.keep(jnp.arange(2), jnp.ones(2), 3), "from 1 to 2, got 3"),
+        (lambda: racing.keep(jnp.arange(2), jnp.ones((2, 1)), 1), r"of shape \(2, 1\)"),
+        (
+            lambda: racing.keep(jnp.arange(2), jnp.full(2, jnp.nan), 1),
+            "all scores are NaN",
+        ),
+        (lambda: racing.stack([]), "no trees"),
+        (lambda: racing.spread({}), "no arrays"),
+        (lambda: racing.spread({"x": 1.0}), "leading axis"),
+    ],
+)
+def test_misuse_of_lanes(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_lanes_are_copies():
+    lane = {"w": jnp.ones(3), "key": jax.random.key(1)}
+    lanes = racing.start(lane, 2)
+    jax.jit(lambda x: jax.tree.map(lambda y: y, x), donate_argnums=0)(lanes)
+    assert lane["w"].sum() == 3
+    assert lanes["key"].shape == (2,)
+
+
+# Units.
+
+
+def test_norms_are_those_of_the_gradients():
+    def loss_fn(w, x):
+        return {
+            "a": jnp.sum((x @ w) ** 2),
+            "b": jnp.sum(jnp.sin(w)),
+            "c": 1.0 + 0 * w[0],
+        }
+
+    w, x = jnp.arange(1.0, 4.0), jax.random.normal(jax.random.key(0), (7, 3))
+    norms = jax.jit(racing.gradient_norms(loss_fn))(w, x)
+    for name, norm in norms.items():
+        own = jax.grad(lambda w, name=name: loss_fn(w, x)[name])(w)
+        np.testing.assert_allclose(norm, jnp.linalg.norm(own), rtol=1e-6)
+    chunked = racing.gradient_norms(loss_fn, chunk_size=1)(w, x)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), norms, chunked
+    )
+    with_aux = racing.gradient_norms(lambda w, x: (loss_fn(w, x), w), has_aux=True)
+    assert with_aux(w, x).keys() == norms.keys()
+
+
+def test_weighted_gradients_have_the_length_that_was_asked_for():
+    norms = {"p": 2.0, "a": 0.01, "b": 300.0}
+    shares = {"p": 9.0, "a": 0.1, "b": 3.0}
+    weights = racing.weights_by_norms(norms, "p", shares)
+    lengths = {name: weights[name] * norms[name] / norms["p"] for name in norms}
+    np.testing.assert_allclose(
+        [lengths[name] for name in ("p", "a", "b")], [1.0, 0.1, 3.0], rtol=1e-6
+    )
+    alike = racing.weights_by_norms(norms, "p", 0.5)
+    np.testing.assert_allclose(alike["a"], 100.0, rtol=1e-6)
+    assert alike["p"] == 1
+
+
+def test_units_of_losses_do_not_matter():
+    def loss_fn(w):
+        return {"p": jnp.sum(w**2), "a": jnp.sum(jnp.cos(w))}
+
+    def gradient(scale):
+        scaled = lambda w: loss_fn(w) | {"a": scale * loss_fn(w)["a"]}
+        weights = racing.weights_by_norms(racing.gradient_norms(scaled)(w), "p", 0.3)
+        return jax.grad(lambda w: sum(weights[k] * v for k, v in scaled(w).items()))(w)
+
+    w = jnp.array([0.3, -0.7])
+    np.testing.assert_allclose(gradient(1.0), gradient(1e3), rtol=1e-5)
+
+
+def test_a_loss_without_gradient_and_one_left_out():
+    weights = racing.weights_by_norms({"p": 1.0, "a": 0.0}, "p", most=50.0)
+    assert weights["a"] == 50
+    assert racing.weights_by_norms({"p": 1.0, "a": 0.0}, "p", 0.0)["a"] == 0
+
+
+@pytest.mark.parametrize(
+    ("norms", "share", "message"),
+    [
+        ({"p": 0.0, "a": 1.0}, 1.0, "'p' has no gradient"),
+        ({"p": 1.0, "a": jnp.nan}, 1.0, "norm of 'a' is nan"),
+        ({"p": 1.0, "a": 1.0}, -1.0, "must not be negative"),
+        ({"p": 1.0, "a": 1.0}, {"a": 1.0}, "a tree like the norms"),
+        ({"q": 1.0, "a": 1.0}, 1.0, "primary 'p' is unknown"),
+    ],
+)
+def test_misuse_of_units(norms, share, message):
+    with pytest.raises(ValueError, match=message):
+        racing.weights_by_norms(norms, "p", share)
+
+
+# The moving average of the same.
+
+
+def test_balance_by_the_primary_gradient():
+    norms = jnp.array([2.0, 0.01, 300.0])
+    weighting = yoto.weightings.grad_norm_balance(0, share=0.1, decay=0.0, eps=1e-12)
+    losses = [1.0, 1.0, 1.0]
+    weights, state = weighting.update(losses, weighting.init(losses), norms=norms)
+    np.testing.assert_allclose(jnp.stack(weights) * norms, [2.0, 0.2, 0.2], rtol=1e-5)
+    # Without the primary loss nothing is learned.
+    absent = [False, True, True]
+    _, held = weighting.update(losses, state, norms=5 * norms, present=absent)
+    np.testing.assert_array_equal(
+        held.inner.average_weights, state.inner.average_weights
+    )

@@ -1,0 +1,178 @@
+"""Axes of lanes: put on, cut down, spread over devices, taken off."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from yoto_jax._losses import PyTree, path_name
+from yoto_jax.racing._one_of import numbered
+
+
+class Kept(NamedTuple):
+    """What a cut leaves.
+
+    Attributes:
+      lanes: The lanes that go on, in their old order.
+      indices: int32 [keep], where they were among the lanes before the cut.
+      scores: float [keep], what they scored.
+    """
+
+    lanes: PyTree
+    indices: jax.Array
+    scores: jax.Array
+
+
+def start(lane: PyTree, arms: int) -> PyTree:
+    """So many lanes that start from the same point.
+
+    Args:
+      lane: What one run carries from step to step: parameters, states, random keys.
+      arms: How many lanes. The state of a :func:`one_of` in ``lane`` gets another
+        weighting in each of them, in order.
+
+    Returns:
+      The same tree, every array with a new leading axis.
+
+    Raises:
+      ValueError: ``arms`` is not the number of weightings of a :func:`one_of`.
+
+    Examples:
+      >>> import jax.numpy as jnp, yoto_jax as yoto
+      >>> print(yoto.racing.start({"w": jnp.array([1.0, 2.0])}, 3)["w"].shape)
+      (3, 2)
+    """
+
+    def widen(x: Any) -> jax.Array:
+        x = jnp.asarray(x)
+        return jnp.broadcast_to(x[None], (arms, *x.shape))
+
+    # Copies, so that lanes can be donated while the one they came from lives on.
+    return numbered(jax.tree.map(lambda x: jnp.copy(widen(x)), lane), arms)
+
+
+def stack(trees: Sequence[PyTree]) -> PyTree:
+    """Trees of the same structure as lanes of one: weights of one arm each, say.
+
+    Args:
+      trees: One for each lane.
+
+    Returns:
+      A tree whose every array has a new leading axis.
+
+    Raises:
+      ValueError: There is no tree, or they differ in structure.
+
+    Examples:
+      >>> import yoto_jax as yoto
+      >>> weights = [{"fit": 1.0, "size": ratio} for ratio in (0.1, 1.0, 10.0)]
+      >>> print(yoto.racing.stack(weights)["size"])
+      [ 0.1  1.  10. ]
+    """
+    if not trees:
+        raise ValueError("there are no trees to stack.")
+    return jax.tree.map(lambda *x: jnp.stack([jnp.asarray(v) for v in x]), *trees)
+
+
+def keep(lanes: PyTree, scores: Any, number: int) -> Kept:
+    """The lanes with the best scores.
+
+    Args:
+      lanes: What they carry; every array has the leading axis of lanes. Put in what
+        else is known of each lane, such as its number.
+      scores: [lanes] validation scores; more is better. A lane whose score is NaN has
+        lost to all others. Of equal ones the first is taken.
+      number: How many go on, at least 1; static under ``jit``.
+
+    Returns:
+      A :class:`Kept`.
+
+    Raises:
+      ValueError: ``scores`` and ``lanes`` do not fit, ``number`` is not among 1 to the
+        number of lanes, or, outside ``jit``, all scores are NaN.
+
+    Examples:
+      >>> import jax.numpy as jnp, yoto_jax as yoto
+      >>> lanes = {"w": jnp.arange(4.0), "number": jnp.arange(4)}
+      >>> kept = yoto.racing.keep(lanes, jnp.array([0.3, jnp.nan, 0.9, 0.5]), 2)
+      >>> print(kept.lanes["number"], kept.scores)
+      [2 3] [0.9 0.5]
+    """
+    scores = jnp.asarray(scores)
+    if scores.ndim != 1 or not jnp.issubdtype(scores.dtype, jnp.number):
+        raise ValueError(
+            f"scores must be numbers of shape [lanes], got {scores.dtype} of shape "
+            f"{scores.shape}."
+        )
+    count = len(scores)
+    _check_lanes(lanes, count)
+    if not 1 <= number <= count:
+        raise ValueError(f"number must be from 1 to {count}, got {number}.")
+    if not isinstance(scores, jax.core.Tracer) and bool(jnp.all(jnp.isnan(scores))):
+        raise ValueError("all scores are NaN: no lane can be kept.")
+    best = jnp.lexsort((-scores.astype(float), jnp.isnan(scores)))[:number]
+    indices = jnp.sort(best).astype(jnp.int32)
+    return Kept(jax.tree.map(lambda x: x[indices], lanes), indices, scores[indices])
+
+
+def lane(lanes: PyTree, index: int) -> PyTree:
+    """One lane, without the axis: what a run alone would carry.
+
+    Args:
+      lanes: What all of them carry.
+      index: Which one.
+
+    Returns:
+      The same tree, every array without its leading axis.
+
+    Examples:
+      >>> import jax.numpy as jnp, yoto_jax as yoto
+      >>> print(yoto.racing.lane({"w": jnp.array([[1.0, 2.0], [3.0, 4.0]])}, 1)["w"])
+      [3. 4.]
+    """
+    return jax.tree.map(lambda x: x[index], lanes)
+
+
+def spread(lanes: PyTree, devices: Sequence[jax.Device] | None = None) -> PyTree:
+    """Put lanes on devices, as many on each, as far as their number has it.
+
+    With more devices than lanes, or numbers that do not divide, some devices do the
+    same work: the axis is cut into the greatest common divisor of both numbers. Call it
+    at the start and after every cut; a step under ``jit(vmap(...))`` needs no change.
+
+    Args:
+      lanes: What they carry, every array with the leading axis of lanes.
+      devices: Of all processes (default: ``jax.devices()``).
+
+    Returns:
+      The same arrays, sharded on their leading axis.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, yoto_jax as yoto
+      >>> lanes = yoto.racing.spread({"w": jnp.zeros((4, 3))}, jax.devices()[:1])
+      >>> print(lanes["w"].sharding.num_devices)
+      1
+    """
+    leaves = jax.tree.leaves(lanes)
+    if not leaves:
+        raise ValueError("lanes has no arrays.")
+    devices = jax.devices() if devices is None else list(devices)
+    count = leaves[0].shape[0] if jnp.ndim(leaves[0]) else 0
+    _check_lanes(lanes, count)
+    parts = math.gcd(count, len(devices))
+    mesh = Mesh(np.array(devices).reshape(parts, -1), ("lanes", "copies"))
+    sharding = NamedSharding(mesh, PartitionSpec("lanes"))
+    return jax.device_put(lanes, sharding)
+
+
+def _check_lanes(lanes: PyTree, count: int) -> None:
+    for path, x in jax.tree.leaves_with_path(lanes):
+        if jnp.ndim(x) == 0 or jnp.shape(x)[0] != count:
+            raise ValueError(
+                f"every array must have a leading axis of {count} lanes, "
+                f"{path_name(path)!r} has shape {jnp.shape(x)}."
+            )

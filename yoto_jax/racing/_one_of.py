@@ -1,0 +1,279 @@
+"""A weighting that is one of several: which one is in its state."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from yoto_jax._losses import (
+    Losses,
+    Present,
+    PyTree,
+    State,
+    Weights,
+    path_name,
+    stack_present,
+)
+from yoto_jax._outliers import count_skipped
+from yoto_jax._serialization import serializable_state
+from yoto_jax._weighting import (
+    LossWeighting,
+    and_present,
+    check_state,
+    mask_weights,
+)
+
+
+@serializable_state
+class OneOfState(NamedTuple):
+    """State of :func:`one_of`."""
+
+    loss_weights: Weights  # scalars, a tree like the losses: the weights used last
+    arm: jax.Array  # int32 scalar, which weighting this lane has
+    inner: tuple[tuple[jax.Array, ...], ...]  # states of all, without the two counters
+    num_updates: jax.Array  # int32 scalar, of that weighting, as in its own state
+    num_skipped: jax.Array  # int32 scalar, bad batches of that weighting
+
+
+def one_of(weightings: Mapping[str, LossWeighting]) -> LossWeighting:
+    """A weighting that is one of several, another one in each lane of a race.
+
+    Args:
+      weightings: By name, none of them steered by a downstream loss. Lane i of
+        :func:`start` has the i-th; loss weights take part as
+        :func:`yoto_jax.weightings.static`.
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting` that needs what any of them needs. ``init``
+      gives the first weighting; :func:`start` numbers the lanes.
+
+    Raises:
+      TypeError: One of them is no weighting.
+      ValueError: There is none, or one has a downstream loss.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, yoto_jax as yoto
+      >>> arms = yoto.racing.one_of(
+      ...     {
+      ...         "equal": yoto.weightings.equal(),
+      ...         "half": yoto.weightings.static({"fit": 1.0, "size": 0.5}),
+      ...     }
+      ... )
+      >>> losses = {"fit": 2.0, "size": 4.0}
+      >>> states = yoto.racing.start(arms.init(losses), 2)
+      >>> weights, states = jax.vmap(lambda s: arms.update(losses, s))(states)
+      >>> print(weights["fit"], weights["size"])
+      [0.5 1. ] [0.5 0.5]
+
+    .. note::
+      A lane costs what the dearest weighting needs: one that looks at gradients makes
+      all lanes compute them. Under ``vmap`` the arithmetic of every weighting is done
+      in every lane, which is little beside the gradients. :func:`alone` takes the
+      winner out of it.
+    """
+    _check(weightings)
+    arms = _Arms(tuple(weightings.values()))
+    every = arms.every
+    return LossWeighting(
+        arms.init,
+        arms.update,
+        tuple(dict.fromkeys(name for one in every for name in one.needs)),
+        observe=arms.observe if any(one.observe for one in every) else None,
+        observe_step=(
+            arms.observe_step if any(one.observe_step for one in every) else None
+        ),
+    )
+
+
+def _check(weightings: Mapping[str, LossWeighting]) -> None:
+    if not weightings:
+        raise ValueError("weightings must hold at least one.")
+    for name, weighting in weightings.items():
+        if not isinstance(weighting, LossWeighting):
+            raise TypeError(
+                f"weightings[{name!r}] must be a LossWeighting, got a "
+                f"{type(weighting).__name__}."
+            )
+        if weighting.downstream is not None:
+            raise ValueError(
+                f"weightings[{name!r}] is steered by a downstream loss, which the "
+                "others do not have: race it on its own."
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Arms:
+    """The functions of :func:`one_of`."""
+
+    every: tuple[LossWeighting, ...]
+
+    def init(self, losses: Losses) -> OneOfState:
+        states = [one.init(losses) for one in self.every]
+        return OneOfState(
+            jax.tree.map(jnp.copy, optax.tree.get(states[0], "loss_weights")),
+            jnp.zeros((), jnp.int32),
+            tuple(
+                _Kind(one, losses).pack(x)
+                for one, x in zip(self.every, states, strict=True)
+            ),
+            *_counts(states[0]),
+        )
+
+    def update(
+        self,
+        losses: Losses,
+        state: OneOfState,
+        *,
+        present: Present | None = None,
+        **statistics: Any,
+    ) -> tuple[PyTree, OneOfState]:
+        def act(one: LossWeighting, own: Any) -> Any:
+            seen = {k: v for k, v in statistics.items() if k in one.needs}
+            return one.update(losses, own, **and_present(one, seen, present))[1]
+
+        state = self._change(state, act)
+        mask = stack_present(present, jax.tree.structure(state.loss_weights))
+        return mask_weights(state.loss_weights, mask), state
+
+    def observe(self, state: OneOfState, **seen: Any) -> OneOfState:
+        return self._change(
+            state,
+            lambda one, own: one.observe(own, **seen) if one.observe else own,
+        )
+
+    def observe_step(
+        self, losses: Losses, state: OneOfState, **kwargs: Any
+    ) -> OneOfState:
+        return self._change(
+            state,
+            lambda one, own: (
+                one.observe_step(losses, own, **kwargs) if one.observe_step else own
+            ),
+        )
+
+    def _change(
+        self, state: OneOfState, act: Callable[[LossWeighting, Any], Any]
+    ) -> OneOfState:
+        """``act(weighting, state) -> state`` on the weighting of this lane."""
+        check_state(state, OneOfState)
+
+        def branch(index: int) -> Callable[[], OneOfState]:
+            def run() -> OneOfState:
+                kind = _Kind(self.every[index], state.loss_weights)
+                new = act(self.every[index], kind.unpack(state, index))
+                packed = zip(kind.pack(new), state.inner[index], strict=True)
+                inner = list(state.inner)
+                inner[index] = tuple(_as(x, old) for x, old in packed)
+                used = optax.tree.get(new, "loss_weights")
+                weights = jax.tree.map(_as, used, state.loss_weights)
+                return OneOfState(weights, state.arm, tuple(inner), *_counts(new))
+
+            return run
+
+        return lax.switch(state.arm, [branch(i) for i in range(len(self.every))])
+
+
+def alone(
+    weightings: Mapping[str, LossWeighting], state: OneOfState
+) -> tuple[str, LossWeighting, Any]:
+    """The weighting of one lane, and its own state: it goes on at its own price.
+
+    Args:
+      weightings: What :func:`one_of` was given.
+      state: Of one lane, without the axis of lanes; outside ``jit``.
+
+    Returns:
+      Name, weighting and state.
+
+    Raises:
+      ValueError: ``state`` is that of several lanes, or of other weightings.
+
+    Examples:
+      >>> import yoto_jax as yoto
+      >>> both = {"equal": yoto.weightings.equal(), "dwa": yoto.weightings.dwa()}
+      >>> lanes = yoto.racing.start(yoto.racing.one_of(both).init({"a": 1.0}), 2)
+      >>> name, weighting, state = yoto.racing.alone(both, yoto.racing.lane(lanes, 1))
+      >>> print(name)
+      dwa
+    """
+    check_state(state, OneOfState)
+    if jnp.ndim(state.arm):
+        raise ValueError("state is that of several lanes: take one, by racing.lane.")
+    if len(state.inner) != len(weightings):
+        raise ValueError(
+            f"state is that of {len(state.inner)} weightings, got {len(weightings)}."
+        )
+    index = int(state.arm)
+    name, weighting = list(weightings.items())[index]
+    kind = _Kind(weighting, state.loss_weights)
+    return name, weighting, kind.unpack(state, index)
+
+
+def numbered(lanes: PyTree, arms: int) -> PyTree:
+    """Lanes in which every :func:`one_of` has another weighting in each."""
+
+    def number(node: Any) -> Any:
+        if not isinstance(node, OneOfState):
+            return node
+        if len(node.inner) != arms:
+            raise ValueError(
+                f"one_of has {len(node.inner)} weightings: start as many lanes, not "
+                f"{arms}."
+            )
+        states = jnp.arange(arms, dtype=jnp.int32)
+        return node._replace(arm=states)
+
+    return jax.tree.map(number, lanes, is_leaf=lambda x: isinstance(x, OneOfState))
+
+
+class _Kind:
+    """States of one weighting as leaves without names, so that theirs are not found."""
+
+    def __init__(self, weighting: LossWeighting, losses: Losses):
+        shapes = jax.eval_shape(weighting.init, losses)
+        self._structure = jax.tree.structure(shapes)
+        paths = [path for path, _ in jax.tree.leaves_with_path(shapes)]
+        self._counters: dict[int, str] = {}
+        for counter in ("num_updates", "num_skipped"):
+            found = [i for i, path in enumerate(paths) if _last(path) == counter]
+            if len(found) == 1:  # A wrapper may have one more, and keeps both.
+                self._counters[found[0]] = counter
+
+    def pack(self, state: State) -> tuple[jax.Array, ...]:
+        leaves = enumerate(jax.tree.leaves(state))
+        return tuple(leaf for i, leaf in leaves if i not in self._counters)
+
+    def unpack(self, state: OneOfState, index: int) -> Any:
+        """The state of the weighting of this lane, the one at ``index``."""
+        rest = iter(state.inner[index])
+        return self._structure.unflatten(
+            getattr(state, self._counters[i]) if i in self._counters else next(rest)
+            for i in range(self._structure.num_leaves)
+        )
+
+
+def _last(path: tuple[Any, ...]) -> str:
+    """The name of a leaf in its container."""
+    return path_name(path[-1:])
+
+
+def _as(x: Any, old: jax.Array) -> Any:
+    """A leaf in the dtype that it had; random keys as they are."""
+    if jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
+        return x
+    return jnp.asarray(x, old.dtype)
+
+
+def _counts(state: State) -> tuple[jax.Array, jax.Array]:
+    """Batches that were taken and skipped, as far as a state tells; copies."""
+    zero = lambda: jnp.zeros((), jnp.int32)
+    updates = optax.tree.get(state, "num_updates")
+    skipped = count_skipped(state)
+    return (
+        zero() if updates is None else jnp.copy(updates),
+        zero() if skipped is None else jnp.copy(skipped),
+    )
