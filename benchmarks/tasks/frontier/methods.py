@@ -1,0 +1,134 @@
+"""What is compared on every problem: constants, a search, weightings, candidates."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import yoto_jax as yoto
+from benchmarks.harness.contest import NONE, STEERED_EVERY
+from benchmarks.harness.rules import Weighted
+from benchmarks.harness.training import DOWNSTREAM, Rule, Task
+from benchmarks.harness.variations import Softmax
+from benchmarks.tasks.frontier.candidates import capped, in_units
+
+BUDGET = 15
+"""Runs of the search that all others are held against."""
+
+SEARCH = "search"
+CONSTANTS = ("primary alone", "equal")
+PUBLISHED = "published"
+LEFT_OUT = {
+    "static": "constant weights are rows of their own",
+    "equal": "a constant row",
+    "ntk": "needs the kernel of each residual",
+    "causal": "is for losses that are stretches of time",
+}
+"""Methods of the registry that are no rows, and why."""
+
+weightings = yoto.weightings
+Make = Callable[[Task], yoto.LossWeighting]
+
+
+class Entry(NamedTuple):
+    """A way to come to weights, with the passes that a step takes.
+
+    Attributes:
+      rule: How losses become a gradient.
+      kind: ``"constant"``, ``"library"`` or ``"candidate"``.
+      runs: Gradient evaluations of a step, in those of a step with constant weights.
+    """
+
+    rule: Rule
+    kind: str
+    runs: float
+
+
+def softmax() -> Softmax:
+    """The rule of constants and of YOTO, whose lanes are one program."""
+    return _SOFTMAX
+
+
+_SOFTMAX = Softmax()
+
+
+def constant(task: Task, name: str, published: Any) -> dict[str, Any]:
+    """The configuration of a constant row."""
+    count = len(task.auxiliary)
+    ratios = {
+        "primary alone": (NONE,) * count,
+        "equal": (1.0,) * count,
+        PUBLISHED: published,
+    }
+    return fixed(ratios[name])
+
+
+def fixed(ratios: Any) -> dict[str, Any]:
+    return {"ratios": tuple(ratios), "learn": 0.0}
+
+
+LEARNED = {
+    "yoto": {"epsilon": 0.1},
+    "yoto, epsilon 1": {"epsilon": 1.0},
+}
+"""Layer 1: logits among the parameters, by their initial relative weights."""
+
+
+def learned(task: Task, name: str) -> dict[str, Any]:
+    return {"ratios": (LEARNED[name]["epsilon"],) * len(task.auxiliary)}
+
+
+def entries(task: Task) -> dict[str, Entry]:
+    """All rows that are one weighting each, by name."""
+    found = {}
+    for name, method in weightings.methods().items():
+        if name in LEFT_OUT or name == "yoto":  # YOTO is layer 1 here.
+            continue
+        found[name] = _entry(task, method)
+    made = candidates(task)
+    return found | {
+        name: Entry(Weighted(make), "candidate", cost(task, make(task)))
+        for name, make in made.items()
+    }
+
+
+def _entry(task: Task, method: yoto.weightings.Method) -> Entry:
+    if method.requires == "downstream":
+
+        def steered(task: Task) -> yoto.LossWeighting:
+            return weightings.every(method.example(DOWNSTREAM), STEERED_EVERY)
+
+        rule = Weighted(steered, steered=True, side_by_side=False)
+        # Every so many steps a pass over held-out data, and all gradients of it.
+        passes = 1 + 2 * (len(task.names) + 1)
+        return Entry(rule, "library", 1 + passes / 3 / STEERED_EVERY)
+    make = lambda task: method.example(task.primary)
+    return Entry(Weighted(make), "library", cost(task, make(task)))
+
+
+def cost(task: Task, weighting: yoto.LossWeighting) -> float:
+    """Gradient evaluations of a step, a backward pass counted as two forward ones."""
+    looks = set(weighting.needs) - {"losses"}
+    return (1 + 2 * len(task.names)) / 3 if looks else 1.0
+
+
+def candidates(task: Task) -> dict[str, Make]:
+    """What is tried beyond the library's defaults."""
+    primary = task.primary
+    warmup = max(1, task.steps // 50)
+    balance = weightings.grad_norm_balance
+    return {
+        "anchored .1": lambda task: balance(primary, share=0.1),
+        "anchored .3": lambda task: balance(primary, share=0.3),
+        "anchored 1": lambda task: balance(primary, share=1.0),
+        "yoto in units": lambda task: in_units(
+            weightings.yoto(primary, epsilon=1.0), primary
+        ),
+        "yoto in units, frozen": lambda task: in_units(
+            weightings.yoto(primary, epsilon=1.0), primary, warmup=warmup
+        ),
+        "equal in units, frozen": lambda task: in_units(
+            weightings.equal(), primary, warmup=warmup
+        ),
+        "equal, capped": lambda task: capped(weightings.equal(), primary),
+        "aligned_mtl, capped": lambda task: capped(weightings.aligned_mtl(), primary),
+        "nash_mtl, capped": lambda task: capped(weightings.nash_mtl(), primary),
+    }

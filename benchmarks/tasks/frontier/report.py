@@ -1,0 +1,452 @@
+"""What is shown of all methods on all problems, from the stored result alone."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+import scipy.stats
+from matplotlib.figure import Figure
+
+from benchmarks.harness.results import Record, Result, record
+from benchmarks.harness.searches import best_of_n
+from benchmarks.harness.tables import Table
+from benchmarks.tasks.frontier import races
+from benchmarks.tasks.frontier.races import Race
+
+Line = dict[str, Any]
+Problems = dict[str, dict[str, Any]]
+
+SEARCH = "search"
+BUDGETS = (1, 2, 3, 5, 10, 15)
+AVERAGED = " averaged"
+PORTFOLIO = (
+    "primary alone",
+    "equal",
+    "anchored .1",
+    "anchored 1",
+    "yoto",
+    "upgrad",
+    "aligned_mtl",
+)
+CHEAP = ("primary alone", "equal", "yoto", "yoto, epsilon 1")
+RACES = {
+    "race: portfolio, cut at 20 and 50 %": Race(PORTFOLIO, 0, ((0.2, 2), (0.5, 1))),
+    "race: portfolio, cut at 20 %": Race(PORTFOLIO, 0, ((0.2, 1),)),
+    "race: without gradients, cut at 20 and 50 %": Race(CHEAP, 0, ((0.2, 2), (0.5, 1))),
+    "race: 5 points, cut at 20 and 50 %": Race((), 5, ((0.2, 2), (0.5, 1))),
+    "race: 9 points, cut at 20 and 50 %": Race((), 9, ((0.2, 3), (0.5, 1))),
+    "race: 15 points, cut at 20 and 50 %": Race((), 15, ((0.2, 3), (0.5, 1))),
+}
+"""Races of runs that are there, by name."""
+
+
+class Outcome(NamedTuple):
+    """A method on a problem.
+
+    Attributes:
+      tests: By seed, more is better.
+      runs: What it costs.
+      collapsed: How many seeds end below all random constants.
+    """
+
+    tests: dict[int, float]
+    runs: float
+    collapsed: int
+
+
+class Difference(NamedTuple):
+    """Mean difference to the search over paired seeds, with its 95 % bounds."""
+
+    mean: float
+    lower: float  # one-sided
+    reach: float  # two-sided, to either side
+    seeds: int
+
+
+def lines_of(lines: Sequence[Line], problem: str, method: str) -> list[Line]:
+    return [x for x in lines if x["problem"] == problem and x["method"] == method]
+
+
+def last(line: Line, score: str) -> float:
+    """The final score; what is not finite is the worst there is."""
+    value = line["looks"][score][-1]
+    return value if math.isfinite(value) else -math.inf
+
+
+def searched(lines: Sequence[Line], problem: str, suffix: str = "") -> Outcome:
+    """The best of all random points by validation."""
+    by_seed: dict[int, list[Line]] = {}
+    for line in lines_of(lines, problem, SEARCH):
+        by_seed.setdefault(line["seed"], []).append(line)
+    chosen = {
+        seed: max(points, key=lambda x: last(x, "validation" + suffix))
+        for seed, points in by_seed.items()
+    }
+    tests = {seed: last(line, "test" + suffix) for seed, line in chosen.items()}
+    most = max((len(points) for points in by_seed.values()), default=0)
+    return Outcome(tests, float(most), 0)
+
+
+def worst_points(lines: Sequence[Line], problem: str) -> dict[int, float]:
+    """The worst test score of random constants, by seed."""
+    worst: dict[int, float] = {}
+    for line in lines_of(lines, problem, SEARCH):
+        seed = line["seed"]
+        worst[seed] = min(worst.get(seed, math.inf), last(line, "test"))
+    return worst
+
+
+def outcome(
+    lines: Sequence[Line], problem: str, method: str, suffix: str = ""
+) -> Outcome:
+    """What a method, a race or the search ends with."""
+    if method == SEARCH:
+        return searched(lines, problem, suffix)
+    if method in RACES:
+        return raced(lines, problem, RACES[method], suffix)
+    found = lines_of(lines, problem, method)
+    tests = {x["seed"]: last(x, "test" + suffix) for x in found}
+    worst = worst_points(lines, problem)
+    collapsed = sum(test < worst.get(seed, -math.inf) for seed, test in tests.items())
+    return Outcome(tests, found[0]["runs"] if found else math.nan, collapsed)
+
+
+def raced(lines: Sequence[Line], problem: str, race: Race, suffix: str = "") -> Outcome:
+    """A race of the runs that are there, on all seeds that have every arm."""
+    arms = {
+        method: {x["seed"]: x for x in lines_of(lines, problem, method)}
+        for method in race.arms
+    }
+    points: dict[int, list[Line]] = {}
+    for line in lines_of(lines, problem, SEARCH):
+        points.setdefault(line["seed"], []).append(line)
+    tests, runs = {}, math.nan
+    for seed, found in points.items():
+        own = [arms[method].get(seed) for method in race.arms]
+        own = own or found[: race.points]
+        if all(own):
+            finish = races.run(race, own, "validation" + suffix)
+            tests[seed], runs = last(finish.line, "test" + suffix), finish.runs
+    return Outcome(tests, runs, 0)
+
+
+def difference(ours: Outcome, theirs: Outcome) -> Difference:
+    """Over the seeds that both have."""
+    both = sorted(set(ours.tests) & set(theirs.tests))
+    apart = np.array([ours.tests[s] - theirs.tests[s] for s in both])
+    if len(apart) == 0:
+        return Difference(math.nan, math.nan, math.nan, 0)
+    mean, n = float(apart.mean()), len(apart)
+    if n < 2 or not np.isfinite(apart).all():
+        return Difference(mean, -math.inf, math.inf, n)
+    error = apart.std(ddof=1) / math.sqrt(n)
+    one, two = (float(scipy.stats.t.ppf(q, n - 1)) * error for q in (0.95, 0.975))
+    return Difference(mean, mean - one, two, n)
+
+
+def methods_of(lines: Sequence[Line]) -> list[str]:
+    """All rows: the search, races, then methods in their order."""
+    found = dict.fromkeys(line["method"] for line in lines)
+    return [SEARCH, *RACES, *(name for name in found if name != SEARCH)]
+
+
+def problems_of(result: Result) -> Problems:
+    return result["meta"]["problems"]
+
+
+def contenders(lines: Sequence[Line], problem: str) -> list[str]:
+    """Methods whose interval reaches the best mean of all, and what is compared with.
+
+    All that a race is made of is among them.
+    """
+    always = {SEARCH, "primary alone", "equal", *PORTFOLIO, *CHEAP}
+    names = list(dict.fromkeys(line["method"] for line in lines))
+    best = max(
+        float(np.mean(list(outcome(lines, problem, name).tests.values())))
+        for name in names
+    )
+    chosen = []
+    for name in names:
+        tests = np.array(list(outcome(lines, problem, name).tests.values()))
+        n = len(tests)
+        reach = math.inf
+        if n > 1 and np.isfinite(tests).all():
+            error = tests.std(ddof=1) / math.sqrt(n)
+            reach = float(scipy.stats.t.ppf(0.975, n - 1)) * error
+        if name in always or tests.mean() + reach >= best:
+            chosen.append(name)
+    return chosen
+
+
+def records_of(lines: Sequence[Line], problems: Problems) -> list[Record]:
+    """Test scores of all rows, as flat records."""
+    records = []
+    for problem in problems:
+        for method in methods_of(lines):
+            for suffix in ("", AVERAGED):
+                found = outcome(lines, problem, method, suffix)
+                for seed, test in found.tests.items():
+                    records.append(
+                        record(
+                            method,
+                            "test" + suffix,
+                            test,
+                            seed=seed,
+                            domain=problem,
+                            unseen=True,
+                            compute=found.runs,
+                        )
+                    )
+    return records
+
+
+def verdicts(lines: Sequence[Line], problems: Problems) -> list[dict[str, Any]]:
+    """Difference to the search of each row on each problem, and whether it is worse."""
+    found = []
+    for problem, about in problems.items():
+        theirs = outcome(lines, problem, SEARCH)
+        for method in methods_of(lines):
+            ours = outcome(lines, problem, method)
+            apart = difference(ours, theirs)
+            if method == SEARCH or apart.seeds == 0:
+                continue
+            finite = lambda x: round(x, 3) if math.isfinite(x) else None
+            found.append(
+                {
+                    "task": problem,
+                    "method": method,
+                    "runs": round(ours.runs, 2),
+                    "difference": finite(apart.mean),
+                    "lower": finite(apart.lower),
+                    "margin": about["margin"],
+                    "seeds": apart.seeds,
+                }
+            )
+    return found
+
+
+# Tables.
+
+
+def table(result: Result) -> Table:
+    """Difference to the search by method and problem."""
+    lines, problems = result["runs"], problems_of(result)
+    columns = ["method", "runs", *problems, "mean rank"]
+    ranks = mean_ranks(lines, problems)
+    rows = []
+    for method in sorted(methods_of(lines), key=lambda name: ranks[name]):
+        cells = [_cell(lines, problem, method) for problem in problems]
+        rows.append(
+            [_name(lines, method), _runs(lines, problems, method), *cells]
+            + [f"{ranks[method]:.1f}"]
+        )
+    return Table(columns, rows, _caption(result))
+
+
+def _cell(lines: Sequence[Line], problem: str, method: str) -> str:
+    ours = outcome(lines, problem, method)
+    if not ours.tests:
+        return ""
+    if method == SEARCH:
+        return f"{np.mean(list(ours.tests.values())):.1f}"
+    apart = difference(ours, outcome(lines, problem, SEARCH))
+    mark = f" ({ours.collapsed} lost)" if ours.collapsed else ""
+    if not math.isfinite(apart.mean):
+        return f"diverged{mark}"
+    return f"{apart.mean:+.1f} ± {apart.reach:.1f}{mark}"
+
+
+def _name(lines: Sequence[Line], method: str) -> str:
+    kinds = {line["kind"] for line in lines if line["method"] == method}
+    return f"`{method}`" if kinds == {"library"} and " " not in method else method
+
+
+def _runs(lines: Sequence[Line], problems: Problems, method: str) -> str:
+    runs = [outcome(lines, problem, method).runs for problem in problems]
+    runs = sorted({f"{x:.2g}" for x in runs if math.isfinite(x)}, key=float)
+    return " to ".join(dict.fromkeys([runs[0], runs[-1]])) if runs else ""
+
+
+def mean_ranks(lines: Sequence[Line], problems: Problems) -> dict[str, float]:
+    """Rank of each row by its mean score, averaged over the problems that it has."""
+    names = methods_of(lines)
+    ranks: dict[str, list[float]] = {name: [] for name in names}
+    for problem in problems:
+        means = {
+            name: float(np.mean(list(found.tests.values())))
+            for name in names
+            if (found := outcome(lines, problem, name)).tests
+        }
+        order = scipy.stats.rankdata([-x for x in means.values()])
+        for name, rank in zip(means, order, strict=True):
+            ranks[name].append(float(rank))
+    return {
+        name: float(np.mean(found)) if found else math.inf
+        for name, found in ranks.items()
+    }
+
+
+def _caption(result: Result) -> str:
+    stage = result["meta"]["stage"]
+    return (
+        "Search: the best by validation of 15 random constants, its score. Others: mean "
+        "difference to it over paired seeds (more is better), with Student's 95 % "
+        "interval. Accuracy in %; for equations 100 times the logarithm of the error, "
+        f"so that 5 is 5 %. Every method has {stage} seeds, contenders have more. Runs: "
+        "gradient evaluations, in those of one run with constant weights. Lost: seeds "
+        "that end below all 15 constants."
+    )
+
+
+def summary(result: Result) -> Table:
+    """The problems: whether they level off and separate, what averaging is worth."""
+    lines, problems = result["runs"], problems_of(result)
+    columns = ["problem", "half", "seeds", "levelled", "best - worst", "averaging"]
+    rows = []
+    for problem, about in problems.items():
+        apart = separation(lines, problem)
+        gain = averaging(lines, problem)
+        seeds = len(outcome(lines, problem, SEARCH).tests)
+        rows.append(
+            [
+                problem,
+                about["half"],
+                str(seeds),
+                f"{levelled(lines, problem):+.1f}",
+                f"{apart.mean:.1f} ± {apart.reach:.1f}",
+                f"{gain.mean:+.1f} ± {gain.reach:.1f}",
+            ]
+        )
+    caption = (
+        "Levelled: what the last fifth of the steps adds to the score in the training "
+        "domain, with the points of the search that validate best. Best - worst: test "
+        "score of the points of the search that validate best and worst. Averaging: "
+        "what averaged parameters change in the search's result."
+    )
+    return Table(columns, rows, caption)
+
+
+def levelled(lines: Sequence[Line], problem: str) -> float:
+    """What the last fifth of the training adds."""
+    best = _by_validation(lines, problem, max)
+    gains = [x["looks"]["training"][-1] - x["looks"]["training"][-3] for x in best]
+    return float(np.mean(gains))
+
+
+def separation(lines: Sequence[Line], problem: str) -> Difference:
+    """Best and worst constants by validation, on the test."""
+    of = lambda pick: Outcome(
+        {x["seed"]: last(x, "test") for x in _by_validation(lines, problem, pick)}, 1, 0
+    )
+    return difference(of(max), of(min))
+
+
+def averaging(lines: Sequence[Line], problem: str) -> Difference:
+    return difference(
+        outcome(lines, problem, SEARCH, AVERAGED), outcome(lines, problem, SEARCH)
+    )
+
+
+def _by_validation(lines: Sequence[Line], problem: str, pick: Any) -> list[Line]:
+    by_seed: dict[int, list[Line]] = {}
+    for line in lines_of(lines, problem, SEARCH):
+        by_seed.setdefault(line["seed"], []).append(line)
+    return [pick(x, key=lambda y: last(y, "validation")) for x in by_seed.values()]
+
+
+def by_budget(lines: Sequence[Line], problem: str) -> dict[int, float]:
+    """Mean difference of a search of n runs to that of all, for every n."""
+    by_seed: dict[int, list[Line]] = {}
+    for line in lines_of(lines, problem, SEARCH):
+        by_seed.setdefault(line["seed"], []).append(line)
+    curves = np.array(
+        [
+            best_of_n(
+                [last(x, "validation") for x in points],
+                [last(x, "test") for x in points],
+            )
+            for points in by_seed.values()
+        ]
+    )
+    mean = curves.mean(axis=0)
+    return {n: float(mean[n - 1] - mean[-1]) for n in BUDGETS if n <= len(mean)}
+
+
+def conclusions(result: Result) -> list[str]:
+    """What the numbers say, in sentences."""
+    lines, problems = result["runs"], problems_of(result)
+    found = verdicts(lines, problems)
+    sentences = []
+    for method in methods_of(lines):
+        own = [v for v in found if v["method"] == method]
+        held = [v for v in own if v["lower"] is not None and v["lower"] >= -v["margin"]]
+        if len(own) == len(problems) and own and len(held) == len(own):
+            sentences.append(
+                f"{method}: no worse than the search on every problem, at "
+                f"{max(v['runs'] for v in own):.2g} runs or fewer."
+            )
+    if not sentences:
+        sentences.append("No row is shown to be no worse than the search everywhere.")
+    for problem in problems:
+        apart = separation(lines, problem)
+        if not apart.mean - apart.reach > 0:
+            sentences.append(f"{problem}: the constants are not told apart.")
+    return sentences
+
+
+# Figure.
+
+
+def figure(result: Result, path: Path) -> None:
+    """Methods against problems, in margins away from the search."""
+    lines, problems = result["runs"], problems_of(result)
+    ranks = mean_ranks(lines, problems)
+    names = [
+        name
+        for name in sorted(methods_of(lines), key=lambda name: ranks[name])
+        if name != SEARCH
+    ]
+    margins = np.full((len(names), len(problems)), np.nan)
+    lost = np.zeros_like(margins, bool)
+    for column, (problem, about) in enumerate(problems.items()):
+        theirs = outcome(lines, problem, SEARCH)
+        for row, name in enumerate(names):
+            ours = outcome(lines, problem, name)
+            apart = difference(ours, theirs)
+            lost[row, column] = ours.collapsed > 0 or apart.mean == -math.inf
+            if apart.seeds:
+                margins[row, column] = max(apart.mean, -1e6) / about["margin"]
+    drawing = Figure(
+        (2.2 + 0.95 * len(problems) + 2.2, 1.4 + 0.27 * len(names)), dpi=120
+    )
+    panel = drawing.add_subplot()
+    colors = matplotlib.colormaps["RdBu"].copy()
+    colors.set_bad("0.9")
+    image = panel.imshow(
+        np.ma.masked_invalid(margins), cmap=colors, vmin=-6, vmax=6, aspect="auto"
+    )
+    panel.set_xticks(range(len(problems)), [p.replace("_", "\n") for p in problems])
+    panel.set_yticks(range(len(names)), names, fontsize=8)
+    panel.xaxis.tick_top()
+    panel.tick_params(length=0)
+    for (row, column), value in np.ndenumerate(margins):
+        if np.isfinite(value):
+            text = "×" if lost[row, column] else f"{value:+.1f}"
+            dark = abs(value) > 3.5
+            panel.text(
+                column,
+                row,
+                text,
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if dark else "black",
+            )
+    bar = drawing.colorbar(image, ax=panel, extend="both", shrink=0.5)
+    bar.set_label("difference to the search of 15 runs, in margins\n(more is better)")
+    panel.set_xlabel("× : a seed ends below all 15 random constants")
+    drawing.tight_layout()
+    drawing.savefig(path)

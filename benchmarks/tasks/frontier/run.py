@@ -1,0 +1,193 @@
+"""Every way of weighting losses on every problem, against a search of 15 runs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.harness import searches
+from benchmarks.harness.options import Options, UsageError
+from benchmarks.harness.provenance import meta
+from benchmarks.harness.results import write_json
+from benchmarks.harness.terminal import say, show
+from benchmarks.harness.training import Rule
+from benchmarks.harness.units import Units
+from benchmarks.tasks.frontier import methods
+from benchmarks.tasks.frontier.problem import SEEDS, Problem
+from benchmarks.tasks.frontier.problems import PROBLEMS, make
+from benchmarks.tasks.frontier.report import (
+    conclusions,
+    contenders,
+    figure,
+    records_of,
+    summary,
+    table,
+    verdicts,
+)
+from benchmarks.tasks.frontier.train import train
+
+RESUMABLE = True
+STAGE = 3
+"""Seeds that every method has; only contenders have more."""
+
+Line = dict[str, Any]
+
+
+def main(options: Options) -> None:
+    options.refuse_data()
+    if options.steps is not None:
+        raise UsageError("the problems know their steps: drop --steps")
+    if options.seeds > SEEDS:
+        raise UsageError(f"there are data for {SEEDS} seeds at most")
+    names = chosen(options.extra.get("problems"))
+    lines: list[Line] = []
+    seconds = 0.0
+    for name in names:
+        found, spent = run(name, options)
+        lines += found
+        seconds += spent
+    about = {name: description(name, options.preset) for name in names}
+    result = write_json(
+        options.out / "frontier.json",
+        meta(options, seconds=seconds, stage=STAGE, problems=about),
+        records_of(lines, about),
+        runs=lines,
+        verdicts=verdicts(lines, about),
+    )
+    figure(result, options.out / "frontier.png")
+    show(table(result))
+    show(summary(result))
+    for sentence in conclusions(result):
+        say(f"- {sentence}")
+    say(f"Written: {options.out / 'frontier.json'}, {options.out / 'frontier.png'}")
+
+
+def chosen(names: str | None) -> tuple[str, ...]:
+    """The problems that were asked for."""
+    wanted = tuple(PROBLEMS) if names is None else tuple(names.split(","))
+    if unknown := sorted(set(wanted) - set(PROBLEMS)):
+        raise UsageError(
+            f"unknown problem {', '.join(map(repr, unknown))}: there are "
+            f"{', '.join(PROBLEMS)}"
+        )
+    return tuple(name for name in PROBLEMS if name in wanted)
+
+
+def description(name: str, preset: str) -> dict[str, Any]:
+    """What is known of a problem before it is trained."""
+    problem = make(name, preset)
+    return {
+        "unit": problem.unit,
+        "margin": problem.margin,
+        "validated_on": problem.validated_on,
+        "half": PROBLEMS[name],
+        "losses": list(problem.task.names),
+        "steps": problem.task.steps,
+        "bounds": [list(pair) for pair in problem.bounds],
+    }
+
+
+def run(name: str, options: Options) -> tuple[list[Line], float]:
+    """All lines of one problem, and the seconds they took."""
+    problem = make(name, options.preset)
+    units = Units(options_for_all_seeds(options), f"frontier-{name}", problem=name)
+    work = Work(name, problem, units)
+    first = range(min(options.seeds, STAGE))
+    every = options.choose(rows(problem))
+    lines = [line for method in every for line in work.do(method, first)]
+    if options.seeds > STAGE:
+        rest = range(STAGE, options.seeds)
+        for method in contenders(lines, name):
+            if method in every:
+                lines += work.do(method, rest)
+    return lines, units.seconds
+
+
+def options_for_all_seeds(options: Options) -> Options:
+    """Settings of the files: more seeds, or methods, go on with the same ones."""
+    return Options(
+        options.benchmark,
+        None,
+        0,
+        None,
+        options.preset,
+        None,
+        options.out,
+        options.resume,
+    )
+
+
+def rows(problem: Problem) -> tuple[str, ...]:
+    """All methods of a problem, in the order of the table."""
+    constants = methods.CONSTANTS + ((methods.PUBLISHED,) if problem.published else ())
+    return (
+        *constants,
+        methods.SEARCH,
+        *methods.LEARNED,
+        *methods.entries(problem.task),
+    )
+
+
+class Work:
+    """Trains what is not in the file."""
+
+    def __init__(self, name: str, problem: Problem, units: Units):
+        self.name, self.problem, self.units = name, problem, units
+        self.entries = methods.entries(problem.task)
+
+    def do(self, method: str, seeds: Sequence[int]) -> list[Line]:
+        """The lines of a method for these seeds, a line for each run."""
+        task = self.problem.task
+        if method == methods.SEARCH:
+            lines = []
+            for seed in seeds:
+                points = searches.random(
+                    self.problem.bounds, methods.BUDGET, seed
+                ).ask()
+                configs = [methods.fixed(point) for point in points]
+                lines += self._train(
+                    method, methods.softmax(), configs, [seed] * len(points)
+                )
+            return lines
+        if method in (*methods.CONSTANTS, methods.PUBLISHED):
+            config = methods.constant(task, method, self.problem.published)
+            return self._same(method, methods.softmax(), config, seeds)
+        if method in methods.LEARNED:
+            config = methods.learned(task, method)
+            return self._same(method, methods.softmax(), config, seeds)
+        return self._same(method, self.entries[method].rule, {}, seeds)
+
+    def _same(
+        self, method: str, rule: Rule, config: dict[str, Any], seeds: Sequence[int]
+    ) -> list[Line]:
+        return self._train(method, rule, [config] * len(seeds), list(seeds))
+
+    def _train(
+        self,
+        method: str,
+        rule: Rule,
+        configs: list[dict[str, Any]],
+        seeds: list[int],
+    ) -> list[Line]:
+        unit = f"{method}, seeds {min(seeds)} to {max(seeds)}"
+        entry = self.entries.get(method)
+        kind = "constant" if entry is None else entry.kind
+        if method in methods.LEARNED:
+            kind = "library"
+
+        def work() -> list[Line]:
+            say(f"{self.name}: {unit}")
+            return train(self.problem, rule, configs, seeds)
+
+        return [
+            {
+                "problem": self.name,
+                "method": method,
+                "kind": kind,
+                "ratios": list(config.get("ratios", ())) if kind == "constant" else [],
+                "seed": seed,
+                "runs": 1.0 if entry is None else entry.runs,
+                **done,
+            }
+            for config, seed, done in zip(
+                configs, seeds, self.units.do(unit, work), strict=True
+            )
+        ]
