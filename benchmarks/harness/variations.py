@@ -99,12 +99,14 @@ class Softmax(Rule):
             vector = vector * jnp.broadcast_to(config.factors, vector.shape)
             losses = dict(zip(task.names, vector, strict=True))
             now = jax.lax.stop_gradient(vector)
-            decay = jnp.where(carry.step == 0, 0.0, config.decay)
+            first = carry.step == 0 if present is None else state.means == 0
+            decay = jnp.where(first, 0.0, config.decay)
             means = decay * state.means + (1 - decay) * now
+            scale = jnp.where(config.normalize > 0, means, 1.0)
             if present is not None:
                 there = jnp.stack([present[name] for name in task.names])
                 means = jnp.where(there, means, state.means)
-            scale = jnp.where(config.normalize > 0, means, 1.0)
+                scale = jnp.where(there, scale, 1.0)
             scaled = dict(zip(task.names, vector / scale, strict=True))
             normalised = yoto.composite_loss(scaled, mu)
             if present is not None:

@@ -1,5 +1,6 @@
 """Splits of one pool of examples: rows of the pool, others for every seed."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -71,10 +72,10 @@ def accuracy(
       rows: The rows to look at, [seeds, n].
       seeds: Of the models, [lanes].
     """
-    of_lanes = jax.jit(_accuracy, static_argnums=0)
-    return np.asarray(of_lanes(classify, models, x, labels, rows, seeds))
+    return np.asarray(_accuracy(classify, models, x, labels, rows, seeds))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _accuracy(
     classify: Classify,
     models: PyTree,

@@ -1,4 +1,4 @@
-"""Digits under shift: trained on clean digits and mild styles, tested on strong ones."""
+"""Digits under shift: trained on clean digits and mild styles, tested on strong."""
 
 import functools
 
@@ -55,7 +55,10 @@ def _data() -> splits.Data:
 @functools.cache
 def _views() -> dict[str, jax.Array]:
     """All digits in every domain, several draws of each: [n, draws, 8, 8]."""
-    pool: digits.Split = _data().pool
+    return jax.jit(_views_of)(_data().pool)
+
+
+def _views_of(pool: digits.Split) -> dict[str, jax.Array]:
     many = digits.repeat(pool)
     stylised = digits.validation_domains(pool)[STYLISED].images
     domains = {STYLISED: stylised, **digits.unseen_domains(many.images)}

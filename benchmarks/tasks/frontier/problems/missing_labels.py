@@ -12,10 +12,10 @@ import numpy as np
 import optax
 
 import yoto_jax as yoto
-from benchmarks.data.mnist1d import CLASSES, LENGTH
+from benchmarks.data.mnist1d import CLASSES, LENGTH, Signals
 from benchmarks.harness.training import PyTree, Task
 from benchmarks.tasks.frontier import splits
-from benchmarks.tasks.frontier.problem import PERCENT, SEEDS, Problem
+from benchmarks.tasks.frontier.problem import PERCENT, Problem
 from benchmarks.tasks.frontier.problems import signals
 from benchmarks.tasks.frontier.problems.signals import Size
 
@@ -33,12 +33,12 @@ _SPREAD = 0.4 * 12**-0.5  # standard deviation of the sizes
 
 
 class Pool(NamedTuple):
-    signals: signals.Signals
+    signals: Signals
     masks: dict[str, jax.Array]  # [n] each
 
 
 class Batch(NamedTuple):
-    signals: signals.Signals
+    signals: Signals
     masks: dict[str, jax.Array]  # [n] each: whether the label is there
 
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.data import mnist1d
-from benchmarks.data.mnist1d import Signals as Signals
 from benchmarks.tasks.frontier import splits
 from benchmarks.tasks.frontier.problem import TEST, TRAINING, VALIDATION, Scores
 
