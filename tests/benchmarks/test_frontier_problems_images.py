@@ -103,24 +103,49 @@ RULES = {
 }
 
 
+def configured(task, rule):
+    constant = {"ratios": (1.0,) * len(task.auxiliary), "learn": 0.0}
+    return constant if rule == "softmax" else {}
+
+
 @every_problem
 @pytest.mark.parametrize("rule", RULES)
 def test_a_step_is_finite(name, rule):
-    problem = PROBLEMS[name].make("quick")
-    task = problem.task
-    constant = {"ratios": (1.0,) * len(task.auxiliary), "learn": 0.0}
-    config = RULES[rule].configure([constant if rule == "softmax" else {}] * 2)
-    program = prepare(task, RULES[rule], config, 2, length=1)
-    seeds = jnp.arange(2)
-    carry = program.init(seeds, config)
-    before = jax.device_get(carry.model)
-    carry, (losses, weights) = program.advance(carry, task.data, seeds, config)
-    carry, _ = program.advance(carry, task.data, seeds, config)
-    assert np.all(np.isfinite(losses))
-    assert np.all(np.isfinite(weights))
-    trained = jax.tree.leaves(jax.tree.map(np.array_equal, before, carry.model))
-    assert not all(trained)
-    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(carry.model))
+    task = PROBLEMS[name].make("quick").task
+    config = jax.tree.map(
+        lambda x: x[0], RULES[rule].configure([configured(task, rule)])
+    )
+
+    @jax.jit
+    def step(seed):
+        model = task.init(jax.random.key(seed))
+        state = RULES[rule].init(task, config)
+        carry = Carry(jnp.int32(5), model, task.optimizer().init(model), state)
+        own = task.of_seed(task.data, seed)
+        made = RULES[rule].step(task, own, carry, config, jax.random.key(seed))
+        return made.losses, made.weights, made.grads
+
+    losses, weights, grads = made = step(jnp.int32(2))
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(made))
+    assert set(losses) == set(weights) == set(task.names)
+    assert all(np.any(x != 0) for x in jax.tree.leaves(grads["encoder"]))
+
+
+def test_seeds_train_side_by_side_as_alone():
+    """Lanes share the pool, and each has the rows of its seed."""
+    task = digits.make("quick").task
+
+    def trained(seeds):
+        rule = RULES["softmax"]
+        config = rule.configure([configured(task, "softmax")] * len(seeds))
+        program = prepare(task, rule, config, len(seeds), length=2)
+        carry = program.init(seeds, config)
+        carry, _ = program.advance(carry, task.data, seeds, config)
+        return np.asarray(carry.model["classifier"][0]["w"])
+
+    both, alone = trained(jnp.arange(2)), trained(jnp.arange(1, 2))
+    np.testing.assert_allclose(both[1], alone[0], rtol=1e-4, atol=1e-6)
+    assert not np.allclose(both[0], both[1])
 
 
 @every_problem
