@@ -1,12 +1,15 @@
-"""The Allen-Cahn equation, on which physics-informed networks are known to fail.
+"""The Allen-Cahn equation, in a milder form than physics-informed networks fail on.
 
-    u_t - D u_xx + 5 u^3 - 5 u = 0  for x in [-1, 1] and t in [0, 1],  D = 1e-4,
+    u_t - D u_xx + 5 u^3 - 5 u = 0  for x in [-1, 1] and t in [0, T],
     u(0, x) = x^2 cos(pi x),  u and u_x periodic in x.
 
-Between regions where u is close to 1 or to -1, fronts of width 0.01 form. Any function
-that is 0, 1 or -1 everywhere solves the equation: only the initial condition tells
-these apart from the solution, and a weight of 100 on it is common in the literature.
-Three losses, means of squared residuals: of the equation, of the initial condition,
+The hard case of the literature has D = 1e-4 and T = 1. This one has D = 1e-3 and
+T = 0.5, because a network of this size does not learn the hard one: after 6000 steps
+its error was 73 per cent with the best constant weights that were tried.
+
+Fronts form between regions where u is close to 1 or to -1. Any function that is 0, 1 or
+-1 everywhere solves the equation: only the initial condition tells these apart from the
+solution, and a weight of 100 on it is common for the hard case. Three losses, means of squared residuals: of the equation, of the initial condition,
 and of periodicity, of u and of u_x together.
 """
 
@@ -22,18 +25,18 @@ from benchmarks.tasks.frontier.problem import Problem
 from benchmarks.tasks.pinn.task import Points
 
 NAMES = ("pde", "initial", "boundary")
-DIFFUSION = 1e-4
-END = 1.0
+DIFFUSION = 1e-3
+END = 0.5
 SIZES = {
     "quick": physics.QUICK,
-    "cpu": physics.Size(10_000, 32, 4, (16, 32), 64, 256, 4),
+    "cpu": physics.Size(15_000, 32, 4, (12, 24), 48, 256, 4),
 }
 LEARNING_RATE = 5e-3
-BOUNDS = ((1e-1, 1e5), (1e-2, 1e4))
+BOUNDS = ((1e-1, 1e4), (1e-3, 1e2))
 PUBLISHED = (100.0, 1.0)
 
-MODES = 2048  # of the reference
-TIME_STEPS = 1000
+MODES = 4096  # of the reference
+TIME_STEPS = 400
 SAVED = 200  # every other of these times is for the test, the ones between validate
 TEST_X = 257
 VALIDATION_POINTS = 5000

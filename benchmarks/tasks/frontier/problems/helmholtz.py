@@ -24,10 +24,10 @@ WAVES_X, WAVES_Y = 1, 4
 WAVE_NUMBER = 1.0
 SIZES = {
     "quick": physics.QUICK,
-    "cpu": physics.Size(10_000, 32, 3, (16, 32), 64, 256, 4),
+    "cpu": physics.Size(15_000, 32, 3, (12, 24), 48, 256, 4),
 }
 LEARNING_RATE = 5e-3
-BOUNDS = ((1.0, 1e6), (1.0, 1e6))
+BOUNDS = ((1e-1, 1e5), (1e-1, 1e5))
 
 TEST_SIDE = 129
 VALIDATION_POINTS = 5000
