@@ -9,8 +9,9 @@ its error was 73 per cent with the best constant weights that were tried.
 
 Fronts form between regions where u is close to 1 or to -1. Any function that is 0, 1 or
 -1 everywhere solves the equation: only the initial condition tells these apart from the
-solution, and a weight of 100 on it is common for the hard case. Three losses, means of squared residuals: of the equation, of the initial condition,
-and of periodicity, of u and of u_x together.
+solution, and a weight of 100 on it is common for the hard case. Three losses, means of
+squared residuals: of the equation, of the initial condition, and of periodicity, of u
+and of u_x together.
 """
 
 from typing import NamedTuple
