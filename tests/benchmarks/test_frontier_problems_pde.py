@@ -80,7 +80,7 @@ def test_the_exact_helmholtz_solution_has_no_residual():
     def losses():
         batch = helmholtz.draw(jax.random.key(0), (8, 8), 16)
         batch = jax.tree.map(lambda x: x.astype(jnp.float64), batch)
-        found = helmholtz.losses(helmholtz.solution, batch)
+        found = jax.jit(helmholtz.losses, static_argnums=0)(helmholtz.solution, batch)
         return {name: float(loss) for name, loss in found.items()}
 
     for name, loss in in_float64(losses).items():
@@ -107,11 +107,12 @@ def test_allen_cahn_residuals_of_known_functions():
     batch = allen_cahn.draw(jax.random.key(0), (4, 8), 8)
     for constant in (0.0, 1.0, -1.0):
         u = lambda t, x, c=constant: jnp.full_like(x, c)
-        found = allen_cahn.losses(u, batch)
+        found = jax.jit(allen_cahn.losses, static_argnums=0)(u, batch)
         assert found["pde"] == found["boundary"] == 0
         assert found["initial"] > 0.01
     t, x = batch.inside.t, batch.inside.x
-    residual = allen_cahn.pde_residual(lambda t, x: t * x**2, batch.inside)
+    square = jax.jit(lambda at: allen_cahn.pde_residual(lambda t, x: t * x**2, at))
+    residual = square(batch.inside)
     v = t * x**2
     expected = x**2 - 2 * allen_cahn.DIFFUSION * t + 5 * v**3 - 5 * v
     np.testing.assert_allclose(residual, expected, atol=1e-5)
@@ -190,25 +191,26 @@ def test_quick_trains_with_finite_losses_and_weights_matter(problem):
     task = problem.task
     optimizer = task.optimizer()
 
+    @jax.jit
+    def step(model, state, key, weight):
+        drawn = task.draw(task.data, key)
+
+        def total(model):
+            primary, *others = task.losses(model, None, drawn).values()
+            return primary + weight * sum(others)
+
+        loss, grads = jax.value_and_grad(total)(model)
+        updates, state = optimizer.update(grads, state, model)
+        return optax.apply_updates(model, updates), state, loss
+
     def train(weight):
-        def step(carry, key):
-            model, state = carry
-            drawn = task.draw(task.data, key)
-
-            def total(model):
-                primary, *others = task.losses(model, None, drawn).values()
-                return primary + weight * sum(others)
-
-            loss, grads = jax.value_and_grad(total)(model)
-            updates, state = optimizer.update(grads, state, model)
-            return (optax.apply_updates(model, updates), state), loss
-
         model = task.init(jax.random.key(0))
-        keys = jax.random.split(jax.random.key(1), task.steps)
-        (model, _), seen = jax.lax.scan(step, (model, optimizer.init(model)), keys)
-        return model, seen
+        state = optimizer.init(model)
+        for key in jax.random.split(jax.random.key(1), task.steps):
+            model, state, loss = step(model, state, key, weight)
+            assert np.isfinite(loss)
+        return model
 
-    models, seen = jax.jit(jax.vmap(train))(jnp.array([0.0, 1.0, 100.0]))
-    assert np.isfinite(seen).all()
-    scores = problem.scores(models, jnp.zeros(3, jnp.int32))[TEST]
-    assert len(set(scores.tolist())) == 3
+    models = jax.tree.map(lambda *x: jnp.stack(x), train(0.0), train(100.0))
+    first, second = problem.scores(models, jnp.arange(2))[TEST]
+    assert first != second
