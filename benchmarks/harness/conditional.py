@@ -83,7 +83,7 @@ class Conditional(Rule):
         def objective(trained: PyTree) -> tuple[jax.Array, Losses]:
             def of_group(weights: PyTree, batch: PyTree) -> Losses:
                 model = self.model(task, trained, weights)
-                return task.losses(model, task.encode(model, batch), batch)
+                return task.losses_of(model, batch)[0]  # 0 stands for an absent one.
 
             if self.groups == 1:  # Not every batch can be cut into groups.
                 alone = of_group({n: w[0] for n, w in weights.items()}, batch)
@@ -218,10 +218,10 @@ def _yoto(
         batch = task.draw(data, key)
         weights = _relative(task, yoto.loss_weights(mu), support)
         model = rule.model(task, trained, weights)
-        losses = task.losses(model, task.encode(model, batch), batch)
+        losses, present = task.losses_of(model, batch)
         used = {name: losses[name] for name in task.names}
-        slope = jax.grad(lambda mu: yoto.composite_loss(used, mu))(mu)
-        updates, state = tx.update(slope, state, mu)
+        composite = lambda mu: yoto.composite_loss(used, mu, present=present)
+        updates, state = tx.update(jax.grad(composite)(mu), state, mu, present=present)
         return (optax.apply_updates(mu, updates), state), None
 
     (mu, _), _ = jax.lax.scan(step, (mu, tx.init(mu)), _keys(seed))

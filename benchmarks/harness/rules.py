@@ -7,7 +7,15 @@ import jax
 import optax
 
 import yoto_jax as yoto
-from benchmarks.harness.training import DOWNSTREAM, Carry, PyTree, Rule, Step, Task
+from benchmarks.harness.training import (
+    DOWNSTREAM,
+    Carry,
+    PyTree,
+    Rule,
+    Step,
+    Task,
+    values_and_present,
+)
 
 
 class Weighted(Rule):
@@ -60,6 +68,7 @@ class Weighted(Rule):
                 weighting,
             )
             losses, grads, state = value_and_grad(carry.model, carry.rule, batch)
+        losses, _ = values_and_present(losses)
         used = optax.tree.get(state, "loss_weights")
         pick = lambda tree: {name: tree[name] for name in task.names}
         return Step(pick(losses), pick(used), grads, state)

@@ -14,10 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import yoto_jax as yoto
 from benchmarks.harness import lanes as lane_devices
 
 PyTree = Any
 Losses = dict[str, jax.Array]
+Present = dict[str, Any] | None
+"""Which losses a batch has; ``None`` for all."""
+
 Measured = dict[tuple[str, str | None], np.ndarray]
 """Values [lanes] by metric and domain."""
 
@@ -52,7 +56,8 @@ class Task:
       draw: ``draw(data, key) -> batch``.
       draw_held_out: The same from held-out data, for a rule that is steered by them.
       encode: ``encode(model, batch) -> z``.
-      losses: ``losses(model, z, batch) -> losses`` by name.
+      losses: ``losses(model, z, batch) -> losses`` by name, or ``yoto.MaskedLosses`` of
+        them where a batch may lack the labels of some.
       downstream: ``downstream(model, z, batch) -> loss`` on held-out data.
       validate: ``validate(models) -> values [lanes]``, what searches go by; more is
         better.
@@ -74,7 +79,7 @@ class Task:
     draw: Callable[[PyTree, jax.Array], PyTree]
     draw_held_out: Callable[[PyTree, jax.Array], PyTree]
     encode: Callable[[PyTree, PyTree], PyTree]
-    losses: Callable[[PyTree, PyTree, PyTree], Losses]
+    losses: Callable[[PyTree, PyTree, PyTree], Any]
     downstream: Callable[[PyTree, PyTree, PyTree], jax.Array]
     validate: Callable[[PyTree], np.ndarray]
     test: Callable[[PyTree], Measured]
@@ -89,15 +94,22 @@ class Task:
         """The losses, the primary one first."""
         return (self.primary, *self.auxiliary)
 
-    def steered_losses(self, model: PyTree, batch: PyTree, held_out: bool) -> Losses:
+    def losses_of(self, model: PyTree, batch: PyTree) -> tuple[Losses, Present]:
+        """The losses of a batch, and which of them it has."""
+        return values_and_present(self.losses(model, self.encode(model, batch), batch))
+
+    def steered_losses(self, model: PyTree, batch: PyTree, held_out: bool) -> Any:
         """The losses of a batch and the downstream one, for rules that are steered.
 
         In training the downstream loss has no weight: 0 stands for it.
         """
         z = self.encode(model, batch)
-        losses = self.losses(model, z, batch)
+        losses, present = values_and_present(self.losses(model, z, batch))
         downstream = self.downstream(model, z, batch) if held_out else jnp.zeros(())
-        return {**losses, DOWNSTREAM: downstream}
+        losses = {**losses, DOWNSTREAM: downstream}
+        if present is None:
+            return losses
+        return yoto.MaskedLosses(losses, {**present, DOWNSTREAM: True})
 
     def measure(self, models: PyTree) -> Measured:
         """All that is measured of trained models, by metric and domain."""
@@ -113,6 +125,11 @@ class Task:
 
     def optimizer(self) -> optax.GradientTransformation:
         return optax.adamw(self.schedule, weight_decay=self.weight_decay)
+
+
+def values_and_present(losses: Any) -> tuple[Losses, Present]:
+    """Losses without their flags, and the flags."""
+    return losses if isinstance(losses, yoto.MaskedLosses) else (losses, None)
 
 
 # Rules.

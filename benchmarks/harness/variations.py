@@ -12,7 +12,16 @@ import numpy as np
 import optax
 
 import yoto_jax as yoto
-from benchmarks.harness.training import Carry, Losses, PyTree, Rule, Step, Task
+from benchmarks.harness.training import (
+    Carry,
+    Losses,
+    Present,
+    PyTree,
+    Rule,
+    Step,
+    Task,
+)
+from yoto_jax._loss_logits import choose_present
 
 
 class Switches(NamedTuple):
@@ -46,7 +55,9 @@ class SoftmaxState(NamedTuple):
 class Softmax(Rule):
     """Softmax weights, learned as in YOTO with variations, or constant.
 
-    All of them are one program: lanes differ in numbers alone.
+    All of them are one program: lanes differ in numbers alone. Of losses that a batch
+    lacks, learned weights go to the others, and logits and moments stand still; a
+    constant weight stays what it is.
     """
 
     def configure(self, configs: Sequence[dict[str, Any]]) -> Switches:
@@ -82,29 +93,37 @@ class Softmax(Rule):
 
         def composite(
             model: PyTree, mu: yoto.LossLogits
-        ) -> tuple[jax.Array, tuple[Losses, jax.Array]]:
-            losses = task.losses(model, task.encode(model, batch), batch)
+        ) -> tuple[jax.Array, tuple[Losses, jax.Array, Present]]:
+            losses, present = task.losses_of(model, batch)
             vector = jnp.stack([losses[name] for name in task.names])
             vector = vector * jnp.broadcast_to(config.factors, vector.shape)
             losses = dict(zip(task.names, vector, strict=True))
             now = jax.lax.stop_gradient(vector)
-            decay = jnp.where(carry.step == 0, 0.0, config.decay)
+            first = carry.step == 0 if present is None else state.means == 0
+            decay = jnp.where(first, 0.0, config.decay)
             means = decay * state.means + (1 - decay) * now
             scale = jnp.where(config.normalize > 0, means, 1.0)
+            if present is not None:
+                there = jnp.stack([present[name] for name in task.names])
+                means = jnp.where(there, means, state.means)
+                scale = jnp.where(there, scale, 1.0)
             scaled = dict(zip(task.names, vector / scale, strict=True))
             normalised = yoto.composite_loss(scaled, mu)
+            if present is not None:
+                shared = yoto.composite_loss(scaled, mu, present=present)
+                normalised = jnp.where(config.learn > 0, shared, normalised)
             relative = yoto.loss_weights(mu)
             primary = relative[task.primary]
             plain = sum(relative[n] / primary * scaled[n] for n in task.names)
             total = jnp.where(config.exponential > 0, plain, normalised)
-            return total, (losses, means)
+            return total, (losses, means, present)
 
-        (slopes, slope), (losses, means) = jax.grad(
+        (slopes, slope), (losses, means, present) = jax.grad(
             composite, argnums=(0, 1), has_aux=True
         )(carry.model, state.mu)
         weights = self.weights(task, state.mu, config)
         alpha = task.schedule(carry.step)
-        decay = optax.tree.scale(config.rho, self.decay(state.mu, config))
+        decay = optax.tree.scale(config.rho, self.decay(state.mu, config, present))
         coupled = optax.tree.scale(config.coupled * alpha, decay)
         slope = jax.tree.map(jnp.add, slope, coupled)
         by_adam, adam = optax.scale_by_adam().update(slope, state.adam)
@@ -125,7 +144,10 @@ class Softmax(Rule):
             by_momentum,
             decay,
         )
-        return Step(losses, weights, slopes, SoftmaxState(move, adam, momentum, means))
+        moved = SoftmaxState(move, adam, momentum, means)
+        if present is not None:
+            moved = choose_present(present, moved, state)
+        return Step(losses, weights, slopes, moved)
 
     @staticmethod
     def weights(task: Task, mu: yoto.LossLogits, config: Switches) -> Losses:
@@ -134,13 +156,16 @@ class Softmax(Rule):
         return {name: weights[name] / scale for name in task.names}
 
     @staticmethod
-    def decay(mu: yoto.LossLogits, config: Switches) -> yoto.LossLogits:
+    def decay(
+        mu: yoto.LossLogits, config: Switches, present: Present
+    ) -> yoto.LossLogits:
         """Gradient of the regulariser, its parts switched on and off."""
 
         def regularizer(mu: yoto.LossLogits) -> jax.Array:
             softplus = jnp.sum(jax.nn.softplus(mu.learned))
-            spanning_all = yoto.regularizer(mu, entropy="all") - softplus
-            auxiliary = yoto.regularizer(mu, entropy="auxiliary") - softplus
+            of = lambda entropy: yoto.regularizer(mu, entropy=entropy, present=present)
+            spanning_all = of("all") - softplus
+            auxiliary = of("auxiliary") - softplus
             entropy = jnp.where(config.auxiliary > 0, auxiliary, spanning_all)
             return config.entropy * entropy + config.softplus * softplus
 

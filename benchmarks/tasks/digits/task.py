@@ -54,13 +54,15 @@ class Data(NamedTuple):
     test: Split
 
 
-def split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def split(
+    labels: np.ndarray, seed: int = _SPLIT_SEED
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Stratified indices: half for the test, of the rest 20 % for validation."""
     training, test = train_test_split(
-        np.arange(len(labels)), test_size=0.5, stratify=labels, random_state=_SPLIT_SEED
+        np.arange(len(labels)), test_size=0.5, stratify=labels, random_state=seed
     )
     train, validation = train_test_split(
-        training, test_size=0.2, stratify=labels[training], random_state=_SPLIT_SEED
+        training, test_size=0.2, stratify=labels[training], random_state=seed
     )
     return train, validation, test
 

@@ -1,0 +1,126 @@
+"""Digits under shift: trained on clean digits and mild styles, tested on strong."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+
+from benchmarks.harness.training import PyTree, Task
+from benchmarks.tasks.digits import task as digits
+from benchmarks.tasks.frontier import splits
+from benchmarks.tasks.frontier.problem import (
+    PERCENT,
+    SEEDS,
+    TEST,
+    TRAINING,
+    VALIDATION,
+    Problem,
+    Scores,
+)
+
+STEPS = {"quick": 10, "cpu": 2000}
+LANES = 5
+STYLISED = "stylised"
+
+Batch = tuple[jax.Array, ...]
+"""Images, labels and stylised views."""
+
+
+def make(preset: str) -> Problem:
+    """The problem in one size, ``quick`` or ``cpu``."""
+    return Problem(
+        task=_task(STEPS[preset]),
+        scores=_scores,
+        unit=PERCENT,
+        margin=1.0,
+        validated_on="other digits, in styles as strong as in training",
+        bounds=((1e-2, 1e3), (1e-2, 1e3)),
+    )
+
+
+@functools.cache
+def _data() -> splits.Data:
+    bunch = load_digits()
+    pool = digits.Split(
+        jnp.asarray(bunch.images / 16.0, jnp.float32),
+        jnp.asarray(bunch.target, jnp.int32),
+    )
+    each = [digits.split(bunch.target, seed) for seed in range(SEEDS)]
+    return splits.Data(pool, splits.stacked(each))
+
+
+@functools.cache
+def _views() -> dict[str, jax.Array]:
+    """All digits in every domain, several draws of each: [n, draws, 8, 8]."""
+    return jax.jit(_views_of)(_data().pool)
+
+
+def _views_of(pool: digits.Split) -> dict[str, jax.Array]:
+    many = digits.repeat(pool)
+    stylised = digits.validation_domains(pool)[STYLISED].images
+    domains = {STYLISED: stylised, **digits.unseen_domains(many.images)}
+    shape = (len(pool.labels), digits.DRAWS, *pool.images.shape[1:])
+    return {name: x.reshape(shape) for name, x in domains.items()}
+
+
+def _task(steps: int) -> Task:
+    return Task(
+        name="digits",
+        settings={"steps": steps, "batch": digits.BATCH},
+        primary=digits.PRIMARY,
+        auxiliary=digits.AUXILIARY,
+        data=_data(),
+        init=digits.init_model,
+        draw=lambda data, key: _draw(data.pool, data.rows.train, key),
+        draw_held_out=lambda data, key: _draw(data.pool, data.rows.validation, key),
+        encode=lambda model, batch: None,
+        losses=lambda model, z, batch: digits.losses(model, *batch),
+        downstream=_downstream,
+        validate=splits.needs_seeds,
+        test=splits.needs_seeds,
+        steps=steps,
+        learning_rate=1e-3,
+        weight_decay=1e-4,
+        lanes=LANES,
+        of_seed=splits.of_seed,
+    )
+
+
+def _draw(pool: digits.Split, rows: jax.Array, key: jax.Array) -> Batch:
+    key_batch, key_view = jax.random.split(key)
+    chosen = splits.choose(rows, key_batch, digits.BATCH)
+    images = pool.images[chosen]
+    return images, pool.labels[chosen], digits.stylise(key_view, images)
+
+
+def _downstream(model: PyTree, z: None, batch: Batch) -> jax.Array:
+    """The cross-entropy of stylised views."""
+    _, labels, view = batch
+    logits = digits.classify(model, view)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def _scores(models: PyTree, seeds: jax.Array) -> Scores:
+    """Accuracy in styles as in training, and its mean over the unseen corruptions."""
+    rows, views = _data().rows, _views()
+    of = lambda domain, rows: _accuracy(models, views[domain], rows, seeds)
+    return {
+        TRAINING: of(STYLISED, rows.train),
+        VALIDATION: of(STYLISED, rows.validation),
+        TEST: np.mean([of(domain, rows.test) for domain in digits.UNSEEN], axis=0),
+    }
+
+
+def _accuracy(
+    models: PyTree, views: jax.Array, rows: jax.Array, seeds: jax.Array
+) -> np.ndarray:
+    of_draws = [
+        splits.accuracy(
+            digits.classify, models, views[:, draw], _data().pool.labels, rows, seeds
+        )
+        for draw in range(digits.DRAWS)
+    ]
+    return np.mean(of_draws, axis=0)

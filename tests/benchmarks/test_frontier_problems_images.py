@@ -1,0 +1,283 @@
+"""Problems of the frontier: digits under shift, MNIST-1D, missing labels."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import yoto_jax as yoto
+from benchmarks.data import mnist1d as data
+from benchmarks.harness.rules import Weighted
+from benchmarks.harness.training import DOWNSTREAM, Carry, prepare
+from benchmarks.harness.variations import Softmax
+from benchmarks.tasks.frontier import splits
+from benchmarks.tasks.frontier.problem import SEEDS, TEST, TRAINING, VALIDATION
+from benchmarks.tasks.frontier.problems import digits, missing_labels, mnist1d
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+PROBLEMS = {"digits": digits, "mnist1d": mnist1d, "missing_labels": missing_labels}
+every_problem = pytest.mark.parametrize("name", PROBLEMS)
+
+
+@pytest.fixture(autouse=True)
+def promotion():
+    """The network of the digits adds vectors to matrices."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+# MNIST-1D.
+
+
+def test_signals_are_those_of_their_seed():
+    first, again, other = (data.generate(50, seed) for seed in (0, 0, 1))
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(first.x, other.x)
+    assert first.x.shape == first.clean.shape == (50, 40)
+    assert first.x.dtype == np.float32
+    assert np.bincount(first.label).tolist() == [5] * 10
+    assert first.position.min() >= 0
+    assert first.position.max() <= 1
+    assert np.all(np.abs(first.size - 1) <= 0.2)
+
+
+def test_signals_are_standardised_and_hold_their_clean_ones():
+    signals = data.generate(2000, 0)
+    np.testing.assert_allclose([signals.x.mean(), signals.x.std()], [0, 1], atol=1e-5)
+    # Inside a shape nothing but the slope and a little noise is added.
+    inside = np.abs(signals.clean) > 0.5
+    x, clean = signals.x[inside], signals.clean[inside]
+    assert np.corrcoef(x, clean)[0, 1] > 0.8
+
+
+def test_a_shape_begins_at_its_position():
+    signals = data.generate(500, 0)
+    early = signals.position < 0.5  # None goes round the end.
+    first = np.argmax(np.abs(signals.clean[early]) > 1e-6, axis=1)
+    expected = signals.position[early] * 47 * 39 / 71
+    assert np.all(first >= expected)
+    assert np.all(first <= expected + 2)
+
+
+# Splits.
+
+
+@every_problem
+def test_splits_are_disjoint_and_those_of_their_seed(name):
+    task = PROBLEMS[name].make("quick").task
+    rows = task.data.rows
+    for seed in range(SEEDS):
+        own = np.concatenate([np.asarray(part[seed]) for part in rows])
+        assert len(np.unique(own)) == len(own)
+    assert len({tuple(np.sort(part)) for part in np.asarray(rows.test)}) == SEEDS
+    own = task.of_seed(task.data, jnp.int32(3))
+    np.testing.assert_array_equal(own.rows.train, rows.train[3])
+    assert jax.tree.leaves(own.pool)[0] is jax.tree.leaves(task.data.pool)[0]
+
+
+@every_problem
+def test_batches_come_from_the_rows_of_their_seed(name):
+    task = PROBLEMS[name].make("quick").task
+    own = task.of_seed(task.data, jnp.int32(1))
+    for draw, rows in (
+        (task.draw, own.rows.train),
+        (task.draw_held_out, own.rows.validation),
+    ):
+        batch = jax.jit(draw)(own, jax.random.key(0))
+        batch = batch.signals if name == "missing_labels" else batch
+        pool = own.pool.signals if name == "missing_labels" else own.pool
+        drawn, all_rows = np.asarray(batch[0]), np.asarray(pool[0][rows])
+        flat = lambda x: {tuple(row) for row in x.reshape(len(x), -1)}
+        assert flat(drawn) <= flat(all_rows)
+
+
+# Training.
+
+RULES = {
+    "softmax": Softmax(),
+    "upgrad": Weighted(lambda task: yoto.weightings.upgrad()),
+}
+
+
+def configured(task, rule):
+    constant = {"ratios": (1.0,) * len(task.auxiliary), "learn": 0.0}
+    return constant if rule == "softmax" else {}
+
+
+@every_problem
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_is_finite(name, rule):
+    task = PROBLEMS[name].make("quick").task
+    config = jax.tree.map(
+        lambda x: x[0], RULES[rule].configure([configured(task, rule)])
+    )
+
+    @jax.jit
+    def step(seed):
+        model = task.init(jax.random.key(seed))
+        state = RULES[rule].init(task, config)
+        carry = Carry(jnp.int32(5), model, task.optimizer().init(model), state)
+        own = task.of_seed(task.data, seed)
+        made = RULES[rule].step(task, own, carry, config, jax.random.key(seed))
+        return made.losses, made.weights, made.grads
+
+    losses, weights, grads = made = step(jnp.int32(2))
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(made))
+    assert set(losses) == set(weights) == set(task.names)
+    assert all(np.any(x != 0) for x in jax.tree.leaves(grads["encoder"]))
+
+
+def test_seeds_train_side_by_side_as_alone():
+    """Lanes share the pool, and each has the rows of its seed."""
+    task = digits.make("quick").task
+
+    def trained(seeds):
+        rule = RULES["softmax"]
+        config = rule.configure([configured(task, "softmax")] * len(seeds))
+        program = prepare(task, rule, config, len(seeds), length=2)
+        carry = program.init(seeds, config)
+        carry, _ = program.advance(carry, task.data, seeds, config)
+        return np.asarray(carry.model["classifier"][0]["w"])
+
+    both, alone = trained(jnp.arange(2)), trained(jnp.arange(1, 2))
+    np.testing.assert_allclose(both[1], alone[0], rtol=1e-4, atol=1e-6)
+    assert not np.allclose(both[0], both[1])
+
+
+@every_problem
+def test_scores_are_percentages_of_each_lane(name):
+    problem = PROBLEMS[name].make("quick")
+    seeds = jnp.array([0, 4])
+    init = jax.jit(jax.vmap(problem.task.init))
+    models = init(jax.random.split(jax.random.key(0), 2))
+    scores = problem.scores(models, seeds)
+    assert set(scores) == {TRAINING, VALIDATION, TEST}
+    for of_lanes in scores.values():
+        assert of_lanes.shape == (2,)
+        assert np.all((of_lanes >= 0) & (of_lanes <= 100))
+    second = problem.scores(jax.tree.map(lambda x: x[1:], models), seeds[1:])
+    assert second[TEST] == scores[TEST][1]
+    assert len(problem.bounds) == len(problem.task.auxiliary)
+
+
+def test_accuracy_counts_the_rows_of_the_seed():
+    labels = jnp.arange(10) % 2
+    rows = (
+        jnp.tile(jnp.array([[0, 2, 4, 6]]), (SEEDS, 1))
+        .at[1]
+        .set(jnp.array([0, 1, 2, 4]))
+    )
+    always_even = lambda model, x: jnp.tile(jnp.array([[1.0, 0.0]]), (len(x), 1))
+    found = splits.accuracy(
+        always_even, jnp.zeros(2), labels[:, None], labels, rows, jnp.array([0, 1])
+    )
+    assert found.tolist() == [100, 75]
+
+
+# Missing labels.
+
+
+@pytest.fixture(scope="module")
+def masked():
+    """A task, a model, and batches of which each lacks all labels of one loss."""
+    task = missing_labels.make("quick").task
+    own = task.of_seed(task.data, jnp.int32(0))
+    batch = jax.jit(task.draw_held_out)(own, jax.random.key(0))
+    model = jax.jit(task.init)(jax.random.key(1))
+    none = jnp.zeros_like(batch.masks["class"])
+    lacking = {
+        name: batch._replace(masks={**batch.masks, name: none}) for name in task.names
+    }
+    return task, own, model, lacking
+
+
+def test_absent_labels_are_absent_losses(masked):
+    task, _, model, lacking = masked
+    losses_of = jax.jit(task.losses_of)
+    for name, batch in lacking.items():
+        losses, present = losses_of(model, batch)
+        assert {n for n in task.names if not present[n]} == {name}
+        assert losses[name] == 0
+        assert all(losses[n] > 0 for n in task.names if n != name)
+
+
+def test_labels_are_there_at_their_rates():
+    task = missing_labels.make("cpu").task
+    masks = task.data.pool.masks
+    for name, rate in missing_labels.RATES.items():
+        assert abs(np.mean(masks[name]) - rate) < 0.02
+    own = task.of_seed(task.data, jnp.int32(0))
+    keys = jax.random.split(jax.random.key(0), 20)
+    drawn = jax.vmap(lambda key: task.draw(own, key).masks["size"])(keys)
+    assert set(np.any(np.asarray(drawn), axis=1).tolist()) == {True, False}
+
+
+class Stepper:
+    """Steps of one rule on batches that are given, compiled once."""
+
+    def __init__(self, masked, rule, config):
+        task, own, model, _ = masked
+        self.config = jax.tree.map(lambda x: x[0], rule.configure([config]))
+        state = rule.init(task, self.config)
+        self.carry = Carry(jnp.int32(5), model, task.optimizer().init(model), state)
+
+        def step(carry, batch, config):
+            given = dataclasses.replace(task, draw=lambda data, key: batch)
+            return rule.step(given, own, carry, config, jax.random.key(0))
+
+        self.step = jax.jit(step)
+
+    def __call__(self, batch, state=None):
+        carry = self.carry if state is None else self.carry._replace(rule=state)
+        return self.step(carry, batch, self.config)
+
+
+@pytest.mark.parametrize("learn", [0.0, 1.0])
+def test_softmax_weights_without_labels(masked, learn):
+    """A constant weight stays what it is, a learned one goes to the others."""
+    task, _, model, lacking = masked
+    ratios = (2.0, 0.5, 4.0)
+    step = Stepper(masked, Softmax(), {"ratios": ratios, "learn": learn})
+    total = sum(ratios) + (1 - learn)
+
+    @jax.grad
+    def expected(model):
+        losses, _ = task.losses_of(model, lacking["class"])
+        both = zip(ratios, task.auxiliary, strict=True)
+        return sum(r * losses[name] for r, name in both) / total
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        step(lacking["class"]).grads,
+        jax.jit(expected)(model),
+    )
+    before, after = step.carry.rule.mu.logits, step(lacking["size"]).state.mu.logits
+    moved = {n: bool(after[n] != before[n]) for n in task.auxiliary}
+    assert moved == {n: n != "size" and learn == 1 for n in task.auxiliary}
+
+
+def test_losses_are_divided_by_means_of_where_they_were(masked):
+    task, _, _, lacking = masked
+    step = Stepper(masked, Softmax(), {"ratios": (1.0,) * 3, "normalize": 1.0})
+    first = step(lacking["size"])
+    second = step(lacking["class"], first.state)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(first.grads))
+    before, after = (
+        dict(zip(task.names, made.state.means, strict=True)) for made in (first, second)
+    )
+    assert before["size"] == 0
+    assert after["size"] == second.losses["size"]
+    assert after["class"] == before["class"] > 0
+
+
+def test_steered_rules_take_absent_losses(masked):
+    lacking = masked[-1]
+    grap = Weighted(lambda task: yoto.weightings.grap(DOWNSTREAM), steered=True)
+    made = Stepper(masked, grap, {})(lacking["size"])
+    assert made.losses["size"] == 0
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(made.grads))
+    assert all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves(made.grads["size"]))
