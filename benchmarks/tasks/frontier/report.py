@@ -239,10 +239,8 @@ def table(result: Result) -> Table:
     rows = []
     for method in sorted(methods_of(lines), key=lambda name: ranks[name]):
         cells = [_cell(lines, problem, method) for problem in problems]
-        rows.append(
-            [_name(lines, method), _runs(lines, problems, method), *cells]
-            + [f"{ranks[method]:.1f}"]
-        )
+        about = [_name(lines, method), _runs(lines, problems, method)]
+        rows.append([*about, *cells, f"{ranks[method]:.1f}"])
     return Table(columns, rows, _caption(result))
 
 
@@ -292,12 +290,12 @@ def mean_ranks(lines: Sequence[Line], problems: Problems) -> dict[str, float]:
 def _caption(result: Result) -> str:
     stage = result["meta"]["stage"]
     return (
-        "Search: the best by validation of 15 random constants, its score. Others: mean "
-        "difference to it over paired seeds (more is better), with Student's 95 % "
-        "interval. Accuracy in %; for equations 100 times the logarithm of the error, "
-        f"so that 5 is 5 %. Every method has {stage} seeds, contenders have more. Runs: "
-        "gradient evaluations, in those of one run with constant weights. Lost: seeds "
-        "that end below all 15 constants."
+        "Search: the best by validation of 15 random constants, its score. Others: "
+        "mean difference to it over paired seeds (more is better), with Student's 95 % "
+        "interval. Accuracy in %; for equations -100 times the logarithm of the error, "
+        f"so that 5 is 5 %. Every method has {stage} seeds, contenders have more. "
+        "Runs: gradient evaluations, in those of one run with constant weights. Lost: "
+        "seeds that end below all 15 constants."
     )
 
 
@@ -434,7 +432,7 @@ def figure(result: Result, path: Path) -> None:
     panel.tick_params(length=0)
     for (row, column), value in np.ndenumerate(margins):
         if np.isfinite(value):
-            text = "×" if lost[row, column] else f"{value:+.1f}"
+            text = "x" if lost[row, column] else f"{value:+.1f}"
             dark = abs(value) > 3.5
             panel.text(
                 column,
@@ -447,6 +445,6 @@ def figure(result: Result, path: Path) -> None:
             )
     bar = drawing.colorbar(image, ax=panel, extend="both", shrink=0.5)
     bar.set_label("difference to the search of 15 runs, in margins\n(more is better)")
-    panel.set_xlabel("× : a seed ends below all 15 random constants")
+    panel.set_xlabel("x: a seed ends below all 15 random constants")
     drawing.tight_layout()
     drawing.savefig(path)
