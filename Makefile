@@ -8,7 +8,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 WORKERS ?= 2
 
-.PHONY: demo check test test-all lint types tests smoke notebooks mutants audit format clean
+.PHONY: demo check test test-all lint types tests smoke notebooks coverage mutants audit format clean
 
 demo: $(VENV)/bench
 	$(RUN) benchmarks digits
@@ -46,6 +46,11 @@ smoke: $(VENV)/dev
 # As readers run them: a kernel each, trained to the end.
 notebooks: $(VENV)/dev
 	$(RUN) pytest --nbmake -n $(WORKERS) notebooks
+
+# Lines and branches of the library that the tests of `make test` run.
+coverage: $(VENV)/dev
+	$(QUICKLY) -m "not slow and not compiled" --cov=yoto_jax --cov-branch \
+		--cov-report=term-missing:skip-covered --cov-fail-under=95
 
 # Are faults found? See tools/mutants.py.
 mutants: $(VENV)/dev

@@ -31,6 +31,7 @@ BENCHMARKS = {
     "robustness": "what bad batches do to every weighting",
     "scaling": "many devices, many processes: equality, cost, crashes",
     "sweep": "a search for loss weights that several workers share",
+    "frontier": "every method on every problem, against a search of 15 runs",
 }
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -207,6 +208,12 @@ _ROUNDS: dict[str, Any] = {
     "help": "rounds of timed steps, 0 for none (default: what the preset says)",
 }
 EXTRA: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "frontier": [
+        (
+            "--problems",
+            {"metavar": "A,B", "help": "run only these problems (default: all)"},
+        ),
+    ],
     "depth": [("--rounds", _ROUNDS)],
     "segmentation": [("--rounds", _ROUNDS)],
     "scaling": [

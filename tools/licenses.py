@@ -49,6 +49,7 @@ PURPOSES = {
     "pre-commit": "checks before a commit",
     "pyrefly": "types",
     "pytest": "tests",
+    "pytest-cov": "lines that the tests run",
     "pytest-xdist": "tests on several cores",
     "ruff": "style",
     "hatchling": "builds the package",

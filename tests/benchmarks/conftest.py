@@ -10,6 +10,7 @@ import pytest
 SHARED = (
     "test_command_line.py",
     "test_contest.py",
+    "test_frontier.py",
     "test_searches.py",
     "test_units.py",
 )

@@ -127,7 +127,7 @@ def raced(lines: Sequence[Line], problem: str, race: Race, suffix: str = "") -> 
     for seed, found in points.items():
         own = [arms[method].get(seed) for method in race.arms]
         own = own or found[: race.points]
-        if all(own):
+        if all(own) and len(own) >= race.points:
             finish = races.run(race, own, "validation" + suffix)
             tests[seed], runs = last(finish.line, "test" + suffix), finish.runs
     return Outcome(tests, runs, 0)
@@ -421,8 +421,7 @@ def figure(result: Result, path: Path) -> None:
         (2.2 + 0.95 * len(problems) + 2.2, 1.4 + 0.27 * len(names)), dpi=120
     )
     panel = drawing.add_subplot()
-    colors = matplotlib.colormaps["RdBu"].copy()
-    colors.set_bad("0.9")
+    colors = matplotlib.colormaps["RdBu"].with_extremes(bad="0.9")
     image = panel.imshow(
         np.ma.masked_invalid(margins), cmap=colors, vmin=-6, vmax=6, aspect="auto"
     )

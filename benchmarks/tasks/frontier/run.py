@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.harness import searches
 from benchmarks.harness.options import Options, UsageError
 from benchmarks.harness.provenance import meta
-from benchmarks.harness.results import write_json
+from benchmarks.harness.results import read_json, write_json
 from benchmarks.harness.terminal import say, show
 from benchmarks.harness.training import Rule
 from benchmarks.harness.units import Units
@@ -88,8 +88,8 @@ def description(name: str, preset: str) -> dict[str, Any]:
 def run(name: str, options: Options) -> tuple[list[Line], float]:
     """All lines of one problem, and the seconds they took."""
     problem = make(name, options.preset)
-    units = Units(options_for_all_seeds(options), f"frontier-{name}", problem=name)
-    work = Work(name, problem, units)
+    units = Units(_without_methods(options), f"frontier-{name}", problem=name)
+    work = Work(name, problem, units, stored(name, options))
     first = range(min(options.seeds, STAGE))
     every = options.choose(rows(problem))
     lines = [line for method in every for line in work.do(method, first)]
@@ -101,18 +101,25 @@ def run(name: str, options: Options) -> tuple[list[Line], float]:
     return lines, units.seconds
 
 
-def options_for_all_seeds(options: Options) -> Options:
-    """Settings of the files: more seeds, or methods, go on with the same ones."""
+def _without_methods(options: Options) -> Options:
+    """What the files of a problem depend on: more seeds or methods go on with them."""
     return Options(
-        options.benchmark,
-        None,
-        0,
-        None,
-        options.preset,
-        None,
-        options.out,
-        options.resume,
+        options.benchmark, preset=options.preset, out=options.out, resume=options.resume
     )
+
+
+def stored(name: str, options: Options) -> list[Line]:
+    """Lines of an earlier result with ``--resume``, if the problem is the same.
+
+    A table that takes many hours grows from one stored result to the next.
+    """
+    path = options.out / "frontier.json"
+    if not (options.resume and path.is_file()):
+        return []
+    result = read_json(path)
+    if result["meta"]["problems"].get(name) != description(name, options.preset):
+        return []
+    return [line for line in result["runs"] if line["problem"] == name]
 
 
 def rows(problem: Problem) -> tuple[str, ...]:
@@ -127,14 +134,22 @@ def rows(problem: Problem) -> tuple[str, ...]:
 
 
 class Work:
-    """Trains what is not in the file."""
+    """Trains what is neither in the file nor in an earlier result."""
 
-    def __init__(self, name: str, problem: Problem, units: Units):
+    def __init__(
+        self, name: str, problem: Problem, units: Units, known: Sequence[Line]
+    ):
+        """``known`` are the lines of an earlier result."""
         self.name, self.problem, self.units = name, problem, units
         self.entries = methods.entries(problem.task)
+        self.known: dict[tuple[str, int], list[Line]] = {}
+        for line in known:
+            self.known.setdefault((line["method"], line["seed"]), []).append(line)
 
     def do(self, method: str, seeds: Sequence[int]) -> list[Line]:
         """The lines of a method for these seeds, a line for each run."""
+        if all((method, seed) in self.known for seed in seeds):
+            return [line for seed in seeds for line in self.known[method, seed]]
         task = self.problem.task
         if method == methods.SEARCH:
             lines = []

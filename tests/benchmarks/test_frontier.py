@@ -1,0 +1,268 @@
+"""The table of all methods: what is chosen, counted and compared."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import yoto_jax as yoto
+from benchmarks.harness.options import Options, UsageError
+from benchmarks.harness.training import prepare
+from benchmarks.harness.units import Units
+from benchmarks.tasks.frontier import methods, races, report, run, train
+from benchmarks.tasks.frontier.candidates import capped, in_units
+from benchmarks.tasks.frontier.problems import PROBLEMS, digits, make
+
+LOOKS = 10
+ABOUT = {"p": {"margin": 1.0, "unit": "accuracy in %", "half": "development"}}
+
+
+def line(method, seed, validation, test, kind="library", runs=1.0):
+    """A run whose scores rise to these, or are these [looks]."""
+    scores = {"validation": validation, "test": test, "training": validation}
+    rise = lambda x: [float(v) for v in np.broadcast_to(x, LOOKS)]
+    looks = {name: rise(x) for name, x in scores.items()}
+    looks |= {name + " averaged": [v + 0.5 for v in x] for name, x in looks.items()}
+    return {
+        "problem": "p",
+        "method": method,
+        "kind": kind,
+        "ratios": [],
+        "seed": seed,
+        "runs": runs,
+        "looks": looks,
+        "weights": {},
+        "seconds": 1.0,
+    }
+
+
+def points(seed, validation, test):
+    pairs = zip(validation, test, strict=True)
+    return [line("search", seed, v, t, "constant") for v, t in pairs]
+
+
+LINES = [
+    *points(0, [70, 80, 75], [60, 70, 90]),
+    *points(1, [81, 80, 75], [66, 70, 90]),
+    *points(2, [70, math.nan, 75], [60, 70, 71]),
+    *[line("upgrad", s, 70, t, runs=7 / 3) for s, t in enumerate((72.0, 65.0, 71.5))],
+    *[line("mgda", s, 70, 50.0 + s, runs=7 / 3) for s in range(3)],
+]
+
+
+# The report.
+
+
+def test_the_search_is_chosen_by_validation():
+    found = report.outcome(LINES, "p", "search")
+    assert found.tests == {0: 70, 1: 66, 2: 71}
+    assert found.runs == 3
+
+
+def test_differences_are_paired_and_have_student_s_bounds():
+    apart = report.difference(
+        report.outcome(LINES, "p", "upgrad"), report.outcome(LINES, "p", "search")
+    )
+    x = np.array([2.0, -1.0, 0.5])
+    error = x.std(ddof=1) / math.sqrt(3)
+    assert apart.mean == pytest.approx(0.5)
+    assert apart.lower == pytest.approx(0.5 - 2.919986 * error)
+    assert apart.reach == pytest.approx(4.302653 * error)
+    (verdict,) = [v for v in report.verdicts(LINES, ABOUT) if v["method"] == "upgrad"]
+    assert verdict == {
+        "task": "p",
+        "method": "upgrad",
+        "runs": 2.33,
+        "difference": 0.5,
+        "lower": round(apart.lower, 3),
+        "margin": 1.0,
+        "seeds": 3,
+    }
+
+
+def test_runs_below_all_constants_are_lost():
+    assert report.outcome(LINES, "p", "mgda").collapsed == 3
+    assert report.outcome(LINES, "p", "upgrad").collapsed == 1  # 65 < 66 of seed 1
+
+
+def test_a_run_that_diverged_is_the_worst_not_the_best():
+    lines = [*LINES, *[line("famo", s, 70, math.nan) for s in range(3)]]
+    found = report.outcome(lines, "p", "famo")
+    assert set(found.tests.values()) == {-math.inf}
+    (verdict,) = [v for v in report.verdicts(lines, ABOUT) if v["method"] == "famo"]
+    assert verdict["difference"] is verdict["lower"] is None
+    ranks = report.mean_ranks(lines, ABOUT)
+    assert ranks["famo"] == max(x for x in ranks.values() if math.isfinite(x))
+
+
+def test_contenders_reach_the_best_mean():
+    chosen = report.contenders(LINES, "p")
+    assert "upgrad" in chosen
+    assert "search" in chosen
+    assert "mgda" not in chosen
+
+
+def test_separation_is_of_points_chosen_without_the_test():
+    apart = report.separation(LINES, "p")
+    # 70 - 60, 66 - 90; what diverged validates worst: 71 - 70.
+    assert apart.mean == pytest.approx((10 - 24 + 1) / 3)
+
+
+def test_what_averaging_is_worth():
+    assert report.averaging(LINES, "p").mean == pytest.approx(0.5)
+
+
+def test_tables_sentences_and_figure_of_what_is_stored(tmp_path):
+    records = report.records_of(LINES, ABOUT)
+    text = json.dumps(
+        {
+            "meta": {"problems": ABOUT, "stage": 3},
+            "records": records,
+            "runs": LINES,
+            "verdicts": report.verdicts(LINES, ABOUT),
+        }
+    )
+    result = json.loads(text)
+    rows = {row[0]: row for row in report.table(result).rows}
+    assert rows["search"][2] == "69.0"
+    assert rows["`upgrad`"][2].startswith("+0.5 ± ")
+    assert "(3 lost)" in rows["`mgda`"][2]
+    (row,) = report.summary(result).rows
+    assert row[:3] == ["p", "development", "3"]
+    assert report.conclusions(result)
+    report.figure(result, tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").stat().st_size > 5000
+
+
+# Races.
+
+
+def test_a_race_drops_lanes_by_what_was_known_at_the_cut():
+    early = line("a", 0, np.linspace(50, 60, LOOKS), 60)
+    late = line("b", 0, np.linspace(40, 90, LOOKS), 90)
+    never = line("c", 0, np.full(LOOKS, math.nan), 99, runs=3.0)
+    race = races.Race((), 3, ((0.2, 1),))
+    finish = races.run(race, [early, late, never], "validation")
+    assert finish.line is early
+    assert finish.runs == pytest.approx(3.0 * (0.2 * 3 + 0.8))
+    race = races.Race((), 3, ((0.2, 2), (0.5, 1)))
+    assert races.run(race, [early, late, never], "validation").line is late
+
+
+def test_a_race_needs_all_of_its_arms():
+    race = races.Race(("upgrad", "mgda"), 0, ((0.5, 1),))
+    lines = [x for x in LINES if not (x["method"] == "mgda" and x["seed"] == 1)]
+    assert set(report.raced(lines, "p", race).tests) == {0, 2}
+
+
+# Runs.
+
+
+@pytest.fixture
+def plain_arithmetic():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.usefixtures("plain_arithmetic", "quick_compilation")
+def test_the_average_of_parameters_leaves_the_training_alone():
+    problem = digits.make("quick")
+    rule = methods.softmax()
+    config = rule.configure([methods.fixed((1.0, 1.0))] * 2)
+    seeds = jnp.arange(2)
+    plain = prepare(problem.task, rule, config, 2)
+    averaged = train.Averaged(rule)
+    other = prepare(problem.task, averaged, config, 2)
+    carry, watched = plain.init(seeds, config), other.init(seeds, config)
+    for _ in range(plain.chunks):
+        carry, _ = plain.advance(carry, problem.task.data, seeds, config)
+        watched, _ = other.advance(watched, problem.task.data, seeds, config)
+    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, carry.model, watched.model)
+    # Two per cent of a quick run are less than a step: the model before the last one.
+    assert train.HORIZON * problem.task.steps < 1
+    near = lambda x, y: np.testing.assert_allclose(x, y, atol=0.1)
+    jax.tree.map(near, averaged.average(watched), watched.model)
+
+
+def test_a_table_grows_from_a_stored_result(tmp_path):
+    name = "digits"
+    about = run.description(name, "quick")
+    lines = [line("equal", s, 1, 2) | {"problem": name} for s in range(3)]
+    result = {"meta": {"problems": {name: about}}, "records": [], "runs": lines}
+    (tmp_path / "frontier.json").write_text(json.dumps(result))
+    options = Options("frontier", preset="quick", out=tmp_path, resume=True)
+    assert run.stored(name, options) == lines
+    units = Units(options, "frontier-digits")
+    work = run.Work(name, make(name, "quick"), units, run.stored(name, options))
+    assert work.do("equal", range(3)) == lines  # and nothing is trained
+    other = Options("frontier", preset="cpu", out=tmp_path, resume=True)
+    assert run.stored(name, other) == []
+
+
+def test_unknown_problems_and_options_are_refused(tmp_path):
+    assert run.chosen(None) == tuple(PROBLEMS)
+    assert run.chosen("helmholtz,digits") == ("digits", "helmholtz")
+    with pytest.raises(UsageError, match="unknown problem 'x'"):
+        run.chosen("x")
+    with pytest.raises(UsageError, match="data for 10 seeds at most"):
+        run.main(Options("frontier", seeds=11, out=tmp_path))
+
+
+def test_every_weighting_of_the_library_is_a_row_or_has_a_reason():
+    rows = run.rows(digits.make("quick"))
+    assert len(rows) == len(set(rows))
+    known = {*rows, *methods.LEFT_OUT}
+    assert set(yoto.weightings.methods()) <= known
+    assert not set(methods.LEFT_OUT) & set(rows) - {"equal"}
+
+
+def test_costs_are_passes():
+    task = digits.make("quick").task
+    entries = methods.entries(task)
+    assert entries["dwa"].runs == 1
+    assert entries["upgrad"].runs == pytest.approx(7 / 3)
+    assert entries["grap"].runs == pytest.approx(1 + 9 / 3 / 10)
+
+
+# Candidates.
+
+LOSSES = {"a": 3.0, "b": 1.0, "p": 2.0}
+NORMS = jnp.array([30.0, 0.1, 2.0])
+
+
+def test_capped_gradients_are_as_long_as_the_primary_s_at_most():
+    weighting = capped(yoto.weightings.equal(), "p", most=0.5)
+    weights, state = weighting.update(LOSSES, weighting.init(LOSSES), norms=NORMS)
+    third = 1 / 3
+    np.testing.assert_allclose(
+        [weights[name] for name in "abp"], [third * 0.5 * 2 / 30, third, third], 1e-5
+    )
+    used = state.inner.loss_weights
+    assert used["a"] == weights["a"]
+
+
+def test_in_units_the_unit_of_a_loss_does_not_matter():
+    weighting = in_units(yoto.weightings.yoto("p", epsilon=1.0), "p")
+    scale = jnp.array([1e3, 1.0, 1.0])
+    state = other = weighting.init(LOSSES)
+    for _ in range(3):
+        weights, state = weighting.update(LOSSES, state, norms=NORMS)
+        scaled, other = weighting.update(
+            LOSSES | {"a": 3e3}, other, norms=NORMS * scale
+        )
+    np.testing.assert_allclose(weights["a"], 1e3 * scaled["a"], rtol=1e-5)
+    np.testing.assert_allclose(weights["b"], scaled["b"], rtol=1e-5)
+
+
+def test_in_units_equal_weights_make_equal_lengths():
+    weighting = in_units(yoto.weightings.equal(), "p", warmup=2)
+    state = weighting.init(LOSSES)
+    for factor in (1.0, 3.0, 100.0):  # the last one is after the warm-up
+        weights, state = weighting.update(LOSSES, state, norms=factor * NORMS)
+    lengths = [float(w) * n for w, n in zip(weights.values(), NORMS, strict=True)]
+    np.testing.assert_allclose(lengths, lengths[0], rtol=1e-5)
+    np.testing.assert_allclose(state.norms, 2 * NORMS, rtol=1e-5)
