@@ -97,7 +97,13 @@ def test_links_of_the_readme_on_pypi_lead_to_the_repository():
     assert f"repository-code: {source}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-PACKAGES = (yoto.conditional, yoto.monitoring, yoto.testing, yoto.weightings)
+PACKAGES = (
+    yoto.conditional,
+    yoto.monitoring,
+    yoto.racing,
+    yoto.testing,
+    yoto.weightings,
+)
 NAMES = {package.__name__.split(".")[-1] for package in PACKAGES}
 PUBLIC = [(yoto, name) for name in yoto.__all__ if name not in NAMES]
 PUBLIC += [(package, name) for package in PACKAGES for name in package.__all__]
@@ -149,7 +155,14 @@ def test_importing_the_package_imports_no_more_than_it_has_to():
     new = run(code).stdout.split()
     # All else is there with Optax: checkify alone would double the time.
     assert {name.split(".")[0] for name in new} == {"yoto_jax"}
-    late = ("conditional", "monitoring", "checkpoints", "testing", "weightings._grap")
+    late = (
+        "conditional",
+        "monitoring",
+        "checkpoints",
+        "racing",
+        "testing",
+        "weightings._grap",
+    )
     for name in late:
         assert f"yoto_jax.{name}" not in new
 

@@ -11,6 +11,8 @@ import yoto_jax as yoto
 from yoto_jax import racing
 from yoto_jax.testing import check_weighting
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EQUAL, UPGRAD = yoto.weightings.equal(), yoto.weightings.upgrad()
 LOSSES = {"a": 1.0, "b": 2.0}
 
@@ -21,7 +23,9 @@ LOSSES = {"a": 1.0, "b": 2.0}
 @pytest.mark.parametrize(
     "weightings",
     [
-        {"upgrad": UPGRAD, "mgda": yoto.weightings.mgda()},
+        pytest.param(
+            {"upgrad": UPGRAD, "mgda": yoto.weightings.mgda()}, marks=pytest.mark.slow
+        ),
         {"famo": yoto.weightings.famo(), "dwa": yoto.weightings.dwa(window=2)},
     ],
     ids=" and ".join,
@@ -56,9 +60,9 @@ def test_losses_after_the_step_reach_the_weighting_of_the_lane():
     both = {"equal": EQUAL, "famo": yoto.weightings.famo(exact=True)}
     arms = racing.one_of(both)
     states = racing.start(arms.init(LOSSES), 2)
-    states = jax.vmap(lambda s: arms.update(LOSSES, s)[1])(states)
+    states = jax.jit(jax.vmap(lambda s: arms.update(LOSSES, s)[1]))(states)
     less = {"a": 0.5, "b": 1.9}
-    states = jax.vmap(lambda s: arms.observe_step(less, s))(states)
+    states = jax.jit(jax.vmap(lambda s: arms.observe_step(less, s)))(states)
     famo = both["famo"]
     _, alone = famo.update(LOSSES, famo.init(LOSSES))
     alone = famo.observe_step(less, alone)
@@ -70,9 +74,8 @@ def test_absent_losses_have_no_weight_in_any_lane():
     arms = racing.one_of({"equal": EQUAL, "upgrad": UPGRAD})
     states = racing.start(arms.init(LOSSES), 2)
     present = {"a": True, "b": False}
-    weights, states = jax.vmap(
-        lambda s: arms.update(LOSSES, s, gramian=jnp.eye(2), present=present)
-    )(states)
+    update = lambda s: arms.update(LOSSES, s, gramian=jnp.eye(2), present=present)
+    weights, states = jax.jit(jax.vmap(update))(states)
     np.testing.assert_allclose(weights["a"], 1.0, rtol=1e-5)
     np.testing.assert_array_equal(weights["b"], 0)
     np.testing.assert_allclose(states.loss_weights["b"], 0.5)  # held
@@ -82,7 +85,7 @@ def test_bad_batches_are_counted_in_each_lane():
     arms = racing.one_of({"equal": EQUAL, "upgrad": UPGRAD})
     states = racing.start(arms.init(LOSSES), 2)
     bad = {"a": jnp.nan, "b": 1.0}
-    update = jax.vmap(lambda s: arms.update(bad, s, gramian=jnp.eye(2))[1])
+    update = jax.jit(jax.vmap(lambda s: arms.update(bad, s, gramian=jnp.eye(2))[1]))
     np.testing.assert_array_equal(update(update(states)).num_skipped, [2, 2])
 
 
