@@ -266,3 +266,10 @@ def test_in_units_equal_weights_make_equal_lengths():
     lengths = [float(w) * n for w, n in zip(weights.values(), NORMS, strict=True)]
     np.testing.assert_allclose(lengths, lengths[0], rtol=1e-5)
     np.testing.assert_allclose(state.norms, 2 * NORMS, rtol=1e-5)
+
+
+def test_a_method_that_looks_seldom_costs_little():
+    task = digits.make("quick").task
+    entry = methods.entries(task)["nash_mtl, every 10"]
+    assert entry.runs == pytest.approx(1 + (7 / 3 - 1) / 10)
+    assert not entry.rule.side_by_side

@@ -24,6 +24,10 @@ LEFT_OUT = {
 }
 """Methods of the registry that are no rows, and why."""
 
+PERIOD = 10
+SELDOM = ("grad_norm_balance", "nash_mtl", "aligned_mtl", "imtl_g", "config")
+"""Methods that are also tried with weights that are held in between."""
+
 weightings = yoto.weightings
 Make = Callable[[Task], yoto.LossWeighting]
 
@@ -84,10 +88,21 @@ def entries(task: Task) -> dict[str, Entry]:
             continue
         found[name] = _entry(task, method)
     made = candidates(task)
-    return found | {
+    found |= {
         name: Entry(Weighted(make), "candidate", cost(task, make(task)))
         for name, make in made.items()
     }
+    return found | {f"{name}, every {PERIOD}": _seldom(task, name) for name in SELDOM}
+
+
+def _seldom(task: Task, name: str) -> Entry:
+    """A method that looks at the gradients every so many steps alone."""
+    method = weightings.methods()[name]
+    make = lambda task: weightings.every(method.example(task.primary), PERIOD)
+    extra = cost(task, make(task)) - 1
+    # One lane after the other: side by side, what is not due would be done too.
+    rule = Weighted(make, side_by_side=False)
+    return Entry(rule, "candidate", 1 + extra / PERIOD)
 
 
 def _entry(task: Task, method: yoto.weightings.Method) -> Entry:
