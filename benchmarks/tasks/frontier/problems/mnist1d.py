@@ -16,7 +16,7 @@ from benchmarks.tasks.frontier.problems.signals import Size
 
 SIZES = {
     "quick": Size(train=300, validation=50, test=100, steps=10, batch=16),
-    "cpu": Size(train=4000, validation=500, test=2000, steps=2000, batch=64),
+    "cpu": Size(train=4000, validation=500, test=2000, steps=3000, batch=64),
 }
 LABELLED = 200
 LANES = 5
