@@ -263,7 +263,9 @@ def test_evaluation_is_the_same_every_time(data):
 
 
 def train(data, configurations):
-    return task.train(data.train, digits.optimizer, configurations, STEPS, "test")
+    return task.train(
+        data.train, digits.optimizer(STEPS), configurations, STEPS, "test"
+    )
 
 
 def test_a_sweep_trains_as_a_single_run_does(data):

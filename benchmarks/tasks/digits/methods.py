@@ -11,6 +11,7 @@ ROWS = {  # (method, config or None for the only one): name in the table
     ("paper", None): "YOTO, rho={rho} (paper)",
     ("equal", None): "equal weights",
     **{(name, None): label for name, label in conditional.LABELS.items()},
+    ("race", None): "race of the grid's nine points",
     ("grid", VALIDATED): "grid, best by validation",
     ("random", VALIDATED): "random, best by validation",
     ("grid", MEDIAN): "grid, median point",

@@ -206,6 +206,7 @@ def _draw_accuracy(panel: Axes, result: Result) -> None:
         ("paper", None, "v", plots.SKY, 0.25),
         ("equal", None, "s", plots.BLACK, -0.25),
         ("conditional", None, "P", plots.VERMILION, 0.0),
+        ("race", None, "X", plots.GREY, 0.0),
         ("grid", VALIDATED, "D", plots.ORANGE, 0.15),
         ("grid", ORACLE, "*", plots.PURPLE, -0.15),
     ]

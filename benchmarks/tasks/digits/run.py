@@ -33,13 +33,15 @@ from benchmarks.harness.units import Units
 from benchmarks.tasks.digits import task
 from benchmarks.tasks.digits.methods import CONDITIONAL, LEARNED
 from benchmarks.tasks.digits.report import conclusions, figure, summary, table
+from yoto_jax import racing
 
 RESUMABLE = True
-METHODS = ("yoto", "paper", "equal", *CONDITIONAL, "grid", "random")
+METHODS = ("yoto", "paper", "equal", *CONDITIONAL, "race", "grid", "random")
 SEARCHES = ("grid", "random")
-STEPS = {"quick": 20, "cpu": 2000, "gpu": 20_000}
+STEPS = {"quick": 20, "cpu": 4000, "gpu": 40_000}
 
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 5e-3  # at its peak
+CUTS = ((0.2, 3), (0.5, 1))  # of the race
 RANDOM_DRAWS = len(task.GRID)
 BOUNDS = (0.01, 100.0)  # of random search
 CONDITIONED = ((0.1, 10.0),) * len(task.AUXILIARY)  # those of the grid
@@ -93,6 +95,7 @@ def configurations(method: str, seeds: int) -> task.Configurations:
     ratios = {
         "equal": jnp.ones((1, len(task.AUXILIARY))),
         "grid": jnp.array(task.GRID),
+        "race": jnp.array(task.GRID),
         "random": jnp.stack([random_ratios(seed) for seed in range(seeds)]),
     }
     return task.fixed(ratios[method], seeds)
@@ -110,8 +113,13 @@ def random_ratios(seed: int) -> jax.Array:
     return 10.0 ** jax.random.uniform(key, shape, minval=low, maxval=high)
 
 
-def optimizer(rho: jax.Array) -> optax.GradientTransformation:
-    return yoto.adamw(LEARNING_RATE, hyperparameter_decay=rho)
+@functools.cache
+def optimizer(steps: int) -> task.Transformation:
+    """AdamW with a warm-up and a cosine, given rho."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, LEARNING_RATE, steps // 20 + 1, steps + 1, LEARNING_RATE / 100
+    )
+    return lambda rho: yoto.adamw(schedule, hyperparameter_decay=rho)
 
 
 def run(
@@ -119,8 +127,10 @@ def run(
 ) -> tuple[task.Outcome, list[Record]]:
     """Train and measure all runs of a method."""
     runs = configurations(method, seeds)
+    if method == "race":
+        return run_race(runs, data, steps)
     cost = runs.rho.shape[1]
-    outcome = task.train(data.train, optimizer, runs, steps, method)
+    outcome = task.train(data.train, optimizer(steps), runs, steps, method)
     measured = measure(outcome, data)
     records = []
     for seed in range(seeds):
@@ -135,6 +145,24 @@ def run(
         # Seeds share a program; a search repeated for each of them is counted once.
         seconds = getattr(outcome, metric) / (seeds if metric == "run_seconds" else 1)
         records.append(record(method, metric, seconds, compute=cost))
+    return outcome, records
+
+
+def run_race(
+    runs: task.Configurations, data: task.Data, steps: int
+) -> tuple[task.Outcome, list[Record]]:
+    """Race all configurations, and measure the winner of each seed."""
+    seeds, arms = runs.rho.shape
+    plan = racing.plan(steps, arms, CUTS)
+    outcome, winners = task.race(data, optimizer(steps), runs, plan, "race")
+    measured = measure(outcome, data)
+    records = []
+    for seed in range(seeds):
+        config = task.describe_ratios(winners.epsilon[seed, 0])
+        records += task.run_records("race", config, seed, 0, measured, plan.runs)
+    for metric in ("run_seconds", "compile_seconds"):
+        seconds = getattr(outcome, metric) / (seeds if metric == "run_seconds" else 1)
+        records.append(record("race", metric, seconds, compute=plan.runs))
     return outcome, records
 
 

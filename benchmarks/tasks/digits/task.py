@@ -23,6 +23,7 @@ from benchmarks.harness.results import Record, describe, record, values
 from benchmarks.harness.terminal import say, track
 from benchmarks.harness.training import Measured as OfLanes
 from benchmarks.harness.training import Task
+from yoto_jax import racing
 
 PyTree = Any
 Key = jax.Array
@@ -392,15 +393,55 @@ def accuracy(models: PyTree, domains: dict[str, Split]) -> dict[str, np.ndarray]
     return {name: np.asarray(_accuracy(models, d)) for name, d in domains.items()}
 
 
+def race(
+    data: Data,
+    transformation: Transformation,
+    configurations: Configurations,
+    plan: racing.Plan,
+    description: str,
+) -> tuple[Outcome, Configurations]:
+    """Train all configurations side by side, and the best of them to the end.
+
+    Each seed cuts its own lanes, by the accuracy on stylised validation images.
+
+    Returns:
+      The runs that win, one for each seed, with the history of the last rung; and their
+      configurations.
+    """
+    started = time.perf_counter()
+    seeds = jnp.arange(len(configurations.rho))
+    judged = {"stylised": validation_domains(data.validation)["stylised"]}
+    carry, history, seconds = None, None, 0.0
+    for rung in plan.rungs:
+        arguments = (data.train, seeds, configurations)
+        shapes = jax.eval_shape(lambda x: x, arguments)
+        init, advance = _compile(transformation, rung.steps, shapes, None)
+        begun = time.perf_counter()
+        carry = init(seeds, configurations) if carry is None else carry
+        carry, history = jax.block_until_ready(advance(carry, *arguments))
+        scores = jnp.asarray(accuracy(carry.params["model"], judged)["stylised"])
+        carry, configurations = _cut((carry, configurations), scores, rung.keep)
+        seconds += time.perf_counter() - begun
+    weights, curves = jax.tree.map(lambda x: np.moveaxis(x, 0, -1), history)
+    say(f"{description}: {plan.runs:.1f} runs for each seed in {seconds:.1f} s")
+    outcome = Outcome(
+        jax.device_get(carry.params["model"]),
+        weights,
+        curves,
+        run_seconds=seconds,
+        compile_seconds=time.perf_counter() - started - seconds,
+    )
+    return outcome, configurations
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _cut(lanes: PyTree, scores: jax.Array, number: int) -> PyTree:
+    """Of the lanes [seeds, runs] of each seed the best ones by their scores."""
+    keep = lambda lanes, scores: racing.keep(lanes, scores, number).lanes
+    return jax.vmap(keep)(lanes, scores)
+
+
 # The same as a task that one conditional model can be trained on.
-
-
-class ConstantRate(Task):
-    """A task without a schedule of the learning rate."""
-
-    def schedule(self, step: Any) -> jax.Array:
-        del step
-        return jnp.asarray(self.learning_rate)
 
 
 def as_task(data: Data, steps: int, seeds: int, learning_rate: float) -> Task:
@@ -430,7 +471,7 @@ def as_task(data: Data, steps: int, seeds: int, learning_rate: float) -> Task:
         domain = {"stylised": validation["stylised"]}
         return of_lanes(models, domain)["stylised"]
 
-    return ConstantRate(
+    return Task(
         name="digits",
         settings={"steps": steps, "learning_rate": learning_rate, "batch": BATCH},
         primary=PRIMARY,
@@ -474,7 +515,7 @@ Measured = dict[tuple[str, str | None], np.ndarray]
 
 
 def run_records(
-    method: str, config: str, seed: int, i: int, measured: Measured, compute: int = 1
+    method: str, config: str, seed: int, i: int, measured: Measured, compute: float = 1
 ) -> list[Record]:
     """All that was measured of one run."""
     return [

@@ -16,12 +16,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import optuna
 import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
+import yoto_jax as yoto
 from benchmarks.harness.options import Options, UsageError
 from benchmarks.harness.provenance import meta
 from benchmarks.harness.results import Record, Result, rounded, write_json
@@ -35,6 +38,7 @@ from benchmarks.tasks.sweep.worker import Plan
 RESUMABLE = True
 METHODS = ("tpe",)
 STUDY = "yoto_jax: digits"
+LEARNING_RATE = 1e-3
 STEPS = {"quick": 20, "cpu": 2000, "gpu": 20_000}
 BUDGET = {"quick": 4, "cpu": 27, "gpu": 100}
 BOUNDS = ((0.01, 100.0),) * len(task.AUXILIARY)
@@ -216,6 +220,11 @@ def serve(url: str, name: str) -> None:
     shared.work(url, STUDY, objective_of(**settings), worker=name)
 
 
+def optimizer(rho: jax.Array) -> optax.GradientTransformation:
+    """A constant rate: a search is watched here, not a network trained to the end."""
+    return yoto.adamw(LEARNING_RATE, hyperparameter_decay=rho)
+
+
 def objective_of(steps: int, seeds: int, batch: int) -> shared.Objective:
     """Trains and measures the digits with constant weights."""
     if batch != task.BATCH:
@@ -224,7 +233,7 @@ def objective_of(steps: int, seeds: int, batch: int) -> shared.Objective:
 
     def objective(ratios: shared.Point) -> tuple[float, dict[str, Any]]:
         runs = task.fixed(jnp.array([ratios]), seeds)
-        outcome = task.train(data.train, digits.optimizer, runs, steps, "sweep")
+        outcome = task.train(data.train, optimizer, runs, steps, "sweep")
         measured = digits.measure(outcome, data)
         config = task.describe_ratios(ratios)
         records = [
