@@ -38,14 +38,15 @@ class Finish(NamedTuple):
 def run(race: Race, lines: Sequence[Line], score: str) -> Finish:
     """Race the arms of one seed by this score at the looks.
 
-    Every lane costs what the dearest arm needs, as in one program.
+    Every lane costs what its own arm needs: those that look at the gradients of all
+    losses share a program, the others another one.
     """
     looks = len(lines[0]["looks"][score])
     plan = racing.plan(looks, len(lines), race.cuts)
-    lanes = list(lines)
+    lanes, cost = list(lines), 0.0
     for rung in plan.rungs:
+        cost += rung.steps / looks * sum(line["runs"] for line in lanes)
         scores = [line["looks"][score][rung.stop - 1] for line in lanes]
         ranked = np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable")
         lanes = [lanes[i] for i in sorted(ranked[: rung.keep])]
-    dearest = max(line["runs"] for line in lines)
-    return Finish(lanes[0], plan.runs * dearest)
+    return Finish(lanes[0], cost)

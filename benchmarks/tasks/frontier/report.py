@@ -36,6 +36,15 @@ RACES = {
     "race: portfolio, cut at 20 and 50 %": Race(PORTFOLIO, 0, ((0.2, 2), (0.5, 1))),
     "race: portfolio, cut at 20 %": Race(PORTFOLIO, 0, ((0.2, 1),)),
     "race: without gradients, cut at 20 and 50 %": Race(CHEAP, 0, ((0.2, 2), (0.5, 1))),
+    "race: equal and nash_mtl, cut at 20 %": Race(
+        ("equal", "nash_mtl"), 0, ((0.2, 1),)
+    ),
+    "race: equal and nash_mtl, cut at 50 %": Race(
+        ("equal", "nash_mtl"), 0, ((0.5, 1),)
+    ),
+    "race: equal, nash_mtl and grad_norm_balance, cut at 20 and 50 %": Race(
+        ("equal", "nash_mtl", "grad_norm_balance"), 0, ((0.2, 2), (0.5, 1))
+    ),
     "race: 5 points, cut at 20 and 50 %": Race((), 5, ((0.2, 2), (0.5, 1))),
     "race: 9 points, cut at 20 and 50 %": Race((), 9, ((0.2, 3), (0.5, 1))),
     "race: 15 points, cut at 20 and 50 %": Race((), 15, ((0.2, 3), (0.5, 1))),
@@ -123,14 +132,16 @@ def raced(lines: Sequence[Line], problem: str, race: Race, suffix: str = "") -> 
     points: dict[int, list[Line]] = {}
     for line in lines_of(lines, problem, SEARCH):
         points.setdefault(line["seed"], []).append(line)
-    tests, runs = {}, math.nan
+    tests: dict[int, float] = {}
+    costs = []
     for seed, found in points.items():
         own = [arms[method].get(seed) for method in race.arms]
         own = own or found[: race.points]
         if all(own) and len(own) >= race.points:
             finish = races.run(race, own, "validation" + suffix)
-            tests[seed], runs = last(finish.line, "test" + suffix), finish.runs
-    return Outcome(tests, runs, 0)
+            tests[seed] = last(finish.line, "test" + suffix)
+            costs.append(finish.runs)
+    return Outcome(tests, float(np.mean(costs)) if costs else math.nan, 0)
 
 
 def difference(ours: Outcome, theirs: Outcome) -> Difference:
@@ -162,7 +173,7 @@ def contenders(lines: Sequence[Line], problem: str) -> list[str]:
 
     All that a race is made of is among them.
     """
-    always = {SEARCH, "primary alone", "equal", *PORTFOLIO, *CHEAP}
+    always = {SEARCH, *PORTFOLIO, *CHEAP, *(a for r in RACES.values() for a in r.arms)}
     names = list(dict.fromkeys(line["method"] for line in lines))
     best = max(
         float(np.mean(list(outcome(lines, problem, name).tests.values())))
