@@ -26,6 +26,7 @@ class Weighted(Rule):
         weighting: Callable[[Task], yoto.LossWeighting],
         *,
         steered: bool = False,
+        of_features: bool = False,
         side_by_side: bool = True,
     ):
         """A rule from a weighting.
@@ -34,9 +35,12 @@ class Weighted(Rule):
           weighting: Makes it.
           steered: Whether held-out data steer it: it then sees the gradients of all
             parameters on a held-out batch, for every loss and the downstream one.
+          of_features: Whether it looks at the gradients of the features that the task
+            encodes a batch to, instead of those of all parameters.
           side_by_side: See :class:`Rule`.
         """
         self.weighting = weighting
+        self.of_features = of_features
         self.steered = steered
         self.side_by_side = side_by_side
 
@@ -60,6 +64,13 @@ class Weighted(Rule):
             losses, grads, state = value_and_grad(
                 carry.model, carry.rule, (held_out, True), batch, False
             )
+        elif self.of_features:
+            value_and_grad = yoto.value_and_grad(
+                task.losses,
+                weighting,
+                gradients=yoto.of_representation(task.encode),
+            )
+            losses, grads, state = value_and_grad(carry.model, carry.rule, batch)
         else:
             value_and_grad = yoto.value_and_grad(
                 lambda model, batch: task.losses(

@@ -189,6 +189,13 @@ def losses(
 ) -> dict[str, jax.Array]:
     """The three losses of a batch and a stylised view of it."""
     both = features(model, jnp.concatenate([images, view]))
+    return losses_of_features(model, both, images, labels)
+
+
+def losses_of_features(
+    model: PyTree, both: jax.Array, images: jax.Array, labels: jax.Array
+) -> dict[str, jax.Array]:
+    """The same of the features of images and views."""
     clean, stylised = jnp.split(both, 2)
     logits = _mlp(model["classifier"], clean)
     decoded = _mlp(model["decoder"], clean)

@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 import yoto_jax as yoto
 from benchmarks.harness.contest import NONE, STEERED_EVERY
 from benchmarks.harness.rules import Weighted
@@ -25,8 +28,9 @@ LEFT_OUT = {
 """Methods of the registry that are no rows, and why."""
 
 PERIOD = 10
-SELDOM = ("grad_norm_balance", "nash_mtl", "aligned_mtl", "imtl_g", "config")
-"""Methods that are also tried with weights that are held in between."""
+CHEAPER = ("grad_norm_balance", "nash_mtl", "aligned_mtl", "imtl_g", "config")
+"""Methods that are also tried with weights that are held in between, and looking at the
+gradients of features alone."""
 
 weightings = yoto.weightings
 Make = Callable[[Task], yoto.LossWeighting]
@@ -38,12 +42,13 @@ class Entry(NamedTuple):
     Attributes:
       rule: How losses become a gradient.
       kind: ``"constant"``, ``"library"`` or ``"candidate"``.
-      runs: Gradient evaluations of a step, in those of a step with constant weights.
+      runs: Gradient evaluations of a step, in those of a step with constant weights;
+        None to count the operations of the compiled steps.
     """
 
     rule: Rule
     kind: str
-    runs: float
+    runs: float | None
 
 
 def softmax() -> Softmax:
@@ -92,7 +97,27 @@ def entries(task: Task) -> dict[str, Entry]:
         name: Entry(Weighted(make), "candidate", cost(task, make(task)))
         for name, make in made.items()
     }
-    return found | {f"{name}, every {PERIOD}": _seldom(task, name) for name in SELDOM}
+    found |= {f"{name}, every {PERIOD}": _seldom(task, name) for name in CHEAPER}
+    if has_features(task):
+        found |= {f"{name}, of features": _of_features(name) for name in CHEAPER}
+    return found
+
+
+def has_features(task: Task) -> bool:
+    """Whether the losses of a task share features."""
+    key = jax.random.key(0)
+    data = task.of_seed(task.data, jnp.zeros((), jnp.int32))
+    encoded = jax.eval_shape(
+        lambda key: task.encode(task.init(key), task.draw(data, key)), key
+    )
+    return bool(jax.tree.leaves(encoded))
+
+
+def _of_features(name: str) -> Entry:
+    """A method that looks at the gradients of the features: one pass through them."""
+    method = weightings.methods()[name]
+    rule = Weighted(lambda task: method.example(task.primary), of_features=True)
+    return Entry(rule, "candidate", None)
 
 
 def _seldom(task: Task, name: str) -> Entry:

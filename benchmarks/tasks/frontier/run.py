@@ -22,7 +22,7 @@ from benchmarks.tasks.frontier.report import (
     table,
     verdicts,
 )
-from benchmarks.tasks.frontier.train import train
+from benchmarks.tasks.frontier.train import operations, train
 
 RESUMABLE = True
 STAGE = 3
@@ -190,7 +190,8 @@ class Work:
 
         def work() -> list[Line]:
             say(f"{self.name}: {unit}")
-            return train(self.problem, rule, configs, seeds)
+            found = train(self.problem, rule, configs, seeds)
+            return [{"runs": self._runs(method, rule), **line} for line in found]
 
         return [
             {
@@ -200,9 +201,18 @@ class Work:
                 "ratios": list(config.get("ratios", ())) if kind == "constant" else [],
                 "seed": seed,
                 "runs": 1.0 if entry is None else entry.runs,
-                **done,
+                **{name: x for name, x in done.items() if x is not None},
             }
             for config, seed, done in zip(
                 configs, seeds, self.units.do(unit, work), strict=True
             )
         ]
+
+    def _runs(self, method: str, rule: Rule) -> float | None:
+        """What a step costs, if that has to be counted."""
+        entry = self.entries.get(method)
+        if entry is None or entry.runs is not None:
+            return None
+        task, plain = self.problem.task, methods.softmax()
+        equal = [methods.constant(task, "equal", None)]
+        return operations(task, rule, [{}]) / operations(task, plain, equal)

@@ -76,8 +76,8 @@ def _task(steps: int) -> Task:
         init=digits.init_model,
         draw=lambda data, key: _draw(data.pool, data.rows.train, key),
         draw_held_out=lambda data, key: _draw(data.pool, data.rows.validation, key),
-        encode=lambda model, batch: None,
-        losses=lambda model, z, batch: digits.losses(model, *batch),
+        encode=_encode,
+        losses=lambda model, z, batch: digits.losses_of_features(model, z, *batch[:2]),
         downstream=_downstream,
         validate=splits.needs_seeds,
         test=splits.needs_seeds,
@@ -96,7 +96,12 @@ def _draw(pool: digits.Split, rows: jax.Array, key: jax.Array) -> Batch:
     return images, pool.labels[chosen], digits.stylise(key_view, images)
 
 
-def _downstream(model: PyTree, z: None, batch: Batch) -> jax.Array:
+def _encode(model: PyTree, batch: Batch) -> jax.Array:
+    images, _, view = batch
+    return digits.features(model, jnp.concatenate([images, view]))
+
+
+def _downstream(model: PyTree, z: jax.Array, batch: Batch) -> jax.Array:
     """The cross-entropy of stylised views."""
     _, labels, view = batch
     logits = digits.classify(model, view)

@@ -65,9 +65,9 @@ def _task(size: Size) -> Task:
         init=_init,
         draw=functools.partial(_draw, size.batch),
         draw_held_out=functools.partial(_draw_held_out, size.batch),
-        encode=lambda model, batch: None,
+        encode=_encode,
         losses=_losses,
-        downstream=lambda model, z, batch: jnp.mean(_errors(model, batch)[PRIMARY]),
+        downstream=lambda model, z, batch: jnp.mean(_errors(model, z, batch)[PRIMARY]),
         validate=splits.needs_seeds,
         test=splits.needs_seeds,
         steps=size.steps,
@@ -104,14 +104,17 @@ def _draw_held_out(n: int, data: splits.Data, key: jax.Array) -> Batch:
     return Batch(chosen, dict.fromkeys(RATES, jnp.ones(n, bool)))
 
 
-def _losses(model: PyTree, z: None, batch: Batch) -> yoto.MaskedLosses:
-    return yoto.masked_mean(_errors(model, batch), batch.masks)
+def _encode(model: PyTree, batch: Batch) -> jax.Array:
+    return signals.features(model["encoder"], batch.signals.x)
 
 
-def _errors(model: PyTree, batch: Batch) -> dict[str, jax.Array]:
+def _losses(model: PyTree, z: jax.Array, batch: Batch) -> yoto.MaskedLosses:
+    return yoto.masked_mean(_errors(model, z, batch), batch.masks)
+
+
+def _errors(model: PyTree, z: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     """The losses of every signal; errors relative to the spread of what is told."""
     truth = batch.signals
-    z = signals.features(model["encoder"], truth.x)
     told = {name: signals.mlp(model[name], z) for name in RATES}
     entropy = optax.softmax_cross_entropy_with_integer_labels
     return {

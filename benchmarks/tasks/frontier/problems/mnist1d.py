@@ -35,6 +35,13 @@ class Batch(NamedTuple):
     views: jax.Array  # [2, n, 40], two of each of other signals
 
 
+class Features(NamedTuple):
+    """Of the signals with labels [n, 64], and of both views of the others [2 n, 64]."""
+
+    labelled: jax.Array
+    views: jax.Array
+
+
 def make(preset: str) -> Problem:
     """The problem in one size, ``quick`` or ``cpu``."""
     size = SIZES[preset]
@@ -59,9 +66,9 @@ def _task(size: Size) -> Task:
         init=_init,
         draw=functools.partial(_draw, size.batch),
         draw_held_out=functools.partial(_draw_held_out, size.batch),
-        encode=lambda model, batch: None,
+        encode=_encode,
         losses=_losses,
-        downstream=lambda model, z, batch: _cross_entropy(model, batch),
+        downstream=_cross_entropy,
         validate=splits.needs_seeds,
         test=splits.needs_seeds,
         steps=size.steps,
@@ -109,19 +116,26 @@ def view(key: jax.Array, x: jax.Array) -> jax.Array:
     return x + _NOISE * jax.random.normal(key_noise, x.shape)
 
 
-def _losses(model: PyTree, z: None, batch: Batch) -> Losses:
-    both = signals.features(model["encoder"], batch.views.reshape(-1, LENGTH))
-    a, b = jnp.split(signals.mlp(model["expander"], both), 2)
+def _encode(model: PyTree, batch: Batch) -> Features:
+    encoder = model["encoder"]
+    views = batch.views.reshape(-1, LENGTH)
+    return Features(
+        signals.features(encoder, batch.x), signals.features(encoder, views)
+    )
+
+
+def _losses(model: PyTree, z: Features, batch: Batch) -> Losses:
+    a, b = jnp.split(signals.mlp(model["expander"], z.views), 2)
     return {
-        "ce": _cross_entropy(model, batch),
+        "ce": _cross_entropy(model, z, batch),
         "invariance": jnp.mean((a - b) ** 2),
         "variance": (_variance(a) + _variance(b)) / 2,
         "covariance": _covariance(a) + _covariance(b),
     }
 
 
-def _cross_entropy(model: PyTree, batch: Batch) -> jax.Array:
-    logits = signals.classify(model, batch.x)
+def _cross_entropy(model: PyTree, z: Features, batch: Batch) -> jax.Array:
+    logits = signals.mlp(model["class"], z.labelled)
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch.label).mean()
 
 
