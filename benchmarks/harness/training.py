@@ -289,3 +289,23 @@ def _compile(
     compiled = jax.jit(jax.vmap(init_one)).lower(seeds, config).compile()
     program = jax.jit(advance, donate_argnums=0)
     return compiled, program.lower(compiled.out_info, data, seeds, config).compile()
+
+
+def operations(task: Task, rule: Rule, configs: Sequence[dict[str, Any]]) -> float:
+    """Floating-point operations of one compiled step of one lane."""
+    config = jax.tree.map(lambda x: x[0], rule.configure(list(configs)[:1]))
+    optimizer = task.optimizer()
+    seed = jnp.zeros((), jnp.int32)
+
+    def begin(key: jax.Array) -> Carry:
+        model = rule.init_model(task, key)
+        return Carry(seed, model, optimizer.init(model), rule.init(task, config))
+
+    def take(carry: Carry, data: PyTree, key: jax.Array) -> Any:
+        own = task.of_seed(data, seed)
+        return rule.step(task, own, carry, config, key)
+
+    key = jax.random.key(0)
+    carry = jax.eval_shape(begin, key)
+    analysis = jax.jit(take).lower(carry, task.data, key).compile().cost_analysis()
+    return float(analysis["flops"])

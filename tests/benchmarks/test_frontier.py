@@ -10,13 +10,23 @@ import pytest
 
 import yoto_jax as yoto
 from benchmarks.harness.options import Options, UsageError
-from benchmarks.harness.training import prepare
+from benchmarks.harness.training import operations, prepare
 from benchmarks.harness.units import Units
 from benchmarks.tasks.frontier import methods, races, report, run, train
 from benchmarks.tasks.frontier.candidates import capped, in_units
 from benchmarks.tasks.frontier.problems import PROBLEMS, digits, make
 
 LOOKS = 10
+pytestmark = pytest.mark.usefixtures("plain_arithmetic")
+
+
+@pytest.fixture
+def plain_arithmetic():
+    """Networks of the digits add vectors to matrices."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
 ABOUT = {"p": {"margin": 1.0, "unit": "accuracy in %", "half": "development"}}
 
 
@@ -161,13 +171,7 @@ def test_a_race_needs_all_of_its_arms():
 # Runs.
 
 
-@pytest.fixture
-def plain_arithmetic():
-    with jax.numpy_rank_promotion("allow"):
-        yield
-
-
-@pytest.mark.usefixtures("plain_arithmetic", "quick_compilation")
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_average_of_parameters_leaves_the_training_alone():
     problem = digits.make("quick")
     rule = methods.softmax()
@@ -273,3 +277,14 @@ def test_a_method_that_looks_seldom_costs_little():
     entry = methods.entries(task)["nash_mtl, every 10"]
     assert entry.runs == pytest.approx(1 + (7 / 3 - 1) / 10)
     assert not entry.rule.side_by_side
+
+
+def test_gradients_of_features_cost_little_by_the_operations_of_the_step():
+    task = digits.make("quick").task
+    entries = methods.entries(task)
+    assert entries["nash_mtl, of features"].runs is None
+    plain = operations(task, methods.softmax(), [methods.fixed((1.0, 1.0))])
+    features = operations(task, entries["nash_mtl, of features"].rule, [{}])
+    parameters = operations(task, entries["nash_mtl"].rule, [{}])
+    assert 1 < features / plain < 1.1
+    assert parameters / plain == pytest.approx(7 / 3, rel=0.1)

@@ -13,7 +13,7 @@ from benchmarks.harness.results import Record, Result, parse, select, values
 from benchmarks.harness.searches import ORACLE, VALIDATED, WORST, verdict
 from benchmarks.harness.tables import Table, mean_sd
 from benchmarks.tasks.digits import task
-from benchmarks.tasks.digits.methods import CONDITIONAL, LEARNED, ROWS
+from benchmarks.tasks.digits.methods import CONDITIONAL, LEARNED, ROWS, WEIGHTED
 
 
 def _unseen(records: list[Record]) -> np.ndarray:
@@ -61,7 +61,8 @@ def _row(result: Result, method: str, config: str | None) -> list[str]:
     records = _of(result, method, config)
     (seconds,) = select(_of(result, method), metric="run_seconds")
     compute = _compute(records)
-    repeated = 1 if method in CONDITIONAL else compute / seconds["compute"]
+    alone = method in (*CONDITIONAL, *WEIGHTED)
+    repeated = 1 if alone else compute / seconds["compute"]
     return [
         *(
             mean_sd(values(records, metric="accuracy", domain=domain), scale=100)
@@ -206,6 +207,8 @@ def _draw_accuracy(panel: Axes, result: Result) -> None:
         ("paper", None, "v", plots.SKY, 0.25),
         ("equal", None, "s", plots.BLACK, -0.25),
         ("conditional", None, "P", plots.VERMILION, 0.0),
+        ("nash_mtl", None, "<", plots.GREEN, 0.0),
+        ("nash_mtl_features", None, ">", plots.GREEN, 0.4),
         ("race", None, "X", plots.GREY, 0.0),
         ("grid", VALIDATED, "D", plots.ORANGE, 0.15),
         ("grid", ORACLE, "*", plots.PURPLE, -0.15),

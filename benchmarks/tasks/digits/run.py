@@ -26,17 +26,20 @@ from benchmarks.harness.results import (
     thinned_curves,
     write_json,
 )
+from benchmarks.harness.rules import Weighted
 from benchmarks.harness.runs import Run, Runs
 from benchmarks.harness.searches import ORACLE, VALIDATED
 from benchmarks.harness.terminal import say, show
+from benchmarks.harness.training import Rule, Task, operations
 from benchmarks.harness.units import Units
 from benchmarks.tasks.digits import task
-from benchmarks.tasks.digits.methods import CONDITIONAL, LEARNED
+from benchmarks.tasks.digits.methods import CONDITIONAL, LEARNED, WEIGHTED
 from benchmarks.tasks.digits.report import conclusions, figure, summary, table
 from yoto_jax import racing
 
 RESUMABLE = True
-METHODS = ("yoto", "paper", "equal", *CONDITIONAL, "race", "grid", "random")
+BY_RULE = (*WEIGHTED, *CONDITIONAL)
+METHODS = ("yoto", "paper", "equal", *BY_RULE, "race", "grid", "random")
 SEARCHES = ("grid", "random")
 STEPS = {"quick": 20, "cpu": 4000, "gpu": 40_000}
 
@@ -46,7 +49,7 @@ RANDOM_DRAWS = len(task.GRID)
 BOUNDS = (0.01, 100.0)  # of random search
 CONDITIONED = ((0.1, 10.0),) * len(task.AUXILIARY)  # those of the grid
 ROUNDS = {"quick": 1, "cpu": 9, "gpu": 9}  # of timing
-QUICK = tuple(m for m in METHODS if m not in CONDITIONAL[1:])
+QUICK = tuple(m for m in METHODS if m not in (*CONDITIONAL[1:], "nash_mtl"))
 PAPER_RHO = 20.0
 HISTORY_POINTS = 100
 
@@ -61,13 +64,13 @@ def main(options: Options) -> None:
     records = task.regulariser_records("all")
     history = []
     units = Units(options)
-    for method in (m for m in methods if m not in CONDITIONAL):
+    for method in (m for m in methods if m not in BY_RULE):
         work = functools.partial(finish, method, data, options.seeds, steps)
         found = units.do(method, work)
         records += found["records"]
         history += found["history"]
-    if asked := [m for m in methods if m in CONDITIONAL]:
-        work = functools.partial(run_conditional, asked, data, options, steps)
+    if asked := [m for m in methods if m in BY_RULE]:
+        work = functools.partial(run_by_rule, asked, data, options, steps)
         records += units.do(", ".join(asked), work)
     settings = {"steps": steps, "seeds": options.seeds, "batch": task.BATCH}
     result = write_json(
@@ -173,15 +176,20 @@ def finish(method: str, data: task.Data, seeds: int, steps: int) -> dict[str, An
     return {"records": records, "history": history}
 
 
-def run_conditional(
+def run_by_rule(
     methods: list[str], data: task.Data, options: Options, steps: int
 ) -> list[Record]:
-    """Train one conditional model per seed, and choose its weights in each way."""
+    """Train with weightings of the library, and conditional models, in lanes."""
     seeds = options.seeds
     made = task.as_task(data, steps, seeds, LEARNING_RATE)
     # Shifts alone: the invariance is one of raw features, and a model that can scale
     # them has an easy way to make it small (found on validation images).
     rules = contest.rules(CONDITIONED, where=lambda path, leaf: leaf.ndim == 1)
+    nash = lambda task: yoto.weightings.nash_mtl()
+    rules |= {
+        "nash_mtl": Weighted(nash),
+        "nash_mtl_features": Weighted(nash, of_features=True),
+    }
     runs = Runs(
         made, rules, options.out, resume=options.resume, planned=seeds * len(methods)
     )
@@ -189,20 +197,36 @@ def run_conditional(
         method: runs.finish([Run(method, seed) for seed in range(seeds)], method)
         for method in methods
     }
-    timed = {name: (rules[name], {}) for name in (contest.PLAIN, "conditional")}
-    rounds = ROUNDS[options.preset]
-    ratios = timing.step_ratios(made, timed, contest.PLAIN, rounds)
-    ratio = float(np.median(ratios["conditional"]))
+    costs = costs_of(methods, made, rules, ROUNDS[options.preset])
     records = []
     for method, found in finished.items():
         for seed, done in enumerate(found):
-            cost = rounded(ratio * done.cost)
+            cost = rounded(costs[method] * done.cost)
             records += contest_runs.run_records(
                 task.UNSEEN, method, "", seed, done, cost
             )
         seconds = sum(done.seconds * done.cost for done in found)
         records.append(record(method, "run_seconds", seconds / seeds))
     return records
+
+
+def costs_of(
+    methods: list[str], made: Task, rules: dict[str, Rule], rounds: int
+) -> dict[str, float]:
+    """What a step costs, in those with constant weights.
+
+    Steps of conditional models are timed; of weightings the operations are counted.
+    """
+    costs = {}
+    if any(method in CONDITIONAL for method in methods):
+        timed = {name: (rules[name], {}) for name in (contest.PLAIN, "conditional")}
+        ratios = timing.step_ratios(made, timed, contest.PLAIN, rounds)
+        ratio = float(np.median(ratios["conditional"]))
+        costs = dict.fromkeys(CONDITIONAL, ratio)
+    plain = operations(made, rules[contest.PLAIN], [{}])
+    for method in set(methods) & set(WEIGHTED):
+        costs[method] = operations(made, rules[method], [{}]) / plain
+    return costs
 
 
 def measure(outcome: task.Outcome, data: task.Data) -> task.Measured:

@@ -188,8 +188,14 @@ def losses(
     model: PyTree, images: jax.Array, labels: jax.Array, view: jax.Array
 ) -> dict[str, jax.Array]:
     """The three losses of a batch and a stylised view of it."""
-    both = features(model, jnp.concatenate([images, view]))
+    both = encode(model, (images, labels, view))
     return losses_of_features(model, both, images, labels)
+
+
+def encode(model: PyTree, batch: tuple[jax.Array, ...]) -> jax.Array:
+    """Features of the images of a batch, and then of their views."""
+    images, _, view = batch
+    return features(model, jnp.concatenate([images, view]))
 
 
 def losses_of_features(
@@ -456,7 +462,9 @@ def as_task(data: Data, steps: int, seeds: int, learning_rate: float) -> Task:
     validation = validation_domains(data.validation)
     tests = test_domains(data.test)
 
-    def held_out(model: PyTree, z: None, batch: tuple[jax.Array, ...]) -> jax.Array:
+    def held_out(
+        model: PyTree, z: jax.Array, batch: tuple[jax.Array, ...]
+    ) -> jax.Array:
         """The cross-entropy of stylised views."""
         _, labels, view = batch
         logits = classify(model, view)
@@ -487,8 +495,8 @@ def as_task(data: Data, steps: int, seeds: int, learning_rate: float) -> Task:
         init=init_model,
         draw=lambda splits, key: draw(splits[0], key),
         draw_held_out=lambda splits, key: draw(splits[1], key),
-        encode=lambda model, batch: None,
-        losses=lambda model, z, batch: losses(model, *batch),
+        encode=encode,
+        losses=lambda model, z, batch: losses_of_features(model, z, *batch[:2]),
         downstream=held_out,
         validate=validate,
         test=test,

@@ -42,6 +42,12 @@ RACES = {
     "race: equal and nash_mtl, cut at 50 %": Race(
         ("equal", "nash_mtl"), 0, ((0.5, 1),)
     ),
+    "race: equal and nash_mtl of features, cut at 20 %": Race(
+        ("equal", "nash_mtl, of features"), 0, ((0.2, 1),)
+    ),
+    "race: equal and nash_mtl of features, cut at 50 %": Race(
+        ("equal", "nash_mtl, of features"), 0, ((0.5, 1),)
+    ),
     "race: equal, nash_mtl and grad_norm_balance, cut at 20 and 50 %": Race(
         ("equal", "nash_mtl", "grad_norm_balance"), 0, ((0.2, 2), (0.5, 1))
     ),

@@ -8,7 +8,7 @@ from benchmarks.harness.options import Options, UsageError
 from benchmarks.harness.provenance import meta
 from benchmarks.harness.results import read_json, write_json
 from benchmarks.harness.terminal import say, show
-from benchmarks.harness.training import Rule
+from benchmarks.harness.training import Rule, operations
 from benchmarks.harness.units import Units
 from benchmarks.tasks.frontier import methods
 from benchmarks.tasks.frontier.problem import SEEDS, Problem
@@ -22,7 +22,7 @@ from benchmarks.tasks.frontier.report import (
     table,
     verdicts,
 )
-from benchmarks.tasks.frontier.train import operations, train
+from benchmarks.tasks.frontier.train import train
 
 RESUMABLE = True
 STAGE = 3

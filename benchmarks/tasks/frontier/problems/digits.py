@@ -76,7 +76,7 @@ def _task(steps: int) -> Task:
         init=digits.init_model,
         draw=lambda data, key: _draw(data.pool, data.rows.train, key),
         draw_held_out=lambda data, key: _draw(data.pool, data.rows.validation, key),
-        encode=_encode,
+        encode=digits.encode,
         losses=lambda model, z, batch: digits.losses_of_features(model, z, *batch[:2]),
         downstream=_downstream,
         validate=splits.needs_seeds,
@@ -94,11 +94,6 @@ def _draw(pool: digits.Split, rows: jax.Array, key: jax.Array) -> Batch:
     chosen = splits.choose(rows, key_batch, digits.BATCH)
     images = pool.images[chosen]
     return images, pool.labels[chosen], digits.stylise(key_view, images)
-
-
-def _encode(model: PyTree, batch: Batch) -> jax.Array:
-    images, _, view = batch
-    return digits.features(model, jnp.concatenate([images, view]))
 
 
 def _downstream(model: PyTree, z: jax.Array, batch: Batch) -> jax.Array:
