@@ -258,20 +258,3 @@ def test_a_loss_without_gradient_and_one_left_out():
 def test_misuse_of_units(norms, share, message):
     with pytest.raises(ValueError, match=message):
         racing.weights_by_norms(norms, "p", share)
-
-
-# The moving average of the same.
-
-
-def test_balance_by_the_primary_gradient():
-    norms = jnp.array([2.0, 0.01, 300.0])
-    weighting = yoto.weightings.grad_norm_balance(0, share=0.1, decay=0.0, eps=1e-12)
-    losses = [1.0, 1.0, 1.0]
-    weights, state = weighting.update(losses, weighting.init(losses), norms=norms)
-    np.testing.assert_allclose(jnp.stack(weights) * norms, [2.0, 0.2, 0.2], rtol=1e-5)
-    # Without the primary loss nothing is learned.
-    absent = [False, True, True]
-    _, held = weighting.update(losses, state, norms=5 * norms, present=absent)
-    np.testing.assert_array_equal(
-        held.inner.average_weights, state.inner.average_weights
-    )

@@ -539,6 +539,20 @@ def test_gradnorm_with_alpha_zero_makes_the_norms_equal():
     np.testing.assert_allclose(weights[-1], 3 * np.array([4, 2, 1]) / 7, atol=1e-3)
 
 
+def test_balance_by_the_primary_gradient():
+    norms = jnp.array([2.0, 0.01, 300.0])
+    weighting = grad_norm_balance(0, share=0.1, decay=0.0, eps=1e-12)
+    losses = [1.0, 1.0, 1.0]
+    weights, state = weighting.update(losses, weighting.init(losses), norms=norms)
+    np.testing.assert_allclose(jnp.stack(weights) * norms, [2.0, 0.2, 0.2], rtol=1e-5)
+    # Without the primary loss nothing is learned.
+    absent = [False, True, True]
+    _, held = weighting.update(losses, state, norms=5 * norms, present=absent)
+    np.testing.assert_array_equal(
+        held.inner.average_weights, state.inner.average_weights
+    )
+
+
 def test_grad_norm_balance_makes_all_gradients_equally_long():
     weights, _ = run(grad_norm_balance(decay=0.0, eps=1e-12), LOSSES, norms=LARGE)
     np.testing.assert_allclose(
