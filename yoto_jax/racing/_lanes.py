@@ -39,13 +39,16 @@ def start(lane: PyTree, arms: int) -> PyTree:
       The same tree, every array with a new leading axis.
 
     Raises:
-      ValueError: ``arms`` is not the number of weightings of a :func:`one_of`.
+      ValueError: ``arms`` is not positive, or not the number of weightings of a
+        :func:`one_of`.
 
     Examples:
       >>> import jax.numpy as jnp, yoto_jax as yoto
       >>> print(yoto.racing.start({"w": jnp.array([1.0, 2.0])}, 3)["w"].shape)
       (3, 2)
     """
+    if arms < 1:
+        raise ValueError(f"arms must be at least 1, got {arms}.")
 
     def widen(x: Any) -> jax.Array:
         x = jnp.asarray(x)
@@ -103,10 +106,10 @@ def keep(lanes: PyTree, scores: Any, number: int) -> Kept:
       [2 3] [0.9 0.5]
     """
     scores = jnp.asarray(scores)
-    if scores.ndim != 1 or not jnp.issubdtype(scores.dtype, jnp.number):
+    if scores.ndim != 1 or jnp.issubdtype(scores.dtype, jnp.complexfloating):
         raise ValueError(
-            f"scores must be numbers of shape [lanes], got {scores.dtype} of shape "
-            f"{scores.shape}."
+            f"scores must be real numbers of shape [lanes], got {scores.dtype} of "
+            f"shape {scores.shape}."
         )
     count = len(scores)
     _check_lanes(lanes, count)
@@ -114,9 +117,13 @@ def keep(lanes: PyTree, scores: Any, number: int) -> Kept:
         raise ValueError(f"number must be from 1 to {count}, got {number}.")
     if not isinstance(scores, jax.core.Tracer) and bool(jnp.all(jnp.isnan(scores))):
         raise ValueError("all scores are NaN: no lane can be kept.")
-    best = jnp.lexsort((-scores.astype(float), jnp.isnan(scores)))[:number]
+    real = jnp.issubdtype(scores.dtype, jnp.floating)
+    # Of integers -1 - x, which cannot overflow; of floats -x, which keeps NaN.
+    falling = -scores if real else jnp.invert(scores)
+    best = jnp.lexsort((falling, jnp.isnan(scores)))[:number]
     indices = jnp.sort(best).astype(jnp.int32)
-    return Kept(jax.tree.map(lambda x: x[indices], lanes), indices, scores[indices])
+    take = lambda x: jnp.asarray(x)[indices]
+    return Kept(jax.tree.map(take, lanes), indices, scores[indices])
 
 
 def lane(lanes: PyTree, index: int) -> PyTree:
@@ -129,12 +136,19 @@ def lane(lanes: PyTree, index: int) -> PyTree:
     Returns:
       The same tree, every array without its leading axis.
 
+    Raises:
+      IndexError: There is no such lane.
+      ValueError: Arrays differ in their number of lanes.
+
     Examples:
       >>> import jax.numpy as jnp, yoto_jax as yoto
       >>> print(yoto.racing.lane({"w": jnp.array([[1.0, 2.0], [3.0, 4.0]])}, 1)["w"])
       [3. 4.]
     """
-    return jax.tree.map(lambda x: x[index], lanes)
+    count = _count(lanes)
+    if not isinstance(index, jax.core.Tracer) and not -count <= index < count:
+        raise IndexError(f"there are {count} lanes, got index {index}.")
+    return jax.tree.map(lambda x: jnp.asarray(x)[index], lanes)
 
 
 def spread(lanes: PyTree, devices: Sequence[jax.Device] | None = None) -> PyTree:
@@ -149,7 +163,11 @@ def spread(lanes: PyTree, devices: Sequence[jax.Device] | None = None) -> PyTree
       devices: Of all processes (default: ``jax.devices()``).
 
     Returns:
-      The same arrays, sharded on their leading axis.
+      The same arrays, sharded on their leading axis; those that are in place already
+      are not copied.
+
+    Raises:
+      ValueError: There are no arrays, no devices, or no common number of lanes.
 
     Examples:
       >>> import jax, jax.numpy as jnp, yoto_jax as yoto
@@ -157,16 +175,24 @@ def spread(lanes: PyTree, devices: Sequence[jax.Device] | None = None) -> PyTree
       >>> print(lanes["w"].sharding.num_devices)
       1
     """
-    leaves = jax.tree.leaves(lanes)
-    if not leaves:
-        raise ValueError("lanes has no arrays.")
+    count = _count(lanes)
     devices = jax.devices() if devices is None else list(devices)
-    count = leaves[0].shape[0] if jnp.ndim(leaves[0]) else 0
-    _check_lanes(lanes, count)
+    if not devices:
+        raise ValueError("devices must hold at least one.")
     parts = math.gcd(count, len(devices))
     mesh = Mesh(np.array(devices).reshape(parts, -1), ("lanes", "copies"))
     sharding = NamedSharding(mesh, PartitionSpec("lanes"))
     return jax.device_put(lanes, sharding)
+
+
+def _count(lanes: PyTree) -> int:
+    """The number of lanes, the same of every array."""
+    leaves = jax.tree.leaves(lanes)
+    if not leaves:
+        raise ValueError("lanes has no arrays.")
+    count = jnp.shape(leaves[0])[0] if jnp.ndim(leaves[0]) else 0
+    _check_lanes(lanes, count)
+    return count
 
 
 def _check_lanes(lanes: PyTree, count: int) -> None:

@@ -52,8 +52,10 @@ def one_of(weightings: Mapping[str, LossWeighting]) -> LossWeighting:
       gives the first weighting; :func:`start` numbers the lanes.
 
     Raises:
-      TypeError: One of them is no weighting.
-      ValueError: There is none, or one has a downstream loss.
+      TypeError: One of them is no weighting. In ``update``: the state of another one.
+      ValueError: There is none, or one has a downstream loss. In ``init``: one of them
+        is a ``one_of`` itself. In ``update``: the state of several lanes, without
+        ``vmap``.
 
     Examples:
       >>> import jax, jax.numpy as jnp, yoto_jax as yoto
@@ -72,8 +74,8 @@ def one_of(weightings: Mapping[str, LossWeighting]) -> LossWeighting:
     .. note::
       A lane costs what the dearest weighting needs: one that looks at gradients makes
       all lanes compute them. Under ``vmap`` the arithmetic of every weighting is done
-      in every lane, which is little beside the gradients. :func:`alone` takes the
-      winner out of it.
+      in every lane, which is little beside the gradients; so :func:`every` inside saves
+      nothing, but may go around. :func:`alone` takes the winner out of it.
     """
     _check(weightings)
     arms = _Arms(tuple(weightings.values()))
@@ -90,6 +92,11 @@ def one_of(weightings: Mapping[str, LossWeighting]) -> LossWeighting:
 
 
 def _check(weightings: Mapping[str, LossWeighting]) -> None:
+    if not isinstance(weightings, Mapping):
+        raise TypeError(
+            "weightings must be a mapping from names to weightings, got a "
+            f"{type(weightings).__name__}."
+        )
     if not weightings:
         raise ValueError("weightings must hold at least one.")
     for name, weighting in weightings.items():
@@ -113,6 +120,12 @@ class _Arms:
 
     def init(self, losses: Losses) -> OneOfState:
         states = [one.init(losses) for one in self.every]
+        is_own = lambda x: isinstance(x, OneOfState)
+        if any(map(is_own, jax.tree.leaves(states, is_leaf=is_own))):
+            raise ValueError(
+                "a weighting of one_of is made by one_of itself: give all of them to "
+                "one."
+            )
         return OneOfState(
             jax.tree.map(jnp.copy, optax.tree.get(states[0], "loss_weights")),
             jnp.zeros((), jnp.int32),
@@ -135,7 +148,7 @@ class _Arms:
             seen = {k: v for k, v in statistics.items() if k in one.needs}
             return one.update(losses, own, **and_present(one, seen, present))[1]
 
-        state = self._change(state, act)
+        state = self._change(state, act, batches=1)
         mask = stack_present(present, jax.tree.structure(state.loss_weights))
         return mask_weights(state.loss_weights, mask), state
 
@@ -156,10 +169,16 @@ class _Arms:
         )
 
     def _change(
-        self, state: OneOfState, act: Callable[[LossWeighting, Any], Any]
+        self,
+        state: OneOfState,
+        act: Callable[[LossWeighting, Any], Any],
+        batches: int = 0,
     ) -> OneOfState:
         """``act(weighting, state) -> state`` on the weighting of this lane."""
         check_state(state, OneOfState)
+        _check_arms(self.every, state)
+        if jnp.ndim(state.arm):
+            raise ValueError("state is that of several lanes: update under jax.vmap.")
 
         def branch(index: int) -> Callable[[], OneOfState]:
             def run() -> OneOfState:
@@ -170,7 +189,8 @@ class _Arms:
                 inner[index] = tuple(_as(x, old) for x, old in packed)
                 used = optax.tree.get(new, "loss_weights")
                 weights = jax.tree.map(_as, used, state.loss_weights)
-                return OneOfState(weights, state.arm, tuple(inner), *_counts(new))
+                updates, skipped = _counts(new, state.num_updates + batches)
+                return OneOfState(weights, state.arm, tuple(inner), updates, skipped)
 
             return run
 
@@ -190,7 +210,8 @@ def alone(
       Name, weighting and state.
 
     Raises:
-      ValueError: ``state`` is that of several lanes, or of other weightings.
+      TypeError: ``state`` is that of other weightings; their order counts, too.
+      ValueError: ``state`` is that of several lanes.
 
     Examples:
       >>> import yoto_jax as yoto
@@ -203,10 +224,7 @@ def alone(
     check_state(state, OneOfState)
     if jnp.ndim(state.arm):
         raise ValueError("state is that of several lanes: take one, by racing.lane.")
-    if len(state.inner) != len(weightings):
-        raise ValueError(
-            f"state is that of {len(state.inner)} weightings, got {len(weightings)}."
-        )
+    _check_arms(tuple(weightings.values()), state)
     index = int(state.arm)
     name, weighting = list(weightings.items())[index]
     kind = _Kind(weighting, state.loss_weights)
@@ -224,10 +242,26 @@ def numbered(lanes: PyTree, arms: int) -> PyTree:
                 f"one_of has {len(node.inner)} weightings: start as many lanes, not "
                 f"{arms}."
             )
-        states = jnp.arange(arms, dtype=jnp.int32)
-        return node._replace(arm=states)
+        shape = node.arm.shape  # With more axes where a lane has several seeds.
+        numbers = jnp.arange(arms, dtype=jnp.int32)
+        numbers = numbers.reshape(-1, *[1] * (len(shape) - 1))
+        return node._replace(arm=jnp.broadcast_to(numbers, shape))
 
     return jax.tree.map(number, lanes, is_leaf=lambda x: isinstance(x, OneOfState))
+
+
+def _check_arms(weightings: tuple[LossWeighting, ...], state: OneOfState) -> None:
+    """Raise unless these weightings have such states."""
+    kinds = [_Kind(one, state.loss_weights) for one in weightings]
+    wanted = [kind.types for kind in kinds]
+    got = [[x.dtype for x in leaves] for leaves in state.inner]
+    if wanted != got:
+        raise TypeError(
+            "state is that of another one_of: its weightings remember "
+            f"{[len(x) for x in got]} arrays each, those given {list(map(len, wanted))}"
+            ", or in other dtypes. Take it from the init of the weighting that is "
+            "updated."
+        )
 
 
 class _Kind:
@@ -242,6 +276,7 @@ class _Kind:
             found = [i for i, path in enumerate(paths) if _last(path) == counter]
             if len(found) == 1:  # A wrapper may have one more, and keeps both.
                 self._counters[found[0]] = counter
+        self.types = [leaf.dtype for leaf in self.pack(shapes)]
 
     def pack(self, state: State) -> tuple[jax.Array, ...]:
         leaves = enumerate(jax.tree.leaves(state))
@@ -268,12 +303,11 @@ def _as(x: Any, old: jax.Array) -> Any:
     return jnp.asarray(x, old.dtype)
 
 
-def _counts(state: State) -> tuple[jax.Array, jax.Array]:
-    """Batches that were taken and skipped, as far as a state tells; copies."""
-    zero = lambda: jnp.zeros((), jnp.int32)
-    updates = optax.tree.get(state, "num_updates")
+def _counts(state: State, updates: Any = 0) -> tuple[jax.Array, jax.Array]:
+    """Batches that were taken and skipped; ``updates`` if the state does not tell."""
+    told = optax.tree.get(state, "num_updates")
     skipped = count_skipped(state)
     return (
-        zero() if updates is None else jnp.copy(updates),
-        zero() if skipped is None else jnp.copy(skipped),
+        jnp.array(updates if told is None else told, jnp.int32),
+        jnp.array(0 if skipped is None else skipped, jnp.int32),
     )

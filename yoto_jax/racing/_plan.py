@@ -58,12 +58,19 @@ class Plan(NamedTuple):
     def after(self, step: int) -> tuple[Rung, ...]:
         """What is left to do after so many steps, for a race that was interrupted.
 
-        The rung under way begins at ``step``. One that has been trained to its end, but
-        not cut, is not in here: save after the cut.
+        The rung under way begins at ``step``. After the last step of a rung its cut is
+        left: a rung of no steps. A state that was saved after the cut loses nothing by
+        being cut to the same number again.
         """
         step = _integer("step", step, 0)
-        left = [rung for rung in self.rungs if rung.stop > step]
+        if step > self.steps:
+            raise ValueError(f"step must be at most {self.steps}, got {step}.")
+        left = [rung for rung in self.rungs if rung.stop >= step]
         return tuple(rung._replace(start=max(rung.start, step)) for rung in left)
+
+    def lanes_at(self, step: int) -> int:
+        """How many lanes there are after so many steps, before a cut that is due."""
+        return self.after(step)[0].lanes
 
     def lanes_bytes(self, lane: PyTree) -> int:
         """Bytes of all lanes at the start, of what is carried from step to step.
@@ -143,7 +150,8 @@ def successive_halving(
       n_i = \lfloor n \eta^{-i} \rfloor \text{ lanes until step } r_0 \eta^i,
       \qquad i = 0, 1, \dots
 
-    Lanes go on where they were: unlike in the papers' form, no step is done twice.
+    A cut drops a lane at least, whatever the factor. Lanes go on where they were:
+    unlike in the papers' form, no step is done twice.
 
     Args:
       steps: Of the lane that wins, as many as of a run alone.
@@ -159,7 +167,8 @@ def successive_halving(
 
     Raises:
       TypeError: A number of steps or lanes is not an integer.
-      ValueError: A number is out of its range.
+      ValueError: A number is out of its range, or there are too few steps for so many
+        cuts.
 
     Examples:
       >>> import yoto_jax as yoto
@@ -175,8 +184,8 @@ def successive_halving(
       <https://arxiv.org/abs/1603.06560>`_, 2018, where eta is 3.
     """
     steps, arms = _integer("steps", steps, 1), _integer("arms", arms, 1)
-    if not eta > 1:
-        raise ValueError(f"eta must be above 1, got {eta}.")
+    if not 1 < eta < math.inf:
+        raise ValueError(f"eta must be above 1 and finite, got {eta}.")
     if first is not None and not 0 < first < 1:
         raise ValueError(f"first must be in (0, 1), got {first}.")
     left = [arms]
@@ -185,6 +194,13 @@ def successive_halving(
         left.append(min(left[-1] - 1, max(1, math.floor(exact + 1e-9))))
     begin = eta ** -(len(left) - 1) if first is None else first
     shares = [begin * eta**i for i in range(len(left) - 1)]
+    stops = [round(share * steps) for share in shares if round(share * steps) < steps]
+    if stops and (stops[0] == 0 or len({*stops}) < len(stops)):
+        raise ValueError(
+            f"{arms} arms and eta {eta} ask for cuts after a share of {begin:.2g} of "
+            f"{steps} steps and eta times as many each: these fall together. Give a "
+            "later first=, a larger eta or fewer arms."
+        )
     return plan(
         steps,
         arms,

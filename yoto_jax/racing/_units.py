@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from yoto_jax._checks import check_positive
 from yoto_jax._losses import Losses, Params, PyTree, find_loss, loss_names, split
 from yoto_jax._masked_mean import MaskedLosses
 from yoto_jax.gradients._jacobian import value_and_jacobian
@@ -30,8 +31,8 @@ def gradient_norms(
       chunk_size: How many gradients are computed at a time (``None``: all).
 
     Returns:
-      ``fn(params, *args, **kwargs) -> norms``, float32 scalars in a tree like the
-      losses; 0 for a loss that the batch lacks. Average over a few batches.
+      ``fn(params, *args, **kwargs) -> norms``, scalars of float32 at least in a tree
+      like the losses; 0 for a loss that the batch lacks. Average over a few batches.
 
     Examples:
       >>> import jax, jax.numpy as jnp, yoto_jax as yoto
@@ -75,14 +76,16 @@ def weights_by_norms(
       primary: p, the path of one loss, or its index in a sequence of losses.
       share: c, one number for all auxiliary losses, or a tree like the norms, in which
         the primary's does not matter. 0 leaves a loss out.
-      most: m, for a loss that has no gradient yet.
+      most: m, positive: the weight of a loss that has no gradient yet, too.
 
     Returns:
-      float32 weights, a tree like the norms.
+      float32 weights, a tree like the norms. Under ``jit`` they are NaN for a loss
+      whose norm is not finite, and for all others if the primary's is not.
 
     Raises:
-      ValueError: ``primary`` is unknown, ``share`` does not fit the norms or is
-        negative, or, outside ``jit``, a norm is not finite or the primary's is 0.
+      ValueError: ``primary`` is unknown, a norm is no scalar, ``share`` does not fit
+        the norms or is negative, ``most`` is not positive, or, outside ``jit``, a norm
+        is not finite or the primary's is 0.
 
     Examples:
       >>> import yoto_jax as yoto
@@ -94,6 +97,13 @@ def weights_by_norms(
     leaves, structure = jax.tree.flatten(norms)
     names = loss_names(structure)
     position = find_loss("primary", primary, norms, names)
+    check_positive(most=most)
+    for name, leaf in zip(names, leaves, strict=True):
+        if jnp.ndim(leaf):
+            raise ValueError(
+                f"the norm of {name!r} must be a scalar, got shape {jnp.shape(leaf)}: "
+                "average over batches first."
+            )
     vector = jnp.stack([jnp.asarray(x, jnp.float32) for x in leaves])
     shares = _shares(share, structure, names)
     if not isinstance(vector, jax.core.Tracer):
@@ -101,6 +111,8 @@ def weights_by_norms(
     ratio = vector[position] / jnp.where(vector > 0, vector, 1.0)
     weights = jnp.where(vector > 0, jnp.minimum(shares * ratio, most), most)
     weights = jnp.where(shares > 0, weights, 0.0)
+    usable = jnp.isfinite(vector) & jnp.isfinite(vector[position])
+    weights = jnp.where(usable, weights, jnp.nan)
     return split(weights.at[position].set(1.0), structure)
 
 
@@ -108,7 +120,8 @@ def _shares(
     share: PyTree, structure: jax.tree_util.PyTreeDef, names: tuple[str, ...]
 ) -> jax.Array:
     given = jax.tree.structure(share)
-    if given not in (structure, jax.tree.structure(0)):
+    scalars = all(jnp.ndim(x) == 0 for x in jax.tree.leaves(share))
+    if given not in (structure, jax.tree.structure(0)) or not scalars:
         raise ValueError(
             f"share must be one number or a tree like the norms ({', '.join(names)}), "
             f"got {share!r}."

@@ -27,11 +27,13 @@ def averaged(
     *,
     positive: bool = False,
     reference: Callable[[LossSpec], int] | None = None,
+    learns: Callable[..., jax.Array] | None = None,
 ) -> LossWeighting:
     """A moving average, from 1, of ``target(losses, spec, **statistics)``.
 
     ``reference(spec)`` is the loss without which nothing is learned. What it raises,
-    it raises in ``init``.
+    it raises in ``init``. ``learns(spec, **statistics)`` tells whether a batch says
+    anything; if not, the average is held.
     """
     check_decay(decay=decay)
 
@@ -51,6 +53,9 @@ def averaged(
         if reference is not None and spec.present is not None:
             there = spec.present[reference(spec)]
             average = jnp.where(there, average, inner.average_weights)
+        if learns is not None:
+            told = learns(spec, **statistics)
+            average = jnp.where(told, average, inner.average_weights)
         return average, AverageState(average)
 
     return make_weighting(init, update, needs=needs, positive=positive)

@@ -25,7 +25,8 @@ def grad_norm_balance(
 
     where :math:`n_i` is the gradient norm of the loss without its weight. With a
     primary loss p, :math:`\bar n = c \, n_p` and :math:`w_p = 1`: the other gradients
-    are c times as long as its own. The average starts at 1 and takes the gradients of
+    are c times as long as its own, and a batch in which it has none teaches nothing.
+    The average starts at 1 and takes the gradients of
     an update in before the update uses it.
 
     Args:
@@ -44,7 +45,7 @@ def grad_norm_balance(
 
     Raises:
       ValueError: ``decay`` is not in [0, 1), or ``eps`` or ``share`` is not positive.
-        In ``init``: an unknown ``primary``.
+        ``share`` without ``primary``. In ``init``: an unknown ``primary``.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -68,6 +69,8 @@ def grad_norm_balance(
       rule.
     """
     check_positive(eps=eps, share=share)
+    if primary is None and not isinstance(share, jax.core.Tracer) and share != 1:
+        raise ValueError("share is one of the primary loss's gradient: name primary.")
 
     def position(spec: LossSpec) -> int:
         return spec.position("primary", primary)
@@ -80,5 +83,9 @@ def grad_norm_balance(
         weights = jnp.where(some, size / jnp.where(some, norms + eps * size, 1.0), 1.0)
         return weights.at[position(spec)].set(1.0) if anchored else weights
 
-    reference = None if primary is None else position
-    return averaged(target, decay, ("norms",), reference=reference)
+    def learns(spec: LossSpec, *, norms: jax.Array) -> jax.Array:
+        return norms[position(spec)] > 0
+
+    if primary is None:
+        return averaged(target, decay, ("norms",))
+    return averaged(target, decay, ("norms",), reference=position, learns=learns)

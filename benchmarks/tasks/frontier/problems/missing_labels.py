@@ -71,7 +71,7 @@ def _task(size: Size) -> Task:
         validate=splits.needs_seeds,
         test=splits.needs_seeds,
         steps=size.steps,
-        learning_rate=2e-3,
+        learning_rate=1.5e-2,  # of those tried what validates best
         weight_decay=1e-4,
         lanes=LANES,
         of_seed=splits.of_seed,
