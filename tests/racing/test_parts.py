@@ -1,6 +1,6 @@
 """The parts of a race: weightings in lanes, cuts, weights in units of norms."""
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -125,9 +125,31 @@ def test_bad_batches_are_counted_in_each_lane():
             lambda: racing.alone(
                 {"a": EQUAL}, racing.one_of({"a": EQUAL, "b": UPGRAD}).init(LOSSES)
             ),
-            ValueError,
-            "that of 2 weightings, got 1",
+            TypeError,
+            "state is that of another one_of",
         ),
+        (
+            lambda: racing.one_of({"a": yoto.weightings.famo()}).update(
+                LOSSES, racing.one_of({"a": EQUAL}).init(LOSSES)
+            ),
+            TypeError,
+            "state is that of another one_of",
+        ),
+        (
+            lambda: racing.one_of({"a": EQUAL, "b": EQUAL}).update(
+                LOSSES,
+                racing.start(racing.one_of({"a": EQUAL, "b": EQUAL}).init(LOSSES), 2),
+            ),
+            ValueError,
+            "under jax.vmap",
+        ),
+        (
+            lambda: racing.one_of({"a": racing.one_of({"b": EQUAL})}).init(LOSSES),
+            ValueError,
+            "made by one_of itself",
+        ),
+        (lambda: racing.one_of(cast("Any", [EQUAL])), TypeError, "must be a mapping"),
+        (lambda: racing.start(jnp.ones(2), 0), ValueError, "arms must be at least 1"),
     ],
 )
 def test_misuse_of_weightings(make, error, message):
@@ -159,9 +181,51 @@ def test_scores_of_any_dtype():
         assert kept.scores.dtype == dtype
 
 
+def test_large_integers_are_compared_exactly():
+    scores = jnp.array([16777216, 16777217, -(2**31)], jnp.int32)
+    np.testing.assert_array_equal(racing.keep(jnp.arange(3), scores, 1).indices, [1])
+    kept = racing.keep(np.arange(2), jnp.array([False, True]), 1)
+    np.testing.assert_array_equal(kept.lanes, [1])
+
+
+def test_seeds_inside_a_lane_have_its_weighting():
+    arms = racing.one_of({"equal": EQUAL, "dwa": yoto.weightings.dwa(window=1)})
+    seeds = jax.vmap(lambda _: arms.init(LOSSES))(jnp.arange(3))
+    lanes = racing.start(seeds, 2)
+    np.testing.assert_array_equal(lanes.arm, [[0] * 3, [1] * 3])
+    update = jax.jit(jax.vmap(jax.vmap(lambda s: arms.update(LOSSES, s)[1])))
+    np.testing.assert_array_equal(update(lanes).num_updates, np.ones((2, 3)))
+
+
+class Bare(NamedTuple):
+    """State of a weighting that counts nothing."""
+
+    loss_weights: Any
+
+
+def test_a_weighting_without_counters_is_counted_and_smoothed():
+    def update(losses, state, *, present=None):
+        weights = jax.tree.map(lambda x: 10 * jnp.asarray(x), losses)
+        return weights, Bare(weights)
+
+    first = lambda losses: Bare(jax.tree.map(lambda x: jnp.ones(()), losses))
+    bare = yoto.LossWeighting(first, update)
+    arms = racing.one_of({"bare": bare})
+    assert arms.update(LOSSES, arms.init(LOSSES))[1].num_updates == 1
+    smooth = yoto.weightings.smooth(arms)
+    weights, _ = smooth.update(LOSSES, smooth.init(LOSSES))
+    assert (weights["a"], weights["b"]) == (10, 20)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (
+            lambda: racing.keep(jnp.arange(2), jnp.ones(2, complex), 1),
+            "must be real numbers",
+        ),
+        (lambda: racing.lane({"x": jnp.ones((2, 1)), "y": jnp.ones(3)}, 0), "2 lanes"),
+        (lambda: racing.spread(jnp.ones(2), []), "at least one"),
         (lambda: racing.keep(jnp.arange(3), jnp.ones(2), 1), "leading axis of 2 lanes"),
         (lambda: racing.keep({"x": 1.0}, jnp.ones(2), 1), r"'x' has shape \(\)"),
         (lambda: racing.keep(jnp.arange(2), jnp.ones(2), 0), "from 1 to 2, got 0"),
@@ -179,6 +243,13 @@ def test_scores_of_any_dtype():
 def test_misuse_of_lanes(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_there_is_no_lane_beyond_the_last():
+    for index in (2, -3):
+        with pytest.raises(IndexError, match="there are 2 lanes"):
+            racing.lane(jnp.arange(2), index)
+    assert racing.lane(np.arange(2), -1) == 1
 
 
 def test_lanes_are_copies():
@@ -245,9 +316,21 @@ def test_a_loss_without_gradient_and_one_left_out():
     assert racing.weights_by_norms({"p": 1.0, "a": 0.0}, "p", 0.0)["a"] == 0
 
 
+def test_norms_that_are_not_finite_give_no_weight_under_jit():
+    weights = jax.jit(lambda n: racing.weights_by_norms(n, "p"))
+    found = weights({"p": 1.0, "a": jnp.nan, "b": 2.0})
+    assert np.isnan(found["a"])
+    assert found["b"] == 0.5
+    found = weights({"p": jnp.inf, "a": 1.0})
+    assert np.isnan(found["a"])
+    assert found["p"] == 1
+
+
 @pytest.mark.parametrize(
     ("norms", "share", "message"),
     [
+        ({"p": jnp.ones(2), "a": jnp.ones(2)}, 1.0, "'a' must be a scalar"),
+        ({"p": 1.0, "a": 1.0}, jnp.ones(2), "share must be one number"),
         ({"p": 0.0, "a": 1.0}, 1.0, "'p' has no gradient"),
         ({"p": 1.0, "a": jnp.nan}, 1.0, "norm of 'a' is nan"),
         ({"p": 1.0, "a": 1.0}, -1.0, "must not be negative"),

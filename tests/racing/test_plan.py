@@ -54,11 +54,28 @@ def test_a_late_first_cut_leaves_several_lanes_to_the_end():
 def test_after_tells_what_is_left():
     race = racing.plan(100, arms=4, cuts=[(0.2, 2), (0.5, 1)])
     assert race.after(0) == race.rungs
-    assert race.after(20) == race.rungs[1:]
+    cut, *rest = race.after(20)  # The cut after the first rung is left to do.
+    assert (cut.steps, cut.lanes, cut.keep) == (0, 4, 2)
+    assert tuple(rest) == race.rungs[1:]
     first, second = race.after(35)
     assert (first.start, first.stop, first.lanes, first.keep) == (35, 50, 2, 1)
     assert second == race.rungs[2]
-    assert race.after(100) == ()
+    assert [rung.steps for rung in race.after(100)] == [0]
+    assert [race.lanes_at(step) for step in (0, 20, 21, 50, 51, 100)] == [
+        4,
+        4,
+        2,
+        2,
+        1,
+        1,
+    ]
+
+
+def test_halving_says_what_it_lacks():
+    with pytest.raises(ValueError, match="27 arms and eta 3.0 ask for cuts"):
+        racing.successive_halving(5, 27)
+    with pytest.raises(ValueError, match="above 1 and finite"):
+        racing.successive_halving(5, 27, eta=float("inf"))
 
 
 def test_bytes_of_all_lanes():
@@ -107,6 +124,11 @@ def test_bytes_of_all_lanes():
             lambda: racing.plan(9, 3, []).after(-1),
             ValueError,
             "step must be at least 0",
+        ),
+        (
+            lambda: racing.plan(9, 3, []).after(10),
+            ValueError,
+            "step must be at most 9",
         ),
     ],
 )

@@ -137,17 +137,17 @@ def test_a_race_that_was_killed_ends_bit_for_bit_as_if_not():
     race = racing.plan(16, len(WEIGHTINGS), [(0.25, 2), (0.5, 1)])
     lanes = racing.start(begin(racing.one_of(WEIGHTINGS)), race.arms)
     whole = run(race, lanes)
-    for stop in (2, 4, 6, 8, 11):  # in the middle of rungs, and right after cuts
+    # In the middle of rungs, before cuts and right after them.
+    for stop, cut in ((2, False), (4, False), (4, True), (6, False), (8, True)):
         lanes = racing.start(begin(racing.one_of(WEIGHTINGS)), race.arms)
         for rung in race.rungs:
-            if rung.stop > stop:
-                rung = rung._replace(stop=stop)
-                lanes = train(vmapped(), lanes, rung)
+            lanes = train(vmapped(), lanes, rung._replace(stop=min(rung.stop, stop)))
+            if rung.stop < stop or (rung.stop == stop and cut):
+                scores = jax.vmap(score)(lanes[0])
+                lanes = racing.keep(lanes, scores, rung.keep).lanes
+            if rung.stop >= stop:
                 break
-            lanes = train(vmapped(), lanes, rung)
-            lanes = racing.keep(lanes, jax.vmap(score)(lanes[0]), rung.keep).lanes
-            if rung.stop == stop:
-                break
+        assert cut or len(lanes[0]) == race.lanes_at(stop)
         is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
         saved = jax.tree.map(
             lambda x: np.asarray(jax.random.key_data(x) if is_key(x) else x), lanes

@@ -545,7 +545,12 @@ def test_balance_by_the_primary_gradient():
     losses = [1.0, 1.0, 1.0]
     weights, state = weighting.update(losses, weighting.init(losses), norms=norms)
     np.testing.assert_allclose(jnp.stack(weights) * norms, [2.0, 0.2, 0.2], rtol=1e-5)
-    # Without the primary loss nothing is learned.
+    # Without a gradient of the primary loss nothing is learned, nor without the loss.
+    flat = norms.at[0].set(0.0)
+    _, held = weighting.update(losses, state, norms=flat)
+    np.testing.assert_array_equal(
+        held.inner.average_weights, state.inner.average_weights
+    )
     absent = [False, True, True]
     _, held = weighting.update(losses, state, norms=5 * norms, present=absent)
     np.testing.assert_array_equal(
@@ -806,6 +811,7 @@ def test_a_single_loss_has_the_weight_that_the_convention_gives(make, weight):
         (lambda: causal(tolerance=-1.0), "tolerance must not be negative, got -1"),
         (lambda: grad_norm_balance(decay=1.0), "decay must be in .*, got 1.0"),
         (lambda: grad_norm_balance(eps=0.0), "eps must be positive, got 0.0"),
+        (lambda: grad_norm_balance(share=0.1), "name primary"),
         (lambda: lr_annealing(0, statistic="min"), "statistic must be.*'min'"),
         (lambda: ntk(reduction="max"), "reduction must be.*'max'"),
         (lambda: ntk_surrogate(eps=-1), "eps must be positive, got -1"),

@@ -176,9 +176,9 @@ class _Arms:
     ) -> OneOfState:
         """``act(weighting, state) -> state`` on the weighting of this lane."""
         check_state(state, OneOfState)
-        _check_arms(self.every, state)
         if jnp.ndim(state.arm):
             raise ValueError("state is that of several lanes: update under jax.vmap.")
+        _check_arms(self.every, state)
 
         def branch(index: int) -> Callable[[], OneOfState]:
             def run() -> OneOfState:
