@@ -213,6 +213,13 @@ EXTRA: dict[str, list[tuple[str, dict[str, Any]]]] = {
             "--problems",
             {"metavar": "A,B", "help": "run only these problems (default: all)"},
         ),
+        (
+            "--collect",
+            {
+                "action": "store_true",
+                "help": "train nothing: with --resume, write what is finished so far",
+            },
+        ),
     ],
     "depth": [("--rounds", _ROUNDS)],
     "segmentation": [("--rounds", _ROUNDS)],

@@ -203,6 +203,12 @@ def test_a_table_grows_from_a_stored_result(tmp_path):
     units = Units(options, "frontier-digits")
     work = run.Work(name, make(name, "quick"), units, run.stored(name, options))
     assert work.do("equal", range(3)) == lines  # and nothing is trained
+    assert (
+        run.Work(name, make(name, "quick"), units, [], collect=True).do(
+            "equal", range(3)
+        )
+        == []
+    )
     other = Options("frontier", preset="cpu", out=tmp_path, resume=True)
     assert run.stored(name, other) == []
 

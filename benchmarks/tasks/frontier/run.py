@@ -89,7 +89,8 @@ def run(name: str, options: Options) -> tuple[list[Line], float]:
     """All lines of one problem, and the seconds they took."""
     problem = make(name, options.preset)
     units = Units(_without_methods(options), f"frontier-{name}", problem=name)
-    work = Work(name, problem, units, stored(name, options))
+    collect = bool(options.extra.get("collect"))
+    work = Work(name, problem, units, stored(name, options), collect)
     first = range(min(options.seeds, STAGE))
     every = options.choose(rows(problem))
     lines = [line for method in every for line in work.do(method, first)]
@@ -137,9 +138,15 @@ class Work:
     """Trains what is neither in the file nor in an earlier result."""
 
     def __init__(
-        self, name: str, problem: Problem, units: Units, known: Sequence[Line]
+        self,
+        name: str,
+        problem: Problem,
+        units: Units,
+        known: Sequence[Line],
+        collect: bool = False,
     ):
-        """``known`` are the lines of an earlier result."""
+        """``known`` are lines of an earlier result; ``collect`` trains nothing."""
+        self.collect = collect
         self.name, self.problem, self.units = name, problem, units
         self.entries = methods.entries(problem.task)
         self.known: dict[tuple[str, int], list[Line]] = {}
@@ -183,6 +190,8 @@ class Work:
         seeds: list[int],
     ) -> list[Line]:
         unit = f"{method}, seeds {min(seeds)} to {max(seeds)}"
+        if self.collect and unit not in self.units:
+            return []
         entry = self.entries.get(method)
         kind = "constant" if entry is None else entry.kind
         if method in methods.LEARNED:
