@@ -15,6 +15,8 @@ from benchmarks.harness.tables import Table, mean_sd
 from benchmarks.tasks.digits import task
 from benchmarks.tasks.digits.methods import CONDITIONAL, LEARNED, ROWS, WEIGHTED
 
+NAMES = {"yoto": "YOTO", "conditional": "one conditional model"}
+
 
 def _unseen(records: list[Record]) -> np.ndarray:
     """Accuracy averaged over the unseen shifts, one value for each seed and run."""
@@ -92,6 +94,9 @@ def conclusions(result: Result) -> list[str]:
         rivals += [("yoto", None), ("paper", None)]
         present = [rival for rival in rivals if _of(result, rival[0])]
         sentences += [_comparison(result, *r, ours="conditional") for r in present]
+    if _of(result, "grid"):
+        others = [m for m in (*WEIGHTED, "race") if _of(result, m)]
+        sentences += [_comparison(result, "grid", VALIDATED, ours=m) for m in others]
     sentences += [_hold(result, method) for method in LEARNED if _of(result, method)]
     return sentences
 
@@ -99,7 +104,7 @@ def conclusions(result: Result) -> list[str]:
 def _comparison(
     result: Result, method: str, config: str | None, ours: str = "yoto"
 ) -> str:
-    name = "YOTO" if ours == "yoto" else "one conditional model"
+    name = NAMES.get(ours) or _name(result, ours, None)
     mine, theirs = _of(result, ours), _of(result, method, config)
     difference = _unseen(mine) - _unseen(theirs)
     outcome = {
