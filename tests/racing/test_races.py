@@ -186,9 +186,9 @@ def test_lanes_that_diverge_lose_and_disturb_nobody():
     assert not np.isfinite(scores[1])
     kept = racing.keep(lanes, scores, 3)
     np.testing.assert_array_equal(kept.indices, [0, 2, 3])
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), kept.lanes, others
-    )
+    # Programs of three and of four lanes round differently.
+    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, kept.lanes, others)
 
 
 def test_lanes_spread_over_eight_devices():
