@@ -81,6 +81,7 @@ def description(name: str, preset: str) -> dict[str, Any]:
         "half": PROBLEMS[name],
         "losses": list(problem.task.names),
         "steps": problem.task.steps,
+        "learning_rate": problem.task.learning_rate,
         "bounds": [list(pair) for pair in problem.bounds],
     }
 
