@@ -312,8 +312,8 @@ def _caption(result: Result) -> str:
         "interval. Accuracy in %; for equations -100 times the logarithm of the error, "
         f"so that 5 is 5 %. Every method has {stage} seeds, contenders have more. "
         "Runs: gradient evaluations, in those of one run with constant weights. Lost: "
-        "seeds that end below all 15 constants. Mean rank: over the problems that a row "
-        "has."
+        "seeds that end below all 15 constants. Mean rank: over the problems that a "
+        "row has."
     )
 
 
