@@ -140,8 +140,16 @@ def verdict(difference: np.ndarray) -> int:
 
     The interval is Student's: for three seeds, 4.3 standard errors to each side.
     """
-    n = len(difference)
-    if n < 2:
-        return 0
-    reach = scipy.stats.t.ppf(0.975, n - 1) * difference.std(ddof=1) / math.sqrt(n)
-    return int(np.sign(difference.mean())) if abs(difference.mean()) > reach else 0
+    mean = difference.mean()
+    return int(np.sign(mean)) if abs(mean) > reach(difference) else 0
+
+
+def reach(x: np.ndarray, level: float = 0.975) -> float:
+    """How far Student's quantile at ``level`` of the mean of ``x`` lies above it.
+
+    Infinite for one seed alone, or where one is not finite.
+    """
+    n = len(x)
+    if n < 2 or not np.isfinite(x).all():
+        return math.inf
+    return float(scipy.stats.t.ppf(level, n - 1) * x.std(ddof=1) / math.sqrt(n))

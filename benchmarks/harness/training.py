@@ -116,15 +116,18 @@ class Task:
         return self.test(models) | {("validation", None): self.validate(models)}
 
     def schedule(self, step: Any) -> jax.Array:
-        """Linear warm-up, then a cosine down to a hundredth."""
-        peak = self.learning_rate
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, peak, self.steps // 20 + 1, self.steps + 1, peak / 100
-        )
-        return jnp.asarray(schedule(step))
+        """The learning rate of a step."""
+        return jnp.asarray(schedule(self.learning_rate, self.steps)(step))
 
     def optimizer(self) -> optax.GradientTransformation:
         return optax.adamw(self.schedule, weight_decay=self.weight_decay)
+
+
+def schedule(peak: float, steps: int) -> optax.Schedule:
+    """Linear warm-up, then a cosine down to a hundredth."""
+    return optax.warmup_cosine_decay_schedule(
+        0.0, peak, steps // 20 + 1, steps + 1, peak / 100
+    )
 
 
 def values_and_present(losses: Any) -> tuple[Losses, Present]:

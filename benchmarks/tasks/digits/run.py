@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import yoto_jax as yoto
 from benchmarks.harness import contest, contest_runs, searches, timing
@@ -30,7 +29,7 @@ from benchmarks.harness.rules import Weighted
 from benchmarks.harness.runs import Run, Runs
 from benchmarks.harness.searches import ORACLE, VALIDATED
 from benchmarks.harness.terminal import say, show
-from benchmarks.harness.training import Rule, Task, operations
+from benchmarks.harness.training import Rule, Task, operations, schedule
 from benchmarks.harness.units import Units
 from benchmarks.tasks.digits import task
 from benchmarks.tasks.digits.methods import CONDITIONAL, LEARNED, WEIGHTED
@@ -119,10 +118,8 @@ def random_ratios(seed: int) -> jax.Array:
 @functools.cache
 def optimizer(steps: int) -> task.Transformation:
     """AdamW with a warm-up and a cosine, given rho."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, LEARNING_RATE, steps // 20 + 1, steps + 1, LEARNING_RATE / 100
-    )
-    return lambda rho: yoto.adamw(schedule, hyperparameter_decay=rho)
+    rate = schedule(LEARNING_RATE, steps)
+    return lambda rho: yoto.adamw(rate, hyperparameter_decay=rho)
 
 
 def run(

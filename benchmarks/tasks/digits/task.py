@@ -68,12 +68,19 @@ def split(
     return train, validation, test
 
 
-def load() -> Data:
+def pool() -> Split:
     """The UCI digits that scikit-learn carries with it: no download."""
     digits = load_digits()
-    images = jnp.asarray(digits.images / 16.0, jnp.float32)
-    labels = jnp.asarray(digits.target, jnp.int32)
-    return Data(*(Split(images[i], labels[i]) for i in split(digits.target)))
+    return Split(
+        jnp.asarray(digits.images / 16.0, jnp.float32),
+        jnp.asarray(digits.target, jnp.int32),
+    )
+
+
+def load() -> Data:
+    """All digits, split."""
+    images, labels = pool()
+    return Data(*(Split(images[i], labels[i]) for i in split(np.asarray(labels))))
 
 
 # Corruptions.
@@ -383,10 +390,14 @@ def _advance(
     return jax.lax.scan(step, carry, length=length)
 
 
-def draw(split: Split, key: Key) -> tuple[jax.Array, ...]:
-    """A batch: images, labels and stylised views of them."""
+def draw(
+    split: Split, key: Key, rows: jax.Array | None = None
+) -> tuple[jax.Array, ...]:
+    """A batch: images, labels and stylised views of them; of these rows alone."""
     key_batch, key_view = jax.random.split(key)
-    chosen = jax.random.randint(key_batch, (BATCH,), 0, len(split.labels))
+    count = len(split.labels if rows is None else rows)
+    chosen = jax.random.randint(key_batch, (BATCH,), 0, count)
+    chosen = chosen if rows is None else rows[chosen]
     images = split.images[chosen]
     return images, split.labels[chosen], stylise(key_view, images)
 
@@ -457,18 +468,19 @@ def _cut(lanes: PyTree, scores: jax.Array, number: int) -> PyTree:
 # The same as a task that one conditional model can be trained on.
 
 
+def held_out_loss(
+    model: PyTree, z: jax.Array, batch: tuple[jax.Array, ...]
+) -> jax.Array:
+    """The cross-entropy of stylised views."""
+    _, labels, view = batch
+    logits = classify(model, view)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
 def as_task(data: Data, steps: int, seeds: int, learning_rate: float) -> Task:
     """Digits for rules of training: one lane for each seed."""
     validation = validation_domains(data.validation)
     tests = test_domains(data.test)
-
-    def held_out(
-        model: PyTree, z: jax.Array, batch: tuple[jax.Array, ...]
-    ) -> jax.Array:
-        """The cross-entropy of stylised views."""
-        _, labels, view = batch
-        logits = classify(model, view)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     def of_lanes(models: PyTree, domains: dict[str, Split]) -> dict[str, np.ndarray]:
         one_run = jax.tree.map(lambda x: x[:, None], models)
@@ -497,7 +509,7 @@ def as_task(data: Data, steps: int, seeds: int, learning_rate: float) -> Task:
         draw_held_out=lambda splits, key: draw(splits[1], key),
         encode=encode,
         losses=lambda model, z, batch: losses_of_features(model, z, *batch[:2]),
-        downstream=held_out,
+        downstream=held_out_loss,
         validate=validate,
         test=test,
         steps=steps,

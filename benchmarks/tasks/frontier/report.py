@@ -11,7 +11,7 @@ import scipy.stats
 from matplotlib.figure import Figure
 
 from benchmarks.harness.results import Record, Result, record
-from benchmarks.harness.searches import best_of_n
+from benchmarks.harness.searches import reach
 from benchmarks.harness.tables import Table
 from benchmarks.tasks.frontier import races
 from benchmarks.tasks.frontier.races import Race
@@ -20,7 +20,6 @@ Line = dict[str, Any]
 Problems = dict[str, dict[str, Any]]
 
 SEARCH = "search"
-BUDGETS = (1, 2, 3, 5, 10, 15)
 AVERAGED = " averaged"
 PORTFOLIO = (
     "primary alone",
@@ -91,27 +90,37 @@ def last(line: Line, score: str) -> float:
     return value if math.isfinite(value) else -math.inf
 
 
-def searched(lines: Sequence[Line], problem: str, suffix: str = "") -> Outcome:
-    """The best of all random points by validation."""
+def points_by_seed(lines: Sequence[Line], problem: str) -> dict[int, list[Line]]:
+    """The runs of the search, in their order."""
     by_seed: dict[int, list[Line]] = {}
     for line in lines_of(lines, problem, SEARCH):
         by_seed.setdefault(line["seed"], []).append(line)
-    chosen = {
-        seed: max(points, key=lambda x: last(x, "validation" + suffix))
-        for seed, points in by_seed.items()
-    }
+    return by_seed
+
+
+def picked(
+    lines: Sequence[Line], problem: str, pick: Any, suffix: str = ""
+) -> dict[int, Line]:
+    """The run of the search that ``pick`` takes by validation, by seed."""
+    key = lambda line: last(line, "validation" + suffix)
+    points = points_by_seed(lines, problem)
+    return {seed: pick(found, key=key) for seed, found in points.items()}
+
+
+def searched(
+    lines: Sequence[Line], problem: str, pick: Any = max, suffix: str = ""
+) -> Outcome:
+    """The best of all random points by validation, or the worst."""
+    chosen = picked(lines, problem, pick, suffix)
     tests = {seed: last(line, "test" + suffix) for seed, line in chosen.items()}
-    most = max((len(points) for points in by_seed.values()), default=0)
-    return Outcome(tests, float(most), 0)
+    points = points_by_seed(lines, problem).values()
+    return Outcome(tests, float(max(map(len, points), default=0)), 0)
 
 
 def worst_points(lines: Sequence[Line], problem: str) -> dict[int, float]:
     """The worst test score of random constants, by seed."""
-    worst: dict[int, float] = {}
-    for line in lines_of(lines, problem, SEARCH):
-        seed = line["seed"]
-        worst[seed] = min(worst.get(seed, math.inf), last(line, "test"))
-    return worst
+    points = points_by_seed(lines, problem)
+    return {seed: min(last(x, "test") for x in found) for seed, found in points.items()}
 
 
 def outcome(
@@ -119,7 +128,7 @@ def outcome(
 ) -> Outcome:
     """What a method, a race or the search ends with."""
     if method == SEARCH:
-        return searched(lines, problem, suffix)
+        return searched(lines, problem, suffix=suffix)
     if method in RACES:
         return raced(lines, problem, RACES[method], suffix)
     found = lines_of(lines, problem, method)
@@ -135,9 +144,7 @@ def raced(lines: Sequence[Line], problem: str, race: Race, suffix: str = "") -> 
         method: {x["seed"]: x for x in lines_of(lines, problem, method)}
         for method in race.arms
     }
-    points: dict[int, list[Line]] = {}
-    for line in lines_of(lines, problem, SEARCH):
-        points.setdefault(line["seed"], []).append(line)
+    points = points_by_seed(lines, problem)
     tests: dict[int, float] = {}
     costs = []
     for seed, found in points.items():
@@ -156,12 +163,9 @@ def difference(ours: Outcome, theirs: Outcome) -> Difference:
     apart = np.array([ours.tests[s] - theirs.tests[s] for s in both])
     if len(apart) == 0:
         return Difference(math.nan, math.nan, math.nan, 0)
-    mean, n = float(apart.mean()), len(apart)
-    if n < 2 or not np.isfinite(apart).all():
-        return Difference(mean, -math.inf, math.inf, n)
-    error = apart.std(ddof=1) / math.sqrt(n)
-    one, two = (float(scipy.stats.t.ppf(q, n - 1)) * error for q in (0.95, 0.975))
-    return Difference(mean, mean - one, two, n)
+    mean, one = float(apart.mean()), reach(apart, 0.95)
+    lower = mean - one if math.isfinite(one) else -math.inf
+    return Difference(mean, lower, reach(apart), len(apart))
 
 
 def methods_of(lines: Sequence[Line]) -> list[str]:
@@ -188,12 +192,7 @@ def contenders(lines: Sequence[Line], problem: str) -> list[str]:
     chosen = []
     for name in names:
         tests = np.array(list(outcome(lines, problem, name).tests.values()))
-        n = len(tests)
-        reach = math.inf
-        if n > 1 and np.isfinite(tests).all():
-            error = tests.std(ddof=1) / math.sqrt(n)
-            reach = float(scipy.stats.t.ppf(0.975, n - 1)) * error
-        if name in always or tests.mean() + reach >= best:
+        if name in always or tests.mean() + reach(tests) >= best:
             chosen.append(name)
     return chosen
 
@@ -347,48 +346,21 @@ def summary(result: Result) -> Table:
 
 def levelled(lines: Sequence[Line], problem: str) -> float:
     """What the last fifth of the training adds."""
-    best = _by_validation(lines, problem, max)
+    best = picked(lines, problem, max).values()
     gains = [x["looks"]["training"][-1] - x["looks"]["training"][-3] for x in best]
     return float(np.mean(gains))
 
 
 def separation(lines: Sequence[Line], problem: str) -> Difference:
     """Best and worst constants by validation, on the test."""
-    of = lambda pick: Outcome(
-        {x["seed"]: last(x, "test") for x in _by_validation(lines, problem, pick)}, 1, 0
-    )
-    return difference(of(max), of(min))
+    best, worst = (searched(lines, problem, pick) for pick in (max, min))
+    return difference(best, worst)
 
 
 def averaging(lines: Sequence[Line], problem: str) -> Difference:
     return difference(
         outcome(lines, problem, SEARCH, AVERAGED), outcome(lines, problem, SEARCH)
     )
-
-
-def _by_validation(lines: Sequence[Line], problem: str, pick: Any) -> list[Line]:
-    by_seed: dict[int, list[Line]] = {}
-    for line in lines_of(lines, problem, SEARCH):
-        by_seed.setdefault(line["seed"], []).append(line)
-    return [pick(x, key=lambda y: last(y, "validation")) for x in by_seed.values()]
-
-
-def by_budget(lines: Sequence[Line], problem: str) -> dict[int, float]:
-    """Mean difference of a search of n runs to that of all, for every n."""
-    by_seed: dict[int, list[Line]] = {}
-    for line in lines_of(lines, problem, SEARCH):
-        by_seed.setdefault(line["seed"], []).append(line)
-    curves = np.array(
-        [
-            best_of_n(
-                [last(x, "validation") for x in points],
-                [last(x, "test") for x in points],
-            )
-            for points in by_seed.values()
-        ]
-    )
-    mean = curves.mean(axis=0)
-    return {n: float(mean[n - 1] - mean[-1]) for n in BUDGETS if n <= len(mean)}
 
 
 def conclusions(result: Result) -> list[str]:

@@ -3,10 +3,7 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from sklearn.datasets import load_digits
 
 from benchmarks.harness.training import PyTree, Task
 from benchmarks.tasks.digits import task as digits
@@ -25,9 +22,6 @@ STEPS = {"quick": 10, "cpu": 4000}
 LANES = 5
 STYLISED = "stylised"
 
-Batch = tuple[jax.Array, ...]
-"""Images, labels and stylised views."""
-
 
 def make(preset: str) -> Problem:
     """The problem in one size, ``quick`` or ``cpu``."""
@@ -43,12 +37,9 @@ def make(preset: str) -> Problem:
 
 @functools.cache
 def _data() -> splits.Data:
-    bunch = load_digits()
-    pool = digits.Split(
-        jnp.asarray(bunch.images / 16.0, jnp.float32),
-        jnp.asarray(bunch.target, jnp.int32),
-    )
-    each = [digits.split(bunch.target, seed) for seed in range(SEEDS)]
+    pool = digits.pool()
+    labels = np.asarray(pool.labels)
+    each = [digits.split(labels, seed) for seed in range(SEEDS)]
     return splits.Data(pool, splits.stacked(each))
 
 
@@ -74,11 +65,13 @@ def _task(steps: int) -> Task:
         auxiliary=digits.AUXILIARY,
         data=_data(),
         init=digits.init_model,
-        draw=lambda data, key: _draw(data.pool, data.rows.train, key),
-        draw_held_out=lambda data, key: _draw(data.pool, data.rows.validation, key),
+        draw=lambda data, key: digits.draw(data.pool, key, data.rows.train),
+        draw_held_out=lambda data, key: digits.draw(
+            data.pool, key, data.rows.validation
+        ),
         encode=digits.encode,
         losses=lambda model, z, batch: digits.losses_of_features(model, z, *batch[:2]),
-        downstream=_downstream,
+        downstream=digits.held_out_loss,
         validate=splits.needs_seeds,
         test=splits.needs_seeds,
         steps=steps,
@@ -87,20 +80,6 @@ def _task(steps: int) -> Task:
         lanes=LANES,
         of_seed=splits.of_seed,
     )
-
-
-def _draw(pool: digits.Split, rows: jax.Array, key: jax.Array) -> Batch:
-    key_batch, key_view = jax.random.split(key)
-    chosen = splits.choose(rows, key_batch, digits.BATCH)
-    images = pool.images[chosen]
-    return images, pool.labels[chosen], digits.stylise(key_view, images)
-
-
-def _downstream(model: PyTree, z: jax.Array, batch: Batch) -> jax.Array:
-    """The cross-entropy of stylised views."""
-    _, labels, view = batch
-    logits = digits.classify(model, view)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def _scores(models: PyTree, seeds: jax.Array) -> Scores:
