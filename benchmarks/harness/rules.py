@@ -64,19 +64,12 @@ class Weighted(Rule):
             losses, grads, state = value_and_grad(
                 carry.model, carry.rule, (held_out, True), batch, False
             )
-        elif self.of_features:
-            value_and_grad = yoto.value_and_grad(
-                task.losses,
-                weighting,
-                gradients=yoto.of_representation(task.encode),
-            )
-            losses, grads, state = value_and_grad(carry.model, carry.rule, batch)
         else:
+            loss_fn, gradients = task.losses_of_batch, None
+            if self.of_features:
+                loss_fn, gradients = task.losses, yoto.of_representation(task.encode)
             value_and_grad = yoto.value_and_grad(
-                lambda model, batch: task.losses(
-                    model, task.encode(model, batch), batch
-                ),
-                weighting,
+                loss_fn, weighting, gradients=gradients
             )
             losses, grads, state = value_and_grad(carry.model, carry.rule, batch)
         losses, _ = values_and_present(losses)

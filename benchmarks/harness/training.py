@@ -96,7 +96,11 @@ class Task:
 
     def losses_of(self, model: PyTree, batch: PyTree) -> tuple[Losses, Present]:
         """The losses of a batch, and which of them it has."""
-        return values_and_present(self.losses(model, self.encode(model, batch), batch))
+        return values_and_present(self.losses_of_batch(model, batch))
+
+    def losses_of_batch(self, model: PyTree, batch: PyTree) -> Any:
+        """The losses of a batch, masked where it may lack some."""
+        return self.losses(model, self.encode(model, batch), batch)
 
     def steered_losses(self, model: PyTree, batch: PyTree, held_out: bool) -> Any:
         """The losses of a batch and the downstream one, for rules that are steered.
@@ -244,13 +248,7 @@ def _compile(
     optimizer = task.optimizer()
 
     def init_one(seed: jax.Array, config: PyTree) -> Carry:
-        model = rule.init_model(task, jax.random.key(seed))
-        return Carry(
-            jnp.zeros((), jnp.int32),
-            model,
-            optimizer.init(model),
-            rule.init(task, config),
-        )
+        return _begin(task, rule, seed, config)
 
     def advance_one(
         data: PyTree, carry: Carry, seed: jax.Array, config: PyTree
@@ -294,21 +292,21 @@ def _compile(
     return compiled, program.lower(compiled.out_info, data, seeds, config).compile()
 
 
-def operations(task: Task, rule: Rule, configs: Sequence[dict[str, Any]]) -> float:
+def _begin(task: Task, rule: Rule, seed: jax.Array, config: PyTree) -> Carry:
+    """A run at its start."""
+    model = rule.init_model(task, jax.random.key(seed))
+    state = task.optimizer().init(model)
+    return Carry(jnp.zeros((), jnp.int32), model, state, rule.init(task, config))
+
+
+def operations(task: Task, rule: Rule, config: dict[str, Any]) -> float:
     """Floating-point operations of one compiled step of one lane."""
-    config = jax.tree.map(lambda x: x[0], rule.configure(list(configs)[:1]))
-    optimizer = task.optimizer()
+    arrays = jax.tree.map(lambda x: x[0], rule.configure([config]))
     seed = jnp.zeros((), jnp.int32)
 
-    def begin(key: jax.Array) -> Carry:
-        model = rule.init_model(task, key)
-        return Carry(seed, model, optimizer.init(model), rule.init(task, config))
+    def take(carry: Carry, data: PyTree, key: jax.Array) -> Step:
+        return rule.step(task, task.of_seed(data, seed), carry, arrays, key)
 
-    def take(carry: Carry, data: PyTree, key: jax.Array) -> Any:
-        own = task.of_seed(data, seed)
-        return rule.step(task, own, carry, config, key)
-
-    key = jax.random.key(0)
-    carry = jax.eval_shape(begin, key)
-    analysis = jax.jit(take).lower(carry, task.data, key).compile().cost_analysis()
-    return float(analysis["flops"])
+    carry = jax.eval_shape(lambda: _begin(task, rule, seed, arrays))
+    step = jax.jit(take).lower(carry, task.data, jax.random.key(0)).compile()
+    return float(step.cost_analysis()["flops"])

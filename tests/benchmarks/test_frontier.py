@@ -174,7 +174,7 @@ def test_a_race_needs_all_of_its_arms():
 @pytest.mark.usefixtures("quick_compilation")
 def test_the_average_of_parameters_leaves_the_training_alone():
     problem = digits.make("quick")
-    rule = methods.softmax()
+    rule = methods.SOFTMAX
     config = rule.configure([methods.fixed((1.0, 1.0))] * 2)
     seeds = jnp.arange(2)
     plain = prepare(problem.task, rule, config, 2)
@@ -289,8 +289,8 @@ def test_gradients_of_features_cost_little_by_the_operations_of_the_step():
     task = digits.make("quick").task
     entries = methods.entries(task)
     assert entries["nash_mtl, of features"].runs is None
-    plain = operations(task, methods.softmax(), [methods.fixed((1.0, 1.0))])
-    features = operations(task, entries["nash_mtl, of features"].rule, [{}])
-    parameters = operations(task, entries["nash_mtl"].rule, [{}])
+    plain = operations(task, methods.SOFTMAX, methods.fixed((1.0, 1.0)))
+    features = operations(task, entries["nash_mtl, of features"].rule, {})
+    parameters = operations(task, entries["nash_mtl"].rule, {})
     assert 1 < features / plain < 1.1
     assert parameters / plain == pytest.approx(7 / 3, rel=0.1)

@@ -207,46 +207,9 @@ def test_lanes_spread_over_eight_devices():
     np.testing.assert_array_equal(lanes[2].arm, expected[2].arm)
 
 
-def test_linen():
-    model = nn.Dense(2)
-    variables = model.init(KEY, jnp.zeros((1, 5)))
+def two_arms(losses, params):
+    """Two lanes after five steps."""
     arms = racing.one_of({k: WEIGHTINGS[k] for k in ("random", "upgrad")})
-
-    def losses(variables, batch):
-        x, y = batch
-        error = jnp.mean((model.apply(variables, x) - y) ** 2)
-        size = optax.tree.norm(variables, squared=True)
-        return {"fit": error, "size": size, "smooth": 0.1 * size}
-
-    value_and_grad = yoto.value_and_grad(losses, arms)
-
-    def step(lane, batch):
-        variables, state = lane
-        _, grads, state = value_and_grad(variables, state, batch)
-        return jax.tree.map(lambda p, g: p - 0.1 * g, variables, grads), state
-
-    lanes = racing.start((variables, arms.init(LOSSES)), 2)
-    every = jax.jit(jax.vmap(step, in_axes=(0, None)))
-    for i in range(5):
-        lanes = every(lanes, batch_of(i))
-    scores = jax.vmap(lambda v: -losses(v, batch_of(100))["fit"])(lanes[0])
-    kept = racing.keep(lanes, scores, 1)
-    assert kept.indices[0] == int(scores[1] > scores[0])
-    assert kept.lanes[0]["params"]["kernel"].shape == (1, 5, 2)
-
-
-def test_nnx_by_its_graph_and_its_state():
-    model = nnx.Linear(5, 2, rngs=nnx.Rngs(0))
-    graph, params = nnx.split(model, nnx.Param)
-    arms = racing.one_of({k: WEIGHTINGS[k] for k in ("random", "upgrad")})
-
-    def losses(params, batch):
-        x, y = batch
-        merged = nnx.merge(graph, params, copy=True)
-        error = jnp.mean((merged(x) - y) ** 2)
-        size = optax.tree.norm(params, squared=True)
-        return {"fit": error, "size": size, "smooth": 0.1 * size}
-
     value_and_grad = yoto.value_and_grad(losses, arms)
 
     def step(lane, batch):
@@ -258,6 +221,38 @@ def test_nnx_by_its_graph_and_its_state():
     every = jax.jit(jax.vmap(step, in_axes=(0, None)))
     for i in range(5):
         lanes = every(lanes, batch_of(i))
+    return lanes
+
+
+def test_linen():
+    model = nn.Dense(2)
+    variables = model.init(KEY, jnp.zeros((1, 5)))
+
+    def losses(variables, batch):
+        x, y = batch
+        error = jnp.mean((model.apply(variables, x) - y) ** 2)
+        size = optax.tree.norm(variables, squared=True)
+        return {"fit": error, "size": size, "smooth": 0.1 * size}
+
+    lanes = two_arms(losses, variables)
+    scores = jax.vmap(lambda v: -losses(v, batch_of(100))["fit"])(lanes[0])
+    kept = racing.keep(lanes, scores, 1)
+    assert kept.indices[0] == int(scores[1] > scores[0])
+    assert kept.lanes[0]["params"]["kernel"].shape == (1, 5, 2)
+
+
+def test_nnx_by_its_graph_and_its_state():
+    model = nnx.Linear(5, 2, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(model, nnx.Param)
+
+    def losses(params, batch):
+        x, y = batch
+        merged = nnx.merge(graph, params, copy=True)
+        error = jnp.mean((merged(x) - y) ** 2)
+        size = optax.tree.norm(params, squared=True)
+        return {"fit": error, "size": size, "smooth": 0.1 * size}
+
+    lanes = two_arms(losses, params)
     won = racing.lane(racing.keep(lanes, jnp.array([0.0, 1.0]), 1).lanes, 0)
     nnx.update(model, won[0])
     assert model(jnp.ones((3, 5))).shape == (3, 2)

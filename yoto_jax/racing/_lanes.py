@@ -51,11 +51,11 @@ def start(lane: PyTree, arms: int) -> PyTree:
         raise ValueError(f"arms must be at least 1, got {arms}.")
 
     def widen(x: Any) -> jax.Array:
+        # New arrays: lanes can be donated while the one they came from lives on.
         x = jnp.asarray(x)
         return jnp.broadcast_to(x[None], (arms, *x.shape))
 
-    # Copies, so that lanes can be donated while the one they came from lives on.
-    return numbered(jax.tree.map(lambda x: jnp.copy(widen(x)), lane), arms)
+    return numbered(jax.tree.map(widen, lane), arms)
 
 
 def stack(trees: Sequence[PyTree]) -> PyTree:

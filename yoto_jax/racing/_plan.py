@@ -193,23 +193,16 @@ def successive_halving(
         exact = arms / eta ** len(left)
         left.append(min(left[-1] - 1, max(1, math.floor(exact + 1e-9))))
     begin = eta ** -(len(left) - 1) if first is None else first
-    shares = [begin * eta**i for i in range(len(left) - 1)]
-    stops = [round(share * steps) for share in shares if round(share * steps) < steps]
-    if stops and (stops[0] == 0 or len({*stops}) < len(stops)):
+    cuts = [(begin * eta**i, keep) for i, keep in enumerate(left[1:])]
+    cuts = [(share, keep) for share, keep in cuts if round(share * steps) < steps]
+    stops = [round(share * steps) for share, _ in cuts]
+    if 0 in stops or len({*stops}) < len(stops):
         raise ValueError(
             f"{arms} arms and eta {eta} ask for cuts after a share of {begin:.2g} of "
             f"{steps} steps and eta times as many each: these fall together. Give a "
             "later first=, a larger eta or fewer arms."
         )
-    return plan(
-        steps,
-        arms,
-        [
-            (share, keep)
-            for share, keep in zip(shares, left[1:], strict=True)
-            if round(share * steps) < steps
-        ],
-    )
+    return plan(steps, arms, cuts)
 
 
 def _integer(name: str, value: Any, least: int) -> int:

@@ -141,11 +141,7 @@ def run(
             for config, i in selections(measured, seed).items():
                 compute = cost if config in (VALIDATED, ORACLE) else 1
                 records += task.run_records(method, config, seed, i, measured, compute)
-    for metric in ("run_seconds", "compile_seconds"):
-        # Seeds share a program; a search repeated for each of them is counted once.
-        seconds = getattr(outcome, metric) / (seeds if metric == "run_seconds" else 1)
-        records.append(record(method, metric, seconds, compute=cost))
-    return outcome, records
+    return outcome, records + time_records(method, outcome, seeds, cost)
 
 
 def run_race(
@@ -160,10 +156,20 @@ def run_race(
     for seed in range(seeds):
         config = task.describe_ratios(winners.epsilon[seed, 0])
         records += task.run_records("race", config, seed, 0, measured, plan.runs)
-    for metric in ("run_seconds", "compile_seconds"):
-        seconds = getattr(outcome, metric) / (seeds if metric == "run_seconds" else 1)
-        records.append(record("race", metric, seconds, compute=plan.runs))
-    return outcome, records
+    return outcome, records + time_records("race", outcome, seeds, plan.runs)
+
+
+def time_records(
+    method: str, outcome: task.Outcome, seeds: int, cost: float
+) -> list[Record]:
+    """What a repetition took.
+
+    Seeds share a program; a search repeated for each of them is counted once.
+    """
+    return [
+        record(method, "run_seconds", outcome.run_seconds / seeds, compute=cost),
+        record(method, "compile_seconds", outcome.compile_seconds, compute=cost),
+    ]
 
 
 def finish(method: str, data: task.Data, seeds: int, steps: int) -> dict[str, Any]:
@@ -220,9 +226,9 @@ def costs_of(
         ratios = timing.step_ratios(made, timed, contest.PLAIN, rounds)
         ratio = float(np.median(ratios["conditional"]))
         costs = dict.fromkeys(CONDITIONAL, ratio)
-    plain = operations(made, rules[contest.PLAIN], [{}])
+    plain = operations(made, rules[contest.PLAIN], {})
     for method in set(methods) & set(WEIGHTED):
-        costs[method] = operations(made, rules[method], [{}]) / plain
+        costs[method] = operations(made, rules[method], {}) / plain
     return costs
 
 

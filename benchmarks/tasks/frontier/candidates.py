@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 import yoto_jax as yoto
+from yoto_jax._numerics import running_mean
 
 PyTree = Any
 
@@ -94,12 +95,9 @@ def in_units(
     ) -> tuple[PyTree, InUnitsState]:
         names = sorted(losses)
         place = names.index(primary)
-        fresh = state.count == 0
-        mixed = decay * state.norms + (1 - decay) * seen["norms"]
         # The plain mean until as many batches as the running mean remembers.
-        plain = state.norms + (seen["norms"] - state.norms) / (state.count + 1)
-        short = state.count * (1 - decay) < 1
-        norms = jnp.where(fresh, seen["norms"], jnp.where(short, plain, mixed))
+        memory = 1 / (1 - decay)
+        norms = running_mean(state.norms, seen["norms"], state.count, memory, decay)
         if present is not None:
             there = jnp.stack([jnp.asarray(present[name]) for name in names])
             norms = jnp.where(there, norms, state.norms)

@@ -51,12 +51,8 @@ class Entry(NamedTuple):
     runs: float | None
 
 
-def softmax() -> Softmax:
-    """The rule of constants and of YOTO, whose lanes are one program."""
-    return _SOFTMAX
-
-
-_SOFTMAX = Softmax()
+SOFTMAX = Softmax()
+"""The rule of constants and of YOTO, whose lanes are one program."""
 
 
 def constant(task: Task, name: str, published: Any) -> dict[str, Any]:

@@ -167,15 +167,15 @@ class Work:
                 ).ask()
                 configs = [methods.fixed(point) for point in points]
                 lines += self._train(
-                    method, methods.softmax(), configs, [seed] * len(points)
+                    method, methods.SOFTMAX, configs, [seed] * len(points)
                 )
             return lines
         if method in (*methods.CONSTANTS, methods.PUBLISHED):
             config = methods.constant(task, method, self.problem.published)
-            return self._same(method, methods.softmax(), config, seeds)
+            return self._same(method, methods.SOFTMAX, config, seeds)
         if method in methods.LEARNED:
             config = methods.learned(task, method)
-            return self._same(method, methods.softmax(), config, seeds)
+            return self._same(method, methods.SOFTMAX, config, seeds)
         return self._same(method, self.entries[method].rule, {}, seeds)
 
     def _same(
@@ -223,6 +223,6 @@ class Work:
         entry = self.entries.get(method)
         if entry is None or entry.runs is not None:
             return None
-        task, plain = self.problem.task, methods.softmax()
-        equal = [methods.constant(task, "equal", None)]
-        return operations(task, rule, [{}]) / operations(task, plain, equal)
+        task, plain = self.problem.task, methods.SOFTMAX
+        equal = methods.constant(task, "equal", None)
+        return operations(task, rule, {}) / operations(task, plain, equal)

@@ -9,6 +9,7 @@ boundary condition. The reference comes from a spectral method and is used to me
 errors alone: the network never sees it.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -72,16 +73,35 @@ def solve(
         return slope * np.fft.rfft(np.fft.irfft(v) ** 2)
 
     v = np.fft.rfft(-np.sin(2 * np.pi * np.arange(modes) / modes))
+    return -2.0 / modes * np.imag(integrate(v, advect, half, steps, saved))
+
+
+def integrate(
+    v: np.ndarray,
+    move: Callable[[np.ndarray], np.ndarray],
+    half: np.ndarray,
+    steps: int,
+    saved: int,
+) -> list[np.ndarray]:
+    """Runge-Kutta of order 4 with a linear part that is integrated exactly.
+
+    Args:
+      v: Coefficients at the start.
+      move: The other part's change of them in one step.
+      half: The factor of the linear part over half a step.
+      steps: How many.
+      saved: How many of the results are kept, besides the start.
+    """
     kept = [v]
     for step in range(1, steps + 1):
-        a = advect(v)
-        b = advect(half * (v + a / 2))
-        c = advect(half * v + b / 2)
-        d = advect(half * (half * v + c))
+        a = move(v)
+        b = move(half * (v + a / 2))
+        c = move(half * v + b / 2)
+        d = move(half * (half * v + c))
         v = half * (half * (v + a / 6) + (b + c) / 3) + d / 6
         if step % (steps // saved) == 0:
             kept.append(v)
-    return -2.0 / modes * np.imag(kept)
+    return kept
 
 
 def evaluate(coefficients: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -91,34 +111,38 @@ def evaluate(coefficients: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def references() -> tuple[Points, Points]:
-    """Test and validation points, which have no time in common.
+    """Test and validation points, which have no time in common."""
+    first, second = (
+        Points(*(jnp.asarray(part.ravel(), jnp.float32) for part in points))
+        for points in reference_points(solve(), evaluate)
+    )
+    return first, second
+
+
+def reference_points(
+    coefficients: np.ndarray,
+    evaluate: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    end: float = 1.0,
+) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """Points t, x and u there, for the test and for validation.
 
     The test is a grid of every other saved time and ``TEST_X`` places; the validation
     points lie at random at the times between.
     """
-    coefficients = solve()
-    times = np.linspace(0.0, 1.0, SAVED + 1)
+    times = np.linspace(0.0, end, SAVED + 1)
     x = np.linspace(-1.0, 1.0, TEST_X)
     t, x_test = np.meshgrid(times[::2], x, indexing="ij")
-    test = (t, x_test, evaluate(coefficients[::2], x))
     random = np.random.default_rng(_VALIDATION_SEED)
-    per_time = VALIDATION_POINTS // (SAVED // 2)
-    x_validation = random.uniform(-1.0, 1.0, (SAVED // 2, per_time))
-    validation = (
-        np.repeat(times[1::2, None], per_time, axis=1),
-        x_validation,
-        np.stack(
-            [
-                evaluate(row[None], places)[0]
-                for row, places in zip(coefficients[1::2], x_validation, strict=True)
-            ]
+    places = random.uniform(-1.0, 1.0, (SAVED // 2, VALIDATION_POINTS // (SAVED // 2)))
+    rows = zip(coefficients[1::2], places, strict=True)
+    return (
+        (t, x_test, evaluate(coefficients[::2], x)),
+        (
+            np.repeat(times[1::2, None], places.shape[1], axis=1),
+            places,
+            np.stack([evaluate(row[None], at)[0] for row, at in rows]),
         ),
     )
-    first, second = (
-        Points(*(jnp.asarray(part.ravel(), jnp.float32) for part in points))
-        for points in (test, validation)
-    )
-    return first, second
 
 
 # Points, network, losses.

@@ -1,5 +1,6 @@
 """The problems, by name: each module makes one."""
 
+import functools
 import importlib
 
 from benchmarks.tasks.frontier.problem import Problem
@@ -16,6 +17,7 @@ PROBLEMS = {
 """Settings are chosen on one half of them, before the other half is looked at."""
 
 
+@functools.cache
 def make(name: str, preset: str) -> Problem:
     """A problem in the size of a preset."""
     module = importlib.import_module(f"benchmarks.tasks.frontier.problems.{name}")

@@ -23,6 +23,7 @@ import numpy as np
 from benchmarks.harness.training import Losses
 from benchmarks.tasks.frontier import physics
 from benchmarks.tasks.frontier.problem import Problem
+from benchmarks.tasks.pinn import task as pinn
 from benchmarks.tasks.pinn.task import Points
 
 NAMES = ("pde", "initial", "boundary")
@@ -38,11 +39,6 @@ PUBLISHED = (100.0, 1.0)
 
 MODES = 4096  # of the reference
 TIME_STEPS = 400
-SAVED = 200  # every other of these times is for the test, the ones between validate
-TEST_X = 257
-VALIDATION_POINTS = 5000
-
-_VALIDATION_SEED = 2025
 
 
 class Batch(NamedTuple):
@@ -116,7 +112,7 @@ def boundary_residuals(
 
 
 def solve(
-    modes: int = MODES, steps: int = TIME_STEPS, saved: int = SAVED
+    modes: int = MODES, steps: int = TIME_STEPS, saved: int = pinn.SAVED
 ) -> np.ndarray:
     """Coefficients c of the solution, u(t, x) = sum_k c_k(t) cos(pi k x), in float64.
 
@@ -136,15 +132,7 @@ def solve(
 
     x = (2.0 * np.arange(modes) / modes + 1.0) % 2.0 - 1.0  # from 0 on, periodic
     v = np.fft.rfft(x**2 * np.cos(np.pi * x))
-    kept = [v]
-    for step in range(1, steps + 1):
-        a = react(v)
-        b = react(half * (v + a / 2))
-        c = react(half * v + b / 2)
-        d = react(half * (half * v + c))
-        v = half * (half * (v + a / 6) + (b + c) / 3) + d / 6
-        if step % (steps // saved) == 0:
-            kept.append(v)
+    kept = pinn.integrate(v, react, half, steps, saved)
     coefficients = 2.0 / modes * np.real(kept)
     coefficients[:, [0, -1]] /= 2.0
     return coefficients
@@ -157,20 +145,6 @@ def evaluate(coefficients: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def references() -> tuple[physics.Known, physics.Known]:
-    """Test and validation points, which have no time in common.
-
-    The test is a grid of every other saved time and ``TEST_X`` places; the validation
-    points lie at random at the times between.
-    """
-    coefficients = solve()
-    times = np.linspace(0.0, END, SAVED + 1)
-    x = np.linspace(-1.0, 1.0, TEST_X)
-    t, x_test = np.meshgrid(times[::2], x, indexing="ij")
-    random = np.random.default_rng(_VALIDATION_SEED)
-    places = random.uniform(-1.0, 1.0, (SAVED // 2, VALIDATION_POINTS // (SAVED // 2)))
-    rows = zip(coefficients[1::2], places, strict=True)
-    u = np.stack([evaluate(row[None], at)[0] for row, at in rows])
-    return (
-        physics.known(t, x_test, evaluate(coefficients[::2], x)),
-        physics.known(np.broadcast_to(times[1::2, None], places.shape), places, u),
-    )
+    """Test and validation points, which have no time in common."""
+    test, validation = pinn.reference_points(solve(), evaluate, END)
+    return physics.known(*test), physics.known(*validation)
