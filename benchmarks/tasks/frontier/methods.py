@@ -28,9 +28,10 @@ LEFT_OUT = {
 """Methods of the registry that are no rows, and why."""
 
 PERIOD = 10
-CHEAPER = ("grad_norm_balance", "nash_mtl", "aligned_mtl", "imtl_g", "config")
-"""Methods that are also tried with weights that are held in between, and looking at the
-gradients of features alone."""
+SELDOM = ("grad_norm_balance", "nash_mtl", "aligned_mtl")
+"""Methods that are also tried with weights that are held in between."""
+OF_FEATURES = ("grad_norm_balance", "nash_mtl", "aligned_mtl")
+"""Methods that are also tried looking at the gradients of features alone."""
 
 weightings = yoto.weightings
 Make = Callable[[Task], yoto.LossWeighting]
@@ -93,9 +94,9 @@ def entries(task: Task) -> dict[str, Entry]:
         name: Entry(Weighted(make), "candidate", cost(task, make(task)))
         for name, make in made.items()
     }
-    found |= {f"{name}, every {PERIOD}": _seldom(task, name) for name in CHEAPER}
+    found |= {f"{name}, every {PERIOD}": _seldom(task, name) for name in SELDOM}
     if has_features(task):
-        found |= {f"{name}, of features": _of_features(name) for name in CHEAPER}
+        found |= {f"{name}, of features": _of_features(name) for name in OF_FEATURES}
     return found
 
 
@@ -153,18 +154,12 @@ def candidates(task: Task) -> dict[str, Make]:
     balance = weightings.grad_norm_balance
     return {
         "anchored .1": lambda task: balance(primary, share=0.1),
-        "anchored .3": lambda task: balance(primary, share=0.3),
         "anchored 1": lambda task: balance(primary, share=1.0),
-        "yoto in units": lambda task: in_units(
-            weightings.yoto(primary, epsilon=1.0), primary
-        ),
         "yoto in units, frozen": lambda task: in_units(
             weightings.yoto(primary, epsilon=1.0), primary, warmup=warmup
         ),
         "equal in units, frozen": lambda task: in_units(
             weightings.equal(), primary, warmup=warmup
         ),
-        "equal, capped": lambda task: capped(weightings.equal(), primary),
-        "aligned_mtl, capped": lambda task: capped(weightings.aligned_mtl(), primary),
         "nash_mtl, capped": lambda task: capped(weightings.nash_mtl(), primary),
     }
