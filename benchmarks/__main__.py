@@ -37,10 +37,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     ROOT / "README.md",
-    ROOT / "docs" / "weightings.md",
-    ROOT / "docs" / "conditional.md",
-    ROOT / "docs" / "scaling.md",
-    ROOT / "docs" / "running.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "benchmarks" / "README.md",
     ROOT / "benchmarks" / "FINDINGS.md",
     *(ROOT / "benchmarks" / "tasks" / name / "REPORT.md" for name in BENCHMARKS),

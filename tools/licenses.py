@@ -2,7 +2,7 @@
 
 ``python -m tools.licenses`` prints the table, and which of all installed packages
 are under a licence of the GPL family; ``--write`` puts the table into
-``docs/dependencies.md``. Licences are those that the metadata of the installed packages
+``docs/reference/dependencies.md``. Licences are those that the metadata of the installed packages
 state. Of a package that is not installed here, the page keeps the one it has.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "dependencies.md"
+PAGE = ROOT / "docs" / "reference" / "dependencies.md"
 UNKNOWN = "not known"
 
 PURPOSES = {

@@ -13,7 +13,8 @@ import yoto_jax.linen
 import yoto_jax.nnx
 from yoto_jax import conditional, monitoring, racing, weightings
 
-GLOSSARY = pathlib.Path(__file__).parent.parent.parent / "docs" / "glossary.md"
+ROOT = pathlib.Path(__file__).parent.parent.parent
+GLOSSARY = ROOT / "docs" / "reference" / "glossary.md"
 MODULES = (
     yoto_jax,
     weightings,
