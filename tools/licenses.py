@@ -1,9 +1,10 @@
 """What the project depends on, and under which licences.
 
 ``python -m tools.licenses`` prints the table, and which of all installed packages
-are under a licence of the GPL family; ``--write`` puts the table into
-``docs/reference/dependencies.md``. Licences are those that the metadata of the installed packages
-state. Of a package that is not installed here, the page keeps the one it has.
+are under a licence of the GPL family; ``--write`` puts the table into the page
+``docs/reference/dependencies.md``. Licences are those that the metadata of the
+installed packages state. Of a package that is not installed here, the page keeps the
+one it has.
 """
 
 import importlib.metadata

@@ -558,6 +558,17 @@ def test_balance_by_the_primary_gradient():
     )
 
 
+def test_balance_with_a_share_of_each_loss():
+    norms = {"p": 2.0, "a": 0.01, "b": 300.0}
+    losses = dict.fromkeys(norms, 1.0)
+    share = {"p": 7.0, "a": 0.1, "b": 3.0}  # That of the primary loss is not looked at.
+    weighting = grad_norm_balance("p", share, decay=0.0, eps=1e-12)
+    vector = jnp.stack(jax.tree.leaves(norms))
+    weights, _ = weighting.update(losses, weighting.init(losses), norms=vector)
+    lengths = {name: float(weights[name]) * norm for name, norm in norms.items()}
+    assert lengths == pytest.approx({"p": 2.0, "a": 0.2, "b": 6.0}, rel=1e-5)
+
+
 def test_grad_norm_balance_makes_all_gradients_equally_long():
     weights, _ = run(grad_norm_balance(decay=0.0, eps=1e-12), LOSSES, norms=LARGE)
     np.testing.assert_allclose(
@@ -812,6 +823,19 @@ def test_a_single_loss_has_the_weight_that_the_convention_gives(make, weight):
         (lambda: grad_norm_balance(decay=1.0), "decay must be in .*, got 1.0"),
         (lambda: grad_norm_balance(eps=0.0), "eps must be positive, got 0.0"),
         (lambda: grad_norm_balance(share=0.1), "name primary"),
+        (lambda: grad_norm_balance(share={"a": 1.0}), "name primary"),
+        (
+            lambda: grad_norm_balance("a", {"a": 1.0, "b": 0.0}),
+            "share must be positive",
+        ),
+        (
+            lambda: grad_norm_balance(0, jnp.array([1.0, -1.0])),
+            "share must be positive",
+        ),
+        (
+            lambda: grad_norm_balance("a", {"b": 1.0}).init({"a": 0.0, "b": 0.0}),
+            "share must be one number, or one for each loss",
+        ),
         (lambda: lr_annealing(0, statistic="min"), "statistic must be.*'min'"),
         (lambda: ntk(reduction="max"), "reduction must be.*'max'"),
         (lambda: ntk_surrogate(eps=-1), "eps must be positive, got -1"),

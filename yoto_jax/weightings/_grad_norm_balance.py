@@ -2,16 +2,18 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from yoto_jax._checks import check_positive
 from yoto_jax._loss_spec import LossSpec
+from yoto_jax._losses import PyTree
 from yoto_jax._weighting import LossWeighting
 from yoto_jax.weightings._averages import averaged
 
 
 def grad_norm_balance(
     primary: str | int | None = None,
-    share: float = 1.0,
+    share: PyTree = 1.0,
     *,
     decay: float = 0.9,
     eps: float = 1e-5,
@@ -24,15 +26,16 @@ def grad_norm_balance(
       w \leftarrow \beta w + (1 - \beta) \hat w,
 
     where :math:`n_i` is the gradient norm of the loss without its weight. With a
-    primary loss p, :math:`\bar n = c \, n_p` and :math:`w_p = 1`: the other gradients
-    are c times as long as its own, and a batch in which it has none teaches nothing.
-    The average starts at 1 and takes the gradients of
-    an update in before the update uses it.
+    primary loss p, :math:`c_i \, n_p` takes the place of :math:`\bar n`, and
+    :math:`w_p = 1`: the gradient of loss i is :math:`c_i` times as long as that of p,
+    and a batch in which p has none teaches nothing. The average starts at 1 and takes
+    the gradients of an update in before the update uses it.
 
     Args:
       primary: p, the path of one loss, or its index in a sequence of losses; ``None``
         for the mean of all norms.
-      share: c, with a primary loss; positive.
+      share: c, with a primary loss; positive. One number, or one for each loss, in a
+        tree like the losses, where that of the primary loss is not looked at.
       decay: :math:`\beta` of the moving average, in [0, 1).
       eps: Relative to :math:`\bar n`: :math:`\hat w` is at most 1/eps, which is what a
         loss without a gradient gets.
@@ -45,7 +48,8 @@ def grad_norm_balance(
 
     Raises:
       ValueError: ``decay`` is not in [0, 1), or ``eps`` or ``share`` is not positive.
-        ``share`` without ``primary``. In ``init``: an unknown ``primary``.
+        ``share`` without ``primary``. In ``init``: an unknown ``primary``, or a
+        ``share`` that does not fit the losses.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -68,16 +72,23 @@ def grad_norm_balance(
       gradients first and then take norms: an average of the devices' weights is another
       rule.
     """
-    check_positive(eps=eps, share=share)
-    if primary is None and not isinstance(share, jax.core.Tracer) and share != 1:
+    check_positive(eps=eps)
+    for value in jax.tree.leaves(share):
+        traced = isinstance(value, jax.core.Tracer)
+        check_positive(share=value if traced else np.min(value))
+    known = not isinstance(share, jax.core.Tracer)
+    if primary is None and known and not (np.ndim(share) == 0 and share == 1):
         raise ValueError("share is one of the primary loss's gradient: name primary.")
 
     def position(spec: LossSpec) -> int:
         return spec.position("primary", primary)
 
+    def shares(spec: LossSpec) -> jax.Array:
+        return spec.vector("share", share)
+
     def target(losses: jax.Array, spec: LossSpec, *, norms: jax.Array) -> jax.Array:
         anchored = primary is not None
-        size = share * norms[position(spec)] if anchored else spec.mean(norms)
+        size = shares(spec) * norms[position(spec)] if anchored else spec.mean(norms)
         # Nothing to balance, or to measure by.
         some = size > 0
         weights = jnp.where(some, size / jnp.where(some, norms + eps * size, 1.0), 1.0)
@@ -86,6 +97,10 @@ def grad_norm_balance(
     def learns(spec: LossSpec, *, norms: jax.Array) -> jax.Array:
         return norms[position(spec)] > 0
 
+    def reference(spec: LossSpec) -> int:
+        shares(spec)  # They have to fit the losses.
+        return position(spec)
+
     if primary is None:
         return averaged(target, decay, ("norms",))
-    return averaged(target, decay, ("norms",), reference=position, learns=learns)
+    return averaged(target, decay, ("norms",), reference=reference, learns=learns)
