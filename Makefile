@@ -8,7 +8,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 WORKERS ?= 2
 
-.PHONY: demo check test test-all lint types tests smoke notebooks coverage mutants audit format clean
+.PHONY: demo check test test-all lint types tests smoke notebooks docs coverage mutants audit format clean
 
 demo: $(VENV)/bench
 	$(RUN) benchmarks digits --methods yoto,equal,nash_mtl,race,grid
@@ -46,6 +46,11 @@ smoke: $(VENV)/dev
 # As readers run them: a kernel each, trained to the end.
 notebooks: $(VENV)/dev
 	$(RUN) pytest --nbmake -n $(WORKERS) notebooks
+
+# The site, in docs/_build/html. A warning is an error; no network is needed.
+docs: $(VENV)/docs
+	$(RUN) sphinx -W --keep-going -q -b html -c docs -d docs/_build/doctrees . \
+		docs/_build/html
 
 # Lines and branches of the library that the tests of `make test` run.
 coverage: $(VENV)/dev

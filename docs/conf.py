@@ -6,9 +6,14 @@ notebooks and reports are the same ones here and on a page of the repository.
 
 import sys
 from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_extensions"))
+
+import names  # noqa: E402
 
 import yoto_jax  # noqa: E402
 
@@ -23,6 +28,7 @@ include_patterns = [
     "notebooks/*.ipynb",
     "benchmarks/README.md",
     "benchmarks/FINDINGS.md",
+    "benchmarks/results/README.md",
     "benchmarks/tasks/*/REPORT.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
@@ -41,6 +47,7 @@ extensions = [
     "sphinx_design",
     "captions",
     "mathml",
+    "names",
 ]
 
 # Pages: MyST Markdown, as the repository shows it too.
@@ -65,6 +72,7 @@ autodoc_class_signature = "mixed"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
 add_module_names = False
@@ -72,13 +80,17 @@ html_math_renderer = "mathml"
 
 # Other projects' names: inventories are stored, for builds without a network.
 intersphinx_mapping = {
-    name: (url, str(HERE / "_inventories" / f"{name}.inv"))
+    name: (url, names.inventory(name, HERE / "_inventories", HERE / "_build"))
     for name, url in {
         "jax": "https://docs.jax.dev/en/latest/",
         "optax": "https://optax.readthedocs.io/en/latest/",
         "flax": "https://flax.readthedocs.io/en/latest/",
     }.items()
 }
+
+# Every name that a docstring links to is there; types of signatures may be private.
+nitpicky = True
+nitpick_ignore_regex = [("py:class", r".*"), ("py:obj", r".*")]
 
 html_theme = "furo"
 html_title = "yoto_jax"
@@ -96,3 +108,15 @@ copybutton_prompt_is_regexp = True
 copybutton_exclude = ".linenos, .gp, .go"
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
+
+
+def setup(app: Sphinx) -> None:
+    """Leave out what Python says of the fields of a named tuple."""
+    app.connect("autodoc-skip-member", _is_bare_field)
+
+
+def _is_bare_field(
+    app: Sphinx, what: str, name: str, obj: object, *rest: object
+) -> Any:
+    bare = (obj.__doc__ or "").startswith("Alias for field number")
+    return True if bare else None

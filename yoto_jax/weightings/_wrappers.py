@@ -34,7 +34,7 @@ from yoto_jax._weighting import (
 
 @serializable_state
 class EveryState(NamedTuple):
-    """State of :func:`every`."""
+    """State of :func:`yoto_jax.weightings.every`."""
 
     step: jax.Array  # int32 scalar, calls of update that were not skipped
     inner: Any
