@@ -16,6 +16,8 @@ from sphinx.environment import BuildEnvironment
 from sphinx.ext import intersphinx
 from sphinx.transforms import SphinxTransform
 
+from yoto_jax import weightings
+
 SHORT = {
     "yoto": "yoto_jax",
     "jnp": "jax.numpy",
@@ -33,6 +35,10 @@ PRIVATE = {
     "flax.linen.module.Module": "flax.linen.Module",
 }
 """Public names of types that say where they were defined."""
+
+
+METHODS = {*weightings.methods(), "normalize", "smooth", "every"}
+"""Weightings that pages call by their name alone."""
 
 
 def inventory(project: str, folder: Path, target: Path) -> str:
@@ -54,16 +60,24 @@ class Names(SphinxTransform):
     def apply(self, **kwargs: Any) -> None:
         """Change the tree of one page."""
         for literal in list(self.document.findall(nodes.literal)):
-            found = NAME.match(literal.astext())
+            target = _target(literal.astext())
             linked = isinstance(literal.parent, nodes.reference | addnodes.pending_xref)
-            if found and not linked:
-                top, _, rest = found[1].partition(".")
-                target = f"{SHORT.get(top, top)}.{rest}"
+            if target and not linked:
                 reference = addnodes.pending_xref(
                     "", refdomain="py", reftype="obj", reftarget=target, refwarn=False
                 )
                 literal.replace_self(reference)
                 reference += literal
+
+
+def _target(code: str) -> str | None:
+    """The full name of what a piece of code names, if it does."""
+    if (method := code.partition("(")[0]) in METHODS:
+        return f"yoto_jax.weightings.{method}"
+    if found := NAME.match(code):
+        top, _, rest = found[1].partition(".")
+        return f"{SHORT.get(top, top)}.{rest}"
+    return None
 
 
 def _public(

@@ -14,7 +14,8 @@ from benchmarks.harness import methods_table
 from benchmarks.harness.tables import markdown
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+GUIDES = {page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts}
+PAGES = [ROOT / "README.md", *sorted(GUIDES)]
 
 
 def run(code):
