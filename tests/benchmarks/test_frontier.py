@@ -12,7 +12,7 @@ import yoto_jax as yoto
 from benchmarks.harness.options import Options, UsageError
 from benchmarks.harness.training import operations, prepare
 from benchmarks.harness.units import Units
-from benchmarks.tasks.frontier import methods, races, report, run, train
+from benchmarks.tasks.frontier import methods, outcomes, races, report, run, train
 from benchmarks.tasks.frontier.candidates import capped, in_units
 from benchmarks.tasks.frontier.problems import PROBLEMS, digits, make
 
@@ -67,21 +67,21 @@ LINES = [
 
 
 def test_the_search_is_chosen_by_validation():
-    found = report.outcome(LINES, "p", "search")
+    found = outcomes.outcome(LINES, "p", "search")
     assert found.tests == {0: 70, 1: 66, 2: 71}
     assert found.runs == 3
 
 
 def test_differences_are_paired_and_have_student_s_bounds():
-    apart = report.difference(
-        report.outcome(LINES, "p", "upgrad"), report.outcome(LINES, "p", "search")
+    apart = outcomes.difference(
+        outcomes.outcome(LINES, "p", "upgrad"), outcomes.outcome(LINES, "p", "search")
     )
     x = np.array([2.0, -1.0, 0.5])
     error = x.std(ddof=1) / math.sqrt(3)
     assert apart.mean == pytest.approx(0.5)
     assert apart.lower == pytest.approx(0.5 - 2.919986 * error)
     assert apart.reach == pytest.approx(4.302653 * error)
-    (verdict,) = [v for v in report.verdicts(LINES, ABOUT) if v["method"] == "upgrad"]
+    (verdict,) = [v for v in outcomes.verdicts(LINES, ABOUT) if v["method"] == "upgrad"]
     assert verdict == {
         "task": "p",
         "method": "upgrad",
@@ -94,45 +94,45 @@ def test_differences_are_paired_and_have_student_s_bounds():
 
 
 def test_runs_below_all_constants_are_lost():
-    assert report.outcome(LINES, "p", "mgda").collapsed == 3
-    assert report.outcome(LINES, "p", "upgrad").collapsed == 1  # 65 < 66 of seed 1
+    assert outcomes.outcome(LINES, "p", "mgda").collapsed == 3
+    assert outcomes.outcome(LINES, "p", "upgrad").collapsed == 1  # 65 < 66 of seed 1
 
 
 def test_a_run_that_diverged_is_the_worst_not_the_best():
     lines = [*LINES, *[line("famo", s, 70, math.nan) for s in range(3)]]
-    found = report.outcome(lines, "p", "famo")
+    found = outcomes.outcome(lines, "p", "famo")
     assert set(found.tests.values()) == {-math.inf}
-    (verdict,) = [v for v in report.verdicts(lines, ABOUT) if v["method"] == "famo"]
+    (verdict,) = [v for v in outcomes.verdicts(lines, ABOUT) if v["method"] == "famo"]
     assert verdict["difference"] is verdict["lower"] is None
-    ranks = report.mean_ranks(lines, ABOUT)
+    ranks = outcomes.mean_ranks(lines, ABOUT)
     assert ranks["famo"] == max(x for x in ranks.values() if math.isfinite(x))
 
 
 def test_contenders_reach_the_best_mean():
-    chosen = report.contenders(LINES, "p")
+    chosen = outcomes.contenders(LINES, "p")
     assert "upgrad" in chosen
     assert "search" in chosen
     assert "mgda" not in chosen
 
 
 def test_separation_is_of_points_chosen_without_the_test():
-    apart = report.separation(LINES, "p")
+    apart = outcomes.separation(LINES, "p")
     # 70 - 60, 66 - 90; what diverged validates worst: 71 - 70.
     assert apart.mean == pytest.approx((10 - 24 + 1) / 3)
 
 
 def test_what_averaging_is_worth():
-    assert report.averaging(LINES, "p").mean == pytest.approx(0.5)
+    assert outcomes.averaging(LINES, "p").mean == pytest.approx(0.5)
 
 
 def test_tables_sentences_and_figure_of_what_is_stored(tmp_path):
-    records = report.records_of(LINES, ABOUT)
+    records = outcomes.records_of(LINES, ABOUT)
     text = json.dumps(
         {
             "meta": {"problems": ABOUT, "stage": 3},
             "records": records,
             "runs": LINES,
-            "verdicts": report.verdicts(LINES, ABOUT),
+            "verdicts": outcomes.verdicts(LINES, ABOUT),
         }
     )
     result = json.loads(text)
@@ -144,6 +144,10 @@ def test_tables_sentences_and_figure_of_what_is_stored(tmp_path):
     assert row[:3] == ["p", "development", "3"]
     assert report.conclusions(result)
     report.figure(result, tmp_path / "frontier.png")
+    for name in ("frontier.png", "frontier_runs.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+    (short,) = report.tables(result).values()
+    assert [row[0] for row in short.rows][-1] == "search"
     assert (tmp_path / "frontier.png").stat().st_size > 5000
 
 
@@ -165,7 +169,7 @@ def test_a_race_drops_lanes_by_what_was_known_at_the_cut():
 def test_a_race_needs_all_of_its_arms():
     race = races.Race(("upgrad", "mgda"), 0, ((0.5, 1),))
     lines = [x for x in LINES if not (x["method"] == "mgda" and x["seed"] == 1)]
-    assert set(report.raced(lines, "p", race).tests) == {0, 2}
+    assert set(outcomes.raced(lines, "p", race).tests) == {0, 2}
 
 
 # Runs.

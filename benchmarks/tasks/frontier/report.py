@@ -3,261 +3,61 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-import scipy.stats
-from matplotlib.figure import Figure
 
-from benchmarks.harness.results import Record, Result, record
-from benchmarks.harness.searches import reach
+from benchmarks.harness.results import Result
 from benchmarks.harness.tables import Table
-from benchmarks.tasks.frontier import races
-from benchmarks.tasks.frontier.races import Race
-
-Line = dict[str, Any]
-Problems = dict[str, dict[str, Any]]
-
-SEARCH = "search"
-AVERAGED = " averaged"
-PORTFOLIO = (
-    "primary alone",
-    "equal",
-    "anchored .1",
-    "anchored 1",
-    "yoto",
-    "upgrad",
-    "aligned_mtl",
+from benchmarks.tasks.frontier import figures
+from benchmarks.tasks.frontier.outcomes import (
+    SEARCH,
+    Line,
+    Problems,
+    averaging,
+    difference,
+    levelled,
+    mean_ranks,
+    methods_of,
+    outcome,
+    problems_of,
+    separation,
+    verdicts,
 )
-CHEAP = ("primary alone", "equal", "yoto", "yoto, epsilon 1")
-RACES = {
-    "race: portfolio, cut at 20 and 50 %": Race(PORTFOLIO, 0, ((0.2, 2), (0.5, 1))),
-    "race: portfolio, cut at 20 %": Race(PORTFOLIO, 0, ((0.2, 1),)),
-    "race: without gradients, cut at 20 and 50 %": Race(CHEAP, 0, ((0.2, 2), (0.5, 1))),
-    "race: equal and nash_mtl, cut at 20 %": Race(
-        ("equal", "nash_mtl"), 0, ((0.2, 1),)
-    ),
-    "race: equal and nash_mtl, cut at 50 %": Race(
-        ("equal", "nash_mtl"), 0, ((0.5, 1),)
-    ),
-    "race: equal and nash_mtl of features, cut at 20 %": Race(
-        ("equal", "nash_mtl, of features"), 0, ((0.2, 1),)
-    ),
-    "race: equal and nash_mtl of features, cut at 50 %": Race(
-        ("equal", "nash_mtl, of features"), 0, ((0.5, 1),)
-    ),
-    "race: equal, nash_mtl and grad_norm_balance, cut at 20 and 50 %": Race(
-        ("equal", "nash_mtl", "grad_norm_balance"), 0, ((0.2, 2), (0.5, 1))
-    ),
-    "race: 5 points, cut at 20 and 50 %": Race((), 5, ((0.2, 2), (0.5, 1))),
-    "race: 9 points, cut at 20 and 50 %": Race((), 9, ((0.2, 3), (0.5, 1))),
-    "race: 15 points, cut at 20 and 50 %": Race((), 15, ((0.2, 3), (0.5, 1))),
-}
-"""Races of runs that are there, by name."""
 
-
-class Outcome(NamedTuple):
-    """A method on a problem.
-
-    Attributes:
-      tests: By seed, more is better.
-      runs: What it costs.
-      collapsed: How many seeds end below all random constants.
-    """
-
-    tests: dict[int, float]
-    runs: float
-    collapsed: int
-
-
-class Difference(NamedTuple):
-    """Mean difference to the search over paired seeds, with its 95 % bounds."""
-
-    mean: float
-    lower: float  # one-sided
-    reach: float  # two-sided, to either side
-    seeds: int
-
-
-def lines_of(lines: Sequence[Line], problem: str, method: str) -> list[Line]:
-    return [x for x in lines if x["problem"] == problem and x["method"] == method]
-
-
-def last(line: Line, score: str) -> float:
-    """The final score; what is not finite is the worst there is."""
-    value = line["looks"][score][-1]
-    return value if math.isfinite(value) else -math.inf
-
-
-def points_by_seed(lines: Sequence[Line], problem: str) -> dict[int, list[Line]]:
-    """The runs of the search, in their order."""
-    by_seed: dict[int, list[Line]] = {}
-    for line in lines_of(lines, problem, SEARCH):
-        by_seed.setdefault(line["seed"], []).append(line)
-    return by_seed
-
-
-def picked(
-    lines: Sequence[Line], problem: str, pick: Any, suffix: str = ""
-) -> dict[int, Line]:
-    """The run of the search that ``pick`` takes by validation, by seed."""
-    key = lambda line: last(line, "validation" + suffix)
-    points = points_by_seed(lines, problem)
-    return {seed: pick(found, key=key) for seed, found in points.items()}
-
-
-def searched(
-    lines: Sequence[Line], problem: str, pick: Any = max, suffix: str = ""
-) -> Outcome:
-    """The best of all random points by validation, or the worst."""
-    chosen = picked(lines, problem, pick, suffix)
-    tests = {seed: last(line, "test" + suffix) for seed, line in chosen.items()}
-    points = points_by_seed(lines, problem).values()
-    return Outcome(tests, float(max(map(len, points), default=0)), 0)
-
-
-def worst_points(lines: Sequence[Line], problem: str) -> dict[int, float]:
-    """The worst test score of random constants, by seed."""
-    points = points_by_seed(lines, problem)
-    return {seed: min(last(x, "test") for x in found) for seed, found in points.items()}
-
-
-def outcome(
-    lines: Sequence[Line], problem: str, method: str, suffix: str = ""
-) -> Outcome:
-    """What a method, a race or the search ends with."""
-    if method == SEARCH:
-        return searched(lines, problem, suffix=suffix)
-    if method in RACES:
-        return raced(lines, problem, RACES[method], suffix)
-    found = lines_of(lines, problem, method)
-    tests = {x["seed"]: last(x, "test" + suffix) for x in found}
-    worst = worst_points(lines, problem)
-    collapsed = sum(test < worst.get(seed, -math.inf) for seed, test in tests.items())
-    return Outcome(tests, found[0]["runs"] if found else math.nan, collapsed)
-
-
-def raced(lines: Sequence[Line], problem: str, race: Race, suffix: str = "") -> Outcome:
-    """A race of the runs that are there, on all seeds that have every arm."""
-    arms = {
-        method: {x["seed"]: x for x in lines_of(lines, problem, method)}
-        for method in race.arms
-    }
-    points = points_by_seed(lines, problem)
-    tests: dict[int, float] = {}
-    costs = []
-    for seed, found in points.items():
-        own = [arms[method].get(seed) for method in race.arms]
-        own = own or found[: race.points]
-        if all(own) and len(own) >= race.points:
-            finish = races.run(race, own, "validation" + suffix)
-            tests[seed] = last(finish.line, "test" + suffix)
-            costs.append(finish.runs)
-    return Outcome(tests, float(np.mean(costs)) if costs else math.nan, 0)
-
-
-def difference(ours: Outcome, theirs: Outcome) -> Difference:
-    """Over the seeds that both have."""
-    both = sorted(set(ours.tests) & set(theirs.tests))
-    apart = np.array([ours.tests[s] - theirs.tests[s] for s in both])
-    if len(apart) == 0:
-        return Difference(math.nan, math.nan, math.nan, 0)
-    mean, one = float(apart.mean()), reach(apart, 0.95)
-    lower = mean - one if math.isfinite(one) else -math.inf
-    return Difference(mean, lower, reach(apart), len(apart))
-
-
-def methods_of(lines: Sequence[Line]) -> list[str]:
-    """All rows: the search, races, then methods in their order."""
-    found = dict.fromkeys(line["method"] for line in lines)
-    return [SEARCH, *RACES, *(name for name in found if name != SEARCH)]
-
-
-def problems_of(result: Result) -> Problems:
-    return result["meta"]["problems"]
-
-
-def contenders(lines: Sequence[Line], problem: str) -> list[str]:
-    """Methods whose interval reaches the best mean of all, and what is compared with.
-
-    All that a race is made of is among them.
-    """
-    always = {SEARCH, *PORTFOLIO, *CHEAP, *(a for r in RACES.values() for a in r.arms)}
-    names = list(dict.fromkeys(line["method"] for line in lines))
-    best = max(
-        float(np.mean(list(outcome(lines, problem, name).tests.values())))
-        for name in names
-    )
-    chosen = []
-    for name in names:
-        tests = np.array(list(outcome(lines, problem, name).tests.values()))
-        if name in always or tests.mean() + reach(tests) >= best:
-            chosen.append(name)
-    return chosen
-
-
-def records_of(lines: Sequence[Line], problems: Problems) -> list[Record]:
-    """Test scores of all rows, as flat records."""
-    records = []
-    for problem in problems:
-        for method in methods_of(lines):
-            for suffix in ("", AVERAGED):
-                found = outcome(lines, problem, method, suffix)
-                for seed, test in found.tests.items():
-                    records.append(
-                        record(
-                            method,
-                            "test" + suffix,
-                            test,
-                            seed=seed,
-                            domain=problem,
-                            unseen=True,
-                            compute=found.runs,
-                        )
-                    )
-    return records
-
-
-def verdicts(lines: Sequence[Line], problems: Problems) -> list[dict[str, Any]]:
-    """Difference to the search of each row on each problem, and whether it is worse."""
-    found = []
-    for problem, about in problems.items():
-        theirs = outcome(lines, problem, SEARCH)
-        for method in methods_of(lines):
-            ours = outcome(lines, problem, method)
-            apart = difference(ours, theirs)
-            if method == SEARCH or apart.seeds == 0:
-                continue
-            finite = lambda x: round(x, 3) if math.isfinite(x) else None
-            found.append(
-                {
-                    "task": problem,
-                    "method": method,
-                    "runs": round(ours.runs, 2),
-                    "difference": finite(apart.mean),
-                    "lower": finite(apart.lower),
-                    "margin": about["margin"],
-                    "seeds": apart.seeds,
-                }
-            )
-    return found
-
-
-# Tables.
+RECOMMENDED = (
+    "equal",
+    "yoto",
+    "nash_mtl, every 10",
+    "nash_mtl",
+    "grap_closed_form",
+    "race: equal and nash_mtl, cut at 20 %",
+    "race: 9 points, cut at 20 and 50 %",
+    SEARCH,
+)
+"""Rows of the short table, from the cheapest on."""
 
 
 def table(result: Result) -> Table:
     """Difference to the search by method and problem."""
     lines, problems = result["runs"], problems_of(result)
-    columns = ["method", "runs", *problems, "mean rank"]
     ranks = mean_ranks(lines, problems)
-    rows = []
-    for method in sorted(methods_of(lines), key=lambda name: ranks[name]):
-        cells = [_cell(lines, problem, method) for problem in problems]
-        about = [_name(lines, method), _runs(lines, problems, method)]
-        rows.append([*about, *cells, f"{ranks[method]:.1f}"])
-    return Table(columns, rows, _caption(result))
+    names = sorted(methods_of(lines), key=lambda name: ranks[name])
+    rows = [[*_row(lines, problems, name), f"{ranks[name]:.1f}"] for name in names]
+    caption = f"{_caption(result)} Mean rank: over the problems that a row has."
+    return Table(["method", "runs", *problems, "mean rank"], rows, caption)
+
+
+def tables(result: Result) -> dict[str, Table]:
+    """The short table, of what there is to choose from."""
+    lines, problems = result["runs"], problems_of(result)
+    rows = [_row(lines, problems, name) for name in RECOMMENDED]
+    short = Table(["method", "runs", *problems], rows, _caption(result))
+    return {"frontier-recommended": short}
+
+
+def _row(lines: Sequence[Line], problems: Problems, method: str) -> list[str]:
+    cells = [_cell(lines, problem, method) for problem in problems]
+    return [_name(lines, method), _runs(lines, problems, method), *cells]
 
 
 def _cell(lines: Sequence[Line], problem: str, method: str) -> str:
@@ -284,25 +84,6 @@ def _runs(lines: Sequence[Line], problems: Problems, method: str) -> str:
     return " to ".join(dict.fromkeys([runs[0], runs[-1]])) if runs else ""
 
 
-def mean_ranks(lines: Sequence[Line], problems: Problems) -> dict[str, float]:
-    """Rank of each row by its mean score, averaged over the problems that it has."""
-    names = methods_of(lines)
-    ranks: dict[str, list[float]] = {name: [] for name in names}
-    for problem in problems:
-        means = {
-            name: float(np.mean(list(found.tests.values())))
-            for name in names
-            if (found := outcome(lines, problem, name)).tests
-        }
-        order = scipy.stats.rankdata([-x for x in means.values()])
-        for name, rank in zip(means, order, strict=True):
-            ranks[name].append(float(rank))
-    return {
-        name: float(np.mean(found)) if found else math.inf
-        for name, found in ranks.items()
-    }
-
-
 def _caption(result: Result) -> str:
     stage = result["meta"]["stage"]
     return (
@@ -311,8 +92,7 @@ def _caption(result: Result) -> str:
         "interval. Accuracy in %; for equations -100 times the logarithm of the error, "
         f"so that 5 is 5 %. Every method has {stage} seeds, contenders have more. "
         "Runs: gradient evaluations, in those of one run with constant weights. Lost: "
-        "seeds that end below all 15 constants. Mean rank: over the problems that a "
-        "row has."
+        "seeds that end below all 15 constants."
     )
 
 
@@ -344,25 +124,6 @@ def summary(result: Result) -> Table:
     return Table(columns, rows, caption)
 
 
-def levelled(lines: Sequence[Line], problem: str) -> float:
-    """What the last fifth of the training adds."""
-    best = picked(lines, problem, max).values()
-    gains = [x["looks"]["training"][-1] - x["looks"]["training"][-3] for x in best]
-    return float(np.mean(gains))
-
-
-def separation(lines: Sequence[Line], problem: str) -> Difference:
-    """Best and worst constants by validation, on the test."""
-    best, worst = (searched(lines, problem, pick) for pick in (max, min))
-    return difference(best, worst)
-
-
-def averaging(lines: Sequence[Line], problem: str) -> Difference:
-    return difference(
-        outcome(lines, problem, SEARCH, AVERAGED), outcome(lines, problem, SEARCH)
-    )
-
-
 def conclusions(result: Result) -> list[str]:
     """What the numbers say, in sentences."""
     lines, problems = result["runs"], problems_of(result)
@@ -391,56 +152,7 @@ def conclusions(result: Result) -> list[str]:
     return sentences
 
 
-# Figure.
-
-
 def figure(result: Result, path: Path) -> None:
-    """Methods against problems, in margins away from the search."""
-    lines, problems = result["runs"], problems_of(result)
-    ranks = mean_ranks(lines, problems)
-    names = [
-        name
-        for name in sorted(methods_of(lines), key=lambda name: ranks[name])
-        if name != SEARCH
-    ]
-    margins = np.full((len(names), len(problems)), np.nan)
-    lost = np.zeros_like(margins, bool)
-    for column, (problem, about) in enumerate(problems.items()):
-        theirs = outcome(lines, problem, SEARCH)
-        for row, name in enumerate(names):
-            ours = outcome(lines, problem, name)
-            apart = difference(ours, theirs)
-            lost[row, column] = ours.collapsed > 0 or apart.mean == -math.inf
-            if apart.seeds:
-                margins[row, column] = max(apart.mean, -1e6) / about["margin"]
-    size = (5.2 + 0.85 * len(problems), 1.2 + 0.2 * len(names))
-    drawing = Figure(size, dpi=110, layout="constrained")
-    panel = drawing.add_subplot()
-    colors = matplotlib.colormaps["RdBu"].with_extremes(bad="0.9")
-    image = panel.imshow(
-        np.ma.masked_invalid(margins), cmap=colors, vmin=-6, vmax=6, aspect="auto"
-    )
-    panel.set_xticks(range(len(problems)), [p.replace("_", "\n") for p in problems])
-    panel.set_yticks(range(len(names)), names, fontsize=7)
-    panel.xaxis.tick_top()
-    panel.tick_params(length=0)
-    for (row, column), value in np.ndenumerate(margins):
-        if np.isfinite(value):
-            text = "x" if lost[row, column] else f"{value:+.1f}"
-            dark = abs(value) > 3.5
-            panel.text(
-                column,
-                row,
-                text,
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="white" if dark else "black",
-            )
-    bar = drawing.colorbar(image, ax=panel, extend="both", shrink=0.4, aspect=30)
-    bar.set_label(
-        "difference to the search of 15 runs, in margins (more is better)\n"
-        "x: a seed ends below all 15 random constants",
-        fontsize=8,
-    )
-    drawing.savefig(path)
+    """Methods against problems; beside it, quality against runs."""
+    figures.heatmap(result, path)
+    figures.against_runs(result, path.with_name(f"{path.stem}_runs.png"))

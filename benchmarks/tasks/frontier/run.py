@@ -11,17 +11,10 @@ from benchmarks.harness.terminal import say, show
 from benchmarks.harness.training import Rule, operations
 from benchmarks.harness.units import Units
 from benchmarks.tasks.frontier import methods
+from benchmarks.tasks.frontier.outcomes import contenders, records_of, verdicts
 from benchmarks.tasks.frontier.problem import SEEDS, Problem
 from benchmarks.tasks.frontier.problems import PROBLEMS, make
-from benchmarks.tasks.frontier.report import (
-    conclusions,
-    contenders,
-    figure,
-    records_of,
-    summary,
-    table,
-    verdicts,
-)
+from benchmarks.tasks.frontier.report import conclusions, figure, summary, table
 from benchmarks.tasks.frontier.train import train
 
 RESUMABLE = True

@@ -1,0 +1,150 @@
+"""Methods against problems, and how good an answer is against what it costs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.harness import plots, searches
+from benchmarks.harness.results import Result
+from benchmarks.tasks.frontier.outcomes import (
+    SEARCH,
+    Line,
+    difference,
+    last,
+    mean_ranks,
+    methods_of,
+    outcome,
+    points_by_seed,
+    problems_of,
+)
+
+SHOWN = {
+    "equal": ("equal weights", "o", plots.BLACK),
+    "yoto": ("YOTO", "v", plots.BLUE),
+    "nash_mtl, every 10": ("Nash-MTL, every 10 steps", "<", plots.ORANGE),
+    "nash_mtl": ("Nash-MTL", ">", plots.VERMILION),
+    "grap_closed_form": ("GraP, closed form", "P", plots.PURPLE),
+    "race: equal and nash_mtl, cut at 20 %": ("race: equal, Nash-MTL", "s", plots.GREY),
+    "race: 9 points, cut at 20 and 50 %": ("race: 9 random points", "X", plots.SKY),
+}
+"""Rows that are drawn: label, marker, colour."""
+
+LOWEST = -10.0  # margins; what is lower stands at the edge
+
+
+def against_runs(result: Result, path: Path) -> None:
+    """A panel for each problem: difference to the whole search, in margins."""
+    lines, problems = result["runs"], problems_of(result)
+    drawing = Figure((3.2 * len(problems) + 2.6, 3.4), dpi=110, layout="constrained")
+    panels = drawing.subplots(1, len(problems), sharey=True, squeeze=False)[0]
+    for panel, (problem, about) in zip(panels, problems.items(), strict=True):
+        panel.axhline(0.0, color="0.7", linewidth=1)
+        panel.axhspan(-1.0, 0.0, color="0.93")
+        curve = search_curve(lines, problem) / about["margin"]
+        panel.plot(range(1, len(curve) + 1), curve, "-", color=plots.GREEN)
+        theirs = outcome(lines, problem, SEARCH)
+        for method, (label, marker, color) in SHOWN.items():
+            ours = outcome(lines, problem, method)
+            apart = difference(ours, theirs)
+            if not np.isfinite(apart.mean):
+                continue
+            mean, reach = (x / about["margin"] for x in (apart.mean, apart.reach))
+            look = {"color": color, "label": label, "marker": marker, "linestyle": ""}
+            if mean > LOWEST:
+                panel.errorbar(ours.runs, mean, reach, capsize=2, **look)
+            else:  # At the lower edge, with its number.
+                panel.plot(ours.runs, LOWEST, clip_on=False, **look)
+                panel.annotate(
+                    f"{mean:.0f}",
+                    (ours.runs, LOWEST),
+                    xytext=(6, 3),
+                    textcoords="offset points",
+                    color=color,
+                    fontsize=8,
+                )
+        panel.set_xscale("log")
+        panel.set_xticks([1, 2, 3, 5, 10, 15], ["1", "2", "3", "5", "10", "15"])
+        panel.minorticks_off()
+        panel.set_ylim(LOWEST, 6)
+        panel.set_title(problem.replace("_", " "))
+        panel.set_xlabel("cost (training runs)")
+    panels[0].set_ylabel("difference to the search\nof 15 runs (margins)")
+    handles = {
+        label: handle
+        for panel in panels
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    line = panels[0].lines[1]
+    drawing.legend(
+        [line, *handles.values()],
+        ["random search, best of n by validation", *handles],
+        loc="outside right upper",
+        frameon=False,
+    )
+    plots.save(drawing, path)
+
+
+def search_curve(lines: Sequence[Line], problem: str) -> np.ndarray:
+    """What the best of n random points ends with, beside that of all of them."""
+    curves = []
+    for found in points_by_seed(lines, problem).values():
+        validation = [last(line, "validation") for line in found]
+        test = [last(line, "test") for line in found]
+        curve = searches.best_of_n(validation, test)
+        curves.append(curve - curve[-1])
+    return np.mean(curves, axis=0)
+
+
+def heatmap(result: Result, path: Path) -> None:
+    """Methods against problems, in margins away from the search."""
+    lines, problems = result["runs"], problems_of(result)
+    ranks = mean_ranks(lines, problems)
+    names = [
+        name
+        for name in sorted(methods_of(lines), key=lambda name: ranks[name])
+        if name != SEARCH
+    ]
+    margins = np.full((len(names), len(problems)), np.nan)
+    lost = np.zeros_like(margins, bool)
+    for column, (problem, about) in enumerate(problems.items()):
+        theirs = outcome(lines, problem, SEARCH)
+        for row, name in enumerate(names):
+            ours = outcome(lines, problem, name)
+            apart = difference(ours, theirs)
+            lost[row, column] = ours.collapsed > 0 or apart.mean == -np.inf
+            if apart.seeds:
+                margins[row, column] = max(apart.mean, -1e6) / about["margin"]
+    size = (5.2 + 0.85 * len(problems), 1.2 + 0.2 * len(names))
+    drawing = Figure(size, dpi=110, layout="constrained")
+    panel = drawing.add_subplot()
+    colors = matplotlib.colormaps["RdBu"].with_extremes(bad="0.9")
+    image = panel.imshow(
+        np.ma.masked_invalid(margins), cmap=colors, vmin=-6, vmax=6, aspect="auto"
+    )
+    panel.set_xticks(range(len(problems)), [p.replace("_", "\n") for p in problems])
+    panel.set_yticks(range(len(names)), names, fontsize=7)
+    panel.xaxis.tick_top()
+    panel.tick_params(length=0)
+    for (row, column), value in np.ndenumerate(margins):
+        if np.isfinite(value):
+            text = "x" if lost[row, column] else f"{value:+.1f}"
+            dark = abs(value) > 3.5
+            panel.text(
+                column,
+                row,
+                text,
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if dark else "black",
+            )
+    bar = drawing.colorbar(image, ax=panel, extend="both", shrink=0.4, aspect=30)
+    bar.set_label(
+        "difference to the search of 15 runs, in margins (more is better)\n"
+        "x: a seed ends below all 15 random constants",
+        fontsize=8,
+    )
+    drawing.savefig(path)
