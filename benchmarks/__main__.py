@@ -54,11 +54,12 @@ def update_tables(pages: tuple[Path, ...], results: Path) -> None:
 
     The table goes to the mark ``name`` of its benchmark, a summary to ``name-summary``,
     further tables to marks that the benchmark chooses, and what all benchmarks with a
-    ``view`` have in common to ``searches``; all weightings go to ``methods``, and all
-    benchmarks to ``benchmarks``.
+    ``view`` have in common to ``searches``; all weightings go to ``methods`` and
+    ``warnings``, and all benchmarks to ``benchmarks``.
     """
     blocks = {
         "methods": markdown(methods_table.table(), numbers=False),
+        "warnings": markdown(methods_table.warnings(), numbers=False),
         "benchmarks": markdown(index(results), numbers=False),
     }
     views = {}

@@ -1,4 +1,7 @@
-"""The table of all weightings in the documentation, from the registry."""
+"""Tables of all weightings in the documentation, from registry and docstrings."""
+
+import inspect
+import re
 
 import yoto_jax as yoto
 from benchmarks.harness.tables import Table
@@ -35,3 +38,21 @@ def _row(method: yoto.weightings.Method) -> list[str]:
         ", ".join(filter(None, (SUMS[method.sum_of_weights], sign))),
         ", ".join(f"[{p.author} {p.year}]({p.url})" for p in method.papers),
     ]
+
+
+def warnings() -> Table:
+    """What the docstring of each method warns of, as Markdown."""
+    rows = []
+    for name in yoto.weightings.methods():
+        text = inspect.getdoc(getattr(yoto.weightings, name)) or ""
+        _, _, warning = text.partition(".. warning::\n")
+        if warning:
+            rows.append([f"`{name}`", _plain(warning)])
+    return Table(("method", "what its reference warns of"), rows)
+
+
+def _plain(text: str) -> str:
+    """A paragraph of reStructuredText as Markdown in one line."""
+    text = re.sub(r":math:`([^`]+)`", r"$\1$", " ".join(text.split()))
+    text = re.sub(r":\w+:`(?:[\w.]+\.)?(\w+)`", r"`\1`", text)
+    return text.replace("``", "`").replace("|", "\\|")

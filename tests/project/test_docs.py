@@ -64,7 +64,7 @@ def test_what_a_snippet_prints_is_compared():
 
 def test_links_of_the_pages_lead_somewhere():
     for page in (*PAGES, *(ROOT / "benchmarks").rglob("*.md")):
-        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        for link in re.findall(r"\]\(([^)#\"]+?)(?: \"[^\"]*\")?\)", page.read_text()):
             if "://" not in link:
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
 
@@ -131,11 +131,19 @@ def test_all_is_what_a_package_shows(module):
 
 
 def test_the_table_of_weightings_is_that_of_the_registry():
-    page = (ROOT / "docs" / "how-to" / "weightings.md").read_text()
+    page = (ROOT / "docs" / "how-to" / "choose.md").read_text()
     block = markdown(methods_table.table(), numbers=False)
     assert f"<!-- methods:begin -->\n{block}\n<!-- methods:end -->" in page
     for name in ("normalize", "smooth", "every", "skip_outliers"):
         assert re.search(rf"`{name}\b", page)
+
+
+def test_the_page_of_deviations_has_the_warnings_of_the_docstrings():
+    page = (ROOT / "docs" / "understand" / "deviations.md").read_text()
+    block = markdown(methods_table.warnings(), numbers=False)
+    assert f"<!-- warnings:begin -->\n{block}\n<!-- warnings:end -->" in page
+    assert ":func:" not in block
+    assert ":math:" not in block
 
 
 def test_the_core_imports_jax_and_optax_alone():

@@ -74,8 +74,9 @@ def one_of(weightings: Mapping[str, LossWeighting]) -> LossWeighting:
     .. note::
       A lane costs what the dearest weighting needs: one that looks at gradients makes
       all lanes compute them. Under ``vmap`` the arithmetic of every weighting is done
-      in every lane, which is little beside the gradients; so :func:`yoto_jax.weightings.every` inside saves
-      nothing, but may go around. :func:`alone` takes the winner out of it.
+      in every lane, which is little beside the gradients; so
+      :func:`yoto_jax.weightings.every` inside saves nothing, but may go around.
+      :func:`alone` takes the winner out of it.
     """
     _check(weightings)
     arms = _Arms(tuple(weightings.values()))

@@ -85,7 +85,7 @@ def grap(
 
     .. warning::
       The composite gradient never shrinks, not at the optimum either: let the learning
-      rate decay. The guide to weightings lists deviations from the published code.
+      rate decay. The documentation lists deviations from the published code.
     """
     alignment = Alignment(downstream, gramian_decay, norm_decay, warmup)
     check_not_negative(regularization=regularization)

@@ -77,7 +77,7 @@ def grap_closed_form(
 
     .. warning::
       If all losses pull against the downstream one, the weights are 0; after 5 such
-      steps in a row they are equal. The guide to weightings says where both forms of
+      steps in a row they are equal. The documentation says where both forms of
       GraP differ from the published implementation.
     """
     alignment = Alignment(downstream, gramian_decay, norm_decay, warmup)
