@@ -82,7 +82,7 @@ WEIGHTINGS = [
 STANDING_FOR_THE_TEST = {
     "contract/test_weightings.py": {
         "test_eager_equals_jit": ["famo", "upgrad"],
-        "test_one_loss_and_forty": WEIGHTINGS,
+        "test_one_loss_and_twenty": WEIGHTINGS,
         "test_low_precision_and_double": WEIGHTINGS,
         "test_scan_under_vmap_equals_a_loop": WEIGHTINGS,
         "test_the_gradient_is_the_weighted_sum": WEIGHTINGS,

@@ -128,8 +128,9 @@ def test_the_gradient_is_the_weighted_sum(row):
     CHECKS["gradient"](trial_of(row))
 
 
-@pytest.mark.parametrize("count", [1, 40])
-def test_one_loss_and_forty(row, count):
+# Twenty gradients of fifteen parameters depend on each other.
+@pytest.mark.parametrize("count", [1, 20])
+def test_one_loss_and_twenty(row, count):
     trial = trial_of(row, max(count, row.at_least))
     CHECKS["training"](trial)
     weights = optax.tree.get(trial.stay(2)[-1], "loss_weights")
@@ -318,8 +319,9 @@ def test_weights_are_negative_where_the_registry_says_so(row):
         positive = "non-negative weights" in method.properties
         assert method.negative_weights == (not positive)
         return
-    fast = {"optimizer": optax.sgd(1.0)} if method.name == "auto_lambda" else {}
-    trial = Trial(method.example("a", **fast), about="a" if row.about else None)
+    trial = trial_of(row)
+    if method.name == "auto_lambda":  # It takes long to get there at its own pace.
+        trial = Trial(method.example("a", optimizer=optax.sgd(1.0)), about="a")
     state, least = trial.init(), np.inf
     for seed in range(19):
         weights, state = trial.tell(trial.batch(seed), state)

@@ -70,6 +70,9 @@ def score(w):
     return -loss_fn(w, batch_of(1000))["fit"]
 
 
+scores_of = jax.jit(jax.vmap(score))
+
+
 TRACED = []  # numbers of lanes
 
 
@@ -88,7 +91,7 @@ def run(race, lanes, step=0):
     """The lanes after the last cut, and which arms they are."""
     for rung in race.after(step):
         lanes = train(vmapped(), lanes, rung)
-        kept = racing.keep(lanes, jax.vmap(score)(lanes[0]), rung.keep)
+        kept = racing.keep(lanes, scores_of(lanes[0]), rung.keep)
         lanes = kept.lanes
     return lanes
 
@@ -143,7 +146,7 @@ def test_a_race_that_was_killed_ends_bit_for_bit_as_if_not():
         for rung in race.rungs:
             lanes = train(vmapped(), lanes, rung._replace(stop=min(rung.stop, stop)))
             if rung.stop < stop or (rung.stop == stop and cut):
-                scores = jax.vmap(score)(lanes[0])
+                scores = scores_of(lanes[0])
                 lanes = racing.keep(lanes, scores, rung.keep).lanes
             if rung.stop >= stop:
                 break
@@ -182,7 +185,7 @@ def test_lanes_that_diverge_lose_and_disturb_nobody():
     others = jax.tree.map(lambda x: x[jnp.array([0, 2, 3])], lanes)
     for i in range(30):
         lanes, others = every(lanes, batch_of(i)), every(others, batch_of(i))
-    scores = jax.vmap(score)(lanes[0])
+    scores = scores_of(lanes[0])
     assert not np.isfinite(scores[1])
     kept = racing.keep(lanes, scores, 3)
     np.testing.assert_array_equal(kept.indices, [0, 2, 3])
@@ -199,7 +202,7 @@ def test_lanes_spread_over_eight_devices():
     assert lanes[0].sharding.shard_shape(lanes[0].shape)[0] == 1
     for rung in race.rungs:
         lanes = train(vmapped(), lanes, rung)
-        lanes = racing.keep(lanes, jax.vmap(score)(lanes[0]), rung.keep).lanes
+        lanes = racing.keep(lanes, scores_of(lanes[0]), rung.keep).lanes
         lanes = racing.spread(lanes)
         assert lanes[0].sharding.num_devices == 8
     expected = run(race, first)

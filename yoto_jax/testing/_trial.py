@@ -155,11 +155,14 @@ class Trial:
 
         return jax.jit(fn)
 
+    @functools.cached_property
+    def shapes(self) -> PyTree:
+        """Those of the losses."""
+        return jax.eval_shape(self.loss_fn, self.params, self.batches[0])
+
     def init(self) -> Any:
         """A first state, from shapes alone."""
-        return self.weighting.init(
-            jax.eval_shape(self.loss_fn, self.params, self.batches[0])
-        )
+        return self.weighting.init(self.shapes)
 
     def stay(self, count: int, params: Params = None) -> tuple[PyTree, PyTree, Any]:
         """Losses, gradient and state after some steps that the parameters sit out."""
@@ -205,9 +208,9 @@ class Trial:
     ) -> tuple[PyTree, Any]:
         """One update with a batch; all losses are there unless told."""
         there = np.full(self.size, True) if present is None else present
-        losses, seen = jax.tree.map(jnp.float32, (batch.losses, batch.statistics))
-        tree = split(losses, self.structure)
-        return self.update(tree, state, split(jnp.asarray(there), self.structure), seen)
+        losses, seen = jax.tree.map(np.float32, (batch.losses, batch.statistics))
+        trees = (self.structure.unflatten(list(x)) for x in (losses, there))
+        return self.update(next(trees), state, next(trees), seen)
 
     def state_that_is_due(self, seed: int = 100) -> Any:
         """A state after two updates or more, at which the next one looks at all."""
