@@ -21,7 +21,7 @@ test: lint types tests
 test-all: lint types $(VENV)/dev
 	$(QUICKLY) -m "not compiled"
 	$(AS_USERS) -m compiled
-	$(MAKE) notebooks
+	$(MAKE) notebooks docs
 
 lint: $(VENV)/dev
 	$(RUN) ruff check .
