@@ -33,6 +33,11 @@ SELDOM = ("grad_norm_balance", "nash_mtl", "aligned_mtl")
 OF_FEATURES = ("grad_norm_balance", "nash_mtl", "aligned_mtl")
 """Methods that are also tried looking at the gradients of features alone."""
 
+WARMUP = 0.02
+"""Of the steps, in which gradient norms are measured that weights are then held by."""
+SHARES = {"share .1, frozen": 0.1, "share 1, frozen": 1.0, "share 10, frozen": 10.0}
+"""Constant weights that make auxiliary gradients so long, in those of the primary."""
+
 weightings = yoto.weightings
 Make = Callable[[Task], yoto.LossWeighting]
 
@@ -94,6 +99,7 @@ def entries(task: Task) -> dict[str, Entry]:
         name: Entry(Weighted(make), "candidate", cost(task, make(task)))
         for name, make in made.items()
     }
+    found |= {name: _frozen(task, make) for name, make in frozen(task).items()}
     found |= {f"{name}, every {PERIOD}": _seldom(task, name) for name in SELDOM}
     if has_features(task):
         found |= {f"{name}, of features": _of_features(name) for name in OF_FEATURES}
@@ -115,6 +121,16 @@ def _of_features(name: str) -> Entry:
     method = weightings.methods()[name]
     rule = Weighted(lambda task: method.example(task.primary), of_features=True)
     return Entry(rule, "candidate", None)
+
+
+def _frozen(task: Task, make: Make) -> Entry:
+    """Norms that are looked at in the first steps alone."""
+    extra = cost(task, make(task)) - 1
+    return Entry(Weighted(make), "candidate", 1 + extra * _warmup(task) / task.steps)
+
+
+def _warmup(task: Task) -> int:
+    return max(1, int(WARMUP * task.steps))
 
 
 def _seldom(task: Task, name: str) -> Entry:
@@ -150,16 +166,25 @@ def cost(task: Task, weighting: yoto.LossWeighting) -> float:
 def candidates(task: Task) -> dict[str, Make]:
     """What is tried beyond the library's defaults."""
     primary = task.primary
-    warmup = max(1, task.steps // 50)
     balance = weightings.grad_norm_balance
     return {
         "anchored .1": lambda task: balance(primary, share=0.1),
         "anchored 1": lambda task: balance(primary, share=1.0),
+        "nash_mtl, capped": lambda task: capped(weightings.nash_mtl(), primary),
+    }
+
+
+def frozen(task: Task) -> dict[str, Make]:
+    """Weightings of losses in units of the gradient norms of the first steps."""
+    primary, warmup = task.primary, _warmup(task)
+
+    def equal(share: float) -> Make:
+        return lambda task: in_units(
+            weightings.equal(), primary, share=share, warmup=warmup
+        )
+
+    return {name: equal(share) for name, share in SHARES.items()} | {
         "yoto in units, frozen": lambda task: in_units(
             weightings.yoto(primary, epsilon=1.0), primary, warmup=warmup
-        ),
-        "equal in units, frozen": lambda task: in_units(
-            weightings.equal(), primary, warmup=warmup
-        ),
-        "nash_mtl, capped": lambda task: capped(weightings.nash_mtl(), primary),
+        )
     }

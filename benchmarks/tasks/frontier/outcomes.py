@@ -17,38 +17,26 @@ Problems = dict[str, dict[str, Any]]
 
 SEARCH = "search"
 AVERAGED = " averaged"
-PORTFOLIO = (
-    "primary alone",
-    "equal",
-    "anchored .1",
-    "anchored 1",
-    "yoto",
-    "upgrad",
-    "aligned_mtl",
-)
-CHEAP = ("primary alone", "equal", "yoto", "yoto, epsilon 1")
+SHARES = ("equal", "share .1, frozen", "share 1, frozen", "share 10, frozen")
+LATE = ((0.2, 2), (0.5, 1))
+EARLY = ((0.1, 3), (0.3, 1))
 RACES = {
-    "race: portfolio, cut at 20 and 50 %": Race(PORTFOLIO, 0, ((0.2, 2), (0.5, 1))),
-    "race: portfolio, cut at 20 %": Race(PORTFOLIO, 0, ((0.2, 1),)),
-    "race: without gradients, cut at 20 and 50 %": Race(CHEAP, 0, ((0.2, 2), (0.5, 1))),
+    "race: 5 points, cut at 20 and 50 %": Race((), 5, LATE),
+    "race: 9 points, cut at 20 and 50 %": Race((), 9, ((0.2, 3), (0.5, 1))),
+    "race: 15 points, cut at 20 and 50 %": Race((), 15, ((0.2, 3), (0.5, 1))),
+    "race: equal and 5 points, cut at 10 and 30 %": Race(("equal",), 5, EARLY),
+    "race: equal and shares, cut at 20 %": Race(SHARES, 0, ((0.2, 1),)),
+    "race: equal and shares, cut at 20 and 50 %": Race(SHARES, 0, LATE),
+    "race: equal, shares and 3 points, cut at 10 and 30 %": Race(SHARES, 3, EARLY),
+    "race: equal, shares and aligned_mtl, cut at 20 and 50 %": Race(
+        (*SHARES, "aligned_mtl"), 0, LATE
+    ),
     "race: equal and nash_mtl, cut at 20 %": Race(
         ("equal", "nash_mtl"), 0, ((0.2, 1),)
     ),
-    "race: equal and nash_mtl, cut at 50 %": Race(
-        ("equal", "nash_mtl"), 0, ((0.5, 1),)
+    "race: equal and aligned_mtl, cut at 20 %": Race(
+        ("equal", "aligned_mtl"), 0, ((0.2, 1),)
     ),
-    "race: equal and nash_mtl of features, cut at 20 %": Race(
-        ("equal", "nash_mtl, of features"), 0, ((0.2, 1),)
-    ),
-    "race: equal and nash_mtl of features, cut at 50 %": Race(
-        ("equal", "nash_mtl, of features"), 0, ((0.5, 1),)
-    ),
-    "race: equal, nash_mtl and grad_norm_balance, cut at 20 and 50 %": Race(
-        ("equal", "nash_mtl", "grad_norm_balance"), 0, ((0.2, 2), (0.5, 1))
-    ),
-    "race: 5 points, cut at 20 and 50 %": Race((), 5, ((0.2, 2), (0.5, 1))),
-    "race: 9 points, cut at 20 and 50 %": Race((), 9, ((0.2, 3), (0.5, 1))),
-    "race: 15 points, cut at 20 and 50 %": Race((), 15, ((0.2, 3), (0.5, 1))),
 }
 """Races of runs that are there, by name."""
 
@@ -144,9 +132,8 @@ def raced(lines: Sequence[Line], problem: str, race: Race, suffix: str = "") -> 
     tests: dict[int, float] = {}
     costs = []
     for seed, found in points.items():
-        own = [arms[method].get(seed) for method in race.arms]
-        own = own or found[: race.points]
-        if all(own) and len(own) >= race.points:
+        own = [arms[method].get(seed) for method in race.arms] + found[: race.points]
+        if all(own) and len(own) == len(race.arms) + race.points:
             finish = races.run(race, own, "validation" + suffix)
             tests[seed] = last(finish.line, "test" + suffix)
             costs.append(finish.runs)
@@ -179,7 +166,7 @@ def contenders(lines: Sequence[Line], problem: str) -> list[str]:
 
     All that a race is made of is among them.
     """
-    always = {SEARCH, *PORTFOLIO, *CHEAP, *(a for r in RACES.values() for a in r.arms)}
+    always = {SEARCH, *(arm for race in RACES.values() for arm in race.arms)}
     names = list(dict.fromkeys(line["method"] for line in lines))
     best = max(
         float(np.mean(list(outcome(lines, problem, name).tests.values())))

@@ -18,8 +18,8 @@ class Race(NamedTuple):
     """Arms and cuts.
 
     Attributes:
-      arms: Methods; none for the first ``points`` points of the search.
-      points: How many of those.
+      arms: Methods.
+      points: How many points of the search, the first ones, are arms too.
       cuts: As in :func:`yoto_jax.racing.plan`.
     """
 
