@@ -47,10 +47,12 @@ smoke: $(VENV)/dev
 notebooks: $(VENV)/dev
 	$(RUN) pytest --nbmake -n $(WORKERS) notebooks
 
-# The site, in docs/_build/html. A warning is an error; no network is needed.
+# The site, in docs/_build/html. Warnings and links that lead nowhere are errors; links to
+# other sites are not followed, and no network is needed.
 docs: $(VENV)/docs
 	$(RUN) sphinx -W --keep-going -q -b html -c docs -d docs/_build/doctrees . \
 		docs/_build/html
+	$(VENV)/bin/linkchecker --no-status --quiet docs/_build/html/index.html
 
 # Lines and branches of the library that the tests of `make test` run.
 coverage: $(VENV)/dev

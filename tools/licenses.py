@@ -45,6 +45,7 @@ PURPOSES = {
     "nbmake": "notebooks as tests",
     "furo": "the look of the site",
     "latex2mathml": "formulas of the site",
+    "linkchecker": "links of the site",
     "myst-nb": "pages and notebooks of the site",
     "sphinx": "builds the site",
     "sphinx-copybutton": "copies examples with one click",
