@@ -62,6 +62,7 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 600
 nb_execution_show_tb = True
 nb_merge_streams = True
+nb_output_stderr = "remove"
 
 # Reference: what the docstrings say.
 autodoc_member_order = "bysource"
