@@ -15,7 +15,6 @@ import tarfile
 import tempfile
 import time
 import tomllib
-import venv
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -130,7 +129,7 @@ def python_of(place: Path) -> Path:
 
 def install(place: Path) -> str:
     """The wheel, and what it depends on."""
-    venv.create(place / "venv", with_pip=True)
+    run(sys.executable, "-m", "venv", place / "venv")
     run(python_of(place), "-m", "pip", "install", "--quiet", built()[1])
     return "the wheel in a new environment, with the core alone"
 

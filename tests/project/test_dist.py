@@ -46,7 +46,7 @@ def test_a_checker_that_sees_nothing_is_not_believed(lines):
 def test_the_source_distribution_is_to_have_all_that_is_under_version_control():
     tracked = ["tests/a.py", "docs/a.md", "notebooks/a.ipynb", "benchmarks/a.py"]
     tracked += ["yoto_jax/a.py", "LICENSE", "README.md", "pyproject.toml"]
-    assert dist.included([*tracked, ".github/a.yml"]) == set(tracked)
+    assert dist.included([*tracked, ".pre-commit-config.yaml"]) == set(tracked)
 
 
 def test_notebooks_that_were_run_are_found():
