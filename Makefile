@@ -8,7 +8,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 WORKERS ?= 2
 
-.PHONY: demo check test test-all lint types tests smoke notebooks docs coverage mutants audit format clean
+.PHONY: demo check test test-all lint types tests smoke notebooks docs coverage mutants audit dist format clean
 
 demo: $(VENV)/bench
 	$(RUN) benchmarks digits --methods yoto,equal,nash_mtl,race,grid
@@ -73,6 +73,11 @@ audit: $(VENV)/dev
 	$(VENV)/pip-audit/bin/pip-audit --strict --disable-pip --no-deps \
 		-r $(VENV)/installed.txt
 
+# Wheel and source distribution, tried as users get them: see tools/dist.py. It asks
+# pypi.org for build tools, and npm for Pyright.
+dist: $(VENV)/release
+	$(RUN) tools.dist
+
 format: $(VENV)/dev
 	$(RUN) ruff check --fix .
 	$(RUN) ruff format .
@@ -88,4 +93,4 @@ $(VENV)/%: $(VENV)/bin/python pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) dist .pytest_cache .ruff_cache

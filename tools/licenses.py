@@ -60,6 +60,11 @@ PURPOSES = {
     "pytest-cov": "lines that the tests run",
     "pytest-xdist": "tests on several cores",
     "ruff": "style",
+    "build": "wheel and source distribution",
+    "check-wheel-contents": "what belongs into a wheel",
+    "mypy": "types of the examples",
+    "pyright": "types of the examples",
+    "twine": "what PyPI would refuse",
     "hatchling": "builds the package",
     "hatch-fancy-pypi-readme": "links of the README on PyPI",
 }

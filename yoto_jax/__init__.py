@@ -78,11 +78,13 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> typing.Any:
-    """The parts that few programs need are imported when they are asked for."""
-    if name not in ("conditional", "monitoring", "racing", "testing"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module(f"{__name__}.{name}")
+if not typing.TYPE_CHECKING:  # With it, type checkers would take any name.
+
+    def __getattr__(name: str) -> typing.Any:
+        """The parts that few programs need are imported when they are asked for."""
+        if name not in ("conditional", "monitoring", "racing", "testing"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return importlib.import_module(f"{__name__}.{name}")
 
 
 def __dir__() -> list[str]:

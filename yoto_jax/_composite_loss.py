@@ -1,6 +1,7 @@
 """The weighted composite loss."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from yoto_jax._numerics import float_type, softmax, stack, sum_of_products
 
 
 def composite_loss(
-    losses: Losses, mu: LossLogits, *, present: Present | None = None
+    losses: Losses, mu: LossLogits | Any, *, present: Present | None = None
 ) -> jax.Array:
     r"""Composite loss: convex combination of the losses with learned weights.
 

@@ -23,7 +23,7 @@ Entropy = Literal["all", "auxiliary"]
 
 
 def regularizer(
-    mu: LossLogits, *, entropy: Entropy = "all", present: Present | None = None
+    mu: LossLogits | Any, *, entropy: Entropy = "all", present: Present | None = None
 ) -> jax.Array:
     r"""Regulariser of the loss logits: negated entropy plus softplus, without rho.
 

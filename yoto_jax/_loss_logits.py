@@ -161,7 +161,9 @@ def init_loss_logits(
     return LossLogits(learned, structure, position)
 
 
-def loss_weights(mu: LossLogits) -> PyTree:
+# Where loss logits come out of a tree of parameters, as ``params["mu"]``, type checkers
+# have lost their type: public functions take ``Any``, and check what they get.
+def loss_weights(mu: LossLogits | Any) -> PyTree:
     r"""Loss weights :math:`\lambda = \mathrm{Softmax}(\mu)` of loss logits.
 
     .. math::

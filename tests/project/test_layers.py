@@ -19,6 +19,7 @@ LAYERS = (
     ("weightings",),
     ("conditional", "monitoring", "checkpoints", "racing", "testing"),
     ("linen", "nnx"),
+    ("__main__",),
 )
 """From the bottom to the top: a room imports from its own layer and from lower ones."""
 FILES = sorted(

@@ -89,12 +89,14 @@ if typing.TYPE_CHECKING:  # For type checkers: the names that the registry has.
 __all__ = ["Method", "Paper", "methods", *_HOMES]
 
 
-def __getattr__(name: str) -> typing.Any:
-    """A method is imported when it is first asked for: there are many of them."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = _find(name)
-    return globals()[name]
+if not typing.TYPE_CHECKING:  # With it, type checkers would take any name.
+
+    def __getattr__(name: str) -> typing.Any:
+        """A method is imported when it is first asked for: there are many of them."""
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = _find(name)
+        return globals()[name]
 
 
 def __dir__() -> list[str]:
