@@ -414,7 +414,8 @@ def test_one_pretraining_loss_has_its_gradient_normalised():
     weighting = grap("label")
     losses = {"fit": jnp.float32(1.0), "label": jnp.float32(2.0)}
     gramian = jnp.array([[16.0, 3.0], [3.0, 9.0]])
-    weights, state = weighting.update(losses, weighting.init(losses), gramian=gramian)
+    update = jax.jit(weighting.update)
+    weights, state = update(losses, weighting.init(losses), gramian=gramian)
     assert float(weights["fit"]) == 0.25
     assert float(weights["label"]) == 0.0
     assert state.inner.raw_weights == 1.0
@@ -431,10 +432,9 @@ def test_the_place_of_the_downstream_loss_does_not_matter():
         weighting = grap("abcd"[place], initial=2.0)
         state = weighting.init(losses)
         assert state.loss_weights["abcd"[place]] == 0
+        update = jax.jit(weighting.update)
         for _ in range(2):
-            weights, state = weighting.update(
-                losses, state, gramian=arranged @ arranged.T
-            )
+            weights, state = update(losses, state, gramian=arranged @ arranged.T)
         weights = np.asarray(list(weights.values()))
         weights = np.append(np.delete(weights, place), weights[place])
         expected = weights if expected is None else expected

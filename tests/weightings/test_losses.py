@@ -442,14 +442,19 @@ def quadratic(x):
 
 
 def train(weighting, observe, steps=25):
-    state, x, history = weighting.init([0.0] * 3), jnp.zeros(2), []
-    for _ in range(steps):
+    @jax.jit
+    def step(state, x):
         losses, pullback = jax.vjp(quadratic, x)
         weights, state = weighting.update(losses, state)
-        history.append(weights)
         x = x - 0.05 * pullback(weights)[0]
         if observe:
             state = weighting.observe_step(quadratic(x), state)
+        return state, x, weights
+
+    state, x, history = weighting.init([0.0] * 3), jnp.zeros(2), []
+    for _ in range(steps):
+        state, x, weights = step(state, x)
+        history.append(weights)
     return np.array(history)
 
 
