@@ -24,11 +24,11 @@ from benchmarks.tasks.frontier.outcomes import (
 SHOWN = {
     "equal": ("equal weights", "o", plots.BLACK),
     "yoto": ("YOTO", "v", plots.BLUE),
-    "nash_mtl, every 10": ("Nash-MTL, every 10 steps", "<", plots.ORANGE),
-    "nash_mtl": ("Nash-MTL", ">", plots.VERMILION),
-    "grap_closed_form": ("GraP, closed form", "P", plots.PURPLE),
-    "race: equal and nash_mtl, cut at 20 %": ("race: equal, Nash-MTL", "s", plots.GREY),
-    "race: 9 points, cut at 20 and 50 %": ("race: 9 random points", "X", plots.SKY),
+    "share 1, frozen": ("equal gradient norms at the start", "d", plots.GREY),
+    "aligned_mtl, every 10": ("Aligned-MTL, every 10 steps", "<", plots.ORANGE),
+    "aligned_mtl": ("Aligned-MTL", ">", plots.VERMILION),
+    "nash_mtl": ("Nash-MTL", "P", plots.PURPLE),
+    "race: 15 points, cut at 10 and 30 %": ("race: 15 random points", "s", plots.SKY),
 }
 """Rows that are drawn: label, marker, colour."""
 

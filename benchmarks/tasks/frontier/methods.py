@@ -27,9 +27,13 @@ LEFT_OUT = {
 }
 """Methods of the registry that are no rows, and why."""
 
-PERIOD = 10
-SELDOM = ("grad_norm_balance", "nash_mtl", "aligned_mtl")
-"""Methods that are also tried with weights that are held in between."""
+SELDOM = (
+    ("grad_norm_balance", 10),
+    ("nash_mtl", 10),
+    ("aligned_mtl", 10),
+    ("aligned_mtl", 3),
+)
+"""Methods that are also tried with weights that are held for so many steps."""
 OF_FEATURES = ("grad_norm_balance", "nash_mtl", "aligned_mtl")
 """Methods that are also tried looking at the gradients of features alone."""
 
@@ -100,7 +104,10 @@ def entries(task: Task) -> dict[str, Entry]:
         for name, make in made.items()
     }
     found |= {name: _frozen(task, make) for name, make in frozen(task).items()}
-    found |= {f"{name}, every {PERIOD}": _seldom(task, name) for name in SELDOM}
+    found |= {
+        f"{name}, every {period}": _seldom(task, name, period)
+        for name, period in SELDOM
+    }
     if has_features(task):
         found |= {f"{name}, of features": _of_features(name) for name in OF_FEATURES}
     return found
@@ -133,14 +140,14 @@ def _warmup(task: Task) -> int:
     return max(1, int(WARMUP * task.steps))
 
 
-def _seldom(task: Task, name: str) -> Entry:
+def _seldom(task: Task, name: str, period: int) -> Entry:
     """A method that looks at the gradients every so many steps alone."""
     method = weightings.methods()[name]
-    make = lambda task: weightings.every(method.example(task.primary), PERIOD)
+    make = lambda task: weightings.every(method.example(task.primary), period)
     extra = cost(task, make(task)) - 1
     # One lane after the other: side by side, what is not due would be done too.
     rule = Weighted(make, side_by_side=False)
-    return Entry(rule, "candidate", 1 + extra / PERIOD)
+    return Entry(rule, "candidate", 1 + extra / period)
 
 
 def _entry(task: Task, method: yoto.weightings.Method) -> Entry:

@@ -18,19 +18,15 @@ Problems = dict[str, dict[str, Any]]
 SEARCH = "search"
 AVERAGED = " averaged"
 SHARES = ("equal", "share .1, frozen", "share 1, frozen", "share 10, frozen")
-LATE = ((0.2, 2), (0.5, 1))
-EARLY = ((0.1, 3), (0.3, 1))
+EARLY, LATE = ((0.1, 4), (0.3, 1)), ((0.2, 3), (0.5, 1))
 RACES = {
-    "race: 5 points, cut at 20 and 50 %": Race((), 5, LATE),
-    "race: 9 points, cut at 20 and 50 %": Race((), 9, ((0.2, 3), (0.5, 1))),
-    "race: 15 points, cut at 20 and 50 %": Race((), 15, ((0.2, 3), (0.5, 1))),
-    "race: equal and 5 points, cut at 10 and 30 %": Race(("equal",), 5, EARLY),
+    "race: 5 points, cut at 20 and 50 %": Race((), 5, ((0.2, 2), (0.5, 1))),
+    "race: 9 points, cut at 20 and 50 %": Race((), 9, LATE),
+    "race: 9 points, cut at 10 and 30 %": Race((), 9, EARLY),
+    "race: 15 points, cut at 20 and 50 %": Race((), 15, LATE),
+    "race: 15 points, cut at 10 and 30 %": Race((), 15, EARLY),
+    "race: equal and 7 points, cut at 10 and 30 %": Race(("equal",), 7, EARLY),
     "race: equal and shares, cut at 20 %": Race(SHARES, 0, ((0.2, 1),)),
-    "race: equal and shares, cut at 20 and 50 %": Race(SHARES, 0, LATE),
-    "race: equal, shares and 3 points, cut at 10 and 30 %": Race(SHARES, 3, EARLY),
-    "race: equal, shares and aligned_mtl, cut at 20 and 50 %": Race(
-        (*SHARES, "aligned_mtl"), 0, LATE
-    ),
     "race: equal and nash_mtl, cut at 20 %": Race(
         ("equal", "nash_mtl"), 0, ((0.2, 1),)
     ),

@@ -27,10 +27,11 @@ from benchmarks.tasks.frontier.outcomes import (
 RECOMMENDED = (
     "equal",
     "yoto",
-    "nash_mtl, every 10",
+    "share 1, frozen",
+    "aligned_mtl, every 10",
+    "aligned_mtl",
     "nash_mtl",
-    "grap_closed_form",
-    "race: equal and nash_mtl, cut at 20 %",
+    "race: 15 points, cut at 10 and 30 %",
     "race: 9 points, cut at 20 and 50 %",
     SEARCH,
 )
