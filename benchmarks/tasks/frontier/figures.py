@@ -28,6 +28,11 @@ SHOWN = {
     "aligned_mtl, every 10": ("Aligned-MTL, every 10 steps", "<", plots.ORANGE),
     "aligned_mtl": ("Aligned-MTL", ">", plots.VERMILION),
     "nash_mtl": ("Nash-MTL", "P", plots.PURPLE),
+    "race: equal and shares, cut at 20 %": (
+        "race: equal, shares of gradient norms",
+        "*",
+        plots.GREEN,
+    ),
     "race: 15 points, cut at 10 and 30 %": ("race: 15 random points", "s", plots.SKY),
 }
 """Rows that are drawn: label, marker, colour."""
@@ -46,6 +51,7 @@ def against_runs(result: Result, path: Path) -> None:
         curve = search_curve(lines, problem) / about["margin"]
         panel.plot(range(1, len(curve) + 1), curve, "-", color=plots.GREEN)
         theirs = outcome(lines, problem, SEARCH)
+        below = 0
         for method, (label, marker, color) in SHOWN.items():
             ours = outcome(lines, problem, method)
             apart = difference(ours, theirs)
@@ -60,11 +66,12 @@ def against_runs(result: Result, path: Path) -> None:
                 panel.annotate(
                     f"{mean:.0f}",
                     (ours.runs, LOWEST),
-                    xytext=(6, 3),
+                    xytext=(6, 3 + 9 * below),
                     textcoords="offset points",
                     color=color,
                     fontsize=8,
                 )
+                below += 1
         panel.set_xscale("log")
         panel.set_xticks([1, 2, 3, 5, 10, 15], ["1", "2", "3", "5", "10", "15"])
         panel.minorticks_off()

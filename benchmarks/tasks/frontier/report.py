@@ -31,8 +31,8 @@ RECOMMENDED = (
     "aligned_mtl, every 10",
     "aligned_mtl",
     "nash_mtl",
+    "race: equal and shares, cut at 20 %",
     "race: 15 points, cut at 10 and 30 %",
-    "race: 9 points, cut at 20 and 50 %",
     SEARCH,
 )
 """Rows of the short table, from the cheapest on."""
