@@ -1,7 +1,8 @@
 """An image that stands alone and has a title is a figure with that caption.
 
 ``![what is to be seen](figure.png "What it shows.")`` is an image with a tooltip on a
-page of the repository, and a figure here. An image without a description is an error.
+page of the repository, and a figure here. One without a description or, where it stands
+alone, without a title is an error.
 """
 
 from docutils import nodes
@@ -24,7 +25,9 @@ class Captions(SphinxTransform):
                 LOG.warning("an image without a description", location=image)
             paragraph, title = image.parent, image.get("title")
             alone = isinstance(paragraph, nodes.paragraph) and len(paragraph) == 1
-            if title and alone:
+            if alone and not title:
+                LOG.warning("a figure without a caption", location=image)
+            elif alone:
                 figure = nodes.figure("", image, nodes.caption(title, title))
                 paragraph.replace_self(figure)
 
