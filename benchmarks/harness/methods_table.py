@@ -20,7 +20,15 @@ SUMS = {"1": "sum 1", "K": "sum K", "free": ""}
 
 def table() -> Table:
     """What is known of each method."""
-    columns = ("weighting", "looks at", "losses", "remembers", "weights", "from")
+    columns = (
+        "weighting",
+        "looks at",
+        "costs",
+        "losses",
+        "remembers",
+        "weights",
+        "from",
+    )
     return Table(columns, [_row(m) for m in yoto.weightings.methods().values()])
 
 
@@ -33,11 +41,21 @@ def _row(method: yoto.weightings.Method) -> list[str]:
     return [
         f"`{method.name}`",
         (", ".join(seen) or "nothing") + about,
+        _cost(method),
         method.accepts,
         method.remembers,
         ", ".join(filter(None, (SUMS[method.sum_of_weights], sign))),
         ", ".join(f"[{p.author} {p.year}]({p.url})" for p in method.papers),
     ]
+
+
+def _cost(method: yoto.weightings.Method) -> str:
+    """What a step takes beyond the losses."""
+    if "ntk_diagonal" in method.needs:
+        return "the kernel"
+    if not set(method.needs) - {"losses"}:
+        return "one gradient"
+    return "K + 1 gradients" if method.requires == "downstream" else "K gradients"
 
 
 def warnings() -> Table:

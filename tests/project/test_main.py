@@ -15,8 +15,10 @@ from yoto_jax import _jaxlib
 
 
 @pytest.fixture
-def report(capsys):
+def report(capsys, monkeypatch):
     """Runs it: the exit status, and what is printed after each name."""
+    # The doctests import it as a module, and then it would be there twice.
+    monkeypatch.delitem(sys.modules, "yoto_jax.__main__", raising=False)
 
     def run():
         with pytest.raises(SystemExit) as stopped:
