@@ -26,7 +26,7 @@ SIZES = {
     "quick": physics.QUICK,
     "cpu": physics.Size(15_000, 32, 3, (12, 24), 48, 256, 4),
 }
-LEARNING_RATE = 5e-3
+LEARNING_RATE = 1.5e-2
 BOUNDS = ((1e-1, 1e5), (1e-1, 1e5))
 
 TEST_SIDE = 129
