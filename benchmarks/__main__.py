@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     ROOT / "README.md",
-    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "docs").glob("[!_]*/*.md")),  # not what is built
     ROOT / "benchmarks" / "README.md",
     ROOT / "benchmarks" / "FINDINGS.md",
     *(ROOT / "benchmarks" / "tasks" / name / "REPORT.md" for name in BENCHMARKS),

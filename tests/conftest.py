@@ -1,3 +1,4 @@
+import contextlib
 import os
 
 import jax
@@ -18,23 +19,33 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@contextlib.contextmanager
+def without_optimisations(value):
+    """XLA leaves out most optimisations, or none, until the end."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", value)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """For tests that compile many programs to run each of them a few times."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    with without_optimisations(True):
+        yield
 
 
 @pytest.fixture
-def full_compilation():
+def optimised():
+    """For tests whose numbers depend on how XLA optimises."""
+    with without_optimisations(False):
+        yield
+
+
+@pytest.fixture
+def full_compilation(optimised):
     """For tests of programs as users compile them; marks them ``compiled``."""
     assert not QUICK, "XLA has been told to compile quickly, in the whole process"
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 # Of every room what breaks first, and the compiled path at the size of real models.

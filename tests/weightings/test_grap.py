@@ -166,15 +166,7 @@ def test_the_statistics_of_the_first_step_are_those_by_hand():
 # Convergence.
 
 
-@pytest.fixture
-def optimised():
-    """Where oscillations end depends on rounding, and that on how XLA optimises."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
+# Where oscillations end depends on rounding.
 @pytest.mark.usefixtures("optimised")
 def test_raw_weights_of_the_mixture_go_to_their_optimal_ratio():
     steps = 3000

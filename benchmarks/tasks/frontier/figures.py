@@ -1,5 +1,6 @@
 """Methods against problems, and how good an answer is against what it costs."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def against_runs(result: Result, path: Path) -> None:
         curve = search_curve(lines, problem) / about["margin"]
         panel.plot(range(1, len(curve) + 1), curve, "-", color=plots.GREEN)
         theirs = outcome(lines, problem, SEARCH)
-        below = 0
+        below: Counter[float] = Counter()  # labels at the lower edge, by their cost
         for method, (label, marker, color) in SHOWN.items():
             ours = outcome(lines, problem, method)
             apart = difference(ours, theirs)
@@ -66,12 +67,12 @@ def against_runs(result: Result, path: Path) -> None:
                 panel.annotate(
                     f"{mean:.0f}",
                     (ours.runs, LOWEST),
-                    xytext=(6, 3 + 9 * below),
+                    xytext=(6, 3 + 9 * below[ours.runs]),
                     textcoords="offset points",
                     color=color,
                     fontsize=8,
                 )
-                below += 1
+                below[ours.runs] += 1
         panel.set_xscale("log")
         panel.set_xticks([1, 2, 3, 5, 10, 15], ["1", "2", "3", "5", "10", "15"])
         panel.minorticks_off()
