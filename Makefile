@@ -93,4 +93,4 @@ $(VENV)/%: $(VENV)/bin/python pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) dist docs/_build .pytest_cache .ruff_cache
