@@ -1,6 +1,7 @@
 """The reference has every public name, and the site every page."""
 
 import importlib
+import json
 import pathlib
 import re
 
@@ -16,6 +17,7 @@ ROOMS = (
     ".checkpoints",
     ".testing",
 )
+NOTEBOOKS = sorted((DOCS.parent / "notebooks").glob("*.ipynb"))
 FLAX = {
     "yoto_jax.linen": {"CompositeLoss", "FiLM", "Gate"},
     "yoto_jax.nnx": {
@@ -26,6 +28,14 @@ FLAX = {
         "value_and_grad",
     },
 }
+
+
+def draws(cell):
+    """Whether a cell of a notebook makes a figure."""
+    source = "".join(cell["source"])
+    return cell["cell_type"] == "code" and bool(
+        re.search(r"plt\.(figure|subplots)\(|\.plot_\w+\(", source)
+    )
 
 
 def documented():
@@ -73,3 +83,25 @@ def test_every_page_is_in_a_table_of_contents():
             listed |= {(page.parent / f"{x}.md").resolve() for x in lines}
     pages = {x.resolve() for x in DOCS.rglob("*.md") if "_build" not in x.parts}
     assert pages - listed == {(DOCS / "index.md").resolve()}
+
+
+def test_every_page_is_reached_by_plain_links():
+    """On a page of the repository nothing else leads from one to another."""
+    seen, left = set(), [DOCS.parent / "README.md"]
+    while left:
+        page = left.pop()
+        seen.add(page)
+        links = re.findall(r"\]\(([^)#:]+\.md)", page.read_text())
+        left += {(page.parent / x).resolve() for x in links} - seen - {*left}
+    pages = {x.resolve() for x in DOCS.rglob("*.md") if "_build" not in x.parts}
+    assert pages <= seen
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_figure_of_a_notebook_has_a_description_and_a_caption(path):
+    cells = json.loads(path.read_text())["cells"]
+    shown = [cell["metadata"].get("mystnb", {}) for cell in cells if draws(cell)]
+    assert shown
+    for settings in shown:
+        assert settings["image"]["alt"]
+        assert settings["figure"]["caption"]
