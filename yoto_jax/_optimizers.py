@@ -102,7 +102,7 @@ def sgdw(
 
     .. warning::
       The paper's rho of 20 to 200 pins the weights at the regulariser's optimum. Keep
-      learning rate times rho below 9: "Choosing rho and epsilon" in the README.
+      learning rate times rho below 9: see "Rho and epsilon" in the guides.
     """
     check_rate("learning_rate", learning_rate)
     check_rate("weight_decay", weight_decay)
@@ -181,8 +181,8 @@ def adamw(
       Loshchilov and Hutter, `AdamW <https://arxiv.org/abs/1711.05101>`_, 2019.
 
     .. warning::
-      The paper does not print this form, and uses rho = 20 with it. See "Choosing rho
-      and epsilon" in the README: below 10, a weight may vanish in a long run.
+      The paper does not print this form, and uses rho = 20 with it. Below 10, a weight
+      may vanish in a long run: see "Rho and epsilon" in the guides.
     """
     rates = {"learning_rate": learning_rate, "weight_decay": weight_decay}
     for name, value in {**rates, "eps": eps, "eps_root": eps_root}.items():

@@ -241,16 +241,16 @@ def value_and_grad(
       weighting: Any :class:`yoto_jax.LossWeighting`.
       wrt: Filter of the variables to differentiate, as that of the ``nnx.Optimizer``.
       has_aux: Whether ``loss_fn`` returns ``(losses, aux)``.
-      gradients: See there. ``yoto.of_parameters`` selects from the ``nnx.State`` of
-        ``wrt``: ``select=lambda params: params.encoder``. With
-        ``yoto.of_representation(encoder)``, ``encoder(model, *args) -> z`` and
+      gradients: As in :func:`yoto_jax.value_and_grad`. ``yoto.of_parameters`` selects
+        from the ``nnx.State`` of ``wrt``: ``select=lambda params: params.encoder``.
+        With ``yoto.of_representation(encoder)``, ``encoder(model, *args) -> z`` and
         ``loss_fn(model, z, *args)``, which sees the module as the encoder left it.
         Batch statistics are passed on as they are; any other variable that the encoder
         changes, such as an ``nnx.Cache``, is part of z.
-      steering: See there.
-      statistics: Functions ``(model, *args) -> (K,)``, see there.
-      axis_name: See there.
-      param_specs: See there.
+      steering: As in :func:`yoto_jax.value_and_grad`.
+      statistics: Functions ``(model, *args) -> (K,)``, by name.
+      axis_name: As in :func:`yoto_jax.value_and_grad`.
+      param_specs: As in :func:`yoto_jax.value_and_grad`.
 
     Returns:
       ``fn(model, state, *args, **kwargs) -> (losses, grads, state)``, or with
