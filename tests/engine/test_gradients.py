@@ -417,6 +417,32 @@ def test_statistics_are_computed_only_when_due():
     np.testing.assert_allclose(flat, EXPECTED["norms"] @ J, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_lanes_compute_statistics_when_any_of_them_is_due(steps):
+    """Lane i of three is i steps ahead."""
+    calls = []
+
+    def costly(params, x):
+        jax.debug.callback(lambda: calls.append(1))
+        return jnp.ones(3)
+
+    update = lambda losses, inner, spec, *, costly: (inner + costly, inner + costly)
+    summing = make_weighting(lambda spec: jnp.zeros(3), update, needs=("costly",))
+    weighting = weightings.every(summing, 4)
+    first = weighting.init(dict.fromkeys("abc", 0.0))
+    states = jax.tree.map(lambda x: jnp.stack([x] * 3), first)
+    states = states._replace(step=states.step + jnp.arange(3))
+    one = yoto.value_and_grad(loss_fn, weighting, statistics={"costly": costly})
+    step = jax.jit(jax.vmap(one, in_axes=(None, 0, None)))
+    for _ in range(steps):
+        _, _, states = step(PARAMS, states, X)
+    jax.effects_barrier()
+    # Lane 0 is due at the first step, lanes 2 and 1 at the third and fourth.
+    due = {1: [1, 0, 0], 3: [1, 0, 1]}[steps]
+    assert len(calls) in (sum(due), 3 * sum(due))  # once, or once for each lane
+    np.testing.assert_array_equal(states.inner.inner[:, 0], due)
+
+
 # Precision.
 
 

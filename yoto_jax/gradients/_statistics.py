@@ -172,4 +172,21 @@ def if_due(weighting: LossWeighting, state: State, look: Callable[[], Any]) -> A
     if not jax.tree.leaves(shapes):
         return shapes
     idle = lambda: optax.tree.zeros_like(shapes)
-    return lax.cond(weighting.due(state), look, idle)
+    return lax.cond(in_any_lane(weighting.due(state)), look, idle)
+
+
+@jax.custom_batching.custom_vmap
+def in_any_lane(due: jax.Array) -> jax.Array:
+    """A condition; under ``vmap`` one for all lanes: whether it holds in any of them.
+
+    ``jax.lax.cond`` computes both cases at every step where each lane has its own.
+    """
+    return due
+
+
+@in_any_lane.def_vmap
+def _in_any_lane(
+    axis_size: int, in_batched: list[bool], due: jax.Array
+) -> tuple[jax.Array, bool]:
+    (batched,) = in_batched
+    return in_any_lane(jnp.any(due) if batched else due), False
