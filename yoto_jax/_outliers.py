@@ -10,7 +10,7 @@ import optax
 from yoto_jax._checks import check_flag, check_hyperparameter, check_not_negative
 from yoto_jax._losses import State
 from yoto_jax._numerics import choose, running_mean
-from yoto_jax._serialization import serializable_state
+from yoto_jax._serialization import of_inner, serializable_state
 
 _DECAY = 0.99
 """The running means remember about a hundred batches."""
@@ -33,6 +33,9 @@ class SkipOutliersState(NamedTuple):
     accepted: jax.Array  # bool scalar, whether the last batch was good
     loss_scales: LossScales
     inner: Any
+
+    loss_weights = of_inner("loss_weights")
+    num_updates = of_inner("num_updates")
 
 
 @dataclasses.dataclass(frozen=True)

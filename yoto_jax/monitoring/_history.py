@@ -17,7 +17,12 @@ from yoto_jax.monitoring._record import (
     Weighed,
     nodes,
 )
-from yoto_jax.weightings._wrappers import EveryState, NormalizeState, SmoothState
+from yoto_jax.weightings._wrappers import (
+    EveryState,
+    HoldState,
+    NormalizeState,
+    SmoothState,
+)
 
 
 class History(NamedTuple):
@@ -95,7 +100,7 @@ def history(state: State, *, index: int | tuple[int, ...] | None = None) -> Hist
     return _as_history(steps[order], rows[order], found.columns)
 
 
-_WRAPPERS = (EveryState, NormalizeState, SkipOutliersState, SmoothState)
+_WRAPPERS = (EveryState, HoldState, NormalizeState, SkipOutliersState, SmoothState)
 
 
 def _find(state: State) -> HistoryState:

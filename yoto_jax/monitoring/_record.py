@@ -32,7 +32,7 @@ from yoto_jax._losses import (
 )
 from yoto_jax._numerics import upcast
 from yoto_jax._outliers import count_skipped
-from yoto_jax._serialization import serializable_state
+from yoto_jax._serialization import of_inner, serializable_state
 from yoto_jax._unwrap_loss_logits import unwrap_loss_logits
 from yoto_jax._weighting import LossWeighting, and_present
 from yoto_jax.weightings._wrappers import observing_inner
@@ -83,6 +83,10 @@ class RecordedState(NamedTuple):
 
     history: HistoryState
     inner: Any
+
+    loss_weights = of_inner("loss_weights")
+    num_updates = of_inner("num_updates")
+    num_skipped = of_inner("num_skipped")
 
 
 def record(
