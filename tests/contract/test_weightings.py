@@ -43,6 +43,9 @@ class Row:
 METHODS = weightings.methods()
 WRAPPED = {
     "every": lambda first: weightings.every(weightings.imtl_g(), 2),
+    "hold": lambda first: weightings.hold(
+        weightings.grad_norm_balance(average="norms"), 3
+    ),
     "smooth": lambda first: weightings.smooth(weightings.imtl_g(), decay=0.5),
     "normalize": lambda first: weightings.normalize(weightings.famo()),
     "skip_outliers": lambda first: weightings.skip_outliers(weightings.imtl_g()),

@@ -137,6 +137,19 @@ def grad_norm_balance(norms, decay=0.9, eps=1e-5):
     return averages(mean / (norms + eps * mean), decay)
 
 
+def norm_ratios(norms, primary, share=1.0, decay=0.9, eps=1e-5):
+    """Shares over running means of the norms, which begin as plain ones."""
+    mean, weights = np.zeros(norms.shape[1]), []
+    for count, n in enumerate(norms):
+        keep = min(count / (count + 1), decay)
+        mean = keep * mean + (1 - keep) * n
+        size = share * mean[primary]
+        w = size / (mean + eps * size)
+        w[primary] = 1.0
+        weights.append(w)
+    return np.array(weights)
+
+
 def lr_annealing(reference, max_abs, mean_abs, decay=0.9):
     """With ``mean_abs`` for ``max_abs`` as well, the mean over the mean."""
     targets = max_abs[:, [reference]] / mean_abs

@@ -40,6 +40,22 @@ def test_what_it_needs_is_what_any_needs():
     assert racing.one_of({"equal": EQUAL}).needs == ("losses",)
 
 
+def test_it_is_due_when_the_weighting_of_the_lane_is():
+    held = yoto.weightings.hold(UPGRAD, 2)
+    arms = racing.one_of({"equal": EQUAL, "held": held, "upgrad": UPGRAD})
+    assert racing.one_of({"equal": EQUAL, "upgrad": UPGRAD}).due is None
+    states = racing.start(arms.init(LOSSES), 3)
+    assert arms.due is not None
+    step = jax.jit(
+        jax.vmap(lambda s: (arms.due(s), arms.update(LOSSES, s, gramian=jnp.eye(2))[1]))
+    )
+    seen = []
+    for _ in range(3):
+        due, states = step(states)
+        seen.append(due.tolist())
+    assert seen == [[False, True, True], [False, True, True], [False, False, True]]
+
+
 def test_a_lane_touches_no_other_weighting():
     both = {"famo": yoto.weightings.famo(), "dwa": yoto.weightings.dwa(window=1)}
     arms = racing.one_of(both)

@@ -162,6 +162,11 @@ CASES = {
         lambda: oracles.grad_norm_balance(LARGE),
         {"norms": LARGE},
     ),
+    "grad_norm_balance of average norms": (
+        lambda: grad_norm_balance(1, 0.3, average="norms"),
+        lambda: oracles.norm_ratios(LARGE, 1, 0.3),
+        {"norms": LARGE},
+    ),
     "lr_annealing": (
         lambda: lr_annealing(2, decay=0.8),
         lambda: oracles.lr_annealing(2, LARGE, SMALL, 0.8),
@@ -574,6 +579,37 @@ def test_balance_with_a_share_of_each_loss():
     assert lengths == pytest.approx({"p": 2.0, "a": 0.2, "b": 6.0}, rel=1e-5)
 
 
+def test_balance_by_average_norms():
+    weighting = grad_norm_balance("p", 0.5, decay=0.99, average="norms")
+    losses = {"a": 1.0, "b": 1.0, "p": 1.0}
+    state = weighting.init(losses)
+    with_b = {"present": {"a": True, "b": True, "p": True}}
+    without_b = {"present": {"a": True, "b": False, "p": True}}
+    # A gradient of almost 0 at the start makes no large weight, b is seen but twice.
+    for norms, present in [
+        ([1e-6, 0.0, 2.0], without_b),
+        ([3.0, 1.0, 4.0], with_b),
+        ([6.0, 3.0, 6.0], with_b),
+    ]:
+        norms = jnp.array(norms)
+        weights, state = weighting.update(losses, state, norms=norms, **present)
+    np.testing.assert_allclose(weights["a"], 0.5 * 4 / 3, rtol=1e-4)
+    np.testing.assert_allclose(weights["b"], 0.5 * 4 / 2, rtol=1e-4)
+    assert weights["p"] == 1.0
+    np.testing.assert_array_equal(state.inner.num_seen, [3, 2, 3])
+
+
+def test_a_loss_whose_gradient_was_never_seen_weighs_one():
+    weighting = grad_norm_balance("p", 7.0, average="norms")
+    losses = {"a": 1.0, "p": 1.0}
+    state = weighting.init(losses)
+    for norms in ([0.0, 2.0], [0.0, 3.0]):
+        weights, state = weighting.update(losses, state, norms=jnp.array(norms))
+    assert weights == {"a": 1.0, "p": 1.0}
+    weights, _ = weighting.update(losses, state, norms=jnp.array([0.0, 0.0]))
+    assert weights == {"a": 1.0, "p": 1.0}
+
+
 def test_grad_norm_balance_makes_all_gradients_equally_long():
     weights, _ = run(grad_norm_balance(decay=0.0, eps=1e-12), LOSSES, norms=LARGE)
     np.testing.assert_allclose(
@@ -827,6 +863,10 @@ def test_a_single_loss_has_the_weight_that_the_convention_gives(make, weight):
         (lambda: causal(tolerance=-1.0), "tolerance must not be negative, got -1"),
         (lambda: grad_norm_balance(decay=1.0), "decay must be in .*, got 1.0"),
         (lambda: grad_norm_balance(eps=0.0), "eps must be positive, got 0.0"),
+        (
+            lambda: grad_norm_balance(average="both"),
+            "average must be 'weights' or 'norms', got 'both'",
+        ),
         (lambda: grad_norm_balance(share=0.1), "name primary"),
         (lambda: grad_norm_balance(share={"a": 1.0}), "name primary"),
         (

@@ -7,7 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from yoto_jax import make_weighting, weightings
+import yoto_jax as yoto
+from yoto_jax import make_weighting, monitoring, weightings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -42,6 +43,23 @@ def test_every_updates_at_the_first_step_and_then_so_often():
     np.testing.assert_allclose(history, [[1, 0.25], [1, 0.25], [0.25, 1]])
     assert int(state.inner.num_updates) == 2
     assert float(state.inner.inner) == 2.0
+
+
+def test_hold_updates_in_the_first_steps_alone():
+    history, state = run(weightings.hold(inverse(), 2))
+    np.testing.assert_allclose(history, [[1, 0.25], [0.5, 0.5], [0.5, 0.5]])
+    assert int(state.inner.num_updates) == 2
+    assert float(state.inner.inner) == 2.0
+
+
+def test_hold_looks_for_so_many_batches_that_are_not_skipped():
+    weighting = weightings.hold(weightings.skip_outliers(inverse()), 2)
+    state = weighting.init(STEPS[0])
+    due = []
+    for losses in (STEPS[0], {"a": jnp.nan, "b": 1.0}, STEPS[1], STEPS[2]):
+        due.append(bool(weighting.due(state)))
+        _, state = weighting.update(losses, state)
+    assert due == [True, True, True, False]
 
 
 def test_every_of_every_is_due_when_both_are():
@@ -152,9 +170,36 @@ def test_wrappers_pass_on_what_is_needed():
     assert needs == ("losses", "gramian")
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        weightings.smooth,
+        weightings.normalize,
+        weightings.skip_outliers,
+        monitoring.recorded,
+        lambda w: weightings.every(w, 2),
+        lambda w: weightings.hold(weightings.every(w, 2), 2),
+    ],
+)
+def test_the_state_of_a_wrapper_tells_what_that_of_a_weighting_does(wrap):
+    _, state = run(wrap(inverse()), STEPS[:2])
+    assert state.loss_weights is optax.tree.get(state, "loss_weights")
+    assert int(state.num_updates) == int(optax.tree.get(state, "num_updates")) > 0
+    assert int(state.num_skipped) == 0
+
+
+def test_a_state_without_weights_says_so():
+    state = yoto.skip_outliers(optax.sgd(0.1), losses=1).init(jnp.zeros(2))
+    assert not hasattr(state, "loss_weights")
+    with pytest.raises(AttributeError, match="no loss_weights in what this Skip"):
+        _ = state.loss_weights
+
+
 def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match="steps must be positive, got 0"):
         weightings.every(inverse(), 0)
+    with pytest.raises(ValueError, match="after must be positive"):
+        weightings.hold(inverse(), 0)
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 1"):
         weightings.smooth(inverse(), decay=1)
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], got -1"):

@@ -10,6 +10,7 @@ Data flows through the rooms in this order::
     _plan    how many lanes train for how long, and what that costs
     _units   loss weights in units of gradient norms
     _one_of  a weighting that is one of several
+    _portfolio  weightings to race when nothing is known
     _lanes   axes of lanes: put on, cut down, spread over devices, taken off
 """
 
@@ -26,6 +27,7 @@ from yoto_jax.racing._plan import Plan as Plan
 from yoto_jax.racing._plan import Rung as Rung
 from yoto_jax.racing._plan import plan as plan
 from yoto_jax.racing._plan import successive_halving as successive_halving
+from yoto_jax.racing._portfolio import portfolio as portfolio
 from yoto_jax.racing._units import gradient_norms as gradient_norms
 from yoto_jax.racing._units import weights_by_norms as weights_by_norms
 
@@ -40,6 +42,7 @@ __all__ = [
     "lane",
     "one_of",
     "plan",
+    "portfolio",
     "spread",
     "stack",
     "start",

@@ -73,10 +73,11 @@ def one_of(weightings: Mapping[str, LossWeighting]) -> LossWeighting:
 
     .. note::
       A lane costs what the dearest weighting needs: one that looks at gradients makes
-      all lanes compute them. Under ``vmap`` the arithmetic of every weighting is done
-      in every lane, which is little beside the gradients; so
-      :func:`yoto_jax.weightings.every` inside saves nothing, but may go around.
-      :func:`alone` takes the winner out of it.
+      all lanes compute them, at the steps at which any of them looks: with
+      :func:`yoto_jax.weightings.hold` or :func:`yoto_jax.weightings.every` around
+      those, most steps cost what they cost with fixed weights. Under ``vmap`` the
+      arithmetic of every weighting is done in every lane, which is little beside the
+      gradients. :func:`alone` takes the winner out of it.
     """
     _check(weightings)
     arms = _Arms(tuple(weightings.values()))
@@ -85,6 +86,7 @@ def one_of(weightings: Mapping[str, LossWeighting]) -> LossWeighting:
         arms.init,
         arms.update,
         tuple(dict.fromkeys(name for one in every for name in one.needs)),
+        due=arms.due if any(one.due for one in every) else None,
         observe=arms.observe if any(one.observe for one in every) else None,
         observe_step=(
             arms.observe_step if any(one.observe_step for one in every) else None
@@ -152,6 +154,23 @@ class _Arms:
         state = self._change(state, act, batches=1)
         mask = stack_present(present, jax.tree.structure(state.loss_weights))
         return mask_weights(state.loss_weights, mask), state
+
+    def due(self, state: OneOfState) -> jax.Array:
+        """Whether the weighting of this lane looks at statistics now."""
+        check_state(state, OneOfState)
+        _check_arms(self.every, state)
+
+        def branch(index: int) -> Callable[[], jax.Array]:
+            def run() -> jax.Array:
+                one = self.every[index]
+                if one.due is None:
+                    return jnp.asarray(bool(set(one.needs) - {"losses"}))
+                kind = _Kind(one, state.loss_weights)
+                return jnp.asarray(one.due(kind.unpack(state, index)))
+
+            return run
+
+        return lax.switch(state.arm, [branch(i) for i in range(len(self.every))])
 
     def observe(self, state: OneOfState, **seen: Any) -> OneOfState:
         return self._change(

@@ -27,6 +27,7 @@ if typing.TYPE_CHECKING:  # For type checkers: the names that the registry has.
     from yoto_jax.weightings._famo import FamoState as FamoState
     from yoto_jax.weightings._famo import famo as famo
     from yoto_jax.weightings._geometric import geometric as geometric
+    from yoto_jax.weightings._grad_norm_balance import NormsState as NormsState
     from yoto_jax.weightings._grad_norm_balance import (
         grad_norm_balance as grad_norm_balance,
     )
@@ -78,9 +79,11 @@ if typing.TYPE_CHECKING:  # For type checkers: the names that the registry has.
     from yoto_jax.weightings._uncertainty import uncertainty as uncertainty
     from yoto_jax.weightings._upgrad import upgrad as upgrad
     from yoto_jax.weightings._wrappers import EveryState as EveryState
+    from yoto_jax.weightings._wrappers import HoldState as HoldState
     from yoto_jax.weightings._wrappers import NormalizeState as NormalizeState
     from yoto_jax.weightings._wrappers import SmoothState as SmoothState
     from yoto_jax.weightings._wrappers import every as every
+    from yoto_jax.weightings._wrappers import hold as hold
     from yoto_jax.weightings._wrappers import normalize as normalize
     from yoto_jax.weightings._wrappers import smooth as smooth
     from yoto_jax.weightings._yoto import YotoState as YotoState

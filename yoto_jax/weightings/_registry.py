@@ -40,7 +40,7 @@ class Method:
         :func:`yoto_jax.testing.gramian_properties`; of methods that need the Gramian.
       exact: Arguments with which the properties hold, if not with the defaults.
       state: Class of its state, the field ``inner``; None if there is none.
-      helpers: Other functions of its module that are for its users.
+      helpers: What else its module has for its users.
       module: Where it is in ``yoto_jax/weightings/``; by default as ``name`` says.
       state_module: Where its state is, if elsewhere.
 
@@ -366,6 +366,7 @@ METHODS = (
         remembers="running mean",
         state="AverageState",
         state_module="_averages",
+        helpers=("NormsState",),
         papers=(
             Paper(
                 "Wang",
@@ -620,6 +621,7 @@ METHODS = (
 )
 WRAPPERS = (
     Wrapper(name="every", state="EveryState", module="_wrappers"),
+    Wrapper(name="hold", state="HoldState", module="_wrappers"),
     Wrapper(name="normalize", state="NormalizeState", module="_wrappers"),
     Wrapper(name="skip_outliers", state="SkipOutliersState", module="_skip_outliers"),
     Wrapper(name="smooth", state="SmoothState", module="_wrappers"),

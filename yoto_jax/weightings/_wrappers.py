@@ -1,5 +1,6 @@
 """Wrappers: a weighting made of another one."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from yoto_jax._losses import (
     stack_present,
 )
 from yoto_jax._outliers import count_skipped
-from yoto_jax._serialization import serializable_state
+from yoto_jax._serialization import of_inner, serializable_state
 from yoto_jax._weighting import (
     GRADIENT_STATISTICS,
     LossWeighting,
@@ -38,6 +39,10 @@ class EveryState(NamedTuple):
 
     step: jax.Array  # int32 scalar, calls of update that were not skipped
     inner: Any
+
+    loss_weights = of_inner("loss_weights")
+    num_updates = of_inner("num_updates")
+    num_skipped = of_inner("num_skipped")
 
 
 def every(weighting: LossWeighting, steps: jax.typing.ArrayLike) -> LossWeighting:
@@ -73,38 +78,105 @@ def every(weighting: LossWeighting, steps: jax.typing.ArrayLike) -> LossWeightin
     .. note::
       A batch that is skipped because it is not finite does not count: the next one is
       looked at instead. The weight of a loss that is absent from the batch looked at is
-      held until the next one with it. Under ``vmap`` both cases are computed at every
-      step, as ``jax.lax.cond`` has it.
+      held until the next one with it. Under ``vmap`` statistics are computed at the
+      steps at which any lane looks at them.
     """
     if isinstance(steps, int) and steps < 1:
         raise ValueError(f"steps must be positive, got {steps}.")
+    return _at_times(weighting, EveryState, lambda step: step % steps == 0)
 
-    def due(state: EveryState) -> jax.Array:
-        check_state(state, EveryState)
-        now = state.step % steps == 0
-        return now if weighting.due is None else now & weighting.due(state.inner)
 
-    def init(losses: Losses) -> EveryState:
-        return EveryState(jnp.zeros((), jnp.int32), weighting.init(losses))
+@serializable_state
+class HoldState(NamedTuple):
+    """State of :func:`yoto_jax.weightings.hold`."""
+
+    step: jax.Array  # int32 scalar, calls of update that were not skipped
+    inner: Any
+
+    loss_weights = of_inner("loss_weights")
+    num_updates = of_inner("num_updates")
+    num_skipped = of_inner("num_skipped")
+
+
+def hold(weighting: LossWeighting, after: jax.typing.ArrayLike) -> LossWeighting:
+    """Update the weights in the first steps, and hold them from then on.
+
+    After these steps :func:`yoto_jax.value_and_grad` computes none of the statistics
+    that the weighting needs: a step then costs what it costs with fixed weights.
+
+    Args:
+      weighting: Any :class:`yoto_jax.LossWeighting`.
+      after: How many steps update the weights (a positive integer), such as two per
+        cent of all.
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting`.
+
+    Raises:
+      ValueError: ``after`` is not positive.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import yoto_jax as yoto
+      >>> balance = yoto.weightings.grad_norm_balance("energy", share=0.1, decay=0.5)
+      >>> weighting = yoto.weightings.hold(balance, after=20)
+      >>> losses, norms = {"energy": 3.0, "stress": 0.2}, jnp.array([2.0, 500.0])
+      >>> state = weighting.init(losses)
+      >>> for _ in range(20):
+      ...     weights, state = weighting.update(losses, state, norms=norms)
+      >>> print(f"{weights['stress']:.4f}")  # 0.1 * 2 / 500
+      0.0004
+      >>> weights, state = weighting.update(losses, state, norms=norms[::-1])
+      >>> print(f"{weights['stress']:.4f}")
+      0.0004
+
+    .. note::
+      Batches that are skipped because they are not finite do not count. A loss that
+      is absent from the first steps keeps its weight of the start. Under ``vmap``
+      statistics are computed while any lane looks at them.
+    """
+    if isinstance(after, int) and after < 1:
+        raise ValueError(f"after must be positive, got {after}.")
+    return _at_times(weighting, HoldState, lambda step: step < after)
+
+
+def _at_times(
+    weighting: LossWeighting, kind: Any, now: Callable[[jax.Array], jax.Array]
+) -> LossWeighting:
+    """Updates at the steps that ``now`` names, and holds the weights at others.
+
+    Args:
+      weighting: What is updated.
+      kind: Of the state, with the fields ``step`` and ``inner``.
+      now: ``now(step) -> bool``.
+    """
+
+    def due(state: Any) -> jax.Array:
+        check_state(state, kind)
+        here = now(state.step)
+        return here if weighting.due is None else here & weighting.due(state.inner)
+
+    def init(losses: Losses) -> Any:
+        return kind(jnp.zeros((), jnp.int32), weighting.init(losses))
 
     def update_fn(
         losses: Losses,
-        state: EveryState,
+        state: Any,
         *,
         present: Present | None = None,
         **statistics: Any,
-    ) -> tuple[PyTree, EveryState]:
-        check_state(state, EveryState)
+    ) -> tuple[PyTree, Any]:
+        check_state(state, kind)
         mask = _mask(present, state.inner)
         update = lambda: weighting.update(
             losses, state.inner, **and_present(weighting, statistics, present)
         )
-        hold = lambda: (mask_weights(_weights(state.inner), mask), state.inner)
-        weights, inner = lax.cond(state.step % steps == 0, update, hold)
+        held = lambda: (mask_weights(_weights(state.inner), mask), state.inner)
+        weights, inner = lax.cond(now(state.step), update, held)
         counts = 1 - _skipped(state.inner, inner)
         if mask is not None:  # A batch without any loss is no step.
             counts *= jnp.any(mask).astype(jnp.int32)
-        return weights, EveryState(state.step + counts, inner)
+        return weights, kind(state.step + counts, inner)
 
     return observing_inner(weighting)._replace(init=init, update=update_fn, due=due)
 
@@ -116,6 +188,10 @@ class SmoothState(NamedTuple):
     inner: Any  # with the average in its ``loss_weights``
     unsmoothed: PyTree  # what the weighting inside has there
     started: PyTree  # bool scalars, a tree like the losses
+
+    loss_weights = of_inner("loss_weights")
+    num_updates = of_inner("num_updates")
+    num_skipped = of_inner("num_skipped")
 
 
 def smooth(
@@ -199,6 +275,10 @@ class NormalizeState(NamedTuple):
     loss_scales: PyTree  # scalars, a tree like the losses, 0 if not known yet
     inner: Any  # with weights for the losses as they come in its ``loss_weights``
     normalized: PyTree  # what the weighting inside has there
+
+    loss_weights = of_inner("loss_weights")
+    num_updates = of_inner("num_updates")
+    num_skipped = of_inner("num_skipped")
 
 
 def normalize(

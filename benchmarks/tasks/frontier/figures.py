@@ -25,7 +25,7 @@ from benchmarks.tasks.frontier.outcomes import (
 SHOWN = {
     "equal": ("equal weights", "o", plots.BLACK),
     "yoto": ("YOTO", "v", plots.BLUE),
-    "share 1, frozen": ("equal gradient norms at the start", "d", plots.GREY),
+    "share 1": ("equal gradient norms at the start", "d", plots.GREY),
     "aligned_mtl, every 10": ("Aligned-MTL, every 10 steps", "<", plots.ORANGE),
     "aligned_mtl": ("Aligned-MTL", ">", plots.VERMILION),
     "nash_mtl": ("Nash-MTL", "P", plots.PURPLE),

@@ -39,8 +39,8 @@ OF_FEATURES = ("grad_norm_balance", "nash_mtl", "aligned_mtl")
 
 WARMUP = 0.02
 """Of the steps, in which gradient norms are measured that weights are then held by."""
-SHARES = {"share .1, frozen": 0.1, "share 1, frozen": 1.0, "share 10, frozen": 10.0}
-"""Constant weights that make auxiliary gradients so long, in those of the primary."""
+SHARES = ("share 0.1", "share 1", "share 10")
+"""Arms of the library's portfolio: auxiliary gradients so long, in primary ones."""
 
 weightings = yoto.weightings
 Make = Callable[[Task], yoto.LossWeighting]
@@ -145,9 +145,7 @@ def _seldom(task: Task, name: str, period: int) -> Entry:
     method = weightings.methods()[name]
     make = lambda task: weightings.every(method.example(task.primary), period)
     extra = cost(task, make(task)) - 1
-    # One lane after the other: side by side, what is not due would be done too.
-    rule = Weighted(make, side_by_side=False)
-    return Entry(rule, "candidate", 1 + extra / period)
+    return Entry(Weighted(make), "candidate", 1 + extra / period)
 
 
 def _entry(task: Task, method: yoto.weightings.Method) -> Entry:
@@ -156,7 +154,7 @@ def _entry(task: Task, method: yoto.weightings.Method) -> Entry:
         def steered(task: Task) -> yoto.LossWeighting:
             return weightings.every(method.example(DOWNSTREAM), STEERED_EVERY)
 
-        rule = Weighted(steered, steered=True, side_by_side=False)
+        rule = Weighted(steered, steered=True)
         # Every so many steps a pass over held-out data, and all gradients of it.
         passes = 1 + 2 * (len(task.names) + 1)
         return Entry(rule, "library", 1 + passes / 3 / STEERED_EVERY)
@@ -182,15 +180,14 @@ def candidates(task: Task) -> dict[str, Make]:
 
 
 def frozen(task: Task) -> dict[str, Make]:
-    """Weightings of losses in units of the gradient norms of the first steps."""
+    """Weights by the gradient norms of the first steps, and YOTO in units of them."""
     primary, warmup = task.primary, _warmup(task)
+    arms = yoto.racing.portfolio(primary, task.steps)
 
-    def equal(share: float) -> Make:
-        return lambda task: in_units(
-            weightings.equal(), primary, share=share, warmup=warmup
-        )
+    def arm(name: str) -> Make:
+        return lambda task: arms[name]
 
-    return {name: equal(share) for name, share in SHARES.items()} | {
+    return {name: arm(name) for name in SHARES} | {
         "yoto in units, frozen": lambda task: in_units(
             weightings.yoto(primary, epsilon=1.0), primary, warmup=warmup
         )

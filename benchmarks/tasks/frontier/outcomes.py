@@ -17,7 +17,7 @@ Problems = dict[str, dict[str, Any]]
 
 SEARCH = "search"
 AVERAGED = " averaged"
-SHARES = ("equal", "share .1, frozen", "share 1, frozen", "share 10, frozen")
+SHARES = ("equal", "share 0.1", "share 1", "share 10")
 EARLY, LATE = ((0.1, 4), (0.3, 1)), ((0.2, 3), (0.5, 1))
 RACES = {
     "race: 5 points, cut at 20 and 50 %": Race((), 5, ((0.2, 2), (0.5, 1))),

@@ -27,7 +27,7 @@ from benchmarks.tasks.frontier.outcomes import (
 RECOMMENDED = (
     "equal",
     "yoto",
-    "share 1, frozen",
+    "share 1",
     "aligned_mtl, every 10",
     "aligned_mtl",
     "nash_mtl",

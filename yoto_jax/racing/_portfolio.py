@@ -1,0 +1,62 @@
+"""Weightings to race when nothing is known of the losses."""
+
+from collections.abc import Sequence
+
+from yoto_jax._checks import check_positive
+from yoto_jax._weighting import LossWeighting
+from yoto_jax.weightings._grad_norm_balance import grad_norm_balance
+from yoto_jax.weightings._static import equal
+from yoto_jax.weightings._wrappers import hold
+
+WARMUP, LEAST = 0.02, 10
+"""Share of the steps in which gradient norms are measured, and how many at least."""
+
+
+def portfolio(
+    primary: str | int, steps: int, *, shares: Sequence[float] = (0.1, 1.0, 10.0)
+) -> dict[str, LossWeighting]:
+    r"""Equal weights, and weights by gradient norms: arms for unknown losses.
+
+    For each share c the weights make the gradient of every auxiliary loss c times as
+    long as that of the primary one, in the first two per cent of the steps (ten at
+    least), and are held from then on: :func:`yoto_jax.weightings.hold` around
+    :func:`yoto_jax.weightings.grad_norm_balance`. Later steps compute no gradients of
+    single losses.
+
+    Args:
+      primary: The path of the primary loss, or its index in a sequence of losses.
+      steps: Of the lane that wins, as in :func:`plan`.
+      shares: c, positive: one arm for each.
+
+    Returns:
+      Weightings by name, for :func:`one_of` and :func:`alone`.
+
+    Raises:
+      ValueError: A share or ``steps`` is not positive, or two shares are equal.
+
+    Examples:
+      >>> import yoto_jax as yoto
+      >>> arms = yoto.racing.portfolio("ce", steps=4000)
+      >>> print(*arms, sep=", ")
+      equal, share 0.1, share 1, share 10
+      >>> race = yoto.racing.plan(4000, len(arms), cuts=[(0.2, 1)])
+      >>> print(f"{race.runs:.1f} runs")
+      1.6 runs
+
+    .. note::
+      What it is worth on our problems: ``docs/understand/search.md``.
+    """
+    check_positive(steps=steps)
+    for share in shares:
+        check_positive(share=share)
+    names = [f"share {share:g}" for share in shares]
+    if len({*names}) < len(names):
+        raise ValueError(f"shares must differ, got {tuple(shares)}.")
+    warmup = max(LEAST, int(WARMUP * steps))
+
+    def held(share: float) -> LossWeighting:
+        balance = grad_norm_balance(primary, share, decay=0.99, average="norms")
+        return hold(balance, after=warmup)
+
+    arms = {name: held(share) for name, share in zip(names, shares, strict=True)}
+    return {"equal": equal(), **arms}
