@@ -3,13 +3,17 @@
 import json
 import pathlib
 
+import numpy as np
 import pytest
 
+from benchmarks.harness import searches
+
 RESULTS = pathlib.Path(__file__).parent.parent.parent / "benchmarks" / "results"
-VERDICTS = {
-    (row["task"], row["method"]): row
-    for row in json.loads((RESULTS / "frontier.json").read_text())["verdicts"]
-}
+FRONTIER, DIGITS = (
+    json.loads((RESULTS / f"{name}.json").read_text())
+    for name in ("frontier", "digits")
+)
+VERDICTS = {(row["task"], row["method"]): row for row in FRONTIER["verdicts"]}
 PROBLEMS = ["digits", "missing_labels"]
 RACES = {
     "race: 15 points, cut at 10 and 30 %": 3.0,
@@ -44,3 +48,63 @@ def test_equal_weights_and_nash_mtl_lose_where_labels_are_missing():
         found = VERDICTS["missing_labels", method]
         assert found["seeds"] == 10
         assert found["difference"] < -5 * found["margin"]
+
+
+# Numbers that FINDINGS and the guides have in their sentences.
+
+
+def points(problem):
+    """Test scores and validation of all constants of the search, by seed."""
+    found = {}
+    for line in FRONTIER["runs"]:
+        if (line["problem"], line["method"]) == (problem, "search"):
+            looks = line["looks"]
+            scores = looks["validation"][-1], looks["test"][-1]
+            found.setdefault(line["seed"], []).append((*scores, line["weights"]))
+    return found
+
+
+def test_two_random_constants_are_eight_points_behind_fifteen():
+    behind = {}
+    for problem in PROBLEMS:
+        gaps = []
+        for tried in points(problem).values():
+            validation, test = np.array([x[:2] for x in tried]).T
+            curve = searches.best_of_n(validation, test)
+            gaps.append(curve[14] - curve[1])
+        behind[problem] = np.mean(gaps)
+    assert all(7 < gap < 9 for gap in behind.values())
+
+
+def test_errors_on_the_equation():
+    error = lambda method: np.exp(-VERDICTS["burgers", method]["difference"] / 100)
+    assert 3.5 < error("equal") < 4.5
+    for race in (
+        "race: 15 points, cut at 10 and 30 %",
+        "race: 9 points, cut at 20 and 50 %",
+    ):
+        assert 1.5 < error(race) < 2.5
+
+
+def test_the_best_constants_of_the_equation():
+    for tried in points("burgers").values():
+        _, _, weights = max(tried, key=lambda x: x[0])
+        assert 2.5 < weights["initial"] / weights["pde"] < 10.5
+        assert weights["boundary"] < weights["pde"]
+
+
+def test_the_digits_once_they_are_trained():
+    def unseen(method, config=None):
+        """Mean accuracy in %."""
+        found = [
+            r["value"]
+            for r in DIGITS["records"]
+            if (r["method"], r["metric"]) == (method, "accuracy")
+            and r["unseen"]
+            and config in (None, r["config"])
+        ]
+        return 100 * np.mean(found)
+
+    grid = unseen("grid", searches.VALIDATED)
+    assert round(grid - unseen("equal"), 1) == 0.7
+    assert round(grid - unseen("yoto"), 1) == 4.3
