@@ -108,3 +108,28 @@ def test_the_digits_once_they_are_trained():
     grid = unseen("grid", searches.VALIDATED)
     assert round(grid - unseen("equal"), 1) == 0.7
     assert round(grid - unseen("yoto"), 1) == 4.3
+
+
+def test_weights_of_memorised_labels_explode_under_nash_mtl():
+    ends = [
+        line["weights"]["class"]
+        for line in FRONTIER["runs"]
+        if (line["problem"], line["method"]) == ("missing_labels", "nash_mtl")
+    ]
+    assert max(ends) > sorted(ends)[-3] > 70_000
+    behind = -VERDICTS["missing_labels", "nash_mtl"]["difference"]
+    assert round(behind) == 14
+
+
+def test_the_balance_of_gradients_halves_the_error_on_the_equation():
+    error = {
+        method: np.mean(
+            [
+                r["value"]
+                for r in json.loads((RESULTS / "pinn.json").read_text())["records"]
+                if (r["method"], r["metric"]) == (method, "error")
+            ]
+        )
+        for method in ("static", "gradient-norm")
+    }
+    assert 0.4 < error["gradient-norm"] / error["static"] < 0.6
