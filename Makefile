@@ -11,7 +11,7 @@ WORKERS ?= 2
 .PHONY: demo check test test-all lint types tests smoke notebooks docs coverage mutants audit dist format clean
 
 demo: $(VENV)/bench
-	$(RUN) benchmarks digits --methods yoto,equal,nash_mtl,race,grid
+	$(RUN) benchmarks digits --methods yoto,equal,share,portfolio,grid
 
 # Three tiers: while editing, before a commit, before a release.
 check: lint types smoke

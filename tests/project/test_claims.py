@@ -133,3 +133,46 @@ def test_the_balance_of_gradients_halves_the_error_on_the_equation():
         for method in ("static", "gradient-norm")
     }
     assert 0.4 < error["gradient-norm"] / error["static"] < 0.6
+
+
+def unseen(benchmark, method, metric, config=None):
+    """Mean over unseen domains and seeds."""
+    found = [
+        r["value"]
+        for r in json.loads((RESULTS / f"{benchmark}.json").read_text())["records"]
+        if (r["method"], r["metric"]) == (method, metric)
+        and r["unseen"]
+        and config in (None, r["config"])
+    ]
+    return np.mean(found)
+
+
+def test_the_papers_tasks_as_the_findings_tell_them():
+    grid = searches.VALIDATED
+    depth = unseen("depth", "grid", "delta1", grid) - unseen("depth", "yoto", "delta1")
+    assert 1 < depth < 2
+    streets = unseen("segmentation_camvid", "grid", "mIoU", grid)
+    assert streets - unseen("segmentation_camvid", "aligned", "mIoU") > 1
+    by_rho = [
+        unseen("segmentation", method, "mIoU")
+        for method in ("paper", "rho-20", "rho-50", "rho-500")
+    ]
+    assert max(by_rho) - min(by_rho) < 1 / 3
+    for method in ("famo", "geometric"):
+        ignorant = unseen("segmentation", "constant", "mIoU")
+        assert unseen("segmentation", method, "mIoU") < ignorant
+
+
+def test_a_loss_a_thousand_times_too_large_keeps_a_sixth_of_its_weight():
+    records = json.loads((RESULTS / "ablations.json").read_text())["records"]
+
+    def weight(method):
+        return np.mean(
+            [
+                r["value"]
+                for r in records
+                if (r["method"], r["metric"]) == (method, "weight:camera")
+            ]
+        )
+
+    assert round(weight("yoto") / weight("camera x1000")) == 6
