@@ -29,6 +29,14 @@ def test_one_run_of_aligned_mtl_beats_a_search_of_fifteen(problem):
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
+def test_one_run_of_held_gradient_norms_is_no_worse_than_the_search(problem):
+    found = VERDICTS[problem, "share 1"]
+    assert found["seeds"] == 10
+    assert found["runs"] < 1.05
+    assert found["lower"] > -found["margin"]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("race", RACES)
 def test_two_races_are_no_worse_than_the_search(race, problem):
     found = VERDICTS[problem, race]
