@@ -16,8 +16,8 @@ if QUICK and jaxlib.version.__version_info__ < (0, 11):  # Later ones have no ot
     )
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
-# JAX makes a context of MLIR for each program, and keeps it: for small programs, a fifth
-# of the time and most of the memory.
+# JAX makes a context of MLIR for each program, and keeps it. That takes a fifth of the
+# time of small programs, and most of the memory.
 if QUICK and hasattr(mlir, "make_ir_context"):
     mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
