@@ -32,7 +32,9 @@ types: $(VENV)/dev
 
 # What XLA makes of small programs is no test's subject, and compiling is most of the
 # time. Those that are about compiled programs run apart, in processes as users have them.
-QUICKLY := YOTO_JAX_QUICK_XLA=1 $(RUN) pytest -n $(WORKERS) --dist worksteal
+# Small matrices of NumPy are no work for a second thread, which waits at full speed.
+QUICKLY := YOTO_JAX_QUICK_XLA=1 OPENBLAS_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) \
+	--dist worksteal
 AS_USERS := $(RUN) pytest -n $(WORKERS)
 
 tests: $(VENV)/dev
