@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.experimental import multihost_utils
 
+import yoto_jax as yoto
 from yoto_jax import racing
 
 LANES = 4
@@ -26,27 +27,30 @@ def main(port, process, processes):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"localhost:{port}", processes, process)
     x = jax.random.normal(jax.random.key(1), (64, 3))
-    arms = [{"fit": 1.0, "size": size} for size in (100.0, 10.0, 0.0, 1.0)]
-    race = racing.plan(steps=40, arms=LANES, cuts=[(0.25, 2), (0.5, 1)])
-    tx = optax.adam(5e-2)
+    arms = racing.portfolio("fit", steps=600)
+    race = racing.plan(steps=40, arms=LANES, cuts=[(0.5, 2), (0.75, 1)])
+    weighting, tx = racing.one_of(arms), optax.adam(5e-2)
+    value_and_grad = yoto.value_and_grad(loss_fn, weighting)
 
     def step(lane):
-        w, opt_state, weights, number = lane
-        composite = lambda w: sum(weights[k] * v for k, v in loss_fn(w, x).items())
-        updates, opt_state = tx.update(jax.grad(composite)(w), opt_state)
-        return optax.apply_updates(w, updates), opt_state, weights, number
+        w, opt_state, state = lane
+        _, grads, state = value_and_grad(w, state, x)
+        updates, opt_state = tx.update(grads, opt_state)
+        return optax.apply_updates(w, updates), opt_state, state
 
     step_all = jax.jit(jax.vmap(step), donate_argnums=0)
     score_all = jax.jit(jax.vmap(lambda w: -loss_fn(w, x)["fit"]))
     w = jnp.ones(3)
-    lanes = racing.start((w, tx.init(w)), LANES)
-    lanes = racing.spread((*lanes, racing.stack(arms), jnp.arange(LANES)))
+    losses = {"fit": 0.0, "size": 0.0}
+    lanes = racing.start((w, tx.init(w), weighting.init(losses)), LANES)
+    lanes = racing.spread(lanes)
     for rung in race.rungs:
         for _ in range(rung.steps):
             lanes = step_all(lanes)
         kept = racing.keep(lanes, score_all(lanes[0]), rung.keep)
         lanes = racing.spread(kept.lanes)
-    w, _, _, arm = racing.lane(lanes, 0)
+    w, _, state = racing.lane(lanes, 0)
+    arm = state.arm
     if processes > 1:
         w, arm = multihost_utils.process_allgather((w, arm), tiled=True)
     print(jax.device_count(), int(arm), *(float(x).hex() for x in w))
