@@ -10,6 +10,7 @@ PROBLEMS = {
     "digits": DEVELOPMENT,
     "mnist1d": DEVELOPMENT,
     "burgers": DEVELOPMENT,
+    "segmentation": DEVELOPMENT,
     "missing_labels": HELD_OUT,
     "helmholtz": HELD_OUT,
     "allen_cahn": HELD_OUT,
