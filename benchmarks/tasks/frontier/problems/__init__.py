@@ -12,6 +12,7 @@ PROBLEMS = {
     "burgers": DEVELOPMENT,
     "segmentation": DEVELOPMENT,
     "missing_labels": HELD_OUT,
+    "depth": HELD_OUT,
     "helmholtz": HELD_OUT,
     "allen_cahn": HELD_OUT,
 }

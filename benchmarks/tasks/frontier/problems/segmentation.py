@@ -46,7 +46,9 @@ class Size(NamedTuple):
 
 SIZES = {
     "quick": Size(8, 12, 80, 32, 16, 16, steps=10, batch=4, features=8, blocks=1),
-    "cpu": Size(16, 24, 2048, 512, 256, 256, steps=3000, batch=8, features=32, blocks=1),
+    "cpu": Size(
+        16, 24, 2048, 512, 256, 256, steps=3000, batch=8, features=32, blocks=1
+    ),
 }
 LANES = 5
 _POOL_KEY = 17
