@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks.data import scenes
 from benchmarks.data.scenes import Scenes
@@ -22,24 +21,9 @@ from benchmarks.tasks.frontier.problem import (
     TRAINING,
     VALIDATION,
     Problem,
-    Scores,
 )
-
-
-class Size(NamedTuple):
-    """How large images are, how many there are, and how long they are trained on."""
-
-    height: int
-    width: int
-    pool: int  # scenes of each domain that the seeds draw theirs from
-    train: int
-    validation: int
-    test: int  # in each domain
-    steps: int
-    batch: int
-    features: int
-    blocks: int
-
+from benchmarks.tasks.frontier.problems import small_scenes
+from benchmarks.tasks.frontier.problems.small_scenes import Size
 
 SIZES = {
     "quick": Size(8, 12, 64, 16, 16, 16, steps=10, batch=4, features=8, blocks=1),
@@ -47,7 +31,6 @@ SIZES = {
         16, 24, 1024, 256, 256, 256, steps=3000, batch=8, features=32, blocks=1
     ),
 }
-LANES = 5
 PUBLISHED = (0.25, 0.1)
 _POOL_KEY = 19
 
@@ -65,7 +48,9 @@ def make(preset: str) -> Problem:
     model = depth.Model(depth.DepthNet(size.features, size.blocks), further=())
     return Problem(
         task=_task(size, model),
-        scores=functools.partial(_scores, model, _data(size)),
+        scores=functools.partial(
+            small_scenes.scores, functools.partial(_measure, model), _data(size)
+        ),
         unit=PERCENT,
         margin=1.0,
         validated_on="other scenes of the training domain",
@@ -95,7 +80,7 @@ def _task(size: Size, model: depth.Model) -> Task:
         steps=size.steps,
         learning_rate=depth.LEARNING_RATE,
         weight_decay=depth.WEIGHT_DECAY,
-        lanes=LANES,
+        lanes=small_scenes.LANES,
         of_seed=splits.of_seed,
     )
 
@@ -109,8 +94,8 @@ def _data(size: Size) -> splits.Data:
         return depth.vignette(made)
 
     unseen = tuple(render(1 + i, domain) for i, domain in enumerate(depth.UNSEEN))
-    rows = splits.random(size.pool, size.validation, size.test, size.train)
-    return splits.Data(Pool(render(0, depth.SEEN), unseen), rows)
+    pool = Pool(render(0, depth.SEEN), unseen)
+    return splits.Data(pool, small_scenes.rows(size))
 
 
 def _draw(n: int, data: splits.Data, rows: jax.Array, key: jax.Array) -> depth.Batch:
@@ -123,31 +108,19 @@ def _some(data: Scenes, rows: jax.Array) -> Scenes:
     return jax.tree.map(lambda x: x[rows], data)
 
 
-def _scores(
-    model: depth.Model, data: splits.Data, models: PyTree, seeds: jax.Array
-) -> Scores:
-    """Pixels in % whose depth is right to a quarter, over images and domains."""
-    found = _measured(model, data, models, jnp.asarray(seeds))
-    return {name: np.asarray(x) for name, x in found.items()}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _measured(
-    model: depth.Model, data: splits.Data, models: PyTree, seeds: jax.Array
+def _measure(
+    model: depth.Model, params: PyTree, own: splits.Data
 ) -> dict[str, jax.Array]:
-    def of_one(lane: tuple[PyTree, jax.Array]) -> dict[str, jax.Array]:
-        params, seed = lane
-        pool, rows = splits.of_seed(data, seed)
+    """Pixels in % whose depth is right to a quarter, over images and domains."""
+    pool, rows = own
 
-        def score(domain: Scenes, rows: jax.Array) -> jax.Array:
-            some = _some(domain, rows)
-            return depth.measure_model(model.net, params, some)["delta1"]
+    def score(domain: Scenes, rows: jax.Array) -> jax.Array:
+        some = _some(domain, rows)
+        return depth.measure_model(model.net, params, some)["delta1"]
 
-        unseen = jnp.stack([score(domain, rows.test) for domain in pool.unseen])
-        return {
-            TRAINING: score(pool.seen, rows.train),
-            VALIDATION: score(pool.seen, rows.validation),
-            TEST: jnp.mean(unseen),
-        }
-
-    return jax.lax.map(of_one, (models, seeds))
+    unseen = jnp.stack([score(domain, rows.test) for domain in pool.unseen])
+    return {
+        TRAINING: score(pool.seen, rows.train),
+        VALIDATION: score(pool.seen, rows.validation),
+        TEST: jnp.mean(unseen),
+    }

@@ -5,11 +5,10 @@ and poles one class, so that training levels off at a price that anybody can pay
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks.data import scenes
 from benchmarks.harness.training import PyTree, Task
@@ -20,37 +19,20 @@ from benchmarks.tasks.frontier.problem import (
     TRAINING,
     VALIDATION,
     Problem,
-    Scores,
 )
+from benchmarks.tasks.frontier.problems import small_scenes
+from benchmarks.tasks.frontier.problems.small_scenes import Size
 from benchmarks.tasks.segmentation import metrics
 from benchmarks.tasks.segmentation import task as segmentation
 from benchmarks.tasks.segmentation.task import Images
 
 CLASSES = ("sky", "ground", "building", "object")
-
-
-class Size(NamedTuple):
-    """How large images are, how many there are, and how long they are trained on."""
-
-    height: int
-    width: int
-    pool: int  # scenes that the seeds draw theirs from
-    train: int  # of which half lend their images to the target conditions
-    validation: int
-    test: int
-    steps: int
-    batch: int
-    features: int
-    blocks: int
-
-
 SIZES = {
     "quick": Size(8, 12, 80, 32, 16, 16, steps=10, batch=4, features=8, blocks=1),
     "cpu": Size(
         16, 24, 2048, 512, 256, 256, steps=3000, batch=8, features=32, blocks=1
     ),
 }
-LANES = 5
 _POOL_KEY = 17
 _STYLE_KEY = 18
 
@@ -68,7 +50,9 @@ def make(preset: str) -> Problem:
     model = _model(size)
     return Problem(
         task=_task(size, model),
-        scores=functools.partial(_scores, model, _data(size)),
+        scores=functools.partial(
+            small_scenes.scores, functools.partial(_measure, model), _data(size)
+        ),
         unit=PERCENT,
         margin=1.0,
         validated_on="other scenes, by day and in styles as in training",
@@ -102,7 +86,7 @@ def _task(size: Size, model: segmentation.Model) -> Task:
         steps=size.steps,
         learning_rate=2e-2,  # of 0.005, 0.01, 0.02 and 0.04 what validates best
         weight_decay=segmentation.WEIGHT_DECAY,
-        lanes=LANES,
+        lanes=small_scenes.LANES,
         of_seed=splits.of_seed,
     )
 
@@ -121,12 +105,18 @@ def _data(size: Size) -> splits.Data:
         jax.random.key(_STYLE_KEY), made.images, made.depth
     )
     conditions = jnp.stack([shifted[name] for name in segmentation.UNSEEN])
-    rows = splits.random(size.pool, size.validation, size.test, size.train)
-    return splits.Data(Pool(Images(made.images, labels), conditions), rows)
+    pool = Pool(Images(made.images, labels), conditions)
+    return splits.Data(pool, small_scenes.rows(size))
 
 
 def _labelled(data: splits.Data) -> jax.Array:
+    """One half of the training scenes: the other has no labels."""
     return jnp.split(data.rows.train, 2)[0]
+
+
+def _lent(data: splits.Data) -> jax.Array:
+    """The other half, which is seen in the target conditions alone."""
+    return jnp.split(data.rows.train, 2)[1]
 
 
 def _draw(
@@ -142,51 +132,37 @@ def _draw(
 def _targets(data: splits.Data, n: int, key: jax.Array) -> jax.Array:
     """Images in target conditions, any of the lent ones in any condition."""
     key_rows, key_condition = jax.random.split(key)
-    rows = splits.choose(jnp.split(data.rows.train, 2)[1], key_rows, n)
+    rows = splits.choose(_lent(data), key_rows, n)
     conditions = data.pool.conditions
     return conditions[jax.random.randint(key_condition, (n,), 0, len(conditions)), rows]
 
 
-def _scores(
-    model: segmentation.Model, data: splits.Data, models: PyTree, seeds: jax.Array
-) -> Scores:
-    """Mean IoU by day and in styles as in training, and its mean over conditions."""
-    found = _measured(model, data, models, jnp.asarray(seeds))
-    return {name: np.asarray(x) for name, x in found.items()}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _measured(
-    model: segmentation.Model, data: splits.Data, models: PyTree, seeds: jax.Array
+def _measure(
+    model: segmentation.Model, params: PyTree, own: splits.Data
 ) -> dict[str, jax.Array]:
-    def of_one(lane: tuple[PyTree, jax.Array]) -> dict[str, jax.Array]:
-        params, seed = lane
-        own = splits.of_seed(data, seed)
-        day, conditions = own.pool
+    """Mean IoU by day and in styles as in training, and its mean over conditions."""
+    day, conditions = own.pool
 
-        def score(images: jax.Array, rows: jax.Array) -> jax.Array:
-            return _mean_iou(model, params, images, day.labels[rows])
+    def score(images: jax.Array, rows: jax.Array) -> jax.Array:
+        return _mean_iou(model, params, images[rows], day.labels[rows])
 
-        def seen(rows: jax.Array) -> jax.Array:
-            x = day.images[rows]
-            key_target, key_style = jax.random.split(jax.random.key(_STYLE_KEY))
-            targets = _targets(own, len(rows), key_target)
-            styled = segmentation.stylise(key_style, x, targets)
-            return (score(x, rows) + score(styled, rows)) / 2
+    def seen(rows: jax.Array) -> jax.Array:
+        key_target, key_style = jax.random.split(jax.random.key(_STYLE_KEY))
+        targets = _targets(own, len(rows), key_target)
+        styled = segmentation.stylise(key_style, day.images[rows], targets)
+        clean = score(day.images, rows)
+        return (clean + _mean_iou(model, params, styled, day.labels[rows])) / 2
 
-        test = own.rows.test
-        shifted = jnp.stack([score(x[test], test) for x in conditions])
-        return {
-            TRAINING: seen(_labelled(own)),
-            VALIDATION: seen(own.rows.validation),
-            TEST: jnp.mean(shifted),
-        }
-
-    return jax.lax.map(of_one, (models, seeds))
+    shifted = jnp.stack([score(images, own.rows.test) for images in conditions])
+    return {
+        TRAINING: seen(_labelled(own)),
+        VALIDATION: seen(own.rows.validation),
+        TEST: jnp.mean(shifted),
+    }
 
 
 def _mean_iou(
-    model: segmentation.Model, params: Any, images: jax.Array, labels: jax.Array
+    model: segmentation.Model, params: PyTree, images: jax.Array, labels: jax.Array
 ) -> jax.Array:
     logits = model.net.apply({"params": params}, images)
     counts = metrics.confusion(
