@@ -11,7 +11,7 @@ WORKERS ?= 2
 .PHONY: demo check test test-all lint types tests smoke notebooks docs coverage mutants audit dist format clean
 
 demo: $(VENV)/bench
-	$(RUN) benchmarks digits --methods yoto,equal,nash_mtl,race,grid
+	$(RUN) benchmarks digits --methods yoto,equal,share,portfolio,grid
 
 # Three tiers: while editing, before a commit, before a release.
 check: lint types smoke
@@ -32,7 +32,9 @@ types: $(VENV)/dev
 
 # What XLA makes of small programs is no test's subject, and compiling is most of the
 # time. Those that are about compiled programs run apart, in processes as users have them.
-QUICKLY := YOTO_JAX_QUICK_XLA=1 $(RUN) pytest -n $(WORKERS) --dist worksteal
+# Small matrices of NumPy are no work for a second thread, which waits at full speed.
+QUICKLY := YOTO_JAX_QUICK_XLA=1 OPENBLAS_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) \
+	--dist worksteal
 AS_USERS := $(RUN) pytest -n $(WORKERS)
 
 tests: $(VENV)/dev

@@ -203,6 +203,17 @@ def primary_first(items: Sequence[Any], primary: int | None) -> list[Any]:
     return items if primary is None else [items.pop(primary), *items]
 
 
+def _where(tree: Any) -> str:
+    """Where a tree holds loss logits, for a message."""
+    is_mu = lambda x: isinstance(x, LossLogits)
+    found = [
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_mu)
+        if is_mu(leaf)
+    ]
+    return f" with one at {', '.join(found)}" if found else ""
+
+
 # Checks on structure, shape and dtype alone: they cost nothing under jit.
 
 
@@ -210,7 +221,8 @@ def check_loss_logits(mu: Any) -> None:
     """Checks that ``mu`` holds as many logits as its losses need."""
     if not isinstance(mu, LossLogits):
         raise TypeError(
-            f"mu must be a LossLogits (see init_loss_logits), got {type(mu).__name__}."
+            f"mu must be a LossLogits (see init_loss_logits), got {type(mu).__name__}"
+            f"{_where(mu)}."
         )
     if not hasattr(mu.learned, "shape"):
         raise TypeError(

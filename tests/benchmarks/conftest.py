@@ -35,6 +35,14 @@ def is_slow(item):
     return bool(trained - {OF_THE_DIGITS})
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Whether a file has slow tests alone, and they are not asked for."""
+    name = collection_path.name
+    if name.startswith("test_") and name not in SHARED:
+        return "not slow" in config.option.markexpr or None
+    return None
+
+
 def pytest_collection_modifyitems(items):
     here = [item for item in items if item.path.parent.name == "benchmarks"]
     for item in here:

@@ -286,7 +286,6 @@ def test_a_method_that_looks_seldom_costs_little():
     task = digits.make("quick").task
     entry = methods.entries(task)["nash_mtl, every 10"]
     assert entry.runs == pytest.approx(1 + (7 / 3 - 1) / 10)
-    assert not entry.rule.side_by_side
 
 
 def test_gradients_of_features_cost_little_by_the_operations_of_the_step():

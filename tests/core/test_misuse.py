@@ -53,6 +53,18 @@ def test_the_state_inside_a_wrapper(wrap):
         wrap(weighting).update(LOSSES, weighting.init(LOSSES))
 
 
+def test_a_batch_in_place_of_the_state():
+    step = yoto.value_and_grad(lambda w, x: loss_fn(w * x), weightings.equal())
+    with pytest.raises(TypeError, match="second argument must be the state"):
+        step(W, jnp.ones(2))
+
+
+def test_logits_inside_a_tree_are_found_for_the_message():
+    params = {"model": W, "loss": {"mu": yoto.init_loss_logits(LOSSES, "a")}}
+    with pytest.raises(TypeError, match=r"got dict with one at \['loss'\]\['mu'\]"):
+        yoto.loss_weights(params)
+
+
 def test_the_message_names_both_states():
     state = weightings.gradnorm().init(LOSSES)
     with pytest.raises(TypeError, match=r"FamoState.*GradNormState"):

@@ -54,8 +54,9 @@ def jacobian(f, params):
     flatten = lambda tree: np.concatenate(
         [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)]
     )
-    names = sorted(f(params))
-    return np.stack([flatten(jax.grad(lambda p: f(p)[n])(params)) for n in names])
+    names = sorted(jax.eval_shape(f, params))
+    each = jax.jit(lambda p: [jax.grad(lambda p, n=n: f(p)[n])(p) for n in names])
+    return np.stack([flatten(row) for row in each(params)])
 
 
 J = jacobian(lambda p: loss_fn(p, X), PARAMS)
@@ -466,7 +467,7 @@ def test_inner_products_of_low_precision_are_taken_in_float32():
 def test_a_gramian_of_low_precision_is_summed_in_float32(count):
     rows = jax.random.normal(jax.random.key(0), (count, 300), jnp.bfloat16)
     tx = yoto.aggregate(reading("gramian")._replace(downstream=None), count)
-    _, state = tx.update({"w": rows}, tx.init(None))
+    _, state = jax.jit(tx.update)({"w": rows}, tx.init(None))
     exact = np.asarray(rows, np.float64)
     np.testing.assert_allclose(state.inner, exact @ exact.T, rtol=1e-5, atol=1e-4)
 
@@ -475,7 +476,7 @@ def test_value_and_jacobian_with_auxiliary_output_and_chunks():
     f = lambda p, x: (loss_fn(p, x), 3)
     for chunk in (None, 1, 2):
         step = yoto.value_and_jacobian(f, has_aux=True, chunk_size=chunk)
-        (losses, aux), rows = step(PARAMS, X)
+        (losses, aux), rows = jax.jit(step)(PARAMS, X)
         flat = np.concatenate([r.reshape(3, -1) for r in jax.tree.leaves(rows)], 1)
         np.testing.assert_allclose(flat, J, rtol=1e-5, atol=1e-7)
         assert aux == 3
@@ -508,9 +509,9 @@ SOURCES = {
 }
 
 
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")
-@pytest.mark.parametrize("source", SOURCES)
-def test_eight_devices_equal_one(source):
+@functools.cache
+def on_devices(source):
+    """A batch, the step over an axis of devices, and what one device makes of it."""
     f, needs, gradients = SOURCES[source]
     g = lambda *args: f(*args) | {"c": jnp.mean(encoder(args[0], args[-1])[:, 0])}
     if f is heads:
@@ -524,20 +525,27 @@ def test_eight_devices_equal_one(source):
     one = yoto.value_and_grad(g, weighting, gradients=gradients)
     expected = jax.jit(one)(PARAMS, state, x)
     many = yoto.value_and_grad(g, weighting, gradients=gradients, axis_name="d")
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = jax.sharding.PartitionSpec
-    for check in (True, False):
+    return state, x, many, expected
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("way", ["shard_map", "unchecked", "pmap"])
+def test_eight_devices_equal_one(source, way):
+    state, x, many, expected = on_devices(source)
+    if way == "pmap":
+        replicated = jax.pmap(many, axis_name="d", in_axes=(None, None, 0))
+        out = jax.device_get(replicated(PARAMS, state, x.reshape(8, 8, 4)))
+        got = jax.tree.map(lambda y: y[3], out)
+    else:
         sharded = jax.shard_map(
             many,
-            mesh=mesh,
-            in_specs=(spec(), spec(), spec("d")),
-            out_specs=spec(),
-            check_vma=check,
+            mesh=jax.make_mesh((8,), ("d",), (jax.sharding.AxisType.Auto,)),
+            in_specs=(jax.P(), jax.P(), jax.P("d")),
+            out_specs=jax.P(),
+            check_vma=way == "shard_map",
         )
         got = jax.jit(sharded)(PARAMS, state, x)
-        chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-6)
-    replicated = jax.pmap(many, axis_name="d", in_axes=(None, None, 0))
-    got = jax.tree.map(lambda y: y[3], replicated(PARAMS, state, x.reshape(8, 8, 4)))
     chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -667,7 +675,7 @@ def test_one_loss_may_be_a_bare_scalar(name):
     weighting = getattr(weightings, name)()
     f = lambda w: jnp.sum(w**2)
     step = yoto.value_and_grad(f, weighting)
-    loss, grads, _ = step(jnp.arange(3.0), weighting.init(0.0))
+    loss, grads, _ = jax.jit(step)(jnp.arange(3.0), weighting.init(0.0))
     assert loss == 5.0
     assert jnp.all(jnp.isfinite(grads))
 
@@ -704,8 +712,8 @@ def test_a_part_of_the_parameters_may_be_named_twice():
     f = lambda p: {"a": jnp.sum(p["w"] ** 2), "b": jnp.sum((p["w"] - p["v"]) ** 2)}
     params = {"w": jnp.ones(3), "v": jnp.zeros(3)}
     state = upgrad.init({"a": 0.0, "b": 0.0})
-    step = lambda part: yoto.value_and_grad(
-        f, upgrad, gradients=yoto.of_parameters(select=part)
+    step = lambda part: jax.jit(
+        yoto.value_and_grad(f, upgrad, gradients=yoto.of_parameters(select=part))
     )
     twice, once = step(lambda p: (p["w"], p["w"])), step(lambda p: p["w"])
     chex.assert_trees_all_equal(twice(params, state), once(params, state))

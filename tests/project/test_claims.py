@@ -3,13 +3,17 @@
 import json
 import pathlib
 
+import numpy as np
 import pytest
 
+from benchmarks.harness import searches
+
 RESULTS = pathlib.Path(__file__).parent.parent.parent / "benchmarks" / "results"
-VERDICTS = {
-    (row["task"], row["method"]): row
-    for row in json.loads((RESULTS / "frontier.json").read_text())["verdicts"]
-}
+FRONTIER, DIGITS = (
+    json.loads((RESULTS / f"{name}.json").read_text())
+    for name in ("frontier", "digits")
+)
+VERDICTS = {(row["task"], row["method"]): row for row in FRONTIER["verdicts"]}
 PROBLEMS = ["digits", "missing_labels"]
 RACES = {
     "race: 15 points, cut at 10 and 30 %": 3.0,
@@ -22,6 +26,14 @@ def test_one_run_of_aligned_mtl_beats_a_search_of_fifteen(problem):
     found = VERDICTS[problem, "aligned_mtl"]
     assert found["seeds"] == 10
     assert found["lower"] > 0
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_one_run_of_held_gradient_norms_is_no_worse_than_the_search(problem):
+    found = VERDICTS[problem, "share 1"]
+    assert found["seeds"] == 10
+    assert found["runs"] < 1.05
+    assert found["lower"] > -found["margin"]
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
@@ -44,3 +56,131 @@ def test_equal_weights_and_nash_mtl_lose_where_labels_are_missing():
         found = VERDICTS["missing_labels", method]
         assert found["seeds"] == 10
         assert found["difference"] < -5 * found["margin"]
+
+
+# Numbers that FINDINGS and the guides have in their sentences.
+
+
+def points(problem):
+    """Test scores and validation of all constants of the search, by seed."""
+    found = {}
+    for line in FRONTIER["runs"]:
+        if (line["problem"], line["method"]) == (problem, "search"):
+            looks = line["looks"]
+            scores = looks["validation"][-1], looks["test"][-1]
+            found.setdefault(line["seed"], []).append((*scores, line["weights"]))
+    return found
+
+
+def test_two_random_constants_are_eight_points_behind_fifteen():
+    behind = {}
+    for problem in PROBLEMS:
+        gaps = []
+        for tried in points(problem).values():
+            validation, test = np.array([x[:2] for x in tried]).T
+            curve = searches.best_of_n(validation, test)
+            gaps.append(curve[14] - curve[1])
+        behind[problem] = np.mean(gaps)
+    assert all(7 < gap < 9 for gap in behind.values())
+
+
+def test_errors_on_the_equation():
+    error = lambda method: np.exp(-VERDICTS["burgers", method]["difference"] / 100)
+    assert 3.5 < error("equal") < 4.5
+    for race in (
+        "race: 15 points, cut at 10 and 30 %",
+        "race: 9 points, cut at 20 and 50 %",
+    ):
+        assert 1.5 < error(race) < 2.5
+
+
+def test_the_best_constants_of_the_equation():
+    for tried in points("burgers").values():
+        _, _, weights = max(tried, key=lambda x: x[0])
+        assert 2.5 < weights["initial"] / weights["pde"] < 10.5
+        assert 0.005 < weights["boundary"] / weights["pde"] < 2.5
+
+
+def test_the_digits_once_they_are_trained():
+    def unseen(method, config=None):
+        """Mean accuracy in %."""
+        found = [
+            r["value"]
+            for r in DIGITS["records"]
+            if (r["method"], r["metric"]) == (method, "accuracy")
+            and r["unseen"]
+            and config in (None, r["config"])
+        ]
+        return 100 * np.mean(found)
+
+    grid = unseen("grid", searches.VALIDATED)
+    assert round(grid - unseen("equal"), 1) == 0.7
+    assert round(grid - unseen("yoto"), 1) == 4.3
+
+
+def test_weights_of_memorised_labels_explode_under_nash_mtl():
+    ends = [
+        line["weights"]["class"]
+        for line in FRONTIER["runs"]
+        if (line["problem"], line["method"]) == ("missing_labels", "nash_mtl")
+    ]
+    assert max(ends) > sorted(ends)[-3] > 70_000
+    behind = -VERDICTS["missing_labels", "nash_mtl"]["difference"]
+    assert round(behind) == 14
+
+
+def test_the_balance_of_gradients_halves_the_error_on_the_equation():
+    error = {
+        method: np.mean(
+            [
+                r["value"]
+                for r in json.loads((RESULTS / "pinn.json").read_text())["records"]
+                if (r["method"], r["metric"]) == (method, "error")
+            ]
+        )
+        for method in ("static", "gradient-norm")
+    }
+    assert 0.4 < error["gradient-norm"] / error["static"] < 0.6
+
+
+def unseen(benchmark, method, metric, config=None):
+    """Mean over unseen domains and seeds."""
+    found = [
+        r["value"]
+        for r in json.loads((RESULTS / f"{benchmark}.json").read_text())["records"]
+        if (r["method"], r["metric"]) == (method, metric)
+        and r["unseen"]
+        and config in (None, r["config"])
+    ]
+    return np.mean(found)
+
+
+def test_the_papers_tasks_as_the_findings_tell_them():
+    grid = searches.VALIDATED
+    depth = unseen("depth", "grid", "delta1", grid) - unseen("depth", "yoto", "delta1")
+    assert 1 < depth < 2
+    streets = unseen("segmentation_camvid", "grid", "mIoU", grid)
+    assert streets - unseen("segmentation_camvid", "aligned", "mIoU") > 1
+    by_rho = [
+        unseen("segmentation", method, "mIoU")
+        for method in ("paper", "rho-20", "rho-50", "rho-500")
+    ]
+    assert max(by_rho) - min(by_rho) < 1 / 3
+    for method in ("famo", "geometric"):
+        ignorant = unseen("segmentation", "constant", "mIoU")
+        assert unseen("segmentation", method, "mIoU") < ignorant
+
+
+def test_a_loss_a_thousand_times_too_large_keeps_a_sixth_of_its_weight():
+    records = json.loads((RESULTS / "ablations.json").read_text())["records"]
+
+    def weight(method):
+        return np.mean(
+            [
+                r["value"]
+                for r in records
+                if (r["method"], r["metric"]) == (method, "weight:camera")
+            ]
+        )
+
+    assert round(weight("yoto") / weight("camera x1000")) == 6

@@ -17,6 +17,7 @@ from yoto_jax._weighting import (
     LossWeighting,
     and_present,
     mask_weights,
+    weights_of,
 )
 from yoto_jax.gradients._devices import (
     Axes,
@@ -156,11 +157,20 @@ def value_and_grad(
     ) -> tuple[Any, PyTree, Any]:
         check_axes(engine.axes)
         check_params(params)
+        _check_is_state(state)
         warn_of_jaxlib()
         validation, args = engine.steering.take(args)
         return _Step(engine, params, state, args, kwargs, validation).take()
 
     return fn
+
+
+def _check_is_state(state: State) -> None:
+    if weights_of(state) is None:
+        raise TypeError(
+            "the second argument must be the state of the weighting, which "
+            f"weighting.init(losses) makes, got {type(state).__name__}."
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,5 +1,6 @@
 """Axes of lanes: put on, cut down, spread over devices, taken off."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -117,6 +118,12 @@ def keep(lanes: PyTree, scores: Any, number: int) -> Kept:
         raise ValueError(f"number must be from 1 to {count}, got {number}.")
     if not isinstance(scores, jax.core.Tracer) and bool(jnp.all(jnp.isnan(scores))):
         raise ValueError("all scores are NaN: no lane can be kept.")
+    return _keep(lanes, scores, number)
+
+
+@functools.partial(jax.jit, static_argnames="number")
+def _keep(lanes: PyTree, scores: jax.Array, number: int) -> Kept:
+    """One program for all arrays."""
     real = jnp.issubdtype(scores.dtype, jnp.floating)
     # Of integers -1 - x, which cannot overflow; of floats -x, which keeps NaN.
     falling = -scores if real else jnp.invert(scores)
@@ -148,6 +155,12 @@ def lane(lanes: PyTree, index: int) -> PyTree:
     count = _count(lanes)
     if not isinstance(index, jax.core.Tracer) and not -count <= index < count:
         raise IndexError(f"there are {count} lanes, got index {index}.")
+    return _take(lanes, index)
+
+
+@jax.jit
+def _take(lanes: PyTree, index: jax.Array) -> PyTree:
+    """One program for all arrays."""
     return jax.tree.map(lambda x: jnp.asarray(x)[index], lanes)
 
 

@@ -8,6 +8,7 @@ LEARNED = ("yoto", "paper")
 WEIGHTED = {
     "nash_mtl": "Nash-MTL, gradients of all parameters",
     "nash_mtl_features": "Nash-MTL, gradients of the features",
+    "share": "equal gradient norms in the first steps, held",
 }
 
 ROWS = {  # (method, config or None for the only one): name in the table
@@ -16,6 +17,7 @@ ROWS = {  # (method, config or None for the only one): name in the table
     ("equal", None): "equal weights",
     **{(name, None): label for name, label in WEIGHTED.items()},
     **{(name, None): label for name, label in conditional.LABELS.items()},
+    ("portfolio", None): "race of equal weights and three shares",
     ("race", None): "race of the grid's nine points",
     ("grid", VALIDATED): "grid, best by validation",
     ("random", VALIDATED): "random, best by validation",

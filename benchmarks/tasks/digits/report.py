@@ -95,7 +95,7 @@ def conclusions(result: Result) -> list[str]:
         present = [rival for rival in rivals if _of(result, rival[0])]
         sentences += [_comparison(result, *r, ours="conditional") for r in present]
     if _of(result, "grid"):
-        others = [m for m in (*WEIGHTED, "race") if _of(result, m)]
+        others = [m for m in (*WEIGHTED, "portfolio", "race") if _of(result, m)]
         sentences += [_comparison(result, "grid", VALIDATED, ours=m) for m in others]
     sentences += [_hold(result, method) for method in LEARNED if _of(result, method)]
     return sentences
@@ -214,6 +214,8 @@ def _draw_accuracy(panel: Axes, result: Result) -> None:
         ("conditional", None, "P", plots.VERMILION, 0.0),
         ("nash_mtl", None, "<", plots.GREEN, 0.0),
         ("nash_mtl_features", None, ">", plots.GREEN, 0.4),
+        ("share", None, "^", plots.VERMILION, 0.5),
+        ("portfolio", None, "X", plots.BLUE, 0.0),
         ("race", None, "X", plots.GREY, 0.0),
         ("grid", VALIDATED, "D", plots.ORANGE, 0.15),
         ("grid", ORACLE, "*", plots.PURPLE, -0.15),

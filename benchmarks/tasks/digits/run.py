@@ -31,14 +31,15 @@ from benchmarks.harness.searches import ORACLE, VALIDATED
 from benchmarks.harness.terminal import say, show
 from benchmarks.harness.training import Rule, Task, operations, schedule
 from benchmarks.harness.units import Units
-from benchmarks.tasks.digits import task
+from benchmarks.tasks.digits import portfolio, task
 from benchmarks.tasks.digits.methods import CONDITIONAL, LEARNED, WEIGHTED
 from benchmarks.tasks.digits.report import conclusions, figure, summary, table
 from yoto_jax import racing
+from yoto_jax.racing._portfolio import WARMUP
 
 RESUMABLE = True
 BY_RULE = (*WEIGHTED, *CONDITIONAL)
-METHODS = ("yoto", "paper", "equal", *BY_RULE, "race", "grid", "random")
+METHODS = ("yoto", "paper", "equal", *BY_RULE, "portfolio", "race", "grid", "random")
 SEARCHES = ("grid", "random")
 STEPS = {"quick": 20, "cpu": 4000, "gpu": 40_000}
 
@@ -126,6 +127,8 @@ def run(
     method: str, data: task.Data, seeds: int, steps: int
 ) -> tuple[task.Outcome, list[Record]]:
     """Train and measure all runs of a method."""
+    if method == "portfolio":
+        return run_portfolio(data, seeds, steps)
     runs = configurations(method, seeds)
     if method == "race":
         return run_race(runs, data, steps)
@@ -159,6 +162,29 @@ def run_race(
     return outcome, records + time_records("race", outcome, seeds, plan.runs)
 
 
+def run_portfolio(
+    data: task.Data, seeds: int, steps: int
+) -> tuple[task.Outcome, list[Record]]:
+    """Race the library's portfolio, and measure the winner of each seed."""
+    race = portfolio.Race(data, steps, LEARNING_RATE)
+    outcome, winners = race.run(seeds)
+    measured = measure(outcome, data)
+    looks = looking(task.as_task(data, steps, seeds, LEARNING_RATE))
+    cost = rounded(race.plan.runs + race.plan.arms * looks)
+    records = []
+    for seed, name in enumerate(winners):
+        records += task.run_records("portfolio", name, seed, 0, measured, cost)
+    return outcome, records + time_records("portfolio", outcome, seeds, cost)
+
+
+def looking(made: Task) -> float:
+    """What looking at gradients in the first steps adds to a run."""
+    balance = lambda task: yoto.weightings.grad_norm_balance(task.primary)
+    steps = operations(made, Weighted(balance), {})
+    plain = operations(made, contest.rules(CONDITIONED)[contest.PLAIN], {})
+    return WARMUP * (steps / plain - 1)
+
+
 def time_records(
     method: str, outcome: task.Outcome, seeds: int, cost: float
 ) -> list[Record]:
@@ -189,9 +215,11 @@ def run_by_rule(
     # them has an easy way to make it small (found on validation images).
     rules = contest.rules(CONDITIONED, where=lambda path, leaf: leaf.ndim == 1)
     nash = lambda task: yoto.weightings.nash_mtl()
+    arms = racing.portfolio(task.PRIMARY, steps)
     rules |= {
         "nash_mtl": Weighted(nash),
         "nash_mtl_features": Weighted(nash, of_features=True),
+        "share": Weighted(lambda task: arms["share 1"]),
     }
     runs = Runs(
         made, rules, options.out, resume=options.resume, planned=seeds * len(methods)
@@ -228,7 +256,11 @@ def costs_of(
         costs = dict.fromkeys(CONDITIONAL, ratio)
     plain = operations(made, rules[contest.PLAIN], {})
     for method in set(methods) & set(WEIGHTED):
-        costs[method] = operations(made, rules[method], {}) / plain
+        costs[method] = (
+            1 + looking(made)
+            if method == "share"
+            else operations(made, rules[method], {}) / plain
+        )
     return costs
 
 

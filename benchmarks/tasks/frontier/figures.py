@@ -64,15 +64,16 @@ def against_runs(result: Result, path: Path) -> None:
                 panel.errorbar(ours.runs, mean, reach, capsize=2, **look)
             else:  # At the lower edge, with its number.
                 panel.plot(ours.runs, LOWEST, clip_on=False, **look)
+                place = round(10 * np.log10(ours.runs))  # Labels close by stack.
                 panel.annotate(
                     f"{mean:.0f}",
                     (ours.runs, LOWEST),
-                    xytext=(6, 3 + 9 * below[ours.runs]),
+                    xytext=(6, 3 + 9 * below[place]),
                     textcoords="offset points",
                     color=color,
                     fontsize=8,
                 )
-                below[ours.runs] += 1
+                below[place] += 1
         panel.set_xscale("log")
         panel.set_xticks([1, 2, 3, 5, 10, 15], ["1", "2", "3", "5", "10", "15"])
         panel.minorticks_off()

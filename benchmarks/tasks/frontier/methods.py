@@ -12,6 +12,7 @@ from benchmarks.harness.rules import Weighted
 from benchmarks.harness.training import DOWNSTREAM, Rule, Task
 from benchmarks.harness.variations import Softmax
 from benchmarks.tasks.frontier.candidates import capped, in_units
+from yoto_jax.racing._portfolio import WARMUP
 
 BUDGET = 15
 """Runs of the search that all others are held against."""
@@ -37,8 +38,6 @@ SELDOM = (
 OF_FEATURES = ("grad_norm_balance", "nash_mtl", "aligned_mtl")
 """Methods that are also tried looking at the gradients of features alone."""
 
-WARMUP = 0.02
-"""Of the steps, in which gradient norms are measured that weights are then held by."""
 SHARES = ("share 0.1", "share 1", "share 10")
 """Arms of the library's portfolio: auxiliary gradients so long, in primary ones."""
 
