@@ -78,7 +78,7 @@ def _task(size: Size, model: depth.Model) -> Task:
         validate=splits.needs_seeds,
         test=splits.needs_seeds,
         steps=size.steps,
-        learning_rate=depth.LEARNING_RATE,
+        learning_rate=depth.LEARNING_RATE,  # of half, once and twice it the best
         weight_decay=depth.WEIGHT_DECAY,
         lanes=small_scenes.LANES,
         of_seed=splits.of_seed,

@@ -1,7 +1,12 @@
 """Small scenes, segmented by day; tested by night, in fog, rain and snow.
 
 The losses and the shift of the segmentation task. Images are small, and boxes, balls
-and poles one class, so that training levels off at a price that anybody can pay.
+and poles one class, so that training levels off at a price that anybody can pay: twice
+the steps change the score on other scenes of the training domain by half a point at
+most. On the scenes trained on it still rises by one or two: they are learned by heart.
+
+It does not separate the weights of its box: the points that validate best and worst are
+no two points apart in the test. Without invariance, or with little else, much is lost.
 """
 
 import functools
