@@ -1,7 +1,12 @@
 """Depth of small scenes outdoors; tested through another lens, in rooms, and both.
 
 The losses and the shift of the depth task, on images that are small, so that training
-levels off at a price that anybody can pay.
+levels off at a price that anybody can pay: twice the steps change the score on other
+scenes of the training domain by less than a point on average. On the scenes trained on
+it still rises by five: they are learned by heart.
+
+It does not separate the weights of its box: the points that validate best and worst are
+level in the test, where a network is little better than one that ignores the image.
 """
 
 import functools
