@@ -1,4 +1,4 @@
-"""Problems of the frontier: digits under shift, MNIST-1D, missing labels."""
+"""Problems of the frontier: digits under shift, signals, scenes."""
 
 import dataclasses
 
@@ -14,11 +14,24 @@ from benchmarks.harness.training import DOWNSTREAM, Carry, prepare
 from benchmarks.harness.variations import Softmax
 from benchmarks.tasks.frontier import splits
 from benchmarks.tasks.frontier.problem import SEEDS, TEST, TRAINING, VALIDATION
-from benchmarks.tasks.frontier.problems import digits, missing_labels, mnist1d
+from benchmarks.tasks.frontier.problems import (
+    depth,
+    digits,
+    missing_labels,
+    mnist1d,
+    segmentation,
+)
+from benchmarks.tasks.frontier.train import train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-PROBLEMS = {"digits": digits, "mnist1d": mnist1d, "missing_labels": missing_labels}
+SCENES = {"segmentation": segmentation, "depth": depth}
+PROBLEMS = {
+    "digits": digits,
+    "mnist1d": mnist1d,
+    "missing_labels": missing_labels,
+    **SCENES,
+}
 every_problem = pytest.mark.parametrize("name", PROBLEMS)
 
 
@@ -79,7 +92,7 @@ def test_splits_are_disjoint_and_those_of_their_seed(name):
     assert jax.tree.leaves(own.pool)[0] is jax.tree.leaves(task.data.pool)[0]
 
 
-@every_problem
+@pytest.mark.parametrize("name", [name for name in PROBLEMS if name not in SCENES])
 def test_batches_come_from_the_rows_of_their_seed(name):
     task = PROBLEMS[name].make("quick").task
     own = task.of_seed(task.data, jnp.int32(1))
@@ -176,6 +189,70 @@ def test_accuracy_counts_the_rows_of_the_seed():
         always_even, jnp.zeros(2), labels[:, None], labels, rows, jnp.array([0, 1])
     )
     assert found.tolist() == [100, 75]
+
+
+# Scenes.
+
+
+def spoilt(images, rows):
+    """The images, all but some without a number in them."""
+    keep = jnp.zeros(len(images), bool).at[rows].set(True)
+    return jnp.where(keep[:, None, None, None], images, jnp.nan)
+
+
+def is_finite(*arrays):
+    return all(bool(jnp.all(jnp.isfinite(x))) for x in arrays)
+
+
+def test_batches_of_segmentation_are_labelled_and_styled_by_scenes_of_their_own():
+    task = segmentation.make("quick").task
+    own = task.of_seed(task.data, jnp.int32(1))
+    labelled, lent = jnp.split(own.rows.train, 2)
+    day, conditions = own.pool
+
+    def drawn(draw, rows, targets):
+        days = day._replace(images=spoilt(day.images, rows))
+        styles = jnp.stack([spoilt(x, targets) for x in conditions])
+        batch = jax.jit(draw)(
+            own._replace(pool=own.pool._replace(day=days, conditions=styles)),
+            jax.random.key(0),
+        )
+        return batch.images, batch.styled
+
+    assert is_finite(*drawn(task.draw, labelled, lent))
+    assert is_finite(*drawn(task.draw_held_out, own.rows.validation, lent))
+    assert not is_finite(*drawn(task.draw, lent, lent))
+    assert not is_finite(*drawn(task.draw, labelled, labelled))
+    assert conditions.shape == (3, *day.images.shape)
+    assert set(np.unique(day.labels)) == set(range(len(segmentation.CLASSES)))
+
+
+def test_batches_of_depth_come_from_the_rows_of_their_seed():
+    task = depth.make("quick").task
+    own = task.of_seed(task.data, jnp.int32(1))
+    seen = own.pool.seen
+
+    def drawn(draw, rows):
+        some = seen._replace(images=spoilt(seen.images, rows))
+        pool = own.pool._replace(seen=some)
+        return jax.jit(draw)(own._replace(pool=pool), jax.random.key(0)).images
+
+    assert is_finite(drawn(task.draw, own.rows.train))
+    assert is_finite(drawn(task.draw_held_out, own.rows.validation))
+    assert not is_finite(drawn(task.draw, own.rows.validation))
+    assert [len(x.images) for x in own.pool.unseen] == [len(seen.images)] * 3
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_scenes_are_trained_on_in_the_quick_preset(name):
+    problem = SCENES[name].make("quick")
+    (line,) = train(
+        problem, RULES["softmax"], [configured(problem.task, "softmax")], [0]
+    )
+    looks = line["looks"]
+    assert len(looks[TEST]) == 10
+    assert len(set(looks[TEST])) > 1
+    assert set(line["weights"]) == set(problem.task.names)
 
 
 # Missing labels.

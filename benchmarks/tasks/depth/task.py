@@ -9,6 +9,7 @@ family of scenes, and on both, that were never trained on.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -129,10 +130,16 @@ class Batch(NamedTuple):
 
 def draw(data: scenes.Scenes, batch: int, key: Key) -> Batch:
     """Two geometric and photometric views of random images."""
-    key_choice, key_noise, *keys = jax.random.split(key, 6)
+    key_choice, *keys = jax.random.split(key, 6)
     chosen = jax.random.randint(key_choice, (batch,), 0, len(data.images))
-    images, depth, focal = (x[chosen] for x in (data.images, data.depth, data.focal))
-    height, width = depth.shape[1:]
+    return two_views(jax.tree.map(lambda x: x[chosen], data), keys)
+
+
+def two_views(data: scenes.Scenes, keys: Sequence[Key]) -> Batch:
+    """Two views of each image, by five keys."""
+    images, depth, focal = data.images, data.depth, data.focal
+    batch, height, width = depth.shape
+    key_noise, *keys = keys
     views = [random_warp(k, batch, ZOOM) for k in keys[:2]]
     seen = [
         jitter(k, warp_images(images, v)) for k, v in zip(keys[2:], views, strict=True)

@@ -39,11 +39,15 @@ def stacked(splits: Sequence[tuple[np.ndarray, ...]]) -> Rows:
     return Rows(*(jnp.asarray(np.stack(part), jnp.int32) for part in parts))
 
 
-def random(total: int, validation: int, test: int) -> Rows:
-    """Rows of random splits of so many examples; the rest is for training."""
+def random(total: int, validation: int, test: int, train: int | None = None) -> Rows:
+    """Rows of random splits of so many examples.
+
+    The rest is for training, or so many of it: then seeds share fewer examples.
+    """
     cuts = (total - validation - test, total - test)
     orders = [np.random.default_rng(s).permutation(total) for s in range(SEEDS)]
-    return stacked([tuple(np.split(order, cuts)) for order in orders])
+    splits = [np.split(order, cuts) for order in orders]
+    return stacked([(rest[:train], *others) for rest, *others in splits])
 
 
 def choose(rows: jax.Array, key: jax.Array, n: int) -> jax.Array:

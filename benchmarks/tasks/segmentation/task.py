@@ -99,14 +99,20 @@ class Batch(NamedTuple):
 
 def draw(images: Images, targets: jax.Array, batch: int, key: Key) -> Batch:
     """Random images, some mirrored, and their stylised views."""
-    key_choice, key_target, key_mirror, key_style = jax.random.split(key, 4)
+    key_choice, key_target, *keys = jax.random.split(key, 4)
     chosen = jax.random.randint(key_choice, (batch,), 0, len(images.images))
     target = jax.random.randint(key_target, (batch,), 0, len(targets))
-    mirror = jax.random.bernoulli(key_mirror, shape=(batch, 1, 1))
-    x, labels = images.images[chosen], images.labels[chosen]
+    few = Images(images.images[chosen], images.labels[chosen])
+    return views(few, targets[target], *keys)
+
+
+def views(images: Images, targets: jax.Array, key_mirror: Key, key_style: Key) -> Batch:
+    """Images, some mirrored, and their views in the style of as many targets."""
+    mirror = jax.random.bernoulli(key_mirror, shape=(len(targets), 1, 1))
+    x, labels = images
     x = jnp.where(mirror[..., None], x[:, :, ::-1], x)
     labels = jnp.where(mirror, labels[:, :, ::-1], labels)
-    return Batch(x, stylise(key_style, x, targets[target]), labels)
+    return Batch(x, stylise(key_style, x, targets), labels)
 
 
 def stylise(key: Key, images: jax.Array, targets: jax.Array) -> jax.Array:

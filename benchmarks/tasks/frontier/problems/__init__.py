@@ -10,7 +10,9 @@ PROBLEMS = {
     "digits": DEVELOPMENT,
     "mnist1d": DEVELOPMENT,
     "burgers": DEVELOPMENT,
+    "segmentation": DEVELOPMENT,
     "missing_labels": HELD_OUT,
+    "depth": HELD_OUT,
     "helmholtz": HELD_OUT,
     "allen_cahn": HELD_OUT,
 }
