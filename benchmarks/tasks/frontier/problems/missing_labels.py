@@ -89,7 +89,7 @@ def _data(size: Size) -> splits.Data:
 
 def _init(key: jax.Array) -> PyTree:
     heads = {"class": (CLASSES,), "parity": (2,), "size": (1,), "clean": (LENGTH,)}
-    return signals.init_model(key, **heads)
+    return signals.init_model(key, signals.CHANNELS, **heads)
 
 
 def _draw(n: int, data: splits.Data, key: jax.Array) -> Batch:
