@@ -95,6 +95,41 @@ def test_batches_come_from_the_rows_of_their_seed(name):
         assert flat(drawn) <= flat(all_rows)
 
 
+@every_problem
+def test_together_trains_on_validation_data_too(name):
+    task = PROBLEMS[name].make("quick").task
+    both = splits.together(task)
+    rows, own = task.data.rows, both.data.rows
+    assert set(np.asarray(own.train[2]).tolist()) == {
+        *np.asarray(rows.train[2]).tolist(),
+        *np.asarray(rows.validation[2]).tolist(),
+    }
+    np.testing.assert_array_equal(own.test, rows.test)
+    data = both.of_seed(both.data, jnp.int32(2))
+    jax.eval_shape(both.draw, data, jax.random.key(0))
+
+
+def test_together_all_validation_signals_have_their_labels():
+    task = splits.together(mnist1d.make("quick").task)
+    own = task.of_seed(task.data, jnp.int32(0))
+    draw = jax.jit(task.draw)
+    seen = {
+        tuple(x) for i in range(100) for x in np.asarray(draw(own, jax.random.key(i)).x)
+    }
+    known = np.concatenate([own.rows.validation, own.rows.train[50:200]])
+    assert seen <= {tuple(x) for x in np.asarray(own.pool.x[known])}
+    assert seen & {tuple(x) for x in np.asarray(own.pool.x[own.rows.validation])}
+
+    task = splits.together(missing_labels.make("quick").task)
+    own = task.of_seed(task.data, jnp.int32(0))
+    only = own._replace(rows=own.rows._replace(train=own.rows.validation))
+    batch = jax.jit(task.draw)(only, jax.random.key(0))
+    assert all(np.all(mask) for mask in batch.masks.values())
+    others = own._replace(rows=own.rows._replace(train=own.rows.train[50:]))
+    batch = jax.jit(task.draw)(others, jax.random.key(0))
+    assert not np.all(batch.masks["class"])
+
+
 # Training.
 
 RULES = {

@@ -16,6 +16,9 @@ Line = dict[str, Any]
 Problems = dict[str, dict[str, Any]]
 
 SEARCH = "search"
+CEILING = "ceiling"
+"""The best point of the search by validation, trained on validation data too: what is
+not to be had without them, and no method."""
 AVERAGED = " averaged"
 SHARES = ("equal", "share 0.1", "share 1", "share 10")
 EARLY, LATE = ((0.1, 4), (0.3, 1)), ((0.2, 3), (0.5, 1))
@@ -149,8 +152,13 @@ def difference(ours: Outcome, theirs: Outcome) -> Difference:
 
 def methods_of(lines: Sequence[Line]) -> list[str]:
     """All rows: the search, races, then methods in their order."""
+    return [SEARCH, *RACES, *(name for name in trained(lines) if name != SEARCH)]
+
+
+def trained(lines: Sequence[Line]) -> list[str]:
+    """What was trained and is judged, in its order."""
     found = dict.fromkeys(line["method"] for line in lines)
-    return [SEARCH, *RACES, *(name for name in found if name != SEARCH)]
+    return [name for name in found if name != CEILING]
 
 
 def problems_of(result: Result) -> Problems:
@@ -163,7 +171,7 @@ def contenders(lines: Sequence[Line], problem: str) -> list[str]:
     All that a race is made of is among them.
     """
     always = {SEARCH, *(arm for race in RACES.values() for arm in race.arms)}
-    names = list(dict.fromkeys(line["method"] for line in lines))
+    names = trained(lines)
     best = max(
         float(np.mean(list(outcome(lines, problem, name).tests.values())))
         for name in names
@@ -253,6 +261,11 @@ def separation(lines: Sequence[Line], problem: str) -> Difference:
     """Best and worst constants by validation, on the test."""
     best, worst = (searched(lines, problem, pick) for pick in (max, min))
     return difference(best, worst)
+
+
+def ceiling(lines: Sequence[Line], problem: str) -> Difference:
+    """What the search's result gains by training on validation data too."""
+    return difference(outcome(lines, problem, CEILING), outcome(lines, problem, SEARCH))
 
 
 def averaging(lines: Sequence[Line], problem: str) -> Difference:

@@ -93,8 +93,11 @@ def _init(key: jax.Array) -> PyTree:
 
 
 def _draw(n: int, data: splits.Data, key: jax.Array) -> Batch:
+    """A batch of which each signal has some labels; validation data have all."""
     rows = splits.choose(data.rows.train, key, n)
-    return Batch(*jax.tree.map(lambda x: x[rows], data.pool))
+    chosen, masks = jax.tree.map(lambda x: x[rows], data.pool)
+    known = jnp.isin(rows, data.rows.validation)
+    return Batch(chosen, {name: mask | known for name, mask in masks.items()})
 
 
 def _draw_held_out(n: int, data: splits.Data, key: jax.Array) -> Batch:
