@@ -29,6 +29,12 @@ def promotion():
         yield
 
 
+@pytest.fixture
+def unchanged_views(monkeypatch):
+    """Signals as they are in the pool."""
+    monkeypatch.setattr(mnist1d, "view", lambda key, x: x)
+
+
 # MNIST-1D.
 
 
@@ -80,6 +86,7 @@ def test_splits_are_disjoint_and_those_of_their_seed(name):
 
 
 @every_problem
+@pytest.mark.usefixtures("unchanged_views")
 def test_batches_come_from_the_rows_of_their_seed(name):
     task = PROBLEMS[name].make("quick").task
     own = task.of_seed(task.data, jnp.int32(1))
@@ -109,6 +116,7 @@ def test_together_trains_on_validation_data_too(name):
     jax.eval_shape(both.draw, data, jax.random.key(0))
 
 
+@pytest.mark.usefixtures("unchanged_views")
 def test_together_all_validation_signals_have_their_labels():
     task = splits.together(mnist1d.make("quick").task)
     own = task.of_seed(task.data, jnp.int32(0))
@@ -128,6 +136,21 @@ def test_together_all_validation_signals_have_their_labels():
     others = own._replace(rows=own.rows._replace(train=own.rows.train[50:]))
     batch = jax.jit(task.draw)(others, jax.random.key(0))
     assert not np.all(batch.masks["class"])
+
+
+def test_views_are_moved_scaled_and_sheared():
+    task = mnist1d.make("quick").task
+    own = task.of_seed(task.data, jnp.int32(0))
+    still = jax.jit(lambda key, x: mnist1d.view(key, 0 * x + 1))
+    view = np.asarray(still(jax.random.key(0), own.pool.x[:50]))
+    slopes = np.diff(view, axis=1)
+    np.testing.assert_allclose(slopes, slopes[:, :1] + np.zeros((50, 39)), atol=1e-5)
+    assert np.all(np.abs(view.mean(axis=1) - 1) <= mnist1d._SIZE + 1e-5)
+    batch = jax.jit(task.draw)(own, jax.random.key(0))
+    n = len(batch.label)
+    assert batch.x.shape == (n, 40)
+    assert batch.views.shape == (2, n, 40)
+    assert not np.allclose(*batch.views)
 
 
 # Training.
