@@ -257,6 +257,36 @@ def test_the_ceiling_trains_the_best_point_of_each_seed(tmp_path, monkeypatch):
     assert seeds == [0, 1]
 
 
+def test_a_bayesian_search_is_told_validation_scores(tmp_path, monkeypatch):
+    asked = []
+
+    def score(problem, rule, configs, seeds):
+        asked.append(configs)
+        found = [
+            line("", s, -abs(np.log(c["ratios"][0])), 5.0)
+            for c, s in zip(configs, seeds, strict=True)
+        ]
+        return [{"looks": x["looks"]} for x in found]
+
+    monkeypatch.setattr(run, "train", score)
+    name, method = "digits", "search, TPE"
+    options = Options("frontier", preset="quick", out=tmp_path, resume=True)
+    work = lambda: run.Work(name, make(name, "quick"), Units(options, name), [])
+    lines = work().do(method, range(2))
+    assert len(asked) == methods.BUDGET
+    assert [x["seed"] for x in lines] == [0, 1] * methods.BUDGET
+    assert len({tuple(x["ratios"]) for x in lines}) == len(lines)
+    assert work().do(method, range(2)) == lines  # and asks for the same again
+    assert len(asked) == methods.BUDGET
+    found = outcomes.outcome(lines, name, method)
+    assert found.tests == {0: 5.0, 1: 5.0}
+    assert found.runs == methods.BUDGET
+    none = run.Work(
+        name, make(name, "quick"), Units(options, "other"), [], collect=True
+    )
+    assert none.do(method, range(2)) == []
+
+
 def test_only_problems_with_data_have_a_ceiling():
     has = {name: "ceiling" in run.rows(make(name, "quick")) for name in PROBLEMS}
     assert {name for name, ceiling in has.items() if ceiling} == {

@@ -12,8 +12,10 @@ from benchmarks.harness.training import Rule, operations
 from benchmarks.harness.units import Units
 from benchmarks.tasks.frontier import methods, splits
 from benchmarks.tasks.frontier.outcomes import (
+    BAYESIAN,
     CEILING,
     contenders,
+    last,
     picked,
     records_of,
     verdicts,
@@ -132,6 +134,7 @@ def rows(problem: Problem) -> tuple[str, ...]:
         methods.SEARCH,
         *methods.LEARNED,
         *methods.entries(problem.task),
+        *(name for name in BAYESIAN if BAYESIAN[name] != "gp" or searches.has_gp()),
         *ceiling,
     )
 
@@ -171,6 +174,8 @@ class Work:
                     method, methods.SOFTMAX, configs, [seed] * len(points)
                 )
             return lines
+        if method in BAYESIAN:
+            return self._bayesian(method, seeds)
         if method == CEILING:
             best = picked(self.do(methods.SEARCH, seeds), self.name, max)
             if not best:  # None of the search is there to be collected.
@@ -185,6 +190,25 @@ class Work:
             return self._same(method, methods.SOFTMAX, config, seeds)
         return self._same(method, self.entries[method].rule, {}, seeds)
 
+    def _bayesian(self, method: str, seeds: Sequence[int]) -> list[Line]:
+        """Points that depend on those before them: seeds side by side."""
+        bounds, sampler = self.problem.bounds, BAYESIAN[method]
+        of_seeds = [
+            searches.Bayesian(sampler, bounds, methods.BUDGET, seed) for seed in seeds
+        ]
+        lines: list[Line] = []
+        for run in range(methods.BUDGET):
+            configs = [methods.fixed(*search.ask()) for search in of_seeds]
+            found = self._train(
+                method, methods.SOFTMAX, configs, list(seeds), f", run {run}"
+            )
+            if not found:  # They are not there to be collected.
+                break
+            for search, line in zip(of_seeds, found, strict=True):
+                search.tell([last(line, "validation")])
+            lines += found
+        return lines
+
     def _same(
         self, method: str, rule: Rule, config: dict[str, Any], seeds: Sequence[int]
     ) -> list[Line]:
@@ -196,8 +220,9 @@ class Work:
         rule: Rule,
         configs: list[dict[str, Any]],
         seeds: list[int],
+        suffix: str = "",
     ) -> list[Line]:
-        unit = f"{method}, seeds {min(seeds)} to {max(seeds)}"
+        unit = f"{method}, seeds {min(seeds)} to {max(seeds)}{suffix}"
         if self.collect and unit not in self.units:
             return []
         entry = self.entries.get(method)
