@@ -121,6 +121,21 @@ def test_separation_is_of_points_chosen_without_the_test():
     assert apart.mean == pytest.approx((10 - 24 + 1) / 3)
 
 
+def test_the_ceiling_is_told_apart_and_is_no_method():
+    lines = [*LINES, *[line("ceiling", s, 99, 75.0) for s in range(3)]]
+    apart = outcomes.ceiling(lines, "p")
+    assert apart.mean == pytest.approx(75 - (70 + 66 + 71) / 3)
+    assert outcomes.ceiling(LINES, "p").seeds == 0
+    assert outcomes.methods_of(lines) == outcomes.methods_of(LINES)
+    assert outcomes.contenders(lines, "p") == outcomes.contenders(LINES, "p")
+    assert outcomes.verdicts(lines, ABOUT) == outcomes.verdicts(LINES, ABOUT)
+    result = {"meta": {"problems": ABOUT, "stage": 3}, "runs": lines}
+    (row,) = report.summary(result).rows
+    assert row[-1].startswith("+6.0 ± ")
+    (row,) = report.summary(result | {"runs": LINES}).rows
+    assert row[-1] == ""
+
+
 def test_what_averaging_is_worth():
     assert outcomes.averaging(LINES, "p").mean == pytest.approx(0.5)
 
@@ -215,6 +230,70 @@ def test_a_table_grows_from_a_stored_result(tmp_path):
     )
     other = Options("frontier", preset="cpu", out=tmp_path, resume=True)
     assert run.stored(name, other) == []
+
+
+def test_the_ceiling_trains_the_best_point_of_each_seed(tmp_path, monkeypatch):
+    asked = []
+
+    def train_nothing(problem, rule, configs, seeds):
+        asked.append((problem.task.data.rows.train.shape[1], configs, seeds))
+        return [{"looks": {}} for _ in seeds]
+
+    monkeypatch.setattr(run, "train", train_nothing)
+    name, problem = "digits", make("digits", "quick")
+    known = [
+        line("search", seed, validation, 1) | {"ratios": [ratio, 1.0]}
+        for seed, validation, ratio in [(0, 5, 2.0), (0, 7, 3.0), (1, 7, 4.0)]
+    ]
+    known = [x | {"problem": name} for x in known]
+    options = Options("frontier", preset="quick", out=tmp_path)
+    work = run.Work(name, problem, Units(options, "frontier-digits"), known)
+    lines = work.do("ceiling", range(2))
+    assert [(x["method"], x["seed"]) for x in lines] == [("ceiling", 0), ("ceiling", 1)]
+    ((rows, configs, seeds),) = asked
+    own = problem.task.data.rows
+    assert rows == own.train.shape[1] + own.validation.shape[1]
+    assert configs == [methods.fixed((3.0, 1.0)), methods.fixed((4.0, 1.0))]
+    assert seeds == [0, 1]
+
+
+def test_a_bayesian_search_is_told_validation_scores(tmp_path, monkeypatch):
+    asked = []
+
+    def score(problem, rule, configs, seeds):
+        asked.append(configs)
+        found = [
+            line("", s, -abs(np.log(c["ratios"][0])), 5.0)
+            for c, s in zip(configs, seeds, strict=True)
+        ]
+        return [{"looks": x["looks"]} for x in found]
+
+    monkeypatch.setattr(run, "train", score)
+    name, method = "digits", "search, TPE"
+    options = Options("frontier", preset="quick", out=tmp_path, resume=True)
+    work = lambda: run.Work(name, make(name, "quick"), Units(options, name), [])
+    lines = work().do(method, range(2))
+    assert len(asked) == methods.BUDGET
+    assert [x["seed"] for x in lines] == [0, 1] * methods.BUDGET
+    assert len({tuple(x["ratios"]) for x in lines}) == len(lines)
+    assert work().do(method, range(2)) == lines  # and asks for the same again
+    assert len(asked) == methods.BUDGET
+    found = outcomes.outcome(lines, name, method)
+    assert found.tests == {0: 5.0, 1: 5.0}
+    assert found.runs == methods.BUDGET
+    none = run.Work(
+        name, make(name, "quick"), Units(options, "other"), [], collect=True
+    )
+    assert none.do(method, range(2)) == []
+
+
+def test_only_problems_with_data_have_a_ceiling():
+    has = {name: "ceiling" in run.rows(make(name, "quick")) for name in PROBLEMS}
+    assert {name for name, ceiling in has.items() if ceiling} == {
+        "digits",
+        "mnist1d",
+        "missing_labels",
+    }
 
 
 def test_unknown_problems_and_options_are_refused(tmp_path):

@@ -42,6 +42,12 @@ def promotion():
         yield
 
 
+@pytest.fixture
+def unchanged_views(monkeypatch):
+    """Signals as they are in the pool."""
+    monkeypatch.setattr(mnist1d, "view", lambda key, x: x)
+
+
 # MNIST-1D.
 
 
@@ -93,6 +99,7 @@ def test_splits_are_disjoint_and_those_of_their_seed(name):
 
 
 @pytest.mark.parametrize("name", [name for name in PROBLEMS if name not in SCENES])
+@pytest.mark.usefixtures("unchanged_views")
 def test_batches_come_from_the_rows_of_their_seed(name):
     task = PROBLEMS[name].make("quick").task
     own = task.of_seed(task.data, jnp.int32(1))
@@ -106,6 +113,57 @@ def test_batches_come_from_the_rows_of_their_seed(name):
         drawn, all_rows = np.asarray(batch[0]), np.asarray(pool[0][rows])
         flat = lambda x: {tuple(row) for row in x.reshape(len(x), -1)}
         assert flat(drawn) <= flat(all_rows)
+
+
+@every_problem
+def test_together_trains_on_validation_data_too(name):
+    task = PROBLEMS[name].make("quick").task
+    both = splits.together(task)
+    rows, own = task.data.rows, both.data.rows
+    assert set(np.asarray(own.train[2]).tolist()) == {
+        *np.asarray(rows.train[2]).tolist(),
+        *np.asarray(rows.validation[2]).tolist(),
+    }
+    np.testing.assert_array_equal(own.test, rows.test)
+    data = both.of_seed(both.data, jnp.int32(2))
+    jax.eval_shape(both.draw, data, jax.random.key(0))
+
+
+@pytest.mark.usefixtures("unchanged_views")
+def test_together_all_validation_signals_have_their_labels():
+    task = splits.together(mnist1d.make("quick").task)
+    own = task.of_seed(task.data, jnp.int32(0))
+    draw = jax.jit(task.draw)
+    seen = {
+        tuple(x) for i in range(100) for x in np.asarray(draw(own, jax.random.key(i)).x)
+    }
+    known = np.concatenate([own.rows.validation, own.rows.train[50:200]])
+    assert seen <= {tuple(x) for x in np.asarray(own.pool.x[known])}
+    assert seen & {tuple(x) for x in np.asarray(own.pool.x[own.rows.validation])}
+
+    task = splits.together(missing_labels.make("quick").task)
+    own = task.of_seed(task.data, jnp.int32(0))
+    only = own._replace(rows=own.rows._replace(train=own.rows.validation))
+    batch = jax.jit(task.draw)(only, jax.random.key(0))
+    assert all(np.all(mask) for mask in batch.masks.values())
+    others = own._replace(rows=own.rows._replace(train=own.rows.train[50:]))
+    batch = jax.jit(task.draw)(others, jax.random.key(0))
+    assert not np.all(batch.masks["class"])
+
+
+def test_views_are_moved_scaled_and_sheared():
+    task = mnist1d.make("quick").task
+    own = task.of_seed(task.data, jnp.int32(0))
+    still = jax.jit(lambda key, x: mnist1d.view(key, 0 * x + 1))
+    view = np.asarray(still(jax.random.key(0), own.pool.x[:50]))
+    slopes = np.diff(view, axis=1)
+    np.testing.assert_allclose(slopes, slopes[:, :1] + np.zeros((50, 39)), atol=1e-5)
+    assert np.all(np.abs(view.mean(axis=1) - 1) <= mnist1d._SIZE + 1e-5)
+    batch = jax.jit(task.draw)(own, jax.random.key(0))
+    n = len(batch.label)
+    assert batch.x.shape == (n, 40)
+    assert batch.views.shape == (2, n, 40)
+    assert not np.allclose(*batch.views)
 
 
 # Training.

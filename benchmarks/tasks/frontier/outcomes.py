@@ -16,6 +16,11 @@ Line = dict[str, Any]
 Problems = dict[str, dict[str, Any]]
 
 SEARCH = "search"
+BAYESIAN = {"search, TPE": "tpe", "search, GP": "gp"}
+"""Searches by samplers of Optuna, one run after the other."""
+CEILING = "ceiling"
+"""The best point of the search by validation, trained on validation data too: what is
+not to be had without them, and no method."""
 AVERAGED = " averaged"
 SHARES = ("equal", "share 0.1", "share 1", "share 10")
 EARLY, LATE = ((0.1, 4), (0.3, 1)), ((0.2, 3), (0.5, 1))
@@ -70,30 +75,40 @@ def last(line: Line, score: str) -> float:
     return value if math.isfinite(value) else -math.inf
 
 
-def points_by_seed(lines: Sequence[Line], problem: str) -> dict[int, list[Line]]:
-    """The runs of the search, in their order."""
+def points_by_seed(
+    lines: Sequence[Line], problem: str, search: str = SEARCH
+) -> dict[int, list[Line]]:
+    """The runs of a search, in their order."""
     by_seed: dict[int, list[Line]] = {}
-    for line in lines_of(lines, problem, SEARCH):
+    for line in lines_of(lines, problem, search):
         by_seed.setdefault(line["seed"], []).append(line)
     return by_seed
 
 
 def picked(
-    lines: Sequence[Line], problem: str, pick: Any, suffix: str = ""
+    lines: Sequence[Line],
+    problem: str,
+    pick: Any,
+    suffix: str = "",
+    search: str = SEARCH,
 ) -> dict[int, Line]:
-    """The run of the search that ``pick`` takes by validation, by seed."""
+    """The run of a search that ``pick`` takes by validation, by seed."""
     key = lambda line: last(line, "validation" + suffix)
-    points = points_by_seed(lines, problem)
+    points = points_by_seed(lines, problem, search)
     return {seed: pick(found, key=key) for seed, found in points.items()}
 
 
 def searched(
-    lines: Sequence[Line], problem: str, pick: Any = max, suffix: str = ""
+    lines: Sequence[Line],
+    problem: str,
+    pick: Any = max,
+    suffix: str = "",
+    search: str = SEARCH,
 ) -> Outcome:
-    """The best of all random points by validation, or the worst."""
-    chosen = picked(lines, problem, pick, suffix)
+    """The best of all points of a search by validation, or the worst."""
+    chosen = picked(lines, problem, pick, suffix, search)
     tests = {seed: last(line, "test" + suffix) for seed, line in chosen.items()}
-    points = points_by_seed(lines, problem).values()
+    points = points_by_seed(lines, problem, search).values()
     return Outcome(tests, float(max(map(len, points), default=0)), 0)
 
 
@@ -107,8 +122,8 @@ def outcome(
     lines: Sequence[Line], problem: str, method: str, suffix: str = ""
 ) -> Outcome:
     """What a method, a race or the search ends with."""
-    if method == SEARCH:
-        return searched(lines, problem, suffix=suffix)
+    if method == SEARCH or method in BAYESIAN:
+        return searched(lines, problem, suffix=suffix, search=method)
     if method in RACES:
         return raced(lines, problem, RACES[method], suffix)
     found = lines_of(lines, problem, method)
@@ -149,8 +164,13 @@ def difference(ours: Outcome, theirs: Outcome) -> Difference:
 
 def methods_of(lines: Sequence[Line]) -> list[str]:
     """All rows: the search, races, then methods in their order."""
+    return [SEARCH, *RACES, *(name for name in trained(lines) if name != SEARCH)]
+
+
+def trained(lines: Sequence[Line]) -> list[str]:
+    """What was trained and is judged, in its order."""
     found = dict.fromkeys(line["method"] for line in lines)
-    return [SEARCH, *RACES, *(name for name in found if name != SEARCH)]
+    return [name for name in found if name != CEILING]
 
 
 def problems_of(result: Result) -> Problems:
@@ -163,7 +183,7 @@ def contenders(lines: Sequence[Line], problem: str) -> list[str]:
     All that a race is made of is among them.
     """
     always = {SEARCH, *(arm for race in RACES.values() for arm in race.arms)}
-    names = list(dict.fromkeys(line["method"] for line in lines))
+    names = trained(lines)
     best = max(
         float(np.mean(list(outcome(lines, problem, name).tests.values())))
         for name in names
@@ -253,6 +273,11 @@ def separation(lines: Sequence[Line], problem: str) -> Difference:
     """Best and worst constants by validation, on the test."""
     best, worst = (searched(lines, problem, pick) for pick in (max, min))
     return difference(best, worst)
+
+
+def ceiling(lines: Sequence[Line], problem: str) -> Difference:
+    """What the search's result gains by training on validation data too."""
+    return difference(outcome(lines, problem, CEILING), outcome(lines, problem, SEARCH))
 
 
 def averaging(lines: Sequence[Line], problem: str) -> Difference:

@@ -14,6 +14,7 @@ from benchmarks.tasks.frontier.outcomes import (
     Line,
     Problems,
     averaging,
+    ceiling,
     difference,
     levelled,
     mean_ranks,
@@ -100,11 +101,20 @@ def _caption(result: Result) -> str:
 def summary(result: Result) -> Table:
     """The problems: whether they level off and separate, what averaging is worth."""
     lines, problems = result["runs"], problems_of(result)
-    columns = ["problem", "half", "seeds", "levelled", "best - worst", "averaging"]
+    columns = [
+        "problem",
+        "half",
+        "seeds",
+        "levelled",
+        "best - worst",
+        "averaging",
+        "ceiling",
+    ]
     rows = []
     for problem, about in problems.items():
         apart = separation(lines, problem)
         gain = averaging(lines, problem)
+        above = ceiling(lines, problem)
         seeds = len(outcome(lines, problem, SEARCH).tests)
         rows.append(
             [
@@ -114,13 +124,16 @@ def summary(result: Result) -> Table:
                 f"{levelled(lines, problem):+.1f}",
                 f"{apart.mean:.1f} ± {apart.reach:.1f}",
                 f"{gain.mean:+.1f} ± {gain.reach:.1f}",
+                f"{above.mean:+.1f} ± {above.reach:.1f}" if above.seeds else "",
             ]
         )
     caption = (
         "Levelled: what the last fifth of the steps adds to the score in the training "
         "domain, with the points of the search that validate best. Best - worst: test "
         "score of the points of the search that validate best and worst. Averaging: "
-        "what averaged parameters change in the search's result."
+        "what averaged parameters change in the search's result. Ceiling: what changes "
+        "if its point is trained once more, on training and validation data together: "
+        "no method, but what more data of that kind are worth."
     )
     return Table(columns, rows, caption)
 

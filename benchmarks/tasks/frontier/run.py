@@ -10,8 +10,16 @@ from benchmarks.harness.results import read_json, write_json
 from benchmarks.harness.terminal import say, show
 from benchmarks.harness.training import Rule, operations
 from benchmarks.harness.units import Units
-from benchmarks.tasks.frontier import methods
-from benchmarks.tasks.frontier.outcomes import contenders, records_of, verdicts
+from benchmarks.tasks.frontier import methods, splits
+from benchmarks.tasks.frontier.outcomes import (
+    BAYESIAN,
+    CEILING,
+    contenders,
+    last,
+    picked,
+    records_of,
+    verdicts,
+)
 from benchmarks.tasks.frontier.problem import SEEDS, Problem
 from benchmarks.tasks.frontier.problems import PROBLEMS, make
 from benchmarks.tasks.frontier.report import conclusions, figure, summary, table
@@ -90,7 +98,7 @@ def run(name: str, options: Options) -> tuple[list[Line], float]:
     lines = [line for method in every for line in work.do(method, first)]
     if options.seeds > STAGE:
         rest = range(STAGE, options.seeds)
-        for method in contenders(lines, name):
+        for method in [*contenders(lines, name), CEILING]:
             if method in every:
                 lines += work.do(method, rest)
     return lines, units.seconds
@@ -120,11 +128,14 @@ def stored(name: str, options: Options) -> list[Line]:
 def rows(problem: Problem) -> tuple[str, ...]:
     """All methods of a problem, in the order of the table."""
     constants = methods.CONSTANTS + ((methods.PUBLISHED,) if problem.published else ())
+    ceiling = (CEILING,) if isinstance(problem.task.data, splits.Data) else ()
     return (
         *constants,
         methods.SEARCH,
         *methods.LEARNED,
         *methods.entries(problem.task),
+        *(name for name in BAYESIAN if BAYESIAN[name] != "gp" or searches.has_gp()),
+        *ceiling,
     )
 
 
@@ -163,6 +174,14 @@ class Work:
                     method, methods.SOFTMAX, configs, [seed] * len(points)
                 )
             return lines
+        if method in BAYESIAN:
+            return self._bayesian(method, seeds)
+        if method == CEILING:
+            best = picked(self.do(methods.SEARCH, seeds), self.name, max)
+            if not best:  # None of the search is there to be collected.
+                return []
+            configs = [methods.fixed(line["ratios"]) for line in best.values()]
+            return self._train(method, methods.SOFTMAX, configs, list(best))
         if method in (*methods.CONSTANTS, methods.PUBLISHED):
             config = methods.constant(task, method, self.problem.published)
             return self._same(method, methods.SOFTMAX, config, seeds)
@@ -170,6 +189,25 @@ class Work:
             config = methods.learned(task, method)
             return self._same(method, methods.SOFTMAX, config, seeds)
         return self._same(method, self.entries[method].rule, {}, seeds)
+
+    def _bayesian(self, method: str, seeds: Sequence[int]) -> list[Line]:
+        """Points that depend on those before them: seeds side by side."""
+        bounds, sampler = self.problem.bounds, BAYESIAN[method]
+        of_seeds = [
+            searches.Bayesian(sampler, bounds, methods.BUDGET, seed) for seed in seeds
+        ]
+        lines: list[Line] = []
+        for run in range(methods.BUDGET):
+            configs = [methods.fixed(*search.ask()) for search in of_seeds]
+            found = self._train(
+                method, methods.SOFTMAX, configs, list(seeds), f", run {run}"
+            )
+            if not found:  # They are not there to be collected.
+                break
+            for search, line in zip(of_seeds, found, strict=True):
+                search.tell([last(line, "validation")])
+            lines += found
+        return lines
 
     def _same(
         self, method: str, rule: Rule, config: dict[str, Any], seeds: Sequence[int]
@@ -182,8 +220,9 @@ class Work:
         rule: Rule,
         configs: list[dict[str, Any]],
         seeds: list[int],
+        suffix: str = "",
     ) -> list[Line]:
-        unit = f"{method}, seeds {min(seeds)} to {max(seeds)}"
+        unit = f"{method}, seeds {min(seeds)} to {max(seeds)}{suffix}"
         if self.collect and unit not in self.units:
             return []
         entry = self.entries.get(method)
@@ -193,7 +232,10 @@ class Work:
 
         def work() -> list[Line]:
             say(f"{self.name}: {unit}")
-            found = train(self.problem, rule, configs, seeds)
+            problem = self.problem
+            if method == CEILING:
+                problem = problem._replace(task=splits.together(problem.task))
+            found = train(problem, rule, configs, seeds)
             return [{"runs": self._runs(method, rule), **line} for line in found]
 
         return [

@@ -89,12 +89,15 @@ def _data(size: Size) -> splits.Data:
 
 def _init(key: jax.Array) -> PyTree:
     heads = {"class": (CLASSES,), "parity": (2,), "size": (1,), "clean": (LENGTH,)}
-    return signals.init_model(key, **heads)
+    return signals.init_model(key, signals.CHANNELS, **heads)
 
 
 def _draw(n: int, data: splits.Data, key: jax.Array) -> Batch:
+    """A batch of which each signal has some labels; validation data have all."""
     rows = splits.choose(data.rows.train, key, n)
-    return Batch(*jax.tree.map(lambda x: x[rows], data.pool))
+    chosen, masks = jax.tree.map(lambda x: x[rows], data.pool)
+    known = jnp.isin(rows, data.rows.validation)
+    return Batch(chosen, {name: mask | known for name, mask in masks.items()})
 
 
 def _draw_held_out(n: int, data: splits.Data, key: jax.Array) -> Batch:

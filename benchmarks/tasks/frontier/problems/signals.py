@@ -17,8 +17,8 @@ PyTree = Any
 FEATURES = 64
 _POOL_SEED = 0
 _WIDTH, _STRIDE = 5, 2
-_CHANNELS = (1, 16, 32, 32)
-_POINTS = mnist1d.LENGTH // _STRIDE ** (len(_CHANNELS) - 1)
+CHANNELS = (16, 32, 32)
+"""Of the convolutions, where a problem does not choose its own."""
 
 
 class Size(NamedTuple):
@@ -39,14 +39,15 @@ def signals(size: Size) -> splits.Data:
     return splits.Data(pool, splits.random(total, size.validation, size.test))
 
 
-def init_encoder(key: jax.Array) -> PyTree:
-    """Three convolutions that halve the signal each, and a layer over the rest."""
-    *keys, last = jax.random.split(key, len(_CHANNELS))
+def init_encoder(key: jax.Array, channels: tuple[int, ...]) -> PyTree:
+    """Convolutions that halve the signal each, and a layer over the rest."""
+    *keys, last = jax.random.split(key, 1 + len(channels))
     convolutions = [
         init_layer(k, _WIDTH * a, b)
-        for k, (a, b) in zip(keys, itertools.pairwise(_CHANNELS), strict=True)
+        for k, (a, b) in zip(keys, itertools.pairwise((1, *channels)), strict=True)
     ]
-    dense = init_layer(last, _POINTS * _CHANNELS[-1], FEATURES)
+    points = mnist1d.LENGTH // _STRIDE ** len(channels)
+    dense = init_layer(last, points * channels[-1], FEATURES)
     return {"convolutions": convolutions, "dense": dense}
 
 
@@ -89,14 +90,16 @@ def _convolved(layer: dict[str, jax.Array], z: jax.Array) -> jax.Array:
     return jax.nn.relu(linear(layer, flat)).reshape(n, len(starts), -1)
 
 
-def init_model(key: jax.Array, **heads: tuple[int, ...]) -> PyTree:
-    """An encoder, and heads of these widths over its features."""
+def init_model(
+    key: jax.Array, channels: tuple[int, ...], **heads: tuple[int, ...]
+) -> PyTree:
+    """An encoder with these channels, and heads of these widths over its features."""
     key_encoder, *keys = jax.random.split(key, 1 + len(heads))
     made = {
         name: init_mlp(k, FEATURES, *widths)
         for k, (name, widths) in zip(keys, heads.items(), strict=True)
     }
-    return {"encoder": init_encoder(key_encoder), **made}
+    return {"encoder": init_encoder(key_encoder, channels), **made}
 
 
 def classify(model: PyTree, x: jax.Array) -> jax.Array:
