@@ -44,9 +44,14 @@ LOWEST = -10.0  # margins; what is lower stands at the edge
 def against_runs(result: Result, path: Path) -> None:
     """A panel for each problem: difference to the whole search, in margins."""
     lines, problems = result["runs"], problems_of(result)
-    drawing = Figure((3.2 * len(problems) + 2.6, 3.4), dpi=110, layout="constrained")
-    panels = drawing.subplots(1, len(problems), sharey=True, squeeze=False)[0]
-    for panel, (problem, about) in zip(panels, problems.items(), strict=True):
+    columns = min(len(problems), 3)
+    rows = -(-len(problems) // columns)
+    size = (3.2 * columns + 2.6, 3.2 * rows + 0.2)
+    drawing = Figure(size, dpi=110, layout="constrained")
+    panels = drawing.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    for panel in panels[len(problems) :]:
+        panel.set_axis_off()
+    for panel, (problem, about) in zip(panels, problems.items(), strict=False):
         panel.axhline(0.0, color="0.7", linewidth=1)
         panel.axhspan(-1.0, 0.0, color="0.93")
         curve = search_curve(lines, problem) / about["margin"]
@@ -80,7 +85,8 @@ def against_runs(result: Result, path: Path) -> None:
         panel.set_ylim(LOWEST, 6)
         panel.set_title(problem.replace("_", " "))
         panel.set_xlabel("cost (training runs)")
-    panels[0].set_ylabel("difference to the search\nof 15 runs (margins)")
+    for panel in panels[::columns]:
+        panel.set_ylabel("difference to the search\nof 15 runs (margins)")
     handles = {
         label: handle
         for panel in panels
