@@ -359,7 +359,7 @@ def test_best_of_n_of_all_is_the_validated_best(result):
 
 
 def test_sentences_follow_from_the_records(result):
-    assert len(digits_report.conclusions(result)) == 13
+    assert len(digits_report.conclusions(result)) == 15
     better = json.loads(json.dumps(result))
     for found in better["records"]:
         if found["method"] == "yoto" and found["unseen"]:

@@ -214,7 +214,7 @@ def _draw_accuracy(panel: Axes, result: Result) -> None:
         ("conditional", None, "P", plots.VERMILION, 0.0),
         ("nash_mtl", None, "<", plots.GREEN, 0.0),
         ("nash_mtl_features", None, ">", plots.GREEN, 0.4),
-        ("share", None, "^", plots.VERMILION, 0.5),
+        ("share", None, "^", plots.VERMILION, -0.45),
         ("portfolio", None, "X", plots.BLUE, 0.0),
         ("race", None, "X", plots.GREY, 0.0),
         ("grid", VALIDATED, "D", plots.ORANGE, 0.15),
