@@ -10,7 +10,8 @@ import optax
 from yoto_jax._checks import check_flag, check_hyperparameter, check_not_negative
 from yoto_jax._losses import State
 from yoto_jax._numerics import choose, running_mean
-from yoto_jax._serialization import of_inner, serializable_state
+from yoto_jax._serialization import serializable_state
+from yoto_jax._weighting import of_inner
 
 _DECAY = 0.99
 """The running means remember about a hundred batches."""

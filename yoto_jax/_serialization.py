@@ -26,19 +26,6 @@ def serializable_state(kind: Kind) -> Kind:
     return kind
 
 
-def of_inner(name: str) -> property:
-    """A property of a wrapper's state: what the state inside has under this name."""
-
-    def read(state: Any) -> Any:
-        found = optax.tree.get(state.inner, name)
-        if found is None:
-            kind = type(state).__name__
-            raise AttributeError(f"no {name} in what this {kind} holds.", name=name)
-        return found
-
-    return property(read, doc=f"``{name}`` of the state inside.")
-
-
 # States of Optax inside ours, unless another library has registered them.
 for _kind in (
     optax.EmptyState,

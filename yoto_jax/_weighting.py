@@ -89,6 +89,19 @@ def weights_of(state: State) -> PyTree:
     return optax.tree.get(state, "loss_weights")
 
 
+def of_inner(name: str) -> property:
+    """A property of a wrapper's state: what the state inside has under this name."""
+
+    def read(state: Any) -> Any:
+        found = optax.tree.get(state.inner, name)
+        if found is None:
+            kind = type(state).__name__
+            raise AttributeError(f"no {name} in what this {kind} holds.", name=name)
+        return found
+
+    return property(read, doc=f"``{name}`` of the state inside.")
+
+
 def mask_weights(weights: Weights, present: jax.Array | None) -> PyTree:
     """The weights, 0 for absent losses."""
     if present is None:

@@ -1,5 +1,6 @@
 """What README and guides say of methods is what the stored result says."""
 
+import functools
 import json
 import pathlib
 
@@ -10,10 +11,14 @@ from benchmarks.harness import searches
 from benchmarks.tasks.frontier import outcomes
 
 RESULTS = pathlib.Path(__file__).parent.parent.parent / "benchmarks" / "results"
-FRONTIER, DIGITS = (
-    json.loads((RESULTS / f"{name}.json").read_text())
-    for name in ("frontier", "digits")
-)
+
+
+@functools.cache
+def stored(benchmark):
+    return json.loads((RESULTS / f"{benchmark}.json").read_text())
+
+
+FRONTIER = stored("frontier")
 VERDICTS = {(row["task"], row["method"]): row for row in FRONTIER["verdicts"]}
 PROBLEMS = ["digits", "missing_labels"]
 TEN_SEEDS = [*PROBLEMS, "segmentation"]
@@ -82,6 +87,18 @@ def test_equal_weights_and_nash_mtl_lose_where_labels_are_missing():
 # Numbers that FINDINGS and the guides have in their sentences.
 
 
+def mean(benchmark, metric, method, config=None, unseen=False):
+    """Mean over the seeds, and over unseen domains if these are asked for."""
+    found = [
+        r["value"]
+        for r in stored(benchmark)["records"]
+        if (r["method"], r["metric"]) == (method, metric)
+        and config in (None, r["config"])
+        and r["unseen"] >= unseen
+    ]
+    return np.mean(found)
+
+
 def points(problem):
     """Test scores and validation of all constants of the search, by seed."""
     found = {}
@@ -123,20 +140,10 @@ def test_the_best_constants_of_the_equation():
 
 
 def test_the_digits_once_they_are_trained():
-    def unseen(method, config=None):
-        """Mean accuracy in %."""
-        found = [
-            r["value"]
-            for r in DIGITS["records"]
-            if (r["method"], r["metric"]) == (method, "accuracy")
-            and r["unseen"]
-            and config in (None, r["config"])
-        ]
-        return 100 * np.mean(found)
-
-    grid = unseen("grid", searches.VALIDATED)
-    assert round(grid - unseen("equal"), 1) == 0.7
-    assert round(grid - unseen("yoto"), 1) == 4.3
+    of = lambda *method: 100 * mean("digits", "accuracy", *method, unseen=True)
+    grid = of("grid", searches.VALIDATED)
+    assert round(grid - of("equal"), 1) == 0.7
+    assert round(grid - of("yoto"), 1) == 4.3
 
 
 def test_weights_of_memorised_labels_explode_under_nash_mtl():
@@ -151,57 +158,28 @@ def test_weights_of_memorised_labels_explode_under_nash_mtl():
 
 
 def test_the_balance_of_gradients_halves_the_error_on_the_equation():
-    error = {
-        method: np.mean(
-            [
-                r["value"]
-                for r in json.loads((RESULTS / "pinn.json").read_text())["records"]
-                if (r["method"], r["metric"]) == (method, "error")
-            ]
-        )
-        for method in ("static", "gradient-norm")
-    }
-    assert 0.4 < error["gradient-norm"] / error["static"] < 0.6
-
-
-def unseen(benchmark, method, metric, config=None):
-    """Mean over unseen domains and seeds."""
-    found = [
-        r["value"]
-        for r in json.loads((RESULTS / f"{benchmark}.json").read_text())["records"]
-        if (r["method"], r["metric"]) == (method, metric)
-        and r["unseen"]
-        and config in (None, r["config"])
-    ]
-    return np.mean(found)
+    error = lambda method: mean("pinn", "error", method)
+    assert 0.4 < error("gradient-norm") / error("static") < 0.6
 
 
 def test_the_papers_tasks_as_the_findings_tell_them():
-    grid = searches.VALIDATED
-    depth = unseen("depth", "grid", "delta1", grid) - unseen("depth", "yoto", "delta1")
-    assert 1 < depth < 2
-    streets = unseen("segmentation_camvid", "grid", "mIoU", grid)
-    assert streets - unseen("segmentation_camvid", "aligned", "mIoU") > 1
+    def of(benchmark, *method):
+        metric = "delta1" if benchmark == "depth" else "mIoU"
+        return mean(benchmark, metric, *method, unseen=True)
+
+    grid = "grid", searches.VALIDATED
+    assert 1 < of("depth", *grid) - of("depth", "yoto") < 2
+    streets = "segmentation_camvid"
+    assert of(streets, *grid) - of(streets, "aligned") > 1
     by_rho = [
-        unseen("segmentation", method, "mIoU")
+        of("segmentation", method)
         for method in ("paper", "rho-20", "rho-50", "rho-500")
     ]
     assert max(by_rho) - min(by_rho) < 1 / 3
     for method in ("famo", "geometric"):
-        ignorant = unseen("segmentation", "constant", "mIoU")
-        assert unseen("segmentation", method, "mIoU") < ignorant
+        assert of("segmentation", method) < of("segmentation", "constant")
 
 
 def test_a_loss_a_thousand_times_too_large_keeps_a_sixth_of_its_weight():
-    records = json.loads((RESULTS / "ablations.json").read_text())["records"]
-
-    def weight(method):
-        return np.mean(
-            [
-                r["value"]
-                for r in records
-                if (r["method"], r["metric"]) == (method, "weight:camera")
-            ]
-        )
-
+    weight = lambda method: mean("ablations", "weight:camera", method)
     assert round(weight("yoto") / weight("camera x1000")) == 6

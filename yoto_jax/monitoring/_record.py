@@ -32,9 +32,9 @@ from yoto_jax._losses import (
 )
 from yoto_jax._numerics import upcast
 from yoto_jax._outliers import count_skipped
-from yoto_jax._serialization import of_inner, serializable_state
+from yoto_jax._serialization import serializable_state
 from yoto_jax._unwrap_loss_logits import unwrap_loss_logits
-from yoto_jax._weighting import LossWeighting, and_present
+from yoto_jax._weighting import LossWeighting, and_present, of_inner
 from yoto_jax.weightings._wrappers import observing_inner
 
 # Roles of losses. These are empty nodes, part of the tree structure of the state like

@@ -7,11 +7,11 @@ is a pure function on pytrees: the loop, the step and the validation stay the us
 
 Data flows through the rooms in this order::
 
-    _plan    how many lanes train for how long, and what that costs
-    _units   loss weights in units of gradient norms
-    _one_of  a weighting that is one of several
+    _plan       how many lanes train for how long, and what that costs
+    _units      loss weights in units of gradient norms
     _portfolio  weightings to race when nothing is known
-    _lanes   axes of lanes: put on, cut down, spread over devices, taken off
+    _one_of     a weighting that is one of several
+    _lanes      axes of lanes: put on, cut down, spread over devices, taken off
 """
 
 from yoto_jax.racing._lanes import Kept as Kept

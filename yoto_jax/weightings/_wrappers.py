@@ -23,13 +23,15 @@ from yoto_jax._losses import (
     stack_present,
 )
 from yoto_jax._outliers import count_skipped
-from yoto_jax._serialization import of_inner, serializable_state
+from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import (
     GRADIENT_STATISTICS,
     LossWeighting,
     and_present,
     check_state,
     mask_weights,
+    of_inner,
+    weights_of,
 )
 
 
@@ -171,7 +173,7 @@ def _at_times(
         update = lambda: weighting.update(
             losses, state.inner, **and_present(weighting, statistics, present)
         )
-        held = lambda: (mask_weights(_weights(state.inner), mask), state.inner)
+        held = lambda: (mask_weights(weights_of(state.inner), mask), state.inner)
         weights, inner = lax.cond(now(state.step), update, held)
         counts = 1 - _skipped(state.inner, inner)
         if mask is not None:  # A batch without any loss is no step.
@@ -228,7 +230,7 @@ def smooth(
 
     def init(losses: Losses) -> SmoothState:
         inner = weighting.init(losses)
-        own = jax.tree.map(jnp.copy, _weights(inner))
+        own = jax.tree.map(jnp.copy, weights_of(inner))
         started = jax.tree.map(lambda x: jnp.zeros((), jnp.bool_), own)
         return SmoothState(inner, own, started)
 
@@ -240,7 +242,7 @@ def smooth(
         **statistics: Any,
     ) -> tuple[PyTree, SmoothState]:
         check_state(state, SmoothState)
-        before = _weights(state.inner)
+        before = weights_of(state.inner)
         mask = _mask(present, state.inner)
         inner = _with_weights(state.inner, state.unsmoothed)
         new, after = weighting.update(
@@ -261,7 +263,7 @@ def smooth(
         weights = jax.tree.map(average, before, new, state.started, takes)
         return mask_weights(weights, mask), SmoothState(
             _with_weights(after, weights),
-            _weights(after),
+            weights_of(after),
             jax.tree.map(jnp.logical_or, state.started, takes),
         )
 
@@ -324,7 +326,7 @@ def normalize(
 
     def init(losses: Losses) -> NormalizeState:
         inner = weighting.init(losses)
-        own = jax.tree.map(jnp.copy, _weights(inner))
+        own = jax.tree.map(jnp.copy, weights_of(inner))
         return NormalizeState(optax.tree.zeros_like(own), inner, own)
 
     def update(
@@ -335,7 +337,7 @@ def normalize(
         **statistics: Any,
     ) -> tuple[PyTree, NormalizeState]:
         check_state(state, NormalizeState)
-        before = _weights(state.inner)
+        before = weights_of(state.inner)
         mask = _mask(present, state.inner)
         structure = jax.tree.structure(before)
         _, leaves, given = scalar_losses(losses)
@@ -379,7 +381,7 @@ def normalize(
         return mask_weights(weights, mask), NormalizeState(
             split(jnp.where(taken, running, old), structure),
             _with_weights(after, weights),
-            _weights(after),
+            weights_of(after),
         )
 
     def observe_step(
@@ -420,15 +422,11 @@ def _unscaled(name: str, value: Any, scales: jax.Array, downstream: int | None) 
 
 def _mask(present: Present | None, state: State) -> jax.Array | None:
     """``present`` as a vector, checked against the losses of the state."""
-    return stack_present(present, jax.tree.structure(_weights(state)))
+    return stack_present(present, jax.tree.structure(weights_of(state)))
 
 
 def _present_or_all(present: Present | None, weights: Weights) -> PyTree:
     return jax.tree.map(lambda _: True, weights) if present is None else present
-
-
-def _weights(state: State) -> PyTree:
-    return optax.tree.get(state, "loss_weights")
 
 
 def _with_weights(state: State, weights: Weights) -> Any:

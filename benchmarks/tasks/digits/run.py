@@ -169,7 +169,9 @@ def run_portfolio(
     race = portfolio.Race(data, steps, LEARNING_RATE)
     outcome, winners = race.run(seeds)
     measured = measure(outcome, data)
-    looks = looking(task.as_task(data, steps, seeds, LEARNING_RATE))
+    made = task.as_task(data, steps, seeds, LEARNING_RATE)
+    plain = operations(made, contest.rules(CONDITIONED)[contest.PLAIN], {})
+    looks = looking(made, plain)
     cost = rounded(race.plan.runs + race.plan.arms * looks)
     records = []
     for seed, name in enumerate(winners):
@@ -177,12 +179,10 @@ def run_portfolio(
     return outcome, records + time_records("portfolio", outcome, seeds, cost)
 
 
-def looking(made: Task) -> float:
-    """What looking at gradients in the first steps adds to a run."""
+def looking(made: Task, plain: float) -> float:
+    """What looking at gradients in the first steps adds to a run of plain steps."""
     balance = lambda task: yoto.weightings.grad_norm_balance(task.primary)
-    steps = operations(made, Weighted(balance), {})
-    plain = operations(made, contest.rules(CONDITIONED)[contest.PLAIN], {})
-    return WARMUP * (steps / plain - 1)
+    return WARMUP * (operations(made, Weighted(balance), {}) / plain - 1)
 
 
 def time_records(
@@ -257,7 +257,7 @@ def costs_of(
     plain = operations(made, rules[contest.PLAIN], {})
     for method in set(methods) & set(WEIGHTED):
         costs[method] = (
-            1 + looking(made)
+            1 + looking(made, plain)
             if method == "share"
             else operations(made, rules[method], {}) / plain
         )

@@ -66,27 +66,18 @@ def make(preset: str) -> Problem:
 
 def _task(size: Size, model: depth.Model) -> Task:
     data = _data(size)
-    return Task(
+    return small_scenes.task(
+        size,
+        data,
+        model,
+        _draw,
+        lambda data: data.rows.train,
+        data.pool.seen.images[:1],
         name="depth",
-        settings=size._asdict(),
         primary=depth.PRIMARY,
         auxiliary=depth.AUXILIARY,
-        data=data,
-        init=lambda key: model.init(key, data.pool.seen.images[:1]),
-        draw=lambda data, key: _draw(size.batch, data, data.rows.train, key),
-        draw_held_out=lambda data, key: _draw(
-            size.batch, data, data.rows.validation, key
-        ),
-        encode=model.encode,
-        losses=model.losses,
-        downstream=model.downstream,
-        validate=splits.needs_seeds,
-        test=splits.needs_seeds,
-        steps=size.steps,
         learning_rate=depth.LEARNING_RATE,  # of half, once and twice it the best
         weight_decay=depth.WEIGHT_DECAY,
-        lanes=small_scenes.LANES,
-        of_seed=splits.of_seed,
     )
 
 

@@ -72,27 +72,18 @@ def _model(size: Size) -> segmentation.Model:
 
 def _task(size: Size, model: segmentation.Model) -> Task:
     data = _data(size)
-    return Task(
+    return small_scenes.task(
+        size,
+        data,
+        model,
+        _draw,
+        _labelled,
+        data.pool.day.images[:1],
         name="segmentation",
-        settings=size._asdict(),
         primary=segmentation.PRIMARY,
         auxiliary=segmentation.AUXILIARY,
-        data=data,
-        init=lambda key: model.init(key, data.pool.day.images[:1]),
-        draw=lambda data, key: _draw(size.batch, data, _labelled(data), key),
-        draw_held_out=lambda data, key: _draw(
-            size.batch, data, data.rows.validation, key
-        ),
-        encode=model.encode,
-        losses=model.losses,
-        downstream=model.downstream,
-        validate=splits.needs_seeds,
-        test=splits.needs_seeds,
-        steps=size.steps,
         learning_rate=2e-2,  # of 0.005, 0.01 and 0.02 what validates best
         weight_decay=segmentation.WEIGHT_DECAY,
-        lanes=small_scenes.LANES,
-        of_seed=splits.of_seed,
     )
 
 

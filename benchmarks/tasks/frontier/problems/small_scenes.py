@@ -1,4 +1,4 @@
-"""What the problems on small procedural scenes share: sizes, and scores of lanes."""
+"""What the problems on small procedural scenes share: sizes, tasks and scores."""
 
 import functools
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.harness.training import Task
 from benchmarks.tasks.frontier import splits
 from benchmarks.tasks.frontier.problem import Scores
 
@@ -36,6 +37,46 @@ class Size(NamedTuple):
 def rows(size: Size) -> splits.Rows:
     """Rows of the pool, others for every seed."""
     return splits.random(size.pool, size.validation, size.test, size.train)
+
+
+def task(
+    size: Size,
+    data: splits.Data,
+    model: Any,
+    draw: Callable[[int, splits.Data, jax.Array, jax.Array], Any],
+    trained: Callable[[splits.Data], jax.Array],
+    example: jax.Array,
+    **own: Any,
+) -> Task:
+    """The task of a model, on scenes that its seeds draw from a pool.
+
+    Args:
+      size: Of scenes and training.
+      data: The pool, and the rows of all seeds.
+      model: With ``init``, ``encode``, ``losses`` and ``downstream``.
+      draw: ``draw(n, data, rows, key) -> batch`` of scenes in these rows.
+      trained: The rows to train on, from the data of a seed.
+      example: Images for ``model.init``.
+      **own: What else a :class:`Task` has.
+    """
+    return Task(
+        settings=size._asdict(),
+        data=data,
+        init=lambda key: model.init(key, example),
+        draw=lambda data, key: draw(size.batch, data, trained(data), key),
+        draw_held_out=lambda data, key: draw(
+            size.batch, data, data.rows.validation, key
+        ),
+        encode=model.encode,
+        losses=model.losses,
+        downstream=model.downstream,
+        validate=splits.needs_seeds,
+        test=splits.needs_seeds,
+        steps=size.steps,
+        lanes=LANES,
+        of_seed=splits.of_seed,
+        **own,
+    )
 
 
 def scores(
