@@ -114,7 +114,7 @@ def methods(
       budget: At most so many runs of a search (default: as in the paper).
     """
     most = max(BUDGETS) if budget is None else budget
-    constant = lambda *ratios: {"ratios": ratios, "learn": 0.0}
+    constant = lambda *ratios: {"ratios": ratios, "learn": False}
     library = {"ratios": (0.1,) * auxiliary}
     names = {"sgd": "SGD"} if paper.get("sgd") else {}
     optimizer = names.get("sgd", "Adam")
@@ -135,19 +135,20 @@ def methods(
             for rho in rhos
         },
         "auxiliary": Method(
-            "- entropy of the auxiliary losses alone", config=paper | {"auxiliary": 1.0}
+            "- entropy of the auxiliary losses alone",
+            config=paper | {"auxiliary": True},
         ),
         "coupled": Method(
             "- decay through momentum, times alpha (logits by SGD)",
-            config=paper | {"coupled": 1.0, "sgd": 1.0},
+            config=paper | {"coupled": True, "sgd": True},
         ),
         "normalized": Method(
             "YOTO on losses divided by their running means",
-            config=library | {"normalize": 1.0},
+            config=library | {"normalize": True},
         ),
         "initial": Method(
             "YOTO on losses divided by their first values",
-            config=library | {"normalize": 1.0, "decay": 1.0},
+            config=library | {"normalize": True, "decay": 1.0},
         ),
         "uncertainty": Method("uncertainty weighting", "uncertainty"),
         "famo": Method("FAMO", "famo"),

@@ -149,7 +149,7 @@ def validation_of(finished: Sequence[Finished]) -> list[float]:
 def in_turns(asked: Sequence[Sequence[Ratios]]) -> list[Run]:
     """One point of all seeds after the other: they share a group of lanes."""
     return [
-        Run(SOFTMAX, seed, settings(ratios=ratios, learn=0.0))
+        Run(SOFTMAX, seed, settings(ratios=ratios, learn=False))
         for i in range(max(map(len, asked)))
         for seed, points in enumerate(asked)
         for ratios in points[i : i + 1]

@@ -31,18 +31,32 @@ class Switches(NamedTuple):
     """
 
     ratios: Any  # [K] weights relative to the primary loss, at the start
-    learn: Any = 1.0  # 0: the weights stay
+    learn: Any = True  # else the weights stay
     rho: Any = 10.0
-    entropy: Any = 1.0  # factor on the negated entropy
-    auxiliary: Any = 0.0  # 1: the entropy is over the auxiliary losses alone
-    softplus: Any = 1.0  # factor on the softplus
-    coupled: Any = 0.0  # 1: the decay goes through the moments, with alpha once more
-    sgd: Any = 0.0  # 1: the logits step by momentum, as in Algorithm 1, not by Adam
-    exponential: Any = 0.0  # 1: exp(mu) without the normalisation to sum 1
+    entropy: Any = True  # the regulariser has the negated entropy
+    auxiliary: Any = False  # which is over the auxiliary losses alone
+    softplus: Any = True  # the regulariser has the softplus
+    coupled: Any = False  # the decay goes through the moments, with alpha once more
+    sgd: Any = False  # the logits step by momentum, as in Algorithm 1, not by Adam
+    exponential: Any = False  # exp(mu) without the normalisation to sum 1
     rate: Any = 1.0  # learning rate of the logits relative to the model's
-    normalize: Any = 0.0  # 1: losses are divided by their running means
+    normalize: Any = False  # losses are divided by their running means
     decay: Any = 0.99  # of those means; 1: divided by their first values
     factors: Any = 1.0  # [K + 1] or scalar: the losses come multiplied by these
+
+
+def _row(config: dict[str, Any]) -> Switches:
+    """One lane's arrays: what is on or off by default is nothing else."""
+    for name, default in Switches._field_defaults.items():
+        value = config.get(name, default)
+        if isinstance(value, bool) != isinstance(default, bool):
+            raise TypeError(f"{name} cannot be {value!r}")
+    return Switches(
+        *(
+            np.asarray(value, bool if isinstance(value, bool) else np.float32)
+            for value in Switches(**config)
+        )
+    )
 
 
 class SoftmaxState(NamedTuple):
@@ -61,16 +75,12 @@ class Softmax(Rule):
     """
 
     def configure(self, configs: Sequence[dict[str, Any]]) -> Switches:
-        rows = [Switches(**config) for config in configs]
-        most = max(np.size(row.factors) for row in rows)
+        rows = [_row(config) for config in configs]
+        most = max(row.factors.size for row in rows)
         rows = [
             row._replace(factors=np.broadcast_to(row.factors, (most,))) for row in rows
         ]
-        return jax.tree.map(
-            lambda *x: jnp.asarray(np.stack([np.asarray(v, np.float32) for v in x])),
-            *rows,
-            is_leaf=lambda x: isinstance(x, tuple) and not isinstance(x, Switches),
-        )
+        return jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *rows)
 
     def init(self, task: Task, config: Switches) -> SoftmaxState:
         mu = yoto.init_loss_logits(
@@ -102,7 +112,7 @@ class Softmax(Rule):
             first = carry.step == 0 if present is None else state.means == 0
             decay = jnp.where(first, 0.0, config.decay)
             means = decay * state.means + (1 - decay) * now
-            scale = jnp.where(config.normalize > 0, means, 1.0)
+            scale = jnp.where(config.normalize, means, 1.0)
             if present is not None:
                 there = jnp.stack([present[name] for name in task.names])
                 means = jnp.where(there, means, state.means)
@@ -111,11 +121,11 @@ class Softmax(Rule):
             normalised = yoto.composite_loss(scaled, mu)
             if present is not None:
                 shared = yoto.composite_loss(scaled, mu, present=present)
-                normalised = jnp.where(config.learn > 0, shared, normalised)
+                normalised = jnp.where(config.learn, shared, normalised)
             relative = yoto.loss_weights(mu)
             primary = relative[task.primary]
             plain = sum(relative[n] / primary * scaled[n] for n in task.names)
-            total = jnp.where(config.exponential > 0, plain, normalised)
+            total = jnp.where(config.exponential, plain, normalised)
             return total, (losses, means, present)
 
         (slopes, slope), (losses, means, present) = jax.grad(
@@ -124,7 +134,7 @@ class Softmax(Rule):
         weights = self.weights(task, state.mu, config)
         alpha = task.schedule(carry.step)
         decay = optax.tree.scale(config.rho, self.decay(state.mu, config, present))
-        coupled = optax.tree.scale(config.coupled * alpha, decay)
+        coupled = optax.tree.scale(jnp.where(config.coupled, alpha, 0.0), decay)
         slope = jax.tree.map(jnp.add, slope, coupled)
         by_adam, adam = optax.scale_by_adam().update(slope, state.adam)
         scaled_slope = optax.tree.scale(alpha, slope)
@@ -135,8 +145,8 @@ class Softmax(Rule):
                 - config.learn
                 * config.rate
                 * (
-                    jnp.where(config.sgd > 0, t, alpha * a)
-                    + jnp.where(config.coupled > 0, 0.0, alpha * d)
+                    jnp.where(config.sgd, t, alpha * a)
+                    + jnp.where(config.coupled, 0.0, alpha * d)
                 )
             ),
             state.mu,
@@ -152,7 +162,7 @@ class Softmax(Rule):
     @staticmethod
     def weights(task: Task, mu: yoto.LossLogits, config: Switches) -> Losses:
         weights = yoto.loss_weights(mu)
-        scale = jnp.where(config.exponential > 0, weights[task.primary], 1.0)
+        scale = jnp.where(config.exponential, weights[task.primary], 1.0)
         return {name: weights[name] / scale for name in task.names}
 
     @staticmethod
@@ -166,7 +176,8 @@ class Softmax(Rule):
             of = lambda entropy: yoto.regularizer(mu, entropy=entropy, present=present)
             spanning_all = of("all") - softplus
             auxiliary = of("auxiliary") - softplus
-            entropy = jnp.where(config.auxiliary > 0, auxiliary, spanning_all)
-            return config.entropy * entropy + config.softplus * softplus
+            of_entropy = jnp.where(config.auxiliary, auxiliary, spanning_all)
+            entropy = jnp.where(config.entropy, of_entropy, 0.0)
+            return entropy + jnp.where(config.softplus, softplus, 0.0)
 
         return jax.grad(regularizer)(mu)

@@ -60,7 +60,10 @@ def test_without_a_range_it_is_training_with_constant_weights():
     fixed = Conditional(((0.5, 0.5), (2.0, 2.0)))
     softmax = Softmax()
     models = []
-    for rule, config in ((fixed, {}), (softmax, {"ratios": (0.5, 2.0), "learn": 0.0})):
+    for rule, config in (
+        (fixed, {}),
+        (softmax, {"ratios": (0.5, 2.0), "learn": False}),
+    ):
         arrays, seeds = rule.configure([config] * LANES), jnp.arange(LANES)
         program = prepare(TASK, rule, arrays, LANES)
         carry = program.init(seeds, arrays)

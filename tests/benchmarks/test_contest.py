@@ -411,7 +411,7 @@ class Trained:
 
     def one(self, run):
         config = dict(run.config)
-        assert config["learn"] == 0
+        assert not config["learn"]
         x = config["ratios"][0]
         values = {
             ("score", "near"): 0.0,

@@ -229,9 +229,9 @@ def adamw(**options):
         ({}, lambda: adamw()),
         ({"rho": 0.3}, lambda: adamw(hyperparameter_decay=0.3)),
         ({"rho": 0.0}, lambda: adamw(hyperparameter_decay=0.0)),
-        ({"auxiliary": 1.0}, lambda: adamw(entropy="auxiliary")),
-        ({"learn": 0.0}, constant_logits),
-        ({"sgd": 1.0, "rho": 0.5}, lambda: logits_by_momentum(0.5)),
+        ({"auxiliary": True}, lambda: adamw(entropy="auxiliary")),
+        ({"learn": False}, constant_logits),
+        ({"sgd": True, "rho": 0.5}, lambda: logits_by_momentum(0.5)),
     ],
     ids=["default", "weak", "no decay", "auxiliary", "constant", "sgd"],
 )
@@ -333,19 +333,19 @@ def by_hand(config, seed=0):
     "config",
     [
         {},
-        {"coupled": 1.0, "sgd": 1.0},
-        {"coupled": 1.0},
-        {"sgd": 1.0, "rho": 0.5},
-        {"exponential": 1.0, "rho": 0.5},
-        {"entropy": 0.0},
-        {"softplus": 0.0},
-        {"auxiliary": 1.0, "rho": 3.0},
+        {"coupled": True, "sgd": True},
+        {"coupled": True},
+        {"sgd": True, "rho": 0.5},
+        {"exponential": True, "rho": 0.5},
+        {"entropy": False},
+        {"softplus": False},
+        {"auxiliary": True, "rho": 3.0},
         {"rate": 10.0, "rho": 0.5},
-        {"normalize": 1.0},
-        {"normalize": 1.0, "decay": 1.0},
-        {"normalize": 1.0, "decay": 0.5, "learn": 0.0},
+        {"normalize": True},
+        {"normalize": True, "decay": 1.0},
+        {"normalize": True, "decay": 0.5, "learn": False},
         {"factors": (1.0, 1000.0, 0.1), "rho": 0.5},
-        {"factors": (3.0, 1000.0, 0.1), "normalize": 1.0},
+        {"factors": (3.0, 1000.0, 0.1), "normalize": True},
     ],
     ids=lambda config: " ".join(f"{k}={v}" for k, v in config.items()) or "default",
 )
@@ -364,15 +364,21 @@ def test_every_variation_is_its_formula(config):
         np.testing.assert_allclose(ours.model[name], value, atol=2e-5)
 
 
+@pytest.mark.parametrize("config", [{"learn": 0.0}, {"rho": True}])
+def test_a_switch_is_on_or_off_and_a_number_is_neither(config):
+    with pytest.raises(TypeError, match=f"{next(iter(config))} cannot be"):
+        SOFTMAX.configure([{"ratios": RATIOS} | config])
+
+
 def test_exponential_weights_are_relative_to_the_primary_loss():
-    ours = train_one({"exponential": 1.0})
+    ours = train_one({"exponential": True})
     np.testing.assert_array_equal(ours.weights[:, 0], 1)
     np.testing.assert_allclose(ours.weights[0], (1.0, *RATIOS), rtol=1e-6)
 
 
 def test_losses_divided_by_their_means_forget_a_common_factor():
-    plain = train_one({"normalize": 1.0, "factors": (1.0, 1.0, 1.0)})
-    times = train_one({"normalize": 1.0, "factors": (64.0, 1 / 128, 1024.0)})
+    plain = train_one({"normalize": True, "factors": (1.0, 1.0, 1.0)})
+    times = train_one({"normalize": True, "factors": (64.0, 1 / 128, 1024.0)})
     np.testing.assert_allclose(times.weights, plain.weights, atol=1e-6)
 
 
@@ -412,7 +418,7 @@ def assert_same(one, other):
 def test_a_run_does_not_depend_on_its_lane_nor_on_its_neighbours(name):
     rule = RULES[name]
     config = {"ratios": RATIOS, "rho": 2.0} if name == "softmax" else {}
-    other = {"ratios": (1e-30, 1e3), "learn": 0.0} if name == "softmax" else {}
+    other = {"ratios": (1e-30, 1e3), "learn": False} if name == "softmax" else {}
     groups = [
         train(rule, [config if lane == at else other for lane in range(LANES)],
               [0 if lane == at else 7 + at for lane in range(LANES)])[at]
@@ -808,7 +814,7 @@ def test_resuming_where_there_is_nothing_starts(wanted, undisturbed, tmp_path):
 
 
 def test_a_run_that_diverges_is_kept_as_it_is(tmp_path):
-    run = Run("softmax", 0, settings(ratios=(float("inf"), 1.0), learn=0.0))
+    run = Run("softmax", 0, settings(ratios=(float("inf"), 1.0), learn=False))
     (done,) = runs_in(tmp_path, resume=False).finish([run], "test")
     assert np.isnan(done.values["validation", None])
     (again,) = runs_in(tmp_path).finish([run], "test")

@@ -175,7 +175,7 @@ RULES = {
 
 
 def configured(task, rule):
-    constant = {"ratios": (1.0,) * len(task.auxiliary), "learn": 0.0}
+    constant = {"ratios": (1.0,) * len(task.auxiliary), "learn": False}
     return constant if rule == "softmax" else {}
 
 
@@ -371,7 +371,7 @@ class Stepper:
         return self.step(carry, batch, self.config)
 
 
-@pytest.mark.parametrize("learn", [0.0, 1.0])
+@pytest.mark.parametrize("learn", [False, True])
 def test_softmax_weights_without_labels(masked, learn):
     """A constant weight stays what it is, a learned one goes to the others."""
     task, _, model, lacking = masked

@@ -11,12 +11,12 @@ RATES = (0.1, 10.0, 100.0)
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "yoto": ("YOTO, library defaults (rho 10)", {}),
-    "exponential": ("exp(mu), not normalised", {"exponential": 1.0}),
-    "no entropy": ("without the entropy", {"entropy": 0.0}),
-    "no softplus": ("without the softplus", {"softplus": 0.0}),
+    "exponential": ("exp(mu), not normalised", {"exponential": True}),
+    "no entropy": ("without the entropy", {"entropy": False}),
+    "no softplus": ("without the softplus", {"softplus": False}),
     "no decay": ("without both (rho 0)", {"rho": 0.0}),
-    "auxiliary": ("entropy of auxiliary losses alone", {"auxiliary": 1.0}),
-    "sgd": ("logits by SGD with momentum, rho 1", {"sgd": 1.0, "rho": 1.0}),
+    "auxiliary": ("entropy of auxiliary losses alone", {"auxiliary": True}),
+    "sgd": ("logits by SGD with momentum, rho 1", {"sgd": True, "rho": 1.0}),
     **{
         f"rate {rate:g}": (f"logits {rate:g} times as fast", {"rate": rate})
         for rate in RATES
@@ -26,7 +26,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "all x1000": ("all losses x1000", {"factors": (1000.0, 1000.0, 1000.0)}),
     "camera x1000, normalized": (
         "camera loss x1000, divided by means",
-        {"factors": (1.0, 1000.0, 1.0), "normalize": 1.0},
+        {"factors": (1.0, 1000.0, 1.0), "normalize": True},
     ),
 }
 REPLAYED = {

@@ -78,7 +78,7 @@ def learned(seed: int, **config: Any) -> Run:
 
 
 def constant(seed: int, ratios: tuple[float, ...]) -> Run:
-    config = settings(ratios=ratios, learn=0.0)
+    config = settings(ratios=ratios, learn=False)
     return Run(contest.SOFTMAX, seed, config)
 
 

@@ -20,7 +20,7 @@ def examples(
     made: Task, tests: dict[str, Scenes], net: task.DepthNet, path: Path
 ) -> None:
     """Images, their depth, and what a model with equal weights makes of them."""
-    equal = settings(ratios=(1.0,) * len(task.AUXILIARY), learn=0.0)
+    equal = settings(ratios=(1.0,) * len(task.AUXILIARY), learn=False)
     run = Run(contests.SOFTMAX, 0, equal)
     model = train(made, contests.RULES[run.rule], run)
     drawing = Figure(figsize=(12, 3.5), dpi=100, layout="compressed")

@@ -76,7 +76,7 @@ def constant(task: Task, name: str, published: Any) -> dict[str, Any]:
 
 
 def fixed(ratios: Any) -> dict[str, Any]:
-    return {"ratios": tuple(ratios), "learn": 0.0}
+    return {"ratios": tuple(ratios), "learn": False}
 
 
 LEARNED = {

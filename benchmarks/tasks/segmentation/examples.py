@@ -39,7 +39,7 @@ def examples(
     path: Path,
 ) -> None:
     """Images, their labels, and what a model with equal weights makes of them."""
-    equal = settings(ratios=(1.0,) * len(task.AUXILIARY), learn=0.0)
+    equal = settings(ratios=(1.0,) * len(task.AUXILIARY), learn=False)
     run = Run(contests.SOFTMAX, 0, equal)
     model = train(made, contests.RULES[run.rule], run)
     classes = len(source.classes)

@@ -11,7 +11,7 @@ EXPONENTS = (-2, -1.5, -1, -0.5, 0, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2)
 GRID = ((NONE,), *((10.0**x,) for x in EXPONENTS))
 BOUNDS = ((0.01, 100.0),)
 PUBLISHED = (10.0,)
-PAPER = {"ratios": (math.exp(-4),), "rho": 200.0, "sgd": 1.0}
+PAPER = {"ratios": (math.exp(-4),), "rho": 200.0, "sgd": True}
 RHOS = (1.0, 20.0, 50.0, 500.0)
 METRIC = "mIoU"
 
