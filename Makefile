@@ -46,7 +46,7 @@ smoke: $(VENV)/dev
 	$(RUN) pytest -m "smoke and compiled" tests/engine
 
 # As readers run them: a kernel each, trained to the end.
-notebooks: $(VENV)/dev
+notebooks: $(VENV)/dev $(VENV)/notebooks
 	$(RUN) pytest --nbmake -n $(WORKERS) notebooks
 
 # The site, in docs/_build/html. Warnings and links that lead nowhere are errors; links to
@@ -57,7 +57,7 @@ docs: $(VENV)/docs
 	$(VENV)/bin/linkchecker --no-status --quiet docs/_build/html/index.html
 
 # Lines and branches of the library that the tests of `make test` run.
-coverage: $(VENV)/dev
+coverage: $(VENV)/coverage
 	$(QUICKLY) -m "not slow and not compiled" --cov=yoto_jax --cov-branch \
 		--cov-report=term-missing:skip-covered --cov-fail-under=95
 
@@ -87,11 +87,10 @@ format: $(VENV)/dev
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "yoto_jax needs Python >= 3.11 with venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --quiet --upgrade pip
 
 # One stamp for each set of extras, renewed when pyproject.toml changes.
 $(VENV)/%: $(VENV)/bin/python pyproject.toml
-	$(RUN) pip install --quiet --editable '.[$*]'
+	$(RUN) pip install --quiet --no-compile --editable '.[$*]'
 	@touch $@
 
 clean:
