@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import merging, methods_table
+from benchmarks.harness import durations, merging, methods_table
 from benchmarks.harness.options import PRESETS, Options, UsageError
 from benchmarks.harness.provenance import refuse_miscompiling
 from benchmarks.harness.results import read_json
@@ -35,6 +35,7 @@ BENCHMARKS = {
 }
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+DURATIONS = ROOT / "benchmarks" / "durations.json"
 PAGES = (
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("[!_]*/*.md")),  # not what is built
@@ -84,13 +85,16 @@ def update_tables(pages: tuple[Path, ...], results: Path) -> None:
 
 def index(results: Path) -> Table:
     """All benchmarks, what they measure, how long it took, and where that is told."""
-    rows = []
+    rows, quick = [], durations.read(DURATIONS)
     for name, what in BENCHMARKS.items():
         path = results / f"{name}.json"
         seconds = read_json(path)["meta"].get("seconds") if path.is_file() else None
         took = "not recorded" if seconds is None else f"{seconds / 60:.1f} min"
-        rows.append([f"`{name}`", what, took, f"[report](tasks/{name}/REPORT.md)"])
-    return Table(("name", "what it measures", "took", "told in"), rows)
+        of_quick = f"{quick[name]} s" if name in quick else ""
+        told = f"[report](tasks/{name}/REPORT.md)"
+        rows.append([f"`{name}`", what, of_quick, took, told])
+    headings = ("name", "what it measures", "quick preset", "stored result", "told in")
+    return Table(headings, rows)
 
 
 def draw_figures(results: Path) -> None:
@@ -117,7 +121,8 @@ def parser() -> argparse.ArgumentParser:
         "  tables     rewrite the tables of the pages from the stored results\n"
         "  figures    redraw the figures from the stored results\n"
         "  merge DIR  put results of some methods into the stored ones; with --drop,\n"
-        "             old ones of methods that look at gradients go",
+        "             old ones of methods that look at gradients go\n"
+        "  durations  run all quick presets, and write how long each takes",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s NAME [options]; %(prog)s NAME --help",
     )
@@ -129,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
         _add_options(command)
         for flag, settings in EXTRA.get(name, ()):
             command.add_argument(flag, **settings)
-    for name in ("tables", "figures"):
+    for name in ("tables", "figures", "durations"):
         names.add_parser(name, help=argparse.SUPPRESS)
     merge = names.add_parser("merge", help=argparse.SUPPRESS)
     merge.add_argument("folder", type=_folder, metavar="DIR")
@@ -294,6 +299,8 @@ def main(arguments: list[str] | None = None) -> None:
             update_tables(PAGES, RESULTS)
         elif name == "figures":
             draw_figures(RESULTS)
+        elif name == "durations":
+            durations.measure(BENCHMARKS, DURATIONS)
         elif name == "merge":
             names = tuple(BENCHMARKS)
             merged = merging.merge_folder(

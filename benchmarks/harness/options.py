@@ -1,6 +1,7 @@
 """The options that all benchmarks have, and what becomes of those that cannot be."""
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ class Options:
       out: Folder that the results go to.
       resume: Whether to go on with what a run that was killed had done.
       extra: Options of this benchmark alone, by name.
+      started: When the run began, by ``time.monotonic``.
     """
 
     benchmark: str
@@ -38,6 +40,7 @@ class Options:
     out: Path = Path("out")
     resume: bool = False
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
+    started: float = field(default_factory=time.monotonic, compare=False)
 
     def choose(self, methods: Sequence[str]) -> tuple[str, ...]:
         """Those of ``methods`` that were asked for, in the order of ``methods``."""

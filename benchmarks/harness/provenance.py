@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,13 @@ def refuse_miscompiling(platform: str | None = None) -> None:
 
 
 def meta(options: Options, **settings: Any) -> dict[str, Any]:
-    """What a reader needs to judge and to repeat a result."""
+    """What a reader needs to judge and to repeat a result.
+
+    ``seconds`` is how long it took so far, None if a part was there already.
+    """
     device = jax.devices()[0]
     now = datetime.datetime.now(datetime.UTC)
+    seconds = None if options.resume else round(time.monotonic() - options.started, 1)
     return {
         "command": options.command,
         "preset": options.preset,
@@ -52,6 +57,7 @@ def meta(options: Options, **settings: Any) -> dict[str, Any]:
         "device": device.device_kind,
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),
+        "seconds": seconds,
         **settings,
     }
 

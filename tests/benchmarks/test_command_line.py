@@ -11,9 +11,9 @@ import pytest
 
 import yoto_jax as yoto
 from benchmarks import __main__ as command_line
-from benchmarks.harness import merging
+from benchmarks.harness import durations, merging
 from benchmarks.harness.options import Options, UsageError
-from benchmarks.harness.provenance import refuse_miscompiling
+from benchmarks.harness.provenance import meta, refuse_miscompiling
 from benchmarks.harness.results import read_json, record, select, values
 from benchmarks.tasks.digits import methods as digits_methods
 from benchmarks.tasks.digits import report as digits_report
@@ -492,3 +492,23 @@ def test_properties_have_a_row_for_each_method(tmp_path):
     held = dict(zip(columns, rows[1], strict=True))
     assert held["permutation equivariant"] == "yes"
     assert held["linear under scaling"] == "-"
+
+
+def test_durations_of_the_quick_presets_are_measured_and_listed(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        durations.subprocess, "run", lambda command, check: asked.append(command[3:6])
+    )
+    path = tmp_path / "durations.json"
+    assert durations.read(path) == {}
+    durations.measure(["toy", "rho"], path)
+    assert asked == [["toy", "--preset", "quick"], ["rho", "--preset", "quick"]]
+    assert durations.read(path) == {"toy": 0, "rho": 0}
+    monkeypatch.setattr(command_line, "DURATIONS", path)
+    rows = {row[0]: row[2] for row in command_line.index(tmp_path).rows}
+    assert (rows["`toy`"], rows["`pinn`"]) == ("0 s", "")
+
+
+def test_a_result_knows_how_long_it_took():
+    assert meta(Options("toy"))["seconds"] < 5
+    assert meta(Options("toy", resume=True))["seconds"] is None
