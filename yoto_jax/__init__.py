@@ -5,6 +5,7 @@ import typing
 
 from yoto_jax import weightings as weightings
 from yoto_jax._composite_loss import composite_loss as composite_loss
+from yoto_jax._group_advantages import group_advantages as group_advantages
 from yoto_jax._hyperparameter_decay import (
     HyperparameterDecayState as HyperparameterDecayState,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "aggregate",
     "composite_loss",
     "conditional",
+    "group_advantages",
     "init_loss_logits",
     "label_loss_logits",
     "loss_weights",

@@ -11,7 +11,7 @@ ROOT = Path(yoto_jax.__file__).parent
 LAYERS = (
     ("_jaxlib", "_serialization", "_digests"),
     ("_checks", "_losses", "_numerics"),
-    ("_params", "_masked_mean", "_loss_logits", "_solvers"),
+    ("_params", "_masked_mean", "_group_advantages", "_loss_logits", "_solvers"),
     ("_composite_loss", "_hyperparameter_decay", "_unwrap_loss_logits"),
     ("_optimizers",),
     ("_weighting", "_loss_spec", "_make_weighting", "_outliers"),
