@@ -26,6 +26,7 @@ from yoto_jax.conditional._objective import smooth_chebyshev as smooth_chebyshev
 from yoto_jax.conditional._objective import weighted_sum as weighted_sum
 from yoto_jax.conditional._pareto import hypervolume as hypervolume
 from yoto_jax.conditional._pareto import pareto_front as pareto_front
+from yoto_jax.conditional._set import smooth_chebyshev_set as smooth_chebyshev_set
 from yoto_jax.conditional._sweep import concavity_violations as concavity_violations
 from yoto_jax.conditional._sweep import cross_matrix as cross_matrix
 from yoto_jax.conditional._sweep import gap as gap
@@ -66,6 +67,7 @@ __all__ = [
     "pinball_loss",
     "select",
     "smooth_chebyshev",
+    "smooth_chebyshev_set",
     "sweep",
     "weighted_sum",
 ]
