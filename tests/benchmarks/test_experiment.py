@@ -14,9 +14,9 @@ import optax
 import pytest
 
 import yoto_jax as yoto
+from benchmarks.harness import grids, timing
 from benchmarks.harness import lanes as lane_devices
 from benchmarks.harness import runs as engine
-from benchmarks.harness import timing
 from benchmarks.harness.options import UsageError
 from benchmarks.harness.rules import Weighted
 from benchmarks.harness.runs import HISTORY_POINTS, Run, Runs, settings, thinned
@@ -921,11 +921,12 @@ def test_the_digits_on_eight_devices(any_rank):
             one,
             other,
         )
-    shapes = jax.eval_shape(lambda x: x, (data, jnp.arange(2), configurations))
-    mesh = lane_devices.mesh(jax.devices(), 2, 4)
-    assert mesh.devices.shape == (2, 4)
-    _, advance = digits_task._compile(optimizer, 1, shapes, mesh)
-    assert not [name for name in COLLECTIVES if name in advance.compiled.as_text()]
+    assert lane_devices.mesh(jax.devices(), 2, 4).devices.shape == (2, 4)
+    program, _ = grids.prepare(
+        digits_task._Grid(optimizer), data, configurations, 1, jax.devices()
+    )
+    text = program.advance.compiled.as_text()
+    assert not [name for name in COLLECTIVES if name in text]
 
 
 def test_lanes_use_as_many_devices_as_divide_them():

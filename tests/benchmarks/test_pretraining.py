@@ -229,16 +229,14 @@ def test_squares_are_seen_one_by_one():
 def step(method, digits, weights=(1.0, 1.0, 1.0)):
     """Model before and after a step, and Adam's running mean of the gradients."""
     setup, data = digits
-    run = task._Run(setup, method, data.classes, 100)
-    images, known = jnp.asarray(data.images), jnp.asarray(data.known)
-    arguments = (images, known, jnp.arange(1), jnp.asarray(weights)[None, None])
-    carry = jax.tree.map(lambda x: x[0, 0], run.init(*arguments))
-    batch = task.draw_batch(setup, images, known, jax.random.key(0))
+    grid, arrays, weights = task._prepare(setup, data, method, weights, 100)
+    run = grid.init(jnp.zeros((), jnp.int32), weights)
+    batch = grid.draw(arrays, jax.random.key(0))
     # The learning rate of the very first step is zero.
-    one_step = jax.jit(run.step)
-    carry, _ = one_step(batch, carry, jnp.asarray(weights))
-    after, _ = one_step(batch, carry, jnp.asarray(weights))
-    return carry.model, after.model, optax.tree.get(after.optimizer, "mu")
+    one_step = jax.jit(grid.step)
+    run, _ = one_step(run, weights, batch)
+    after, _ = one_step(run, weights, batch)
+    return run.model, after.model, optax.tree.get(after.optimizer, "mu")
 
 
 def moved(before, after):

@@ -4,6 +4,7 @@ Fixed and learned loss weights differ in one thing only: whether the updates of 
 logits are applied. All else (losses, seeds, optimizer, compiled loop) is one code path.
 """
 
+import dataclasses
 import functools
 import itertools
 import time
@@ -18,9 +19,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import yoto_jax as yoto
-from benchmarks.harness import lanes
+from benchmarks.harness import grids, lanes
+from benchmarks.harness.grids import Outcome
 from benchmarks.harness.results import Record, describe, record, values
-from benchmarks.harness.terminal import say, track
+from benchmarks.harness.terminal import say
 from benchmarks.harness.training import Measured as OfLanes
 from benchmarks.harness.training import Task
 from yoto_jax import racing
@@ -249,21 +251,50 @@ def describe_ratios(epsilon: Iterable[float]) -> str:
     return describe(**dict(zip(AUXILIARY, epsilon, strict=True)))
 
 
-class Outcome(NamedTuple):
-    """Trained runs, on leading axes [seeds, runs], as NumPy arrays."""
-
-    model: PyTree
-    weights: dict[str, np.ndarray]  # [seeds, runs, steps] each
-    losses: dict[str, np.ndarray]  # [seeds, runs, steps] each
-    run_seconds: float  # of all runs together
-    compile_seconds: float
-
-
 Transformation = Callable[[jax.Array], optax.GradientTransformation]
 """Optimizer of model and loss logits, given rho (which may be traced).
 
 Sweeps of one size and transformation (the same object) share a compiled program.
 """
+
+
+class _Run(NamedTuple):
+    params: PyTree
+    state: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class _Grid:
+    """Weights that are learned or stay, by a transformation."""
+
+    transformation: Transformation
+
+    def init(self, seed: jax.Array, configuration: Configurations) -> _Run:
+        epsilon = dict(zip(AUXILIARY, configuration.epsilon, strict=True))
+        mu = yoto.init_loss_logits(dict.fromkeys(LOSSES, 0.0), PRIMARY, epsilon=epsilon)
+        params = {"model": init_model(jax.random.key(seed)), "mu": mu}
+        return _Run(params, self.transformation(configuration.rho).init(params))
+
+    def draw(self, data: Split, key: Key) -> tuple[jax.Array, ...]:
+        return draw(data, key)
+
+    def step(
+        self, run: _Run, configuration: Configurations, batch: tuple[jax.Array, ...]
+    ) -> tuple[_Run, tuple[PyTree, PyTree]]:
+        def objective(params: PyTree) -> tuple[jax.Array, PyTree]:
+            terms = losses(params["model"], *batch)
+            return yoto.composite_loss(terms, params["mu"]), terms
+
+        grads, terms = jax.grad(objective, has_aux=True)(run.params)
+        transformation = self.transformation(configuration.rho)
+        updates, state = transformation.update(grads, run.state, run.params)
+        updates["mu"] = optax.tree.scale(configuration.learn, updates["mu"])
+        weights = yoto.loss_weights(run.params["mu"])
+        params = optax.apply_updates(run.params, updates)
+        return _Run(params, state), (weights, terms)
+
+    def model(self, run: _Run) -> PyTree:
+        return run.params["model"]
 
 
 def train(
@@ -274,120 +305,9 @@ def train(
     description: str,
     devices: lanes.Devices | None = None,
 ) -> Outcome:
-    """Train all configurations with all seeds in one program.
-
-    A seed decides initialisation, order of batches and augmentation, the same for every
-    configuration. The first sweep with a program pays for its compilation. The runs are
-    spread over the devices (default: ``lanes.default_devices``), over as many of them
-    as can have the same number of seeds and of configurations each.
-    """
-    started = time.perf_counter()
-    seeds = jnp.arange(len(configurations.rho))
-    chunks = next(n for n in range(25, 0, -1) if steps % n == 0)
-    arguments = (data, seeds, configurations)
-    shapes = jax.eval_shape(lambda x: x, arguments)
-    mesh = lanes.mesh(devices or lanes.default_devices(), *configurations.rho.shape)
-    init, advance = _compile(transformation, steps // chunks, shapes, mesh)
-    ready = time.perf_counter()
-    carry = init(seeds, configurations)
-    histories = []
-    for _ in track(range(chunks), description):
-        carry, history = jax.block_until_ready(advance(carry, *arguments))
-        histories.append(jax.device_get(history))
-    finished = time.perf_counter()
-    say(
-        f"{description}: {configurations.rho.size} runs of {steps} steps in "
-        f"{finished - ready:.1f} s, compiled in {ready - started:.1f} s"
-    )
-    weights, curves = jax.tree.map(
-        lambda *parts: np.moveaxis(np.concatenate(parts), 0, -1), *histories
-    )
-    return Outcome(
-        jax.device_get(carry.params["model"]),
-        weights,
-        curves,
-        run_seconds=finished - ready,
-        compile_seconds=ready - started,
-    )
-
-
-class _Carry(NamedTuple):
-    step: jax.Array
-    params: PyTree
-    state: optax.OptState
-
-
-@functools.cache
-def _compile(
-    transformation: Transformation,
-    length: int,
-    arguments: Any,
-    mesh: jax.sharding.Mesh | None,
-) -> Any:
-    """Programs that start all runs and that train them ``length`` steps further."""
-    _, *runs = arguments
-    start = functools.partial(_init, transformation)
-    further = functools.partial(_advance, transformation, length)
-    if mesh is not None:
-        own, of_steps = lanes.spec(mesh), lanes.spec(mesh, 1)
-        of_seeds = jax.sharding.PartitionSpec(mesh.axis_names[0])
-        init = lanes.Spread(start, mesh, (of_seeds, own), own, tuple(runs))
-        specs = (own, lanes.ALL, of_seeds, own)
-        every = (init.out_info, *arguments)
-        return init, lanes.Spread(further, mesh, specs, (own, of_steps), every, (0,))
-    init = jax.jit(start).lower(*runs).compile()
-    advance = jax.jit(further, donate_argnums=0)
-    return init, advance.lower(init.out_info, *arguments).compile()
-
-
-def _init(
-    transformation: Transformation, seeds: jax.Array, configurations: Configurations
-) -> _Carry:
-    def one_run(seed: jax.Array, configuration: Configurations) -> _Carry:
-        epsilon = dict(zip(AUXILIARY, configuration.epsilon, strict=True))
-        mu = yoto.init_loss_logits(dict.fromkeys(LOSSES, 0.0), PRIMARY, epsilon=epsilon)
-        params = {"model": init_model(jax.random.key(seed)), "mu": mu}
-        state = transformation(configuration.rho).init(params)
-        return _Carry(jnp.zeros((), jnp.int32), params, state)
-
-    one_seed = jax.vmap(one_run, in_axes=(None, 0))
-    return jax.vmap(one_seed)(seeds, configurations)
-
-
-def _advance(
-    transformation: Transformation,
-    length: int,
-    carry: _Carry,
-    data: Split,
-    seeds: jax.Array,
-    configurations: Configurations,
-) -> tuple[_Carry, tuple[PyTree, PyTree]]:
-    """Train ``length`` steps, and return the weights and losses of each."""
-
-    def one_run(carry: _Carry, configuration: Configurations, batch: PyTree) -> Any:
-        def objective(params: PyTree) -> tuple[jax.Array, PyTree]:
-            terms = losses(params["model"], *batch)
-            return yoto.composite_loss(terms, params["mu"]), terms
-
-        grads, terms = jax.grad(objective, has_aux=True)(carry.params)
-        updates, state = transformation(configuration.rho).update(
-            grads, carry.state, carry.params
-        )
-        updates["mu"] = optax.tree.scale(configuration.learn, updates["mu"])
-        params = optax.apply_updates(carry.params, updates)
-        weights = yoto.loss_weights(carry.params["mu"])
-        return _Carry(carry.step + 1, params, state), (weights, terms)
-
-    def one_seed(carry: _Carry, seed: jax.Array, configurations: Configurations) -> Any:
-        # One batch for all configurations, which are in step with each other.
-        key = jax.random.fold_in(jax.random.key(seed), carry.step[0])
-        batch = draw(data, key)
-        return jax.vmap(one_run, in_axes=(0, 0, None))(carry, configurations, batch)
-
-    def step(carry: _Carry, _: None) -> Any:
-        return jax.vmap(one_seed)(carry, seeds, configurations)
-
-    return jax.lax.scan(step, carry, length=length)
+    """Train all configurations with all seeds, see :func:`grids.train`."""
+    grid = _Grid(transformation)
+    return grids.train(grid, data, configurations, steps, description, devices)
 
 
 def draw(
@@ -433,23 +353,23 @@ def race(
       configurations.
     """
     started = time.perf_counter()
-    seeds = jnp.arange(len(configurations.rho))
     judged = {"stylised": validation_domains(data.validation)["stylised"]}
+    grid, one = _Grid(transformation), jax.local_devices()[:1]
     carry, history, seconds = None, None, 0.0
     for rung in plan.rungs:
-        arguments = (data.train, seeds, configurations)
-        shapes = jax.eval_shape(lambda x: x, arguments)
-        init, advance = _compile(transformation, rung.steps, shapes, None)
+        program, arguments = grids.prepare(
+            grid, data.train, configurations, rung.steps, one
+        )
         begun = time.perf_counter()
-        carry = init(seeds, configurations) if carry is None else carry
-        carry, history = jax.block_until_ready(advance(carry, *arguments))
-        scores = jnp.asarray(accuracy(carry.params["model"], judged)["stylised"])
+        carry = program.init(*arguments[1:]) if carry is None else carry
+        carry, history = program(carry, *arguments)
+        scores = jnp.asarray(accuracy(grid.model(carry.run), judged)["stylised"])
         carry, configurations = _cut((carry, configurations), scores, rung.keep)
         seconds += time.perf_counter() - begun
     weights, curves = jax.tree.map(lambda x: np.moveaxis(x, 0, -1), history)
     say(f"{description}: {plan.runs:.1f} runs for each seed in {seconds:.1f} s")
     outcome = Outcome(
-        jax.device_get(carry.params["model"]),
+        jax.device_get(grid.model(carry.run)),
         weights,
         curves,
         run_seconds=seconds,

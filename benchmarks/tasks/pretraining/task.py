@@ -31,8 +31,9 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 import yoto_jax as yoto
+from benchmarks.harness import grids
+from benchmarks.harness.grids import Outcome
 from benchmarks.harness.options import UsageError
-from benchmarks.harness.terminal import say, track
 
 PyTree = Any
 Key = jax.Array
@@ -441,147 +442,41 @@ def _named(weights: jax.Array) -> dict[str, jax.Array]:
 FIXED = Method(lambda weights: yoto.weightings.static(_named(weights)))
 
 
-class Outcome(NamedTuple):
-    """Trained runs, on leading axes [seeds, runs], as NumPy arrays."""
-
-    model: PyTree
-    weights: dict[str, np.ndarray]  # [seeds, runs, steps] each
-    losses: dict[str, np.ndarray]  # [seeds, runs, steps] each
-    run_seconds: float  # of all runs together
-    compile_seconds: float
-
-
-def train(
-    task: Task, data: Data, method: Method, weights: Any, steps: int, description: str
-) -> Outcome:
-    """Train with all seeds and weights in one program.
-
-    A seed decides initialisation, order of batches and views, the same for every method
-    and all weights.
-
-    Args:
-      task: See there.
-      data: See there.
-      method: See there.
-      weights: [seeds, runs, 3], for fixed weights.
-      steps: Number of steps.
-      description: What to call it in a progress bar.
-    """
-    started = time.perf_counter()
-    program = _prepare(task, data, method, weights, steps)
-    ready = time.perf_counter()
-    carry = program.init(*program.arguments)
-    histories = []
-    for _ in track(range(program.chunks), description):
-        carry, history = jax.block_until_ready(
-            program.advance(carry, *program.arguments)
-        )
-        histories.append(jax.device_get(history))
-    finished = time.perf_counter()
-    say(
-        f"{description}: {np.size(weights) // len(LOSSES)} runs of {steps} steps in "
-        f"{finished - ready:.1f} s, compiled in {ready - started:.1f} s"
-    )
-    of_losses, of_weights = jax.tree.map(
-        lambda *parts: np.moveaxis(np.concatenate(parts), 0, -1), *histories
-    )
-    return Outcome(
-        jax.device_get(carry.model),
-        of_weights,
-        of_losses,
-        run_seconds=finished - ready,
-        compile_seconds=ready - started,
-    )
-
-
-class _Carry(NamedTuple):
-    step: jax.Array
+class _Run(NamedTuple):
     model: PyTree
     optimizer: optax.OptState
     weighting: Any
 
 
-class _Program(NamedTuple):
-    init: Any
-    advance: Any
-    arguments: tuple[Any, ...]
-    chunks: int
+@dataclasses.dataclass(frozen=True)
+class _Grid:
+    """Runs of one method with constant weights to use."""
 
+    task: Task
+    method: Method
+    shape: tuple[int, ...]  # of an image
+    classes: int
+    steps: int
 
-def _prepare(
-    task: Task, data: Data, method: Method, weights: Any, steps: int
-) -> _Program:
-    weights = jnp.asarray(weights, jnp.float32)
-    seeds = jnp.arange(len(weights))
-    arguments = (jnp.asarray(data.images), jnp.asarray(data.known), seeds, weights)
-    chunks = next(n for n in range(20, 0, -1) if steps % n == 0)
-    shapes = jax.eval_shape(lambda x: x, arguments)
-    init, advance = _compile(task, method, data.classes, steps, steps // chunks, shapes)
-    return _Program(init, advance, arguments, chunks)
-
-
-@functools.cache
-def _compile(
-    task: Task, method: Method, classes: int, steps: int, length: int, arguments: Any
-) -> Any:
-    """Programs that start all runs and that train them ``length`` steps further."""
-    run = _Run(task, method, classes, steps)
-    init = jax.jit(run.init).lower(*arguments).compile()
-    advance = jax.jit(functools.partial(run.advance, length), donate_argnums=0)
-    return init, advance.lower(init.out_info, *arguments).compile()
-
-
-class _Run:
-    """All runs of a method, for seeds and weights at once."""
-
-    def __init__(self, task: Task, method: Method, classes: int, steps: int):
-        self.task, self.method, self.classes = task, method, classes
-        self.names = LOSSES + ((DOWNSTREAM,) if method.downstream else ())
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
         schedule = optax.warmup_cosine_decay_schedule(
-            0.0, task.learning_rate, steps // 20 + 1, steps + 1
+            0.0, self.task.learning_rate, self.steps // 20 + 1, self.steps + 1
         )
-        self.optimizer = optax.adam(schedule)
+        return optax.adam(schedule)
 
-    def init(self, images: Any, known: Any, seeds: Any, weights: Any) -> _Carry:
-        del known
+    def init(self, seed: jax.Array, weights: jax.Array) -> _Run:
+        names = LOSSES + ((DOWNSTREAM,) if self.method.downstream else ())
+        model = init_model(jax.random.key(seed), self.task, self.shape, self.classes)
+        state = self.method.weighting(weights).init(dict.fromkeys(names, 0.0))
+        return _Run(model, self.optimizer.init(model), state)
 
-        def one_run(seed: jax.Array, weights: jax.Array) -> _Carry:
-            key = jax.random.key(seed)
-            model = init_model(key, self.task, images.shape[1:], self.classes)
-            weighting = self.method.weighting(weights)
-            return _Carry(
-                jnp.zeros((), jnp.int32),
-                model,
-                self.optimizer.init(model),
-                weighting.init(dict.fromkeys(self.names, 0.0)),
-            )
+    def draw(self, data: tuple[jax.Array, jax.Array], key: Key) -> Batch:
+        return draw_batch(self.task, *data, key)
 
-        return jax.vmap(jax.vmap(one_run, in_axes=(None, 0)))(seeds, weights)
-
-    def advance(
-        self,
-        length: int,
-        carry: _Carry,
-        images: jax.Array,
-        known: jax.Array,
-        seeds: jax.Array,
-        weights: jax.Array,
-    ) -> tuple[_Carry, tuple[PyTree, PyTree]]:
-        """Train ``length`` steps, and return the losses and weights of each."""
-
-        def one_seed(carry: _Carry, seed: jax.Array, weights: jax.Array) -> Any:
-            # One batch for all runs of a seed, which are in step with each other.
-            key = jax.random.fold_in(jax.random.key(seed), carry.step[0])
-            batch = draw_batch(self.task, images, known, key)
-            one_run = functools.partial(self.step, batch)
-            return jax.vmap(one_run)(carry, weights)
-
-        def step(carry: _Carry, _: None) -> Any:
-            return jax.vmap(one_seed)(carry, seeds, weights)
-
-        return jax.lax.scan(step, carry, length=length)
-
-    def step(self, batch: Batch, carry: _Carry, weights: jax.Array) -> Any:
+    def step(
+        self, run: _Run, weights: jax.Array, batch: Batch
+    ) -> tuple[_Run, tuple[PyTree, PyTree]]:
         weighting = self.method.weighting(weights)
 
         def encoder(model: PyTree, batch: Batch) -> jax.Array:
@@ -606,11 +501,31 @@ class _Run:
             )
         else:
             value_and_grad = yoto.value_and_grad(everything, weighting)
-        losses, grads, state = value_and_grad(carry.model, carry.weighting, batch)
-        updates, optimizer = self.optimizer.update(grads, carry.optimizer)
-        model = optax.apply_updates(carry.model, updates)
+        losses, grads, state = value_and_grad(run.model, run.weighting, batch)
+        updates, optimizer = self.optimizer.update(grads, run.optimizer)
+        model = optax.apply_updates(run.model, updates)
         used = optax.tree.get(state, "loss_weights")
-        return _Carry(carry.step + 1, model, optimizer, state), (losses, used)
+        return _Run(model, optimizer, state), (used, losses)
+
+    def model(self, run: _Run) -> PyTree:
+        return run.model
+
+
+def train(
+    task: Task, data: Data, method: Method, weights: Any, steps: int, description: str
+) -> Outcome:
+    """Train with all seeds and weights [seeds, runs, 3], see :func:`grids.train`."""
+    grid, arrays, weights = _prepare(task, data, method, weights, steps)
+    return grids.train(grid, arrays, weights, steps, description)
+
+
+def _prepare(
+    task: Task, data: Data, method: Method, weights: Any, steps: int
+) -> tuple[_Grid, tuple[jax.Array, jax.Array], jax.Array]:
+    """What is trained, on what, with which weights."""
+    grid = _Grid(task, method, data.images.shape[1:], data.classes, steps)
+    arrays = (jnp.asarray(data.images), jnp.asarray(data.known))
+    return grid, arrays, jnp.asarray(weights, jnp.float32)
 
 
 def step_seconds(
@@ -625,19 +540,19 @@ def step_seconds(
 
     The programs are those that ``train`` has compiled, if it had as many seeds.
     """
-    programs = {
-        name: _prepare(task, data, method, np.ones((seeds, 1, len(LOSSES))), steps)
-        for name, method in methods.items()
-    }
-    carries = {name: p.init(*p.arguments) for name, p in programs.items()}
+    weights = np.ones((seeds, 1, len(LOSSES)))
+    programs, carries = {}, {}
+    for name, method in methods.items():
+        made = _prepare(task, data, method, weights, steps)
+        program, arguments = grids.prepare(*made, grids.stretch(steps))
+        programs[name] = program, arguments
+        carries[name] = program.init(*arguments[1:])
     for warmed_up in [False] + [True] * rounds:
         seconds = {}
-        for name, p in programs.items():
+        for name, (program, arguments) in programs.items():
             started = time.perf_counter()
-            carries[name], _ = jax.block_until_ready(
-                p.advance(carries[name], *p.arguments)
-            )
-            seconds[name] = (time.perf_counter() - started) / (steps // p.chunks)
+            carries[name], _ = program(carries[name], *arguments)
+            seconds[name] = (time.perf_counter() - started) / grids.stretch(steps)
         if warmed_up:
             yield seconds
 
