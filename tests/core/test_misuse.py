@@ -143,6 +143,10 @@ def test_heads_that_do_not_use_the_representation():
         lambda x: weightings.relobralo(alpha=x),
         lambda x: weightings.grap("a", regularization=x),
         lambda x: weightings.gradvac(decay=x),
+        lambda x: weightings.uw_so(temperature=x),
+        lambda x: weightings.cov(decay=x),
+        lambda x: weightings.slaw(decay=x),
+        lambda x: weightings.slaw(eps=x),
     ],
 )
 def test_hyperparameters_that_are_no_good_numbers(make):
