@@ -45,7 +45,12 @@ def test_the_state_of_something_else(state, wrap):
 
 @pytest.mark.parametrize(
     "wrap",
-    [weightings.smooth, weightings.normalize, weightings.skip_outliers],
+    [
+        weightings.smooth,
+        weightings.normalize,
+        weightings.log,
+        weightings.skip_outliers,
+    ],
 )
 def test_the_state_inside_a_wrapper(wrap):
     weighting = weightings.famo()

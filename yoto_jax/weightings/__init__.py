@@ -48,6 +48,8 @@ if typing.TYPE_CHECKING:  # For type checkers: the names that the registry has.
     from yoto_jax.weightings._imtl_g import imtl_g as imtl_g
     from yoto_jax.weightings._imtl_l import ImtlLState as ImtlLState
     from yoto_jax.weightings._imtl_l import imtl_l as imtl_l
+    from yoto_jax.weightings._log import LogState as LogState
+    from yoto_jax.weightings._log import log as log
     from yoto_jax.weightings._lr_annealing import lr_annealing as lr_annealing
     from yoto_jax.weightings._mgda import mgda as mgda
     from yoto_jax.weightings._nash_mtl import nash_mtl as nash_mtl

@@ -668,6 +668,7 @@ METHODS = (
 WRAPPERS = (
     Wrapper(name="every", state="EveryState", module="_wrappers"),
     Wrapper(name="hold", state="HoldState", module="_wrappers"),
+    Wrapper(name="log", state="LogState", module="_log"),
     Wrapper(name="normalize", state="NormalizeState", module="_wrappers"),
     Wrapper(name="skip_outliers", state="SkipOutliersState", module="_skip_outliers"),
     Wrapper(name="smooth", state="SmoothState", module="_wrappers"),
