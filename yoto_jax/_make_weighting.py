@@ -155,6 +155,7 @@ def make_weighting(
         downstream=downstream,
         observe=observe_fn if observe else None,
         observe_step=observe_step_fn if observe_step else None,
+        positive=positive,
     )
 
 

@@ -179,3 +179,14 @@ def count_skipped(state: State) -> jax.Array | None:
     """Batches skipped by a weighting and all wrappers in a state, or None."""
     counts = [x for _, x in optax.tree.get_all_with_path(state, "num_skipped")]
     return sum(counts[1:], counts[0]) if counts else None
+
+
+def skip_one(state: State) -> Any:
+    """The state of a weighting as it is but for one more batch that is skipped."""
+    counts = optax.tree.get_all_with_path(state, "num_skipped")
+    if not counts:
+        return state
+    outermost, count = min(counts, key=lambda entry: len(entry[0]))
+    return optax.tree.set(
+        state, lambda path, _: path == outermost, num_skipped=count + 1
+    )

@@ -45,6 +45,8 @@ class LossWeighting(NamedTuple):
       observe_step: ``observe_step(losses, state) -> state``: shown the losses of the
         same batch after the step, and ``present=`` as ``update`` is. To be called by
         the user. None if of no interest.
+      positive: Whether losses must be positive: others are an error, and inside ``jit``
+        a batch that is skipped.
 
     Examples:
       >>> import yoto_jax as yoto
@@ -63,6 +65,7 @@ class LossWeighting(NamedTuple):
     due: Callable[[Any], jax.Array] | None = None
     observe: Callable[..., Any] | None = None
     observe_step: Callable[[PyTree, Any], Any] | None = None
+    positive: bool = False
 
 
 @serializable_state

@@ -47,6 +47,7 @@ WRAPPED = {
         weightings.grad_norm_balance(average="norms"), 3
     ),
     "smooth": lambda first: weightings.smooth(weightings.imtl_g(), decay=0.5),
+    "log": lambda first: weightings.log(weightings.imtl_g()),
     "normalize": lambda first: weightings.normalize(weightings.famo()),
     "skip_outliers": lambda first: weightings.skip_outliers(weightings.imtl_g()),
     "all wrapped": lambda first: weightings.normalize(

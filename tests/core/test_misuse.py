@@ -45,7 +45,12 @@ def test_the_state_of_something_else(state, wrap):
 
 @pytest.mark.parametrize(
     "wrap",
-    [weightings.smooth, weightings.normalize, weightings.skip_outliers],
+    [
+        weightings.smooth,
+        weightings.normalize,
+        weightings.log,
+        weightings.skip_outliers,
+    ],
 )
 def test_the_state_inside_a_wrapper(wrap):
     weighting = weightings.famo()
@@ -143,6 +148,10 @@ def test_heads_that_do_not_use_the_representation():
         lambda x: weightings.relobralo(alpha=x),
         lambda x: weightings.grap("a", regularization=x),
         lambda x: weightings.gradvac(decay=x),
+        lambda x: weightings.uw_so(temperature=x),
+        lambda x: weightings.cov(decay=x),
+        lambda x: weightings.slaw(decay=x),
+        lambda x: weightings.slaw(eps=x),
     ],
 )
 def test_hyperparameters_that_are_no_good_numbers(make):

@@ -84,6 +84,54 @@ def relobralo(losses, keeps, alpha, temperature):
     return np.array(weights)
 
 
+def uw_so(losses, temperature=1.0):
+    return np.array([softmax(1 / (temperature * loss)) for loss in losses])
+
+
+def cov(losses, decay=None):
+    """From the whole past at every update; the authors' variance does not decay."""
+    count, weights = losses.shape[1], []
+    for t in range(len(losses)):
+        if t < 2:
+            weights.append(np.full(count, 1 / count))
+            continue
+        ratios = [np.ones(count)]
+        for s in range(1, t):
+            ratios.append(losses[s] / (shares(s, decay) @ losses[:s]))
+        ratios = np.array(ratios)
+        if decay is None:
+            variance = np.mean((ratios - ratios.mean(0)) ** 2, axis=0)
+        else:
+            means = [shares(s, decay) @ ratios[:s] for s in range(1, t)]
+            variance = decay * np.sum((ratios[1:] - means) ** 2, axis=0) / t
+        w = np.sqrt(variance + 1e-8) / (shares(t, decay) @ ratios)
+        weights.append(w / w.sum())
+    return np.array(weights)
+
+
+def shares(count, decay):
+    """Of so many values, oldest first, in a mean that starts at the first of them."""
+    if decay is None:
+        return np.full(count, 1 / count)
+    powers = decay ** np.arange(count - 1.0, -1, -1)
+    return np.append(powers[:1], (1 - decay) * powers[1:])
+
+
+def slaw(losses, decay=0.99, eps=1e-5):
+    """Means of squared distances over the whole past at every update."""
+    count, weights = losses.shape[1], [np.ones(losses.shape[1])]
+    plain = round(1 / (1 - decay))
+    for t in range(2, len(losses) + 1):
+        first = min(t, plain)
+        c = (1 - decay) * decay ** np.arange(t - 1.0, -1, -1)
+        c[:first] = decay ** (t - first) / first
+        mean = c @ losses[:t]
+        s = np.sqrt(c @ (losses[:t] - mean) ** 2)
+        s = np.maximum(s, eps * np.abs(mean))
+        weights.append(count / s / np.sum(1 / s))
+    return np.array(weights)
+
+
 def famo(losses, gamma=1e-3, lower_bounds=0.0):
     """The losses of the next update are those after the step."""
     xi, step, weights = np.zeros(losses.shape[1]), Adam(), []

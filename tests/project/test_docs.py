@@ -134,7 +134,7 @@ def test_the_table_of_weightings_is_that_of_the_registry():
     page = (ROOT / "docs" / "how-to" / "choose.md").read_text()
     block = markdown(methods_table.table(), numbers=False)
     assert f"<!-- methods:begin -->\n{block}\n<!-- methods:end -->" in page
-    for name in ("normalize", "smooth", "every", "hold", "skip_outliers"):
+    for name in ("normalize", "log", "smooth", "every", "hold", "skip_outliers"):
         assert re.search(rf"`{name}\b", page)
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.oracles import losses as oracles
 from yoto_jax.weightings._causal import causal
+from yoto_jax.weightings._cov import cov
 from yoto_jax.weightings._dwa import dwa
 from yoto_jax.weightings._famo import famo
 from yoto_jax.weightings._geometric import geometric
@@ -21,9 +22,11 @@ from yoto_jax.weightings._ntk import ntk, ntk_diagonal, ntk_surrogate
 from yoto_jax.weightings._random import random
 from yoto_jax.weightings._relobralo import relobralo
 from yoto_jax.weightings._scale_invariant import scale_invariant
+from yoto_jax.weightings._slaw import slaw
 from yoto_jax.weightings._softadapt import softadapt
 from yoto_jax.weightings._stch import stch
 from yoto_jax.weightings._uncertainty import uncertainty
+from yoto_jax.weightings._uw_so import uw_so
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -110,6 +113,28 @@ CASES = {
         lambda: oracles.relobralo(
             LOSSES, keeps(3, 0.6, T, jnp.result_type(float)), 0.8, 0.3
         ),
+        {},
+    ),
+    "uw_so": (
+        lambda: uw_so(temperature=20.0),
+        lambda: oracles.uw_so(LOSSES, 20.0),
+        {},
+    ),
+    "cov": (cov, lambda: oracles.cov(LOSSES), {}),
+    "cov that forgets": (
+        lambda: cov(decay=0.7),
+        lambda: oracles.cov(LOSSES, 0.7),
+        {},
+    ),
+    "slaw": (slaw, lambda: oracles.slaw(LOSSES), {}),
+    "slaw that forgets": (
+        lambda: slaw(decay=0.8),
+        lambda: oracles.slaw(LOSSES, 0.8),
+        {},
+    ),
+    "slaw with a large bound": (
+        lambda: slaw(decay=0.8, eps=0.1),
+        lambda: oracles.slaw(LOSSES, 0.8, 0.1),
         {},
     ),
     "famo": (famo, lambda: oracles.famo(LOSSES), {}),
@@ -416,6 +441,179 @@ def test_dwa_counts_windows_by_the_updates_it_accepted():
     expected = oracles.dwa(np.array(good), window=2)
     np.testing.assert_allclose(np.delete(weights, 1, 0), expected, rtol=1e-6)
     assert (state.num_updates, state.num_skipped) == (5, 1)
+
+
+# Weights by inverse losses, and by how much the losses vary.
+
+
+def test_golden_value_of_uw_so():
+    weights, _ = run(uw_so(temperature=2.0), [[0.5, 4.0], [1.0, 1.0]])
+    odds = np.exp(1.0 - 0.125)
+    np.testing.assert_allclose(weights[0], [odds / (1 + odds), 1 / (1 + odds)], 1e-6)
+    np.testing.assert_allclose(weights[1], 0.5)
+
+
+def test_the_temperature_of_uw_so_has_the_unit_of_one_over_a_loss():
+    with jax.enable_x64(True):
+        weights, _ = run(uw_so(temperature=30.0), LOSSES)
+        converted, _ = run(uw_so(temperature=30.0 / 7.0), 7.0 * LOSSES)
+        other, _ = run(uw_so(temperature=30.0), 7.0 * LOSSES)
+    np.testing.assert_allclose(converted, weights, rtol=1e-12)
+    assert np.abs(other - weights).max() > 0.1
+
+
+def test_uw_so_goes_from_the_smallest_loss_to_equal_weights():
+    losses = [[0.5, 4.0, 0.6]]
+    cold, _ = run(uw_so(temperature=1e-3), losses)
+    np.testing.assert_allclose(cold, [[1, 0, 0]], atol=1e-7)
+    hot, _ = run(uw_so(temperature=1e6), losses)
+    np.testing.assert_allclose(hot, 1 / 3, rtol=1e-5)
+    # Exponents that overflow are held back, so that no weight is NaN.
+    tiny, state = run(uw_so(temperature=1e-9), [[1e-30, 1e-30, 1.0]])
+    np.testing.assert_allclose(tiny, [[0.5, 0.5, 0]])
+    assert state.num_skipped == 0
+
+
+def test_golden_value_of_cov():
+    # Ratios 1, 1.5, and 1, 1.1: the means are 1.25 and 1.05, deviations 0.25 and 0.05.
+    losses = [[1.0, 2.0], [1.5, 2.2], [7.0, 0.1]]
+    with jax.enable_x64(True):
+        weights, state = run(cov(), losses)
+    np.testing.assert_allclose(weights[:2], 0.5)
+    varies = np.sqrt([0.25**2 + 1e-8, 0.05**2 + 1e-8]) / [1.25, 1.05]
+    np.testing.assert_allclose(weights[2], varies / varies.sum(), rtol=1e-13)
+    np.testing.assert_allclose(state.inner.loss_means, [9.5 / 3, 4.3 / 3], rtol=1e-13)
+
+
+def test_golden_value_of_slaw():
+    # After two updates the deviation is half of the difference: 0.05, 0.15.
+    losses = [[1.0, 20.0], [0.9, 20.3], [1.1, 19.7]]
+    with jax.enable_x64(True):
+        weights, state = run(slaw(decay=0.5), losses)
+    np.testing.assert_allclose(weights[:2], [[1, 1], [1.5, 0.5]], rtol=1e-12)
+    # Means 0.95, 20.15 moved half way; variance (s^2 + d^2 / 2) / 2.
+    s = np.sqrt([(0.05**2 + 0.15**2 / 2) / 2, (0.15**2 + 0.45**2 / 2) / 2])
+    np.testing.assert_allclose(state.inner.loss_deviations, s, rtol=1e-12)
+    np.testing.assert_allclose(weights[2], [1.5, 0.5], rtol=1e-12)
+
+
+def test_cov_does_not_see_units_and_slaw_makes_up_for_them():
+    units = np.array([1e-6, 1e3, 10.0, 1.0])
+    plain, _ = run(cov(), LOSSES)
+    rescaled, _ = run(cov(), LOSSES * units)
+    np.testing.assert_allclose(rescaled, plain, rtol=1e-4)
+    shares = [
+        weights / weights.sum(1, keepdims=True)
+        for weights in (run(slaw(), LOSSES)[0], run(slaw(), LOSSES * units)[0] * units)
+    ]
+    # All weights are 1 at the first update, whatever the units.
+    np.testing.assert_allclose(shares[0][1:], shares[1][1:], rtol=1e-4)
+
+
+def test_the_weight_of_slaw_is_the_gradient_norm_where_parameters_jitter():
+    slopes = np.array([[3.0, 4.0], [0.6, 0.8], [0.0, 0.1]])
+    jitter = np.random.default_rng(0).normal(size=(4000, 2))
+    weights, _ = run(slaw(decay=0.9995), 10.0 + jitter @ slopes.T)
+    np.testing.assert_allclose(weights[-1] / weights[-1, 0], [1, 5, 50], rtol=0.05)
+
+
+def test_slaw_finds_a_small_spread_around_a_large_loss_in_float32():
+    rng = np.random.default_rng(0)
+    losses = 1000.0 + 0.02 * rng.normal(size=(300, 2)) * [1.0, 3.0]
+    losses = losses.astype(np.float32)
+    weights, state = run(slaw(decay=0.9), losses)
+    expected = oracles.slaw(losses.astype(float), 0.9)
+    np.testing.assert_allclose(weights[20:], expected[20:], rtol=0.02)
+    assert state.num_skipped == 0
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_slaw_takes_no_squares_of_losses(size):
+    plain, _ = run(slaw(), LOSSES)
+    weights, state = run(slaw(), LOSSES * size)
+    np.testing.assert_allclose(weights, plain, rtol=1e-4)
+    assert state.num_skipped == 0
+
+
+def test_losses_that_do_not_vary():
+    losses = np.broadcast_to([2.0, 0.1, 30.0], (5, 3)).copy()
+    weights, _ = run(cov(), losses)
+    np.testing.assert_allclose(weights, 1 / 3, rtol=1e-5)
+    weights, _ = run(slaw(eps=0.01), losses)
+    inverse = 3 / losses[0] / np.sum(1 / losses[0])
+    np.testing.assert_allclose(weights[1:], [inverse] * 4, rtol=1e-5)
+    # Of a loss that always was 0 nothing is known, not its unit either.
+    losses[:, 1] = 0.0
+    losses[1:, 0] += [0.1, 0.2, 0.1, 0.2]
+    weights, state = run(slaw(), losses)
+    np.testing.assert_allclose(weights[:, 1], 1.0)
+    np.testing.assert_allclose(weights.sum(1), 3.0, rtol=1e-6)
+    assert state.num_skipped == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "neutral"), [(cov, 1 / 3), (lambda: cov(decay=0.5), 1 / 3), (slaw, 1.0)]
+)
+def test_losses_that_come_now_and_then_have_statistics_of_their_own(make, neutral):
+    weighting = make()
+    names = ("a", "b", "c")
+    there = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 0, 1], [1, 1, 1]])
+    state = weighting.init(dict.fromkeys(names, 1.0))
+    update = jax.jit(lambda x, s, p: weighting.update(x, s, present=p))
+    history = []
+    for losses, row in zip(LOSSES, there, strict=False):
+        losses = np.where(row, losses[:3], np.nan).astype(np.float32)
+        present = dict(zip(names, row == 1, strict=True))
+        weights, state = update(dict(zip(names, losses, strict=True)), state, present)
+        history.append([float(weights[name]) for name in names])
+    # "c" has come once: it weighs as if all weighed the same.
+    np.testing.assert_allclose(history[3][2], neutral, rtol=1e-6)
+    np.testing.assert_allclose(np.sum(history[3]), 3 * neutral, rtol=1e-6)
+    assert np.all(np.array(history)[there == 0] == 0)
+    for k in range(3):
+        own = LOSSES[:6][there[:, k] == 1][:, k : k + 1].astype(np.float32)
+        _, alone = run(weighting, own)
+        for x, y in zip(state.inner, alone.inner, strict=True):
+            np.testing.assert_allclose(x[k], y[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["uw_so", "cov", "slaw that forgets"])
+def test_forty_losses_in_any_order(name):
+    losses = example_run(count=40, seed=3)[0]
+    order = np.random.default_rng(0).permutation(40)
+    make = CASES[name][0]
+    oracle = {
+        "uw_so": lambda x: oracles.uw_so(x, 20.0),
+        "cov": oracles.cov,
+        "slaw that forgets": lambda x: oracles.slaw(x, 0.8),
+    }[name]
+    weights, _ = run(make(), losses)
+    np.testing.assert_allclose(weights, oracle(losses), rtol=1e-3, atol=1e-9)
+    moved, _ = run(make(), losses[:, order])
+    np.testing.assert_allclose(moved, weights[:, order], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [uw_so, cov, slaw])
+def test_a_bad_batch_between_others_leaves_no_trace(make):
+    spoilt = np.insert(LOSSES, 3, [1.0, np.nan, 1.0, 1.0], axis=0)
+    weights, state = run(make(), spoilt)
+    expected, _ = run(make(), LOSSES)
+    np.testing.assert_allclose(np.delete(weights, 3, 0), expected, rtol=1e-6)
+    np.testing.assert_array_equal(weights[3], weights[2])
+    assert (state.num_updates, state.num_skipped) == (T, 1)
+
+
+@pytest.mark.parametrize("make", [uw_so, cov, slaw])
+def test_losses_in_bfloat16_are_weighed_in_float32(make):
+    narrow = jnp.asarray(LOSSES, jnp.bfloat16)
+    weighting = make()
+    state = weighting.init(list(narrow[0]))
+    update = jax.jit(lambda x, state: weighting.update(list(x), state))
+    for losses in narrow[:5]:
+        weights, state = update(losses, state)
+    assert all(w.dtype == jnp.float32 for w in weights)
+    expected, _ = run(make(), narrow[:5].astype(jnp.float32))
+    np.testing.assert_allclose(weights, expected[-1], rtol=1e-6)
 
 
 # FAMO.
@@ -747,6 +945,8 @@ POSITIVE = {
     "geometric": geometric,
     "uncertainty": uncertainty,
     "imtl_l": imtl_l,
+    "uw_so": uw_so,
+    "cov": cov,
     "dwa": dwa,
     "softadapt": softadapt,
     "softadapt, loss-weighted": lambda: softadapt(
@@ -760,6 +960,7 @@ POSITIVE = {
 ANY_SIGN = {
     "random": random,
     "softadapt": lambda: softadapt(form="difference"),
+    "slaw": slaw,
     "stch": stch,
     "causal": causal,
     "famo": lambda: famo(lower_bounds=-100.0),
@@ -825,6 +1026,9 @@ def test_jumps_over_thirty_orders_of_magnitude_are_survived(name):
         (dwa, 1.0),
         (softadapt, 1.0),
         (relobralo, 1.0),
+        (uw_so, 1.0),
+        (cov, 1.0),
+        (slaw, 1.0),
         (famo, 1.0),
         (stch, 1.0),
         (lambda: stch(form="log"), 0.5),
@@ -853,6 +1057,10 @@ def test_a_single_loss_has_the_weight_that_the_convention_gives(make, weight):
         (lambda: relobralo(alpha=1.1), "alpha must be in .*, got 1.1"),
         (lambda: relobralo(beta=-0.1), "beta must be in .*, got -0.1"),
         (lambda: relobralo(temperature=-1), "temperature must be positive, got -1"),
+        (lambda: uw_so(temperature=0), "temperature must be positive, got 0"),
+        (lambda: cov(decay=1.0), r"decay must be in \[0, 1\), got 1.0"),
+        (lambda: slaw(decay=1.0), r"decay must be in \[0, 1\), got 1.0"),
+        (lambda: slaw(eps=0.0), "eps must be positive, got 0.0"),
         (lambda: famo(gamma=-1e-3), "gamma must not be negative, got -0.001"),
         (lambda: stch(smoothing=0), "smoothing must be positive, got 0"),
         (lambda: stch(form="square"), "form must be.*'square'"),

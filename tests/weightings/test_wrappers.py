@@ -1,5 +1,7 @@
 """Weightings made of other weightings."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -318,3 +320,287 @@ def test_a_weighting_that_counts_nothing_can_be_wrapped():
     expected, _ = run(weightings.smooth(inverse(), decay=0.75))
     np.testing.assert_allclose(history, expected, rtol=1e-6)
     run(weightings.normalize(weightings.every(own, 2)))
+
+
+# Logarithms.
+
+PARAMS = {"w": jnp.array([[0.5, -1.0], [0.3, 0.8], [-0.6, 0.1]]), "b": jnp.ones(2)}
+BATCHES = jax.random.normal(jax.random.key(0), (4, 8, 3))
+UNITS = {"a": 1e-3, "b": 1.0, "c": 1e3}
+
+
+def encoder(params, x):
+    return jnp.tanh(x @ params["w"])
+
+
+def heads(params, z, x):
+    y = z @ params["b"]
+    return {
+        "a": 0.1 * jnp.mean((y - x[:, 0]) ** 2) + 0.02,
+        "b": jnp.mean(jnp.abs(y + 2) ** 3) + 0.5,
+        "c": 5 * jnp.mean(jnp.exp(z[:, 0] - x[:, 1])) + 1.0,
+    }
+
+
+def losses_of(params, x):
+    return heads(params, encoder(params, x), x)
+
+
+def logs_of(*arguments, f=losses_of):
+    return jax.tree.map(jnp.log, f(*arguments))
+
+
+def in_units(*arguments, f=losses_of):
+    return {name: UNITS[name] * loss for name, loss in f(*arguments).items()}
+
+
+def gradients(loss_fn, weighting, batches=BATCHES, **options):
+    """Gradients and weights of steps that the parameters sit out, and the state."""
+    step = jax.jit(yoto.value_and_grad(loss_fn, weighting, **options))
+    state, history = weighting.init(dict.fromkeys("abc", 0.0)), []
+    for x in batches:
+        _, grads, state = step(PARAMS, state, x)
+        history.append((grads, state.loss_weights))
+    return history, state
+
+
+LOOKING_AT_GRADIENTS = {
+    "equal": lambda: weightings.equal(),
+    "static": lambda: weightings.static({"a": 1.0, "b": 0.3, "c": 2.0}),
+    "mgda": lambda: weightings.mgda(),
+    "cagrad": lambda: weightings.cagrad(),
+    "imtl_g": lambda: weightings.imtl_g(),
+    "upgrad": lambda: weightings.upgrad(),
+    "pcgrad": lambda: weightings.pcgrad(),
+    "grad_norm_balance": lambda: weightings.grad_norm_balance("b"),
+    "lr_annealing": lambda: weightings.lr_annealing("b"),
+    "grap": lambda: weightings.grap("b"),
+    "auto_lambda": lambda: weightings.auto_lambda("b", optimizer=optax.sgd(0.1)),
+    "smooth": lambda: weightings.smooth(weightings.mgda(), decay=0.5),
+}
+
+
+@pytest.mark.parametrize("name", LOOKING_AT_GRADIENTS)
+def test_log_is_the_weighting_of_the_logarithms_of_the_losses(name):
+    make = LOOKING_AT_GRADIENTS[name]
+    expected, plain = gradients(logs_of, make())
+    got, state = gradients(losses_of, weightings.log(make()))
+    scaled, _ = gradients(in_units, weightings.log(make()))
+    for x, (wanted, _), (grads, weights), (same, other) in zip(
+        BATCHES, expected, got, scaled, strict=True
+    ):
+        chex.assert_trees_all_close(grads, wanted, rtol=2e-4, atol=1e-5)
+        # No unit of a loss matters, by the identity that it is inverse in the weight.
+        chex.assert_trees_all_close(same, wanted, rtol=2e-4, atol=1e-5)
+        back = {n: UNITS[n] * w for n, w in other.items()}
+        chex.assert_trees_all_close(back, weights, rtol=2e-4, atol=1e-6)
+        sizes = losses_of(PARAMS, x)
+    own = {n: weights[n] * sizes[n] for n in sizes}
+    chex.assert_trees_all_close(state.log_weights, own, rtol=1e-5)
+    chex.assert_trees_all_close(state.log_weights, plain.loss_weights, rtol=2e-4)
+
+
+def test_log_of_weights_that_are_held_by_the_engine():
+    mgda = weightings.mgda()
+    outer, _ = gradients(losses_of, weightings.every(weightings.log(mgda), 2))
+    inner, state = gradients(losses_of, weightings.log(weightings.every(mgda, 2)))
+    chex.assert_trees_all_close(inner, outer, rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_equal(inner[0][1], inner[1][1])
+    assert int(state.num_updates) == 2
+
+
+@pytest.mark.parametrize("weigh_heads", [False, True])
+@pytest.mark.parametrize("name", ["mgda", "grad_norm_balance", "grap"])
+def test_log_with_gradients_of_the_representation(name, weigh_heads):
+    make = LOOKING_AT_GRADIENTS[name]
+    options = {"gradients": yoto.of_representation(encoder, weigh_heads=weigh_heads)}
+    log_heads = lambda *arguments: logs_of(*arguments, f=heads)
+    heads_in_units = lambda *arguments: in_units(*arguments, f=heads)
+    expected, _ = gradients(log_heads, make(), **options)
+    got, _ = gradients(heads, weightings.log(make()), **options)
+    scaled, _ = gradients(heads_in_units, weightings.log(make()), **options)
+    # Heads that no weight reaches, and that of a downstream loss, have their own unit.
+    leaves = "wb" if weigh_heads and name != "grap" else "w"
+    for wanted, *found in zip(expected, got, scaled, strict=True):
+        for grads, _ in found:
+            for leaf in leaves:
+                chex.assert_trees_all_close(
+                    grads[leaf], wanted[0][leaf], rtol=2e-4, atol=1e-5
+                )
+
+
+@pytest.mark.parametrize("name", ["mgda", "grad_norm_balance", "auto_lambda"])
+def test_log_where_losses_are_absent(name):
+    make = LOOKING_AT_GRADIENTS[name]
+
+    def masked(f):
+        def loss_fn(params, x):
+            there = {"a": x[0, 0] > 0, "b": jnp.asarray(True), "c": x[0, 1] > 0}
+            losses = jax.tree.map(
+                lambda ok, loss: jnp.where(ok, loss, jnp.nan), there, f(params, x)
+            )
+            return yoto.MaskedLosses(losses, there)
+
+        return loss_fn
+
+    signs = jnp.array([[1.0, 1.0], [-1, 1], [1, -1], [-1, -1]])
+    batches = BATCHES.at[:, 0, :2].set(signs)
+    expected, _ = gradients(masked(logs_of), make(), batches)
+    got, state = gradients(masked(losses_of), weightings.log(make()), batches)
+    for (wanted, _), (grads, _) in zip(expected, got, strict=True):
+        chex.assert_trees_all_close(grads, wanted, rtol=2e-4, atol=1e-5)
+    assert int(state.num_skipped) == 0
+
+
+def test_log_in_aggregate():
+    x = BATCHES[0]
+    losses, jacobian = jax.jit(yoto.value_and_jacobian(losses_of))(PARAMS, x)
+    _, log_jacobian = jax.jit(yoto.value_and_jacobian(logs_of))(PARAMS, x)
+    found = []
+    for weighting, values, rows in (
+        (weightings.log(weightings.mgda()), losses, jacobian),
+        (weightings.mgda(), logs_of(PARAMS, x), log_jacobian),
+    ):
+        tx = yoto.aggregate(weighting, values)
+        grads, _ = tx.update(rows, tx.init(PARAMS), losses=values)
+        found.append(grads)
+    chex.assert_trees_all_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_log_of_known_methods():
+    values = np.array([[s["a"], s["b"]] for s in STEPS])
+    history, _ = run(weightings.log(weightings.equal(reduction="sum")))
+    np.testing.assert_allclose(history, 1 / values, rtol=1e-6)
+    smooth_maximum = weightings.stch(smoothing=0.3, preference=1.0)
+    history, _ = run(weightings.log(smooth_maximum))
+    expected, _ = run(weightings.stch(smoothing=0.3, form="log"))
+    np.testing.assert_allclose(2 * history, expected, rtol=1e-5)
+    # Unit gradients at a right angle of losses 4 and 1: 1/4 and 1 of the logarithms.
+    weighting = weightings.log(weightings.mgda())
+    state = weighting.init(STEPS[2])
+    weights, _ = weighting.update(STEPS[2], state, gramian=jnp.eye(2))
+    alpha = np.array([1, 1 / 16]) / (17 / 16)  # inverse to the squared lengths
+    np.testing.assert_allclose([weights["a"], weights["b"]], alpha / [4, 1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [weightings.normalize, lambda w: w])
+def test_log_inside_and_around_wrappers(wrap):
+    log, mgda = weightings.log, weightings.mgda()
+    gramian = jnp.array([[4.0, 1.0], [1.0, 9.0]])
+    plain, _ = run(log(mgda), gramian=gramian)
+    history, _ = run(wrap(log(mgda)), gramian=gramian)
+    np.testing.assert_allclose(history, plain, rtol=1e-5, atol=1e-7)
+    held = [plain[0], plain[0], plain[2]]
+    for weighting in (
+        log(weightings.every(wrap(mgda), 2)),
+        weightings.every(wrap(log(mgda)), 2),
+        weightings.skip_outliers(wrap(log(weightings.every(mgda, 2)))),
+    ):
+        history, state = run(weighting, gramian=gramian)
+        if weighting.due is not None and wrap is not weightings.normalize:
+            np.testing.assert_allclose(history, held, rtol=1e-5)
+        assert int(optax.tree.get_all_with_path(state, "num_skipped")[0][1]) == 0
+        assert weighting.positive
+    for weighting in log(weightings.hold(mgda, 1)), weightings.hold(log(mgda), 1):
+        history, _ = run(weighting, gramian=gramian)
+        np.testing.assert_allclose(history, [plain[0]] * 3, rtol=1e-5)
+
+
+def test_log_in_the_lanes_of_a_race():
+    own = {"log": weightings.log(weightings.mgda()), "equal": weightings.equal()}
+    arms = yoto.racing.one_of(own)
+    gramian = jnp.array([[4.0, 1.0], [1.0, 9.0]])
+    states = yoto.racing.start(arms.init(STEPS[0]), 2)
+    update = jax.vmap(lambda s, x: arms.update(x, s, gramian=gramian), (0, None))
+    for losses in STEPS:
+        weights, states = update(states, losses)
+    for lane, weighting in enumerate(own.values()):
+        seen = {"gramian": gramian} if "gramian" in weighting.needs else {}
+        history, _ = run(weighting, **seen)
+        got = [weights["a"][lane], weights["b"][lane]]
+        np.testing.assert_allclose(got, history[-1], rtol=1e-6)
+    assert yoto.racing.one_of({"dwa": weightings.dwa()}).positive
+    assert not yoto.racing.one_of({"equal": weightings.equal()}).positive
+
+
+@pytest.mark.parametrize("bad", [0.0, -2.0, jnp.nan, jnp.inf])
+@pytest.mark.parametrize("wrap", [weightings.log, lambda w: weightings.log(foreign(w))])
+def test_a_loss_without_a_logarithm_is_an_error_or_a_batch_that_is_held(bad, wrap):
+    weighting = wrap(weightings.static({"a": 3.0, "b": 1.0}))
+    state = weighting.init(STEPS[0])
+    weights, state = weighting.update(STEPS[1], state)
+    losses = {"a": 1.0, "b": bad}
+    if np.isfinite(bad):
+        with pytest.raises(
+            ValueError, match=rf"positive losses, loss 'b' is {bad:.4g}"
+        ):
+            weighting.update(losses, state)
+    held, after = jax.jit(weighting.update)(losses, state)
+    chex.assert_trees_all_equal(held, weights)
+    expected = optax.tree.set(state, num_skipped=jnp.int32(1))
+    chex.assert_trees_all_equal(after, expected)
+    present = {"a": True, "b": False}
+    alone, after = weighting.update(losses, state, present=present)
+    assert (float(alone["a"]), float(alone["b"])) == (3.0, 0.0)
+    assert float(after.loss_weights["b"]) == float(weights["b"])
+
+
+def foreign(weighting):
+    """Looks at no loss, and takes every batch."""
+
+    def update(losses, state, *, present=None, **statistics):
+        ones = jax.tree.map(jnp.ones_like, losses)
+        return weighting.update(ones, state, present=present)
+
+    return weighting._replace(update=update)
+
+
+def test_log_holds_weights_that_would_overflow():
+    weighting = weightings.log(weightings.static(100.0))
+    state = weighting.init(STEPS[0])
+    weights, state = weighting.update(STEPS[0], state)
+    held, after = jax.jit(weighting.update)({"a": 1.2e-38, "b": 1.0}, state)
+    chex.assert_trees_all_equal(held, weights)
+    assert (int(after.num_updates), int(after.num_skipped)) == (1, 1)
+    chex.assert_trees_all_equal(after.log_weights, state.log_weights)
+
+
+def test_log_shows_losses_after_the_step_as_logarithms():
+    famo = weightings.famo(exact=True, lower_bounds=-10.0)
+    weighting, logs = weightings.log(famo), lambda x: jax.tree.map(jnp.log, x)
+    state, plain = weighting.init(STEPS[0]), famo.init(STEPS[0])
+    for before, after in itertools.pairwise(STEPS):
+        _, state = weighting.update(before, state)
+        _, plain = famo.update(logs(before), plain)
+        state = weighting.observe_step(after, state)
+        plain = famo.observe_step(logs(after), plain)
+    chex.assert_trees_all_close(state.inner.inner, plain.inner, rtol=1e-5)
+    assert weightings.log(weightings.mgda()).observe_step is None
+
+
+def test_log_takes_losses_in_bfloat16():
+    weighting = weightings.log(weightings.equal(reduction="sum"))
+    losses = {"a": jnp.bfloat16(0.3), "b": jnp.bfloat16(700.0)}
+    weights, _ = weighting.update(losses, weighting.init(losses))
+    for name, weight in weights.items():
+        assert weight.dtype == jnp.float32
+        np.testing.assert_allclose(weight, 1 / np.float32(losses[name]), rtol=1e-6)
+
+
+def test_what_needs_positive_losses_cannot_be_shown_logarithms():
+    methods = {
+        name: method.example("a") for name, method in weightings.methods().items()
+    }
+    for name, method in weightings.methods().items():
+        weighting = methods[name]
+        assert weighting.positive == (method.accepts == "positive")
+        assert weightings.every(weightings.smooth(weighting), 2).positive == (
+            weighting.positive
+        )
+        if weighting.positive:
+            with pytest.raises(ValueError, match="log shows .* needs positive losses"):
+                weightings.log(weighting)
+    with pytest.raises(ValueError, match="needs positive losses"):
+        weightings.log(weightings.log(weightings.mgda()))
+    with pytest.raises(ValueError, match="cannot tell what ntk_diagonal of the log"):
+        weightings.log(weightings.ntk())

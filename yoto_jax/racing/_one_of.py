@@ -91,6 +91,7 @@ def one_of(weightings: Mapping[str, LossWeighting]) -> LossWeighting:
         observe_step=(
             arms.observe_step if any(one.observe_step for one in every) else None
         ),
+        positive=any(one.positive for one in every),
     )
 
 

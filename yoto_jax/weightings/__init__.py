@@ -20,6 +20,8 @@ if typing.TYPE_CHECKING:  # For type checkers: the names that the registry has.
     from yoto_jax.weightings._cagrad import cagrad as cagrad
     from yoto_jax.weightings._causal import causal as causal
     from yoto_jax.weightings._config import config as config
+    from yoto_jax.weightings._cov import CovState as CovState
+    from yoto_jax.weightings._cov import cov as cov
     from yoto_jax.weightings._dual_proj import dual_proj as dual_proj
     from yoto_jax.weightings._dwa import DwaState as DwaState
     from yoto_jax.weightings._dwa import dwa as dwa
@@ -46,6 +48,8 @@ if typing.TYPE_CHECKING:  # For type checkers: the names that the registry has.
     from yoto_jax.weightings._imtl_g import imtl_g as imtl_g
     from yoto_jax.weightings._imtl_l import ImtlLState as ImtlLState
     from yoto_jax.weightings._imtl_l import imtl_l as imtl_l
+    from yoto_jax.weightings._log import LogState as LogState
+    from yoto_jax.weightings._log import log as log
     from yoto_jax.weightings._lr_annealing import lr_annealing as lr_annealing
     from yoto_jax.weightings._mgda import mgda as mgda
     from yoto_jax.weightings._nash_mtl import nash_mtl as nash_mtl
@@ -63,6 +67,8 @@ if typing.TYPE_CHECKING:  # For type checkers: the names that the registry has.
         SkipOutliersState as SkipOutliersState,
     )
     from yoto_jax.weightings._skip_outliers import skip_outliers as skip_outliers
+    from yoto_jax.weightings._slaw import SlawState as SlawState
+    from yoto_jax.weightings._slaw import slaw as slaw
     from yoto_jax.weightings._softadapt import SoftAdaptState as SoftAdaptState
     from yoto_jax.weightings._softadapt import softadapt as softadapt
     from yoto_jax.weightings._softmax_alignment import (
@@ -78,6 +84,7 @@ if typing.TYPE_CHECKING:  # For type checkers: the names that the registry has.
     from yoto_jax.weightings._uncertainty import UncertaintyState as UncertaintyState
     from yoto_jax.weightings._uncertainty import uncertainty as uncertainty
     from yoto_jax.weightings._upgrad import upgrad as upgrad
+    from yoto_jax.weightings._uw_so import uw_so as uw_so
     from yoto_jax.weightings._wrappers import EveryState as EveryState
     from yoto_jax.weightings._wrappers import HoldState as HoldState
     from yoto_jax.weightings._wrappers import NormalizeState as NormalizeState

@@ -242,6 +242,20 @@ METHODS = (
         papers=(_IMTL,),
     ),
     Method(
+        name="uw_so",
+        needs=("losses",),
+        accepts="positive",
+        sum_of_weights="1",
+        papers=(
+            Paper(
+                "Kirchdorfer",
+                2024,
+                "Analytical Uncertainty-Based Loss Weighting in Multi-Task Learning",
+                "https://arxiv.org/abs/2408.07985",
+            ),
+        ),
+    ),
+    Method(
         name="dwa",
         needs=("losses",),
         accepts="positive",
@@ -287,6 +301,38 @@ METHODS = (
                 2021,
                 "Multi-Objective Loss Balancing for Physics-Informed Deep Learning",
                 "https://arxiv.org/abs/2110.09813",
+            ),
+        ),
+    ),
+    Method(
+        name="cov",
+        needs=("losses",),
+        accepts="positive",
+        sum_of_weights="1",
+        remembers="running means and variances",
+        state="CovState",
+        papers=(
+            Paper(
+                "Groenendijk",
+                2020,
+                "Multi-Loss Weighting with Coefficient of Variations",
+                "https://arxiv.org/abs/2009.01717",
+            ),
+        ),
+    ),
+    Method(
+        name="slaw",
+        needs=("losses",),
+        sum_of_weights="K",
+        remembers="running means and deviations",
+        state="SlawState",
+        papers=(
+            Paper(
+                "Crawshaw",
+                2021,
+                "SLAW: Scaled Loss Approximate Weighting for Efficient Multi-Task "
+                "Learning",
+                "https://arxiv.org/abs/2109.08218",
             ),
         ),
     ),
@@ -622,6 +668,7 @@ METHODS = (
 WRAPPERS = (
     Wrapper(name="every", state="EveryState", module="_wrappers"),
     Wrapper(name="hold", state="HoldState", module="_wrappers"),
+    Wrapper(name="log", state="LogState", module="_log"),
     Wrapper(name="normalize", state="NormalizeState", module="_wrappers"),
     Wrapper(name="skip_outliers", state="SkipOutliersState", module="_skip_outliers"),
     Wrapper(name="smooth", state="SmoothState", module="_wrappers"),

@@ -22,7 +22,8 @@ from yoto_jax._losses import (
     split,
     stack_present,
 )
-from yoto_jax._outliers import count_skipped
+from yoto_jax._numerics import all_finite, choose
+from yoto_jax._outliers import count_skipped, skip_one
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import (
     GRADIENT_STATISTICS,
@@ -352,36 +353,18 @@ def normalize(
         running = jnp.where(size == 0, old, running)
         scales = jnp.where(running > 0, running, 1)
 
-        place = None
-        if weighting.downstream is not None:
-            names = loss_names(structure)
-            place = find_loss("downstream", weighting.downstream, before, names)
-        seen = {
-            name: _unscaled(name, value, scales, place)
-            for name, value in statistics.items()
-            if name in known
-        }
-        inner = _with_weights(state.inner, state.normalized)
-        new, after = weighting.update(
-            split(values / scales, structure),
-            inner,
-            **and_present(weighting, seen, present),
+        weights, inner, own, taken = update_rescaled(
+            weighting,
+            state.inner,
+            state.normalized,
+            values / scales,
+            scales,
+            {name: x for name, x in statistics.items() if name in known},
+            present,
         )
-        # What is held is for the losses as they come already.
-        taken = _taken(inner, after)
-        weights = jax.tree.map(
-            lambda w, scale, held, there: jnp.where(
-                taken & there, (w / scale).astype(held.dtype), held
-            ),
-            new,
-            split(scales, structure),
-            before,
-            _present_or_all(present, before),
-        )
+        scales = jnp.where(taken, running, old)
         return mask_weights(weights, mask), NormalizeState(
-            split(jnp.where(taken, running, old), structure),
-            _with_weights(after, weights),
-            weights_of(after),
+            split(scales, structure), inner, own
         )
 
     def observe_step(
@@ -403,6 +386,60 @@ def normalize(
         needs=tuple(dict.fromkeys(("losses", *weighting.needs))),
         observe_step=weighting.observe_step and observe_step,
     )
+
+
+def update_rescaled(
+    weighting: LossWeighting,
+    inner: State,
+    own: Weights,
+    shown: jax.Array,
+    scales: jax.Array,
+    statistics: dict[str, Any],
+    present: Present | None,
+) -> tuple[Weights, Any, Weights, jax.Array]:
+    """An update of a weighting that is shown losses whose gradients are others.
+
+    Args:
+      weighting: What is updated.
+      inner: Its state, with weights for the losses as they come in ``loss_weights``.
+      own: What it has there itself.
+      shown: (K,) losses that it sees.
+      scales: (K,) what the gradients of the losses are divided by to be those of these.
+      statistics: Of the gradients of the losses as they come.
+      present: Which losses there are.
+
+    Returns:
+      Weights for the losses as they come, the state with them, what the weighting has
+      there, and whether it took the batch. Weights that are not finite are not taken.
+    """
+    before = weights_of(inner)
+    structure = jax.tree.structure(before)
+    place = None
+    if weighting.downstream is not None:
+        names = loss_names(structure)
+        place = find_loss("downstream", weighting.downstream, before, names)
+    seen = {
+        name: _unscaled(name, value, scales, place)
+        for name, value in statistics.items()
+    }
+    start = _with_weights(inner, own)
+    new, after = weighting.update(
+        split(shown, structure), start, **and_present(weighting, seen, present)
+    )
+    # What is held is for the losses as they come already.
+    taken = _taken(start, after)
+    weights = jax.tree.map(
+        lambda w, scale, held, there: jnp.where(
+            taken & there, (w / scale).astype(held.dtype), held
+        ),
+        new,
+        split(scales, structure),
+        before,
+        _present_or_all(present, before),
+    )
+    ok = all_finite(weights)
+    accepted = weights, _with_weights(after, weights), weights_of(after)
+    return *choose(ok, accepted, (before, skip_one(inner), own)), taken & ok
 
 
 def _unscaled(name: str, value: Any, scales: jax.Array, downstream: int | None) -> Any:

@@ -56,6 +56,8 @@ LEFT_OUT = {
     "dwa": "for averages of epochs",
     "softadapt": "for averages of epochs",
     "relobralo": "for averages of epochs",
+    "cov": "for batches that differ",
+    "slaw": "for batches that differ",
     "grap": "no loss steers the others",
     "grap_closed_form": "no loss steers the others",
     "softmax_alignment": "no loss steers the others",
