@@ -31,6 +31,7 @@ BENCHMARKS = {
     "robustness": "what bad batches do to every weighting",
     "scaling": "many devices, many processes: equality, cost, crashes",
     "sweep": "a search for loss weights that several workers share",
+    "ppo": "weightings for policy, value and entropy, on CartPole",
     "frontier": "every method on every problem, against a search of 15 runs",
 }
 ROOT = Path(__file__).parent.parent

@@ -34,6 +34,8 @@ PURPOSES = {
     "rich": "tables and progress bars of the benchmarks",
     "scikit-learn": "data of the digits benchmark, probes",
     "scipy": "statistics of the benchmarks",
+    "gymnax": "environments of the reinforcement learning benchmark",
+    "six": "what gymnax imports and does not name",
     "torch": "Gaussian processes of Optuna; TorchJD",
     "torchjd": "weightings of others that ours are checked against",
     "cvxpy": "optional solvers of TorchJD",
