@@ -1,6 +1,5 @@
 """What the paper's tasks are compared by: methods, their rules, what is particular."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -37,21 +36,16 @@ def _aligned(task: Task) -> yoto.LossWeighting:
     return _steered(weightings.softmax_alignment(DOWNSTREAM, optimizer=optimizer))
 
 
-def _weighted(make: Callable[[Task], yoto.LossWeighting], **options: Any) -> Rule:
-    return Weighted(make, **options)
-
-
-_steered_rule = functools.partial(_weighted, steered=True, side_by_side=False)
 SOFTMAX, PLAIN = "softmax", "plain"
 RULES: dict[str, Rule] = {
     SOFTMAX: Softmax(),
-    PLAIN: _weighted(lambda task: weightings.equal()),
-    "uncertainty": _weighted(lambda task: weightings.uncertainty()),
-    "famo": _weighted(lambda task: weightings.famo()),
-    "dwa": _weighted(lambda task: weightings.dwa(window=max(1, task.steps // 20))),
-    "geometric": _weighted(lambda task: weightings.geometric()),
-    "grap": _steered_rule(_grap),
-    "aligned": _steered_rule(_aligned),
+    PLAIN: Weighted(lambda task: weightings.equal()),
+    "uncertainty": Weighted(lambda task: weightings.uncertainty()),
+    "famo": Weighted(lambda task: weightings.famo()),
+    "dwa": Weighted(lambda task: weightings.dwa(window=max(1, task.steps // 20))),
+    "geometric": Weighted(lambda task: weightings.geometric()),
+    "grap": Weighted(_grap, steered=True),
+    "aligned": Weighted(_aligned, steered=True),
 }
 
 

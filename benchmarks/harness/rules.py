@@ -27,7 +27,6 @@ class Weighted(Rule):
         *,
         steered: bool = False,
         of_features: bool = False,
-        side_by_side: bool = True,
     ):
         """A rule from a weighting.
 
@@ -37,12 +36,10 @@ class Weighted(Rule):
             parameters on a held-out batch, for every loss and the downstream one.
           of_features: Whether it looks at the gradients of the features that the task
             encodes a batch to, instead of those of all parameters.
-          side_by_side: See :class:`Rule`.
         """
         self.weighting = weighting
         self.of_features = of_features
         self.steered = steered
-        self.side_by_side = side_by_side
 
     def init(self, task: Task, config: PyTree) -> Any:
         del config

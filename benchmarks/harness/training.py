@@ -154,10 +154,6 @@ class Step(NamedTuple):
 class Rule:
     """How losses become a gradient."""
 
-    side_by_side: bool = True
-    """Whether lanes are one ``vmap``; else one after the other, so that work that is
-    not due is not done."""
-
     @property
     def training(self) -> "Rule":
         """The rule that trains, if this one differs only in what comes after."""
@@ -266,17 +262,8 @@ def _compile(
         carry: Carry, data: PyTree, seeds: jax.Array, config: PyTree
     ) -> tuple[Carry, tuple[jax.Array, jax.Array]]:
         one = functools.partial(advance_one, data)
-        if rule.side_by_side:
-            lanes = lambda carry, _: jax.vmap(one)(carry, seeds, config)
-            return jax.lax.scan(lanes, carry, length=length)
-
-        def whole(lane: tuple[Carry, jax.Array, PyTree]) -> Any:
-            carry, seed, config = lane
-            step = lambda carry, _: one(carry, seed, config)
-            return jax.lax.scan(step, carry, length=length)
-
-        carry, seen = jax.lax.map(whole, (carry, seeds, config))
-        return carry, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), seen)
+        lanes = lambda carry, _: jax.vmap(one)(carry, seeds, config)
+        return jax.lax.scan(lanes, carry, length=length)
 
     if mesh is not None:
         own, of_steps = lane_devices.spec(mesh), lane_devices.spec(mesh, 1)

@@ -32,7 +32,6 @@ class Averaged(Rule):
     def __init__(self, rule: Rule):
         """``rule`` is what trains."""
         self.rule = rule
-        self.side_by_side = rule.side_by_side
 
     def configure(self, configs: Sequence[dict[str, Any]]) -> PyTree:
         return self.rule.configure(configs)
