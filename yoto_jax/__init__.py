@@ -28,6 +28,8 @@ from yoto_jax._skip_outliers import skip_outliers as skip_outliers
 from yoto_jax._weighting import LossWeighting as LossWeighting
 from yoto_jax._weighting import WeightingState as WeightingState
 from yoto_jax.gradients._aggregate import aggregate as aggregate
+from yoto_jax.gradients._grad_drop import GradDropState as GradDropState
+from yoto_jax.gradients._grad_drop import grad_drop as grad_drop
 from yoto_jax.gradients._jacobian import value_and_jacobian as value_and_jacobian
 from yoto_jax.gradients._parameters import of_parameters as of_parameters
 from yoto_jax.gradients._representation import of_representation as of_representation
@@ -44,6 +46,7 @@ if typing.TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "GradDropState",
     "HyperparameterDecayState",
     "LossLogits",
     "LossSpec",
@@ -57,6 +60,7 @@ __all__ = [
     "aggregate",
     "composite_loss",
     "conditional",
+    "grad_drop",
     "init_loss_logits",
     "label_loss_logits",
     "loss_weights",
