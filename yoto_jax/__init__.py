@@ -28,6 +28,8 @@ from yoto_jax._skip_outliers import skip_outliers as skip_outliers
 from yoto_jax._weighting import LossWeighting as LossWeighting
 from yoto_jax._weighting import WeightingState as WeightingState
 from yoto_jax.gradients._aggregate import aggregate as aggregate
+from yoto_jax.gradients._aggregate_momenta import MomentaState as MomentaState
+from yoto_jax.gradients._aggregate_momenta import aggregate_momenta as aggregate_momenta
 from yoto_jax.gradients._grad_drop import GradDropState as GradDropState
 from yoto_jax.gradients._grad_drop import grad_drop as grad_drop
 from yoto_jax.gradients._jacobian import value_and_jacobian as value_and_jacobian
@@ -52,12 +54,14 @@ __all__ = [
     "LossSpec",
     "LossWeighting",
     "MaskedLosses",
+    "MomentaState",
     "OutlierRule",
     "SkipOutliersState",
     "WeightingState",
     "adamw",
     "add_hyperparameter_decay",
     "aggregate",
+    "aggregate_momenta",
     "composite_loss",
     "conditional",
     "grad_drop",

@@ -13,5 +13,6 @@ Data flows through the rooms in this order::
     _devices         axes of pmap and shard_map that they are averaged over
     _jacobian        all gradients, stacked
     _aggregate       the same weightings on gradients that are stacked already
+    _aggregate_momenta  the same of momenta, one of which is renewed in a step
     _grad_drop       one sign for each entry of stacked gradients
 """

@@ -15,7 +15,7 @@ from yoto_jax._losses import (
     loss_names,
     tree_of,
 )
-from yoto_jax._numerics import choose, where_rows
+from yoto_jax._numerics import choose
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import LossWeighting
 from yoto_jax.gradients._aggregate import aggregate
@@ -54,8 +54,8 @@ def aggregate_momenta(
       \Bigl(\frac{f_t - \beta_1 f_{t-1}}{1 - \beta_1}\Bigr)^2, \qquad
       u \leftarrow \frac{u}{\sqrt{\hat s} + \epsilon}.
 
-    A hat divides by :math:`1 - \beta^n`, with n what is in the mean so far. A step costs
-    one backward pass, of one loss, and memory for K gradients. With
+    A hat divides by :math:`1 - \beta^n`, with n what is in the mean so far. A step
+    costs one backward pass, of one loss, and memory for K gradients. With
     ``weightings.config()`` this is M-ConFIG.
 
     Args:
@@ -69,13 +69,14 @@ def aggregate_momenta(
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``, an optimizer but for the learning
-      rate. Its ``update`` takes the gradient of one loss, and as keyword ``loss=`` which
-      one: by its path, its position, or an integer array. Updates are 0 until each loss
-      has been there once. A gradient that is not finite leaves the state as it is, is
-      counted in ``num_skipped`` of the weighting, and makes updates NaN.
+      rate. Its ``update`` takes the gradient of one loss, and which one as keyword
+      ``loss=``: its path, its place in a list, or an integer array. Updates are 0 until
+      each loss has been there once. A gradient that is not finite leaves the state as
+      it is, is counted in ``num_skipped`` of the weighting, and makes updates NaN.
 
     Raises:
-      ValueError: A decay is not in [0, 1). In ``update``: ``loss`` is missing or unknown.
+      ValueError: A decay is not in [0, 1). In ``update``: ``loss`` is missing, or
+        unknown.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, yoto_jax as yoto
@@ -134,7 +135,9 @@ def aggregate_momenta(
                 "aggregate_momenta has to know whose gradient it is: call "
                 "update(updates, state, params, loss=...)."
             )
-        place = jnp.asarray(loss if _is_array(loss) else find_loss("loss", loss, losses, names))
+        if not _is_array(loss):
+            loss = find_loss("loss", loss, losses, names)
+        place = jnp.asarray(loss)
         ok = jnp.isfinite(squared_norm(updates, spread_of(updates, param_specs)))
         ok &= (place >= 0) & (place < len(names))
 
@@ -146,11 +149,11 @@ def aggregate_momenta(
         num_seen = state.num_seen.at[place].add(ok.astype(jnp.int32))
         every = jnp.all(num_seen > 0)
         # Not finite if the batch is not: then the weighting skips and counts it.
-        scale = jnp.where(ok, 1 / _mass(b1, jnp.maximum(num_seen, 1)), jnp.nan)
-        corrected = jax.tree.map(lambda x: _times(scale, x), momenta)
+        known = jnp.where(ok, jnp.maximum(num_seen, 1), jnp.nan)
+        corrected = jax.tree.map(lambda x: x / _mass(b1, known, x), momenta)
         combination, inner = tx.update(corrected, state.inner, params, **extra_args)
         count = state.num_combined + 1
-        combined = jax.tree.map(lambda u: u * _mass(b1, count), combination)
+        combined = jax.tree.map(lambda u: u * _mass(b1, count, u), combination)
 
         def moment(s: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
             pseudo = jnp.abs((new - b1 * old) / (1 - b1))
@@ -159,7 +162,7 @@ def aggregate_momenta(
         second = jax.tree.map(moment, state.second_moment, combined, state.combined)
 
         def scaled(u: jax.Array, s: jax.Array, g: jax.Array) -> jax.Array:
-            u = u / (jnp.sqrt(s / _mass(b2, count)) + eps)
+            u = u / (jnp.sqrt(s / _mass(b2, count, s)) + eps)
             return jnp.where(every | ~ok, u, 0).astype(g.dtype)
 
         after = (combined, second, count)
@@ -182,10 +185,8 @@ def _is_array(loss: Any) -> bool:
     return hasattr(loss, "dtype") and jnp.issubdtype(loss.dtype, jnp.integer)
 
 
-def _mass(decay: Any, count: jax.Array) -> jax.Array:
+def _mass(decay: Any, count: jax.Array, like: jax.Array) -> jax.Array:
     """What a running mean from zero has of a constant after so many steps."""
-    return 1 - jnp.power(jnp.float32(decay), count.astype(jnp.float32))
-
-
-def _times(scale: jax.Array, rows: jax.Array) -> jax.Array:
-    return scale.astype(rows.dtype).reshape((-1,) + (1,) * (rows.ndim - 1)) * rows
+    dtype = like.real.dtype
+    mass = 1 - jnp.power(jnp.asarray(decay, dtype), count.astype(dtype))
+    return mass.reshape(count.shape + (1,) * (like.ndim - 1)) if count.ndim else mass
