@@ -38,3 +38,54 @@ class PseudoMomentum:
         self.s = self.b2 * self.s + (1 - self.b2) * fake_grad**2
         s_hat = self.s / (1 - self.b2**self.t)
         return final / (np.sqrt(s_hat) + 1e-8)
+
+
+def project_to_simplex(y):
+    """``_projection2simplex`` of MoCo and MoDo."""
+    count, ordered = len(y), np.sort(y)[::-1]
+    threshold, total = (y.sum() - 1) / count, 0.0
+    for i in range(count - 1):
+        total += ordered[i]
+        found = (total - 1) / (i + 1)
+        if found > ordered[i + 1]:
+            threshold = found
+            break
+    return np.maximum(y - threshold, 0)
+
+
+def moco(gradients, beta, gamma, rho):
+    """The directions of the authors' ``MoCo.backward``, without normalisation."""
+    y, lambd = 0.0, np.full(len(gradients[0]), 1 / len(gradients[0]))
+    for g in gradients:
+        y = y - beta * (y - g)
+        lambd = project_to_simplex(lambd - gamma * (y @ (y.T @ lambd) + rho * lambd))
+        yield lambd, lambd @ y
+
+
+def modo(pairs, gamma, rho):
+    """The authors' ``MoDo.backward``: its directions are sums over both batches."""
+    lambd = np.full(len(pairs[0][0]), 1 / len(pairs[0][0]))
+    for first, second in pairs:
+        slope = first @ (second.T @ lambd) + rho * lambd
+        lambd = project_to_simplex(lambd - gamma * slope)
+        yield lambd, lambd @ (first + second)
+
+
+def db_mtl(gradients, beta, beta_sigma):
+    """LibMTL's ``DB_MTL.backward``, by its authors, from gradients of logarithms."""
+    buffer = np.zeros_like(gradients[0])
+    for step, g in enumerate(gradients, 1):
+        buffer = g + beta / step**beta_sigma * (buffer - g)
+        norms = np.linalg.norm(buffer, axis=1)
+        alpha = norms.max() / (norms + 1e-8)
+        yield alpha @ buffer
+
+
+def adatask(gradients, rate, b1=0.9, b2=0.999, eps=1e-8):
+    """What AdaTask's ``step`` adds to the shared parameters."""
+    m = v = np.zeros_like(gradients[0])
+    for step, g in enumerate(gradients, 1):
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g**2
+        denominator = np.sqrt(v) / np.sqrt(1 - b2**step) + eps
+        yield -rate / (1 - b1**step) * (m / denominator).sum(0)

@@ -20,6 +20,7 @@ if typing.TYPE_CHECKING:  # For type checkers: the names that the registry has.
     from yoto_jax.weightings._cagrad import cagrad as cagrad
     from yoto_jax.weightings._causal import causal as causal
     from yoto_jax.weightings._config import config as config
+    from yoto_jax.weightings._db_mtl import db_mtl as db_mtl
     from yoto_jax.weightings._dual_proj import dual_proj as dual_proj
     from yoto_jax.weightings._dwa import DwaState as DwaState
     from yoto_jax.weightings._dwa import dwa as dwa
@@ -48,6 +49,9 @@ if typing.TYPE_CHECKING:  # For type checkers: the names that the registry has.
     from yoto_jax.weightings._imtl_l import imtl_l as imtl_l
     from yoto_jax.weightings._lr_annealing import lr_annealing as lr_annealing
     from yoto_jax.weightings._mgda import mgda as mgda
+    from yoto_jax.weightings._moco import MocoState as MocoState
+    from yoto_jax.weightings._moco import moco as moco
+    from yoto_jax.weightings._moco import modo as modo
     from yoto_jax.weightings._nash_mtl import nash_mtl as nash_mtl
     from yoto_jax.weightings._ntk import ntk as ntk
     from yoto_jax.weightings._ntk import ntk_diagonal as ntk_diagonal
