@@ -263,6 +263,8 @@ def test_errors_name_what_is_wrong():
     state = tx.init(PARAMS)
     with pytest.raises(ValueError, match=r"length 3.*'a', 'b', 'c'.*\(2, 2\)"):
         tx.update(rows_of(0, 2), state)
+    with pytest.raises(TypeError, match="must be an Optax transformation, got a func"):
+        yoto.per_loss(optax.adam, 2)
     link = yoto.aggregate(weightings.modo(), 3)
     state = link.init(PARAMS)
     with pytest.raises(ValueError, match=r"needs cross_gramian="):

@@ -155,7 +155,7 @@ def aggregate_momenta(
         count = state.num_combined + 1
         combined = jax.tree.map(lambda u: u * _mass(b1, count, u), combination)
 
-        def moment(s: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+        def moment(s: jax.Array, new: jax.Array, old: jax.Array) -> Any:
             pseudo = jnp.abs((new - b1 * old) / (1 - b1))
             return b2 * s + (1 - b2) * jnp.square(pseudo)
 

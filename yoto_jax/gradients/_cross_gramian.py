@@ -8,7 +8,7 @@ from yoto_jax.gradients._statistics import cross_products
 
 
 def cross_gramian(
-    first: PyTree, second: PyTree, *, param_specs: PyTree | None = None
+    jacobian: PyTree, other: PyTree, *, param_specs: PyTree | None = None
 ) -> jax.Array:
     r"""Inner products of per-loss gradients of two independent batches.
 
@@ -19,9 +19,9 @@ def cross_gramian(
     exceeds by the noise. It is neither symmetric nor positive semi-definite.
 
     Args:
-      first: Gradients stacked on a leading axis of length K, as
+      jacobian: Gradients stacked on a leading axis of length K, as
         :func:`value_and_jacobian` makes them.
-      second: Those of the other batch.
+      other: Those of the other batch.
       param_specs: ``PartitionSpec`` of the parameters where ``shard_map`` spreads them
         over devices, see :func:`yoto_jax.value_and_grad`.
 
@@ -36,4 +36,4 @@ def cross_gramian(
       [[3. 3.]
        [0. 1.]]
     """
-    return cross_products(first, second, spread_of(first, param_specs))
+    return cross_products(jacobian, other, spread_of(jacobian, param_specs))

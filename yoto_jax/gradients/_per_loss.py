@@ -52,6 +52,7 @@ def per_loss(
       not finite leaves the state as it is: what comes behind skips and counts it.
 
     Raises:
+      TypeError: ``inner`` is no transformation.
       ValueError: In ``update``: an array has no leading axis of length K.
 
     Examples:
@@ -72,6 +73,10 @@ def per_loss(
       ``optax.ema`` alone in front of ``aggregate`` starts with the shape of the
       parameters, which is not that of the gradients: ``jax.lax.scan`` refuses it.
     """
+    if not hasattr(inner, "update"):
+        raise TypeError(
+            f"inner must be an Optax transformation, got a {type(inner).__name__}."
+        )
     inner = optax.with_extra_args_support(inner)
     structure = jax.tree.structure(tree_of(losses))
     names = loss_names(structure)
