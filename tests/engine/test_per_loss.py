@@ -99,6 +99,31 @@ def test_modo_steps_on_the_products_of_two_batches(gamma, rho):
     assert int(state.num_updates) == 5
 
 
+@pytest.mark.parametrize(
+    ("rate", "strength", "preference"),
+    [(10.0, 0.3, None), (1.0, 0.0, None), (1.0, 2.0, (0.5, 0.25, 0.25))],
+)
+def test_sdmgrad_is_that_of_the_authors(rate, strength, preference):
+    sdmgrad = weightings.sdmgrad(
+        learning_rate=rate, regularization=strength, preference=preference
+    )
+    pairs = [(flat(rows_of(2 * n)), flat(rows_of(2 * n + 1))) for n in range(5)]
+    matrices = [x @ (x + 0.5 * y).T for x, y in pairs]
+    wanted = np.full(3, 1 / 3) if preference is None else np.array(preference)
+    state, update = sdmgrad.init([0.0] * 3), jax.jit(sdmgrad.update)
+    expected = oracles.sdmgrad(matrices, strength, wanted, rate)
+    for matrix, weights in zip(matrices, expected, strict=True):
+        got, state = update([0.0] * 3, state, cross_gramian=jnp.float32(matrix))
+        np.testing.assert_allclose(np.stack(got), weights, atol=1e-3)
+    # No scale of all gradients makes a difference, nor does a gradient of nothing.
+    first = sdmgrad.init([0.0] * 3)
+    got, _ = update([0.0] * 3, first, cross_gramian=jnp.float32(matrices[0]))
+    tiny, _ = update([0.0] * 3, first, cross_gramian=jnp.float32(matrices[0] * 1e-30))
+    np.testing.assert_allclose(np.stack(tiny), np.stack(got), atol=1e-4)
+    _, state = update([0.0] * 3, first, cross_gramian=jnp.zeros((3, 3)))
+    assert int(state.num_skipped) == 0
+
+
 def test_with_one_batch_for_both_modo_is_moco():
     modo, moco = (yoto.aggregate(w(), 3) for w in (weightings.modo, weightings.moco))
     one = two = moco.init(PARAMS)

@@ -89,3 +89,16 @@ def adatask(gradients, rate, b1=0.9, b2=0.999, eps=1e-8):
         v = b2 * v + (1 - b2) * g**2
         denominator = np.sqrt(v) / np.sqrt(1 - b2**step) + eps
         yield -rate / (1 - b1**step) * (m / denominator).sum(0)
+
+
+def sdmgrad(matrices, lamda, preference, rate=10.0):
+    """LibMTL's ``SDMGrad``, with the learning rate of its authors: weights."""
+    w = np.full(len(preference), 1 / len(preference))
+    for cross in matrices:
+        scale = np.sqrt(np.maximum(np.diag(cross), 0)).mean()
+        a = cross / (scale**2 + 1e-8)
+        velocity = np.zeros_like(w)
+        for _ in range(20):
+            velocity = 0.5 * velocity + a @ w + lamda * (a @ preference)
+            w = project_to_simplex(w - rate * velocity)
+        yield (w + lamda * preference) / (1 + lamda)

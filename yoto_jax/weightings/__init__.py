@@ -63,6 +63,7 @@ if typing.TYPE_CHECKING:  # For type checkers: the names that the registry has.
     from yoto_jax.weightings._relobralo import RelobraloState as RelobraloState
     from yoto_jax.weightings._relobralo import relobralo as relobralo
     from yoto_jax.weightings._scale_invariant import scale_invariant as scale_invariant
+    from yoto_jax.weightings._sdmgrad import sdmgrad as sdmgrad
     from yoto_jax.weightings._skip_outliers import (
         SkipOutliersState as SkipOutliersState,
     )

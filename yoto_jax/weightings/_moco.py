@@ -16,7 +16,7 @@ from yoto_jax._weighting import LossWeighting
 
 @serializable_state
 class MocoState(NamedTuple):
-    """What :func:`moco` and :func:`modo` have learned."""
+    """What :func:`moco`, :func:`modo` and :func:`sdmgrad` have learned."""
 
     shares: jax.Array  # (K,) not negative, sum 1 unless losses have been absent
 
@@ -146,17 +146,26 @@ def _descending(
         losses: jax.Array, inner: MocoState, spec: LossSpec, **seen: jax.Array
     ) -> tuple[jax.Array, MocoState]:
         del losses
-        total = spec.sum(inner.shares)
-        shares = spec.of_present(safe_divide(inner.shares, total))
-        shares = jnp.where(total > 0, shares, spec.equal())  # of those that are there
+        shares = shares_of(inner, spec)
         slope = dot(seen[name], shares) + regularization * shares
-        moved = shares - learning_rate * slope
-        # The projection does not see a constant, and whoever is 1 below the largest
-        # gets nothing: so numbers stay small, and absent losses are left out.
-        lag = moved - jnp.max(spec.of_present(moved, -jnp.inf))
-        lag = spec.of_present(jnp.maximum(lag, -1), -1)
-        with jax.numpy_dtype_promotion("standard"):  # Optax divides by integers there.
-            shares = optax.projections.projection_simplex(lag)
+        shares = project(shares - learning_rate * slope, spec)
         return shares, MocoState(shares)
 
     return make_weighting(init, update, needs=(name,), first_weights=LossSpec.equal)
+
+
+def shares_of(inner: MocoState, spec: LossSpec) -> jax.Array:
+    """What each loss that is there has of the sum 1."""
+    total = spec.sum(inner.shares)
+    shares = spec.of_present(safe_divide(inner.shares, total))
+    return jnp.where(total > 0, shares, spec.equal())
+
+
+def project(x: jax.Array, spec: LossSpec) -> jax.Array:
+    """The closest weights that are not negative and sum to 1, 0 for absent losses."""
+    # A constant makes no difference, and whoever is 1 below the largest gets nothing:
+    # so numbers stay small, and absent losses are left out.
+    lag = x - jnp.max(spec.of_present(x, -jnp.inf))
+    lag = spec.of_present(jnp.maximum(lag, -1), -1)
+    with jax.numpy_dtype_promotion("standard"):  # Optax divides by integers there.
+        return optax.projections.projection_simplex(lag)

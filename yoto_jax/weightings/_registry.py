@@ -624,6 +624,23 @@ METHODS = (
         ),
     ),
     Method(
+        name="sdmgrad",
+        needs=("cross_gramian",),
+        sum_of_weights="1",
+        remembers="weights",
+        state="MocoState",
+        state_module="_moco",
+        papers=(
+            Paper(
+                "Xiao",
+                2023,
+                "Direction-oriented Multi-objective Learning: Simple and Provable "
+                "Stochastic Algorithms",
+                "https://arxiv.org/abs/2305.18409",
+            ),
+        ),
+    ),
+    Method(
         name="grap",
         needs=("gramian",),
         requires="downstream",

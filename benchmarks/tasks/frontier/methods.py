@@ -26,6 +26,7 @@ LEFT_OUT = {
     "ntk": "needs the kernel of each residual",
     "causal": "is for losses that are stretches of time",
     "modo": "needs two batches a step",
+    "sdmgrad": "needs two batches a step",
 }
 """Methods of the registry that are no rows, and why."""
 

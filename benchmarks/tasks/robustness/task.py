@@ -77,6 +77,7 @@ w = yoto.weightings
 LEFT_OUT = {
     "grap_closed_form": "of the same running means as grap",
     "modo": "as moco, with a second batch",
+    "sdmgrad": "as moco, with a second batch",
 }
 WEIGHTINGS: dict[str, Callable[[], yoto.LossWeighting]] = {
     name: functools.partial(method.example, "a")

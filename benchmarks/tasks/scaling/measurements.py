@@ -80,6 +80,7 @@ LEFT_OUT = {
     "static": "as equal",
     "ntk": "its kernel is the user's",
     "modo": "its second batch is the user's",
+    "sdmgrad": "its second batch is the user's",
 }
 WEIGHTINGS = {
     "weightings.yoto" if name == "yoto" else name: method
