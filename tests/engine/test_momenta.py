@@ -57,6 +57,33 @@ def test_every_update_is_that_of_the_authors_operator(count, order):
     )
 
 
+def test_double_precision_is_that_of_the_operator_to_the_last_digits():
+    rng = np.random.default_rng(0)
+    reference = oracles.PseudoMomentum(3, 6)
+    with jax.enable_x64(True):
+        tx = m_config(3)
+        state = tx.init(jnp.zeros(6))
+        for n in range(9):
+            g = rng.normal(size=6)
+            updates, state = tx.update(jnp.asarray(g), state, loss=n % 3)
+            expected = reference.step(n % 3, g)
+            np.testing.assert_allclose(updates, expected, rtol=1e-11, atol=1e-13)
+
+
+def test_one_trace_whatever_the_loss_with_donation_and_export():
+    tx = m_config(2)
+    state = first = tx.init(PARAMS)
+    step = jax.jit(lambda g, s, n: tx.update(g, s, loss=n), donate_argnums=1)
+    for n in range(5):
+        _, state = step(gradient(n), state, jnp.int32(n % 2))
+    assert step._cache_size() == 1
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(PARAMS))
+    pytest.importorskip("flatbuffers")
+    exported = jax.export.export(step)(gradient(0), state, jnp.int32(0))
+    assert exported.serialize()
+    assert jax.tree.structure(first) == jax.tree.structure(state)
+
+
 def test_other_weightings_combine_as_they_do():
     tx = yoto.aggregate_momenta(weightings.upgrad(), 3, b1=0.5, b2=0.9)
     one = yoto.aggregate(weightings.upgrad(), 3)

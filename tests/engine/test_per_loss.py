@@ -230,6 +230,15 @@ def test_a_bare_average_changes_its_shape_which_this_one_does_not():
     assert last.ema.shape == (2, 3, 2)
 
 
+def test_chains_with_a_memory_are_exported():
+    pytest.importorskip("flatbuffers")
+    tx = optax.chain(
+        yoto.per_loss(optax.ema(0.9), 3), yoto.aggregate(weightings.moco(), 3)
+    )
+    exported = jax.export.export(jax.jit(tx.update))(BATCHES[0], tx.init(PARAMS))
+    assert exported.serialize()
+
+
 def test_absent_losses_keep_their_state():
     tx = optax.chain(
         yoto.per_loss(optax.ema(0.9), NAMES), yoto.aggregate(weightings.moco(), NAMES)

@@ -149,7 +149,7 @@ def aggregate_momenta(
         num_seen = state.num_seen.at[place].add(ok.astype(jnp.int32))
         every = jnp.all(num_seen > 0)
         # Not finite if the batch is not: then the weighting skips and counts it.
-        known = jnp.where(ok, jnp.maximum(num_seen, 1), jnp.nan)
+        known = jnp.where(ok, jnp.maximum(num_seen, 1).astype(jnp.float32), jnp.nan)
         corrected = jax.tree.map(lambda x: x / _mass(b1, known, x), momenta)
         combination, inner = tx.update(corrected, state.inner, params, **extra_args)
         count = state.num_combined + 1
@@ -178,7 +178,8 @@ def aggregate_momenta(
 
 
 def _wide(x: Any) -> Any:
-    return jnp.promote_types(jnp.result_type(x), jnp.float32)
+    dtype = jnp.result_type(x)
+    return dtype if dtype.itemsize >= 4 else jnp.float32
 
 
 def _is_array(loss: Any) -> bool:
