@@ -29,8 +29,14 @@ from yoto_jax._skip_outliers import skip_outliers as skip_outliers
 from yoto_jax._weighting import LossWeighting as LossWeighting
 from yoto_jax._weighting import WeightingState as WeightingState
 from yoto_jax.gradients._aggregate import aggregate as aggregate
+from yoto_jax.gradients._aggregate_momenta import MomentaState as MomentaState
+from yoto_jax.gradients._aggregate_momenta import aggregate_momenta as aggregate_momenta
+from yoto_jax.gradients._cross_gramian import cross_gramian as cross_gramian
+from yoto_jax.gradients._grad_drop import GradDropState as GradDropState
+from yoto_jax.gradients._grad_drop import grad_drop as grad_drop
 from yoto_jax.gradients._jacobian import value_and_jacobian as value_and_jacobian
 from yoto_jax.gradients._parameters import of_parameters as of_parameters
+from yoto_jax.gradients._per_loss import per_loss as per_loss
 from yoto_jax.gradients._representation import of_representation as of_representation
 from yoto_jax.gradients._steering import on_training as on_training
 from yoto_jax.gradients._steering import on_validation as on_validation
@@ -45,19 +51,24 @@ if typing.TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "GradDropState",
     "HyperparameterDecayState",
     "LossLogits",
     "LossSpec",
     "LossWeighting",
     "MaskedLosses",
+    "MomentaState",
     "OutlierRule",
     "SkipOutliersState",
     "WeightingState",
     "adamw",
     "add_hyperparameter_decay",
     "aggregate",
+    "aggregate_momenta",
     "composite_loss",
     "conditional",
+    "cross_gramian",
+    "grad_drop",
     "group_advantages",
     "init_loss_logits",
     "label_loss_logits",
@@ -69,6 +80,7 @@ __all__ = [
     "of_representation",
     "on_training",
     "on_validation",
+    "per_loss",
     "racing",
     "regularizer",
     "sgdw",

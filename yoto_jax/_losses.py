@@ -48,6 +48,11 @@ def loss_names(structure: jax.tree_util.PyTreeDef) -> tuple[str, ...]:
     return tuple(path_name(path) for path, _ in jax.tree.leaves_with_path(leaves))
 
 
+def tree_of(losses: Losses | int) -> PyTree:
+    """A tree of losses, or that of which only the number is known."""
+    return (0.0,) * losses if isinstance(losses, int) else losses
+
+
 def path_name(path: tuple[Any, ...]) -> str:
     """Text of a path in a tree, such as ``"heads/depth"``."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

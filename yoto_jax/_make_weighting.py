@@ -25,6 +25,7 @@ from yoto_jax._losses import (
 from yoto_jax._numerics import all_finite, choose, float_type
 from yoto_jax._weighting import (
     GRADIENT_STATISTICS,
+    MATRICES,
     LossWeighting,
     WeightingState,
     check_state,
@@ -60,7 +61,8 @@ def make_weighting(
       update: ``update(losses, inner, spec, **statistics) -> (weights, inner)`` with
         losses and weights (K,), and the statistics that ``needs`` names. Sums over the
         losses are those of the :class:`LossSpec`, which leaves out absent ones.
-      needs: See :class:`LossWeighting`. Of a name of your own the value is (K,).
+      needs: See :class:`LossWeighting`. Of a name of your own the value is (K,),
+        of ``"cross_gramian"`` (K, K).
       positive: Whether all losses must be positive.
       first_weights: What is reported before the first update, and held if that is not
         finite: one number, or ``first_weights(spec) -> (K,)``.
@@ -219,7 +221,7 @@ def _statistic(name: str, value: Any, spec: LossSpec) -> jax.Array:
     if spec.holds_scalars(value):
         value = spec.vector(name, value)
     value = _constant(value, spec.dtype)
-    shape = (spec.size,) * (2 if name == "gramian" else 1)
+    shape = (spec.size,) * (2 if name in MATRICES else 1)
     if value.shape != shape:
         raise ValueError(
             f"{name} must have shape {shape} for the {spec.size} losses "

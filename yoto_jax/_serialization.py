@@ -28,6 +28,7 @@ def serializable_state(kind: Kind) -> Kind:
 
 # States of Optax inside ours, unless another library has registered them.
 for _kind in (
+    optax.EmaState,
     optax.EmptyState,
     optax.MaskedState,
     optax.ScaleByAdamState,

@@ -15,6 +15,9 @@ from yoto_jax._serialization import serializable_state
 GRADIENT_STATISTICS = ("gramian", "norms", "max_abs", "mean_abs")
 """What :func:`yoto_jax.value_and_grad` can tell of per-loss gradients, see there."""
 
+MATRICES = ("gramian", "cross_gramian")
+"""Statistics that have one number for each pair of losses."""
+
 
 class LossWeighting(NamedTuple):
     """A rule that turns what losses, and their gradients, say into loss weights.
@@ -35,7 +38,8 @@ class LossWeighting(NamedTuple):
         ``"gramian"`` (K, K) inner products of per-loss gradients; ``"norms"``,
         ``"max_abs"``, ``"mean_abs"`` (K,) Euclidean norm, largest and mean absolute
         entry of each; ``"alignment"`` (K,) inner products with the gradient of the
-        downstream loss. Any other name is the caller's to provide.
+        downstream loss. Any other name is the caller's to provide, such as
+        ``"cross_gramian"`` (K, K), see :func:`yoto_jax.cross_gramian`.
       downstream: The loss that steers the weights without a weight of its own, or None.
       due: ``due(state) -> bool``: whether the next update looks at the statistics, so
         that they need not be computed if it does not. None if it always does.

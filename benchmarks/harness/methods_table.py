@@ -14,6 +14,7 @@ STATISTICS = {
     "mean_abs": "gradient entries",
     "alignment": "derivatives along the downstream gradient",
     "ntk_diagonal": "kernel diagonal",
+    "cross_gramian": "cross-Gramian of two batches",
 }
 SUMS = {"1": "sum 1", "K": "sum K", "free": ""}
 
@@ -55,6 +56,8 @@ def _cost(method: yoto.weightings.Method) -> str:
         return "the kernel"
     if not set(method.needs) - {"losses"}:
         return "one gradient"
+    if "cross_gramian" in method.needs:
+        return "2 K gradients"
     return "K + 1 gradients" if method.requires == "downstream" else "K gradients"
 
 

@@ -100,6 +100,8 @@ DEFAULTS = {
     "weight_decay": "as in Optax",
 }
 KINDS = {
+    "b1": "as in Optax",
+    "b2": "as in Optax",
     "downstream": MAIN,
     "eps": "as in Optax",
     "epsilon": "fields of a Flax module have no kind",

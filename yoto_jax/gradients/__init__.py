@@ -9,8 +9,12 @@ Data flows through the rooms in this order::
     _representation  the source: gradients of a representation
     _steering        where a downstream loss is looked at
     _statistics      what a weighting is told of the gradients
+    _cross_gramian   the same of two batches
     _rows            arithmetic on the gradients
     _devices         axes of pmap and shard_map that they are averaged over
     _jacobian        all gradients, stacked
     _aggregate       the same weightings on gradients that are stacked already
+    _per_loss        what each gradient goes through before
+    _aggregate_momenta  the same of momenta, one of which is renewed in a step
+    _grad_drop       one sign for each entry of stacked gradients
 """

@@ -1,7 +1,5 @@
 """The weightings as a link of an Optax chain, over stacked per-loss gradients."""
 
-import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,14 +11,14 @@ from yoto_jax._losses import (
     Present,
     PyTree,
     State,
-    listed,
     loss_names,
     stack_present,
+    tree_of,
 )
-from yoto_jax._numerics import stacked, where_rows
+from yoto_jax._numerics import stacked
 from yoto_jax._weighting import GRADIENT_STATISTICS, LossWeighting, and_present
 from yoto_jax.gradients._devices import spread_of
-from yoto_jax.gradients._rows import combine_rows
+from yoto_jax.gradients._rows import check_rows, combine_rows, present_rows
 from yoto_jax.gradients._statistics import if_due, statistics_of
 from yoto_jax.gradients._steering import position_of
 
@@ -71,8 +69,7 @@ def aggregate(
       >>> print(optax.tree.get(state, "loss_weights")["fit"])
       0.5
     """
-    if isinstance(losses, int):
-        losses = (0.0,) * losses
+    losses = tree_of(losses)
     names = loss_names(jax.tree.structure(losses))
     asked = [name for name in weighting.needs if name in GRADIENT_STATISTICS]
     aligned = "alignment" in weighting.needs
@@ -91,7 +88,7 @@ def aggregate(
         **extra_args: Any,
     ) -> tuple[PyTree, Any]:
         del params
-        _check_rows(updates, names)
+        check_rows(updates, names)
         if losses is None:
             if "losses" in weighting.needs:
                 raise ValueError(
@@ -100,8 +97,7 @@ def aggregate(
                 )
             losses = optax.tree.ones_like(optax.tree.get(state, "loss_weights"))
         mask = stack_present(present, jax.tree.structure(losses))
-        if mask is not None:
-            updates = jax.tree.map(functools.partial(_present_rows, mask), updates)
+        updates = present_rows(updates, mask)
         extra_args = and_present(weighting, extra_args, present)
         seen = extra_args | if_due(weighting, state, lambda: statistics(updates))
         weights, state = weighting.update(losses, state, **seen)
@@ -116,19 +112,3 @@ def aggregate(
         return found | {"alignment": found["gramian"][position]}
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _check_rows(updates: Params, names: Sequence[str]) -> None:
-    """Raise unless every array has one row for each loss."""
-    for path, leaf in jax.tree.leaves_with_path(updates):
-        if leaf.shape[:1] != (len(names),):
-            raise ValueError(
-                f"update{jax.tree_util.keystr(path)} must have a leading axis of "
-                f"length {len(names)}, one entry for each of the losses "
-                f"{listed(names)}, got shape {leaf.shape}."
-            )
-
-
-def _present_rows(present: jax.Array, rows: jax.Array) -> jax.Array:
-    """The rows, 0 for absent losses, whatever stands there."""
-    return rows if rows.dtype == jax.dtypes.float0 else where_rows(present, rows, 0)

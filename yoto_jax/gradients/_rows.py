@@ -10,8 +10,15 @@ import numpy as np
 from jax import lax
 
 from yoto_jax._jaxlib import check_jaxlib
-from yoto_jax._losses import Losses, Params, PyTree, Weights, scalar_losses
-from yoto_jax._numerics import upcast
+from yoto_jax._losses import (
+    Losses,
+    Params,
+    PyTree,
+    Weights,
+    listed,
+    scalar_losses,
+)
+from yoto_jax._numerics import upcast, where_rows
 from yoto_jax.gradients._devices import vary_over, varying_axes
 
 
@@ -77,6 +84,25 @@ def rows_of(
     if chunk_size is None:
         return jax.vmap(pull)(basis)
     return lax.map(pull, basis, batch_size=chunk_size)
+
+
+def check_rows(rows: PyTree, names: Sequence[str]) -> None:
+    """Raise unless every array has one row for each loss."""
+    for path, leaf in jax.tree.leaves_with_path(rows):
+        if leaf.shape[:1] != (len(names),):
+            raise ValueError(
+                f"update{jax.tree_util.keystr(path)} must have a leading axis of "
+                f"length {len(names)}, one entry for each of the losses "
+                f"{listed(names)}, got shape {leaf.shape}."
+            )
+
+
+def present_rows(rows: PyTree, present: jax.Array | None) -> PyTree:
+    """The rows, 0 for absent losses, whatever stands there."""
+    if present is None:
+        return rows
+    kept = lambda x: x if x.dtype == jax.dtypes.float0 else where_rows(present, x, 0)
+    return jax.tree.map(kept, rows)
 
 
 def combine_rows(rows: PyTree, weights: jax.Array) -> PyTree:

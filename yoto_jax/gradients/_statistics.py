@@ -69,7 +69,7 @@ def _sums(leaves: Sequence[jax.Array], names: Sequence[str]) -> dict[str, jax.Ar
     rest = lambda x: tuple(range(1, x.ndim))
     found: dict[str, jax.Array] = {}
     if "gramian" in names:
-        found["gramian"] = add_up(_products(x) for x in leaves)
+        found["gramian"] = add_up(_products(x, x) for x in leaves)
     if "norms" in names:
         found["norms"] = add_up(jnp.sum(jnp.square(x), axis=rest(x)) for x in leaves)
     if "max_abs" in names:
@@ -120,20 +120,28 @@ def _as_real(x: jax.Array) -> jax.Array:
     return jnp.stack([x.real, x.imag], axis=-1)
 
 
-def _products(x: jax.Array) -> jax.Array:
-    """Inner products of the rows, in float32 at least, whatever the accelerator."""
+def cross_products(first: PyTree, second: PyTree, spread: Sequence[Axes]) -> jax.Array:
+    """Inner products of all rows of one tree with all rows of another."""
+    terms, others = [], _by_axes(second, spread)
+    for axes, leaves in _by_axes(first, spread).items():
+        local = add_up(map(_products, leaves, others[axes]))
+        terms.append(lax.psum(local, axes) if axes else local)
+    return add_up(terms)
+
+
+def _products(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Inner products of rows, in float32 at least, whatever the accelerator."""
     if x.shape[0] <= _FEW:
         # One loop over the entries under jit. A matrix product wants its operands in
         # another layout, and on the CPU that is one more copy of K gradients.
-        x = upcast(x)
-        products = x[:, None] * x[None, :]
+        products = upcast(x)[:, None] * upcast(y)[None, :]
         return jnp.sum(products, axis=tuple(range(2, products.ndim)))
     axes = tuple(range(1, x.ndim))
     sharding: Any = jax.typeof(x).sharding
     explicit = any(sharding.spec)  # The mesh is explicit, and the array spread over it.
     return lax.dot_general(
         x,
-        x,
+        y,
         ((axes, axes), ((), ())),
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),

@@ -105,7 +105,8 @@ def value_and_grad(
       steering: Where a weighting with a downstream loss looks at it:
         :func:`yoto_jax.on_training` (the default), :func:`yoto_jax.on_validation`.
       statistics: Functions ``(params, *args) -> (K,) or a tree like the losses`` for
-        whatever else the weighting needs, by the name it asks for.
+        whatever else the weighting needs, by the name it asks for; ``(K, K)`` for
+        ``"cross_gramian"``.
       axis_name: Axis, or axes, of ``pmap`` or ``shard_map`` that the batch is spread
         over: losses and gradients are averaged over it before a weight is formed, and
         come out averaged. Under ``jit`` with sharded arrays nothing is needed.

@@ -89,6 +89,8 @@ class Trial:
         known = ("losses", "alignment", *GRADIENT_STATISTICS)
         own = [name for name in weighting.needs if name not in known]
         self.statistics = {name: self.some_numbers for name in own}
+        if "cross_gramian" in own:
+            self.statistics["cross_gramian"] = self.some_products
         self.statistics |= dict(statistics or {})
         self.params = {
             "w": jax.random.normal(jax.random.key(0), (4, 3)) / 2,
@@ -121,6 +123,10 @@ class Trial:
         """A statistic (K,) of no meaning: positive, and zero where gradients are."""
         numbers = jnp.arange(1, self.size + 1, dtype=x.dtype) + jnp.mean(jnp.abs(x))
         return numbers * jnp.any(params["w"])
+
+    def some_products(self, params: Params, x: jax.Array) -> jax.Array:
+        """A statistic (K, K) of no meaning."""
+        return jnp.diag(self.some_numbers(params, x))
 
     # The weighting on it.
 
@@ -198,6 +204,8 @@ class Trial:
             "alignment": rows @ steering,
         }
         own = {name: np.sum(rows**2, 1) for name in self.statistics}
+        other = rows + np.random.default_rng(seed + 1).normal(size=rows.shape)
+        own["cross_gramian"] = rows @ other.T
         seen = known | own
         needed = [name for name in self.weighting.needs if name != "losses"]
         losses = rng.uniform(0.3, 2.0, self.size)

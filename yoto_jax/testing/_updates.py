@@ -10,7 +10,7 @@ import optax
 
 from yoto_jax._checks import is_key
 from yoto_jax._losses import Losses, split
-from yoto_jax._weighting import weights_of
+from yoto_jax._weighting import MATRICES, weights_of
 from yoto_jax.testing._compare import (
     named_leaves,
     require,
@@ -87,7 +87,7 @@ def _spoil(batch: Batch, position: int, junk: float) -> Batch:
     batch.losses[position] = junk
     for name, x in batch.statistics.items():
         x[position] = junk
-        if name == "gramian":
+        if name in MATRICES:
             x[:, position] = junk
     return batch
 
@@ -159,8 +159,8 @@ def _is_part(part: Any, full: Any, others: list[int]) -> bool:
 def _pick(batch: Batch, chosen: np.ndarray) -> Batch:
     """Some losses of a batch, in the order given."""
     seen = {name: x[chosen] for name, x in batch.statistics.items()}
-    if "gramian" in seen:
-        seen["gramian"] = seen["gramian"][:, chosen]
+    for name in {*MATRICES} & {*seen}:
+        seen[name] = seen[name][:, chosen]
     return Batch(batch.losses[chosen], seen)
 
 
@@ -202,7 +202,7 @@ def _all_calls(trial: Trial, dtype: str) -> tuple[Any, ...]:
 
     def run(losses: Losses, gramian: Any, numbers: Any, norm: Any) -> Any:
         given = {
-            name: gramian if name == "gramian" else numbers
+            name: gramian if name in MATRICES else numbers
             for name in weighting.needs
             if name != "losses"
         }

@@ -22,6 +22,7 @@ if typing.TYPE_CHECKING:  # For type checkers: the names that the registry has.
     from yoto_jax.weightings._config import config as config
     from yoto_jax.weightings._cov import CovState as CovState
     from yoto_jax.weightings._cov import cov as cov
+    from yoto_jax.weightings._db_mtl import db_mtl as db_mtl
     from yoto_jax.weightings._dual_proj import dual_proj as dual_proj
     from yoto_jax.weightings._dwa import DwaState as DwaState
     from yoto_jax.weightings._dwa import dwa as dwa
@@ -52,6 +53,9 @@ if typing.TYPE_CHECKING:  # For type checkers: the names that the registry has.
     from yoto_jax.weightings._log import log as log
     from yoto_jax.weightings._lr_annealing import lr_annealing as lr_annealing
     from yoto_jax.weightings._mgda import mgda as mgda
+    from yoto_jax.weightings._moco import MocoState as MocoState
+    from yoto_jax.weightings._moco import moco as moco
+    from yoto_jax.weightings._moco import modo as modo
     from yoto_jax.weightings._nash_mtl import nash_mtl as nash_mtl
     from yoto_jax.weightings._ntk import ntk as ntk
     from yoto_jax.weightings._ntk import ntk_diagonal as ntk_diagonal
@@ -63,6 +67,7 @@ if typing.TYPE_CHECKING:  # For type checkers: the names that the registry has.
     from yoto_jax.weightings._relobralo import RelobraloState as RelobraloState
     from yoto_jax.weightings._relobralo import relobralo as relobralo
     from yoto_jax.weightings._scale_invariant import scale_invariant as scale_invariant
+    from yoto_jax.weightings._sdmgrad import sdmgrad as sdmgrad
     from yoto_jax.weightings._skip_outliers import (
         SkipOutliersState as SkipOutliersState,
     )

@@ -108,7 +108,7 @@ def methods() -> Mapping[str, Method]:
       >>> import yoto_jax as yoto
       >>> methods = yoto.weightings.methods()
       >>> print([name for name, m in methods.items() if "norms" in m.needs])
-      ['gradnorm', 'grad_norm_balance', 'ntk_surrogate']
+      ['gradnorm', 'grad_norm_balance', 'db_mtl', 'ntk_surrogate']
       >>> weighting = methods["grap"].example("label")
     """
     return _BY_NAME
@@ -423,6 +423,18 @@ METHODS = (
         ),
     ),
     Method(
+        name="db_mtl",
+        needs=("norms",),
+        papers=(
+            Paper(
+                "Lin",
+                2023,
+                "Dual-Balancing for Multi-Task Learning",
+                "https://arxiv.org/abs/2308.12029",
+            ),
+        ),
+    ),
+    Method(
         name="lr_annealing",
         needs=("max_abs", "mean_abs"),
         requires="reference",
@@ -620,6 +632,57 @@ METHODS = (
                 "ConFIG: Towards Conflict-free Training of Physics Informed Neural "
                 "Networks",
                 "https://arxiv.org/abs/2408.11104",
+            ),
+        ),
+    ),
+    Method(
+        name="moco",
+        needs=("gramian",),
+        sum_of_weights="1",
+        remembers="weights",
+        state="MocoState",
+        properties=(_STOPS, _PERMUTES, _POSITIVE),
+        papers=(
+            Paper(
+                "Fernando",
+                2022,
+                "Mitigating Gradient Bias in Multi-objective Learning: A Provably "
+                "Convergent Approach",
+                "https://arxiv.org/abs/2210.12624",
+            ),
+        ),
+    ),
+    Method(
+        name="modo",
+        needs=("cross_gramian",),
+        sum_of_weights="1",
+        remembers="weights",
+        state="MocoState",
+        module="_moco",
+        papers=(
+            Paper(
+                "Chen",
+                2023,
+                "Three-Way Trade-Off in Multi-Objective Learning: Optimization, "
+                "Generalization and Conflict-Avoidance",
+                "https://arxiv.org/abs/2305.20057",
+            ),
+        ),
+    ),
+    Method(
+        name="sdmgrad",
+        needs=("cross_gramian",),
+        sum_of_weights="1",
+        remembers="weights",
+        state="MocoState",
+        state_module="_moco",
+        papers=(
+            Paper(
+                "Xiao",
+                2023,
+                "Direction-oriented Multi-objective Learning: Simple and Provable "
+                "Stochastic Algorithms",
+                "https://arxiv.org/abs/2305.18409",
             ),
         ),
     ),

@@ -27,6 +27,7 @@ from yoto_jax._outliers import count_skipped, skip_one
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import (
     GRADIENT_STATISTICS,
+    MATRICES,
     LossWeighting,
     and_present,
     check_state,
@@ -447,7 +448,7 @@ def _unscaled(name: str, value: Any, scales: jax.Array, downstream: int | None) 
     if jax.tree.structure(value) != jax.tree.structure(0):
         value = jnp.stack([jnp.asarray(x) for x in jax.tree.leaves(value)])
     value = jnp.asarray(value, scales.dtype)
-    if name == "gramian":  # One at a time: the product of two scales may underflow.
+    if name in MATRICES:  # One at a time: the product of two scales may underflow.
         return value / scales[:, None] / scales[None, :]
     value = value / scales
     if name == "alignment":

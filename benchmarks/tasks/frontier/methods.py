@@ -25,6 +25,8 @@ LEFT_OUT = {
     "equal": "a constant row",
     "ntk": "needs the kernel of each residual",
     "causal": "is for losses that are stretches of time",
+    "modo": "needs two batches a step",
+    "sdmgrad": "needs two batches a step",
 }
 """Methods of the registry that are no rows, and why."""
 

@@ -13,6 +13,8 @@ LEFT_OUT = {
     "equal": "what fixed weights are",
     "causal": "for losses in the order of time",
     "ntk": "its kernel is the user's",
+    "modo": "its second batch is the user's",
+    "sdmgrad": "its second batch is the user's",
     "ntk_surrogate": "as gradnorm",
     "grap_closed_form": "as grap",
     "softmax_alignment": "as grap",

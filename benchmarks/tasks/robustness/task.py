@@ -74,7 +74,11 @@ def _firm(rate: float) -> optax.GradientTransformationExtraArgs:
 
 
 w = yoto.weightings
-LEFT_OUT = {"grap_closed_form": "of the same running means as grap"}
+LEFT_OUT = {
+    "grap_closed_form": "of the same running means as grap",
+    "modo": "as moco, with a second batch",
+    "sdmgrad": "as moco, with a second batch",
+}
 WEIGHTINGS: dict[str, Callable[[], yoto.LossWeighting]] = {
     name: functools.partial(method.example, "a")
     for name, method in w.methods().items()

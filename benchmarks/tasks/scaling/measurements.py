@@ -76,7 +76,12 @@ def compare_devices(size: Size) -> list[Record]:
 
 # Collectives: what is sent.
 
-LEFT_OUT = {"static": "as equal", "ntk": "its kernel is the user's"}
+LEFT_OUT = {
+    "static": "as equal",
+    "ntk": "its kernel is the user's",
+    "modo": "its second batch is the user's",
+    "sdmgrad": "its second batch is the user's",
+}
 WEIGHTINGS = {
     "weightings.yoto" if name == "yoto" else name: method
     for name, method in weightings.methods().items()

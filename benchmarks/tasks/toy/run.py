@@ -49,6 +49,8 @@ LEFT_OUT = {
     "static": "its weights are the user's",
     "causal": "for losses in the order of time",
     "ntk": "for residuals at many points",
+    "modo": "as moco, without noise",
+    "sdmgrad": "needs two batches a step",
     "ntk_surrogate": "for mean squares of residuals",
     "lr_annealing": "for the residual of an equation",
     "geometric": "as scale_invariant, but for the length of the gradient",
