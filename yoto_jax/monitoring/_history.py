@@ -110,20 +110,28 @@ def fetch_rows(
 _WRAPPERS = (EveryState, HoldState, NormalizeState, SkipOutliersState, SmoothState)
 
 
-def _find(state: State) -> HistoryState:
-    found = nodes(state, HistoryState)
+def find_one(state: State, kind: Any, what: tuple[str, str], remedy: str) -> Any:
+    """The one node of this kind in a state; ``what`` it is, one of it and several."""
+    found = nodes(state, kind)
     if not found:
-        raise ValueError(
-            "no history in this state: put monitoring.record(...) first in the chain "
-            "of the optimizer, or monitoring.recorded(...) around the weighting, and "
-            "give its state."
-        )
+        raise ValueError(f"no {what[0]} in this state: {remedy}")
     if len(found) > 1:
         raise ValueError(
-            f"{len(found)} histories in this state, at "
+            f"{len(found)} {what[1]} in this state, at "
             f"{listed(path for path, _ in found)}: give the part of it with the one to "
             "read."
         )
+    return found[0][1]
+
+
+def _find(state: State) -> HistoryState:
+    only = find_one(
+        state,
+        HistoryState,
+        ("history", "histories"),
+        "put monitoring.record(...) first in the chain of the optimizer, or "
+        "monitoring.recorded(...) around the weighting, and give its state.",
+    )
     for path, wrapper in nodes(state, _WRAPPERS):
         if nodes(wrapper, HistoryState):
             name = type(wrapper).__name__.removesuffix("State")
@@ -134,7 +142,6 @@ def _find(state: State) -> HistoryState:
                 "all other wrappers.",
                 stacklevel=3,
             )
-    ((_, only),) = found
     if not isinstance(only.columns, tuple):
         raise ValueError("this history is empty: record has seen no LossLogits.")
     return only
