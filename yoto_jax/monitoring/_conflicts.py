@@ -48,6 +48,7 @@ from yoto_jax.monitoring._record import (
 from yoto_jax.weightings._static import equal
 from yoto_jax.weightings._wrappers import observing_inner
 
+_ROUNDING = 1e-5  # Of the cosine of float32 gradients.
 _CANCELLED = 1e-6  # Of the squared length that the gradients could add up to: float32.
 
 
@@ -113,6 +114,12 @@ def watched(
       >>> seen = monitoring.conflicts(state)
       >>> print(seen.steps, seen.cosines["b", "c"], seen.shares["c"])
       [0 2] [-0.8 -0.8] [-0.2 -0.2]
+
+    References:
+      Yu et al., `Gradient Surgery for Multi-Task Learning
+      <https://arxiv.org/abs/2001.06782>`_, 2020; Shi et al., `Recon: Reducing
+      Conflicting Gradients from the Root <https://arxiv.org/abs/2302.11289>`_, 2023,
+      who watch cosines in training.
 
     .. note::
       A batch whose gradients or weights are not finite leaves no row. All statistics of
@@ -266,14 +273,17 @@ class Conflicts(NamedTuple):
 
     @property
     def num_conflicts(self) -> np.ndarray:
-        """(n,) how many pairs of gradients have a negative cosine."""
+        """(n,) how many pairs of gradients have a cosine below -1e-5.
+
+        That is 0 but for rounding.
+        """
         upper = np.triu(np.ones(self._cosines.shape[1:], bool), 1)
-        return np.sum((self._cosines < 0) & upper, axis=(1, 2))
+        return np.sum((self._cosines < -_ROUNDING) & upper, axis=(1, 2))
 
     @property
     def num_overruled(self) -> np.ndarray:
-        """(n,) how many gradients have a negative inner product with the update."""
-        return np.sum([x < 0 for x in self.descents.values()], axis=0)
+        """(n,) how many gradients have a cosine below -1e-5 with the update."""
+        return np.sum([x < -_ROUNDING for x in self.descents.values()], axis=0)
 
     # Arrays (n, K), with 0 or NaN for losses that are absent.
 
