@@ -281,6 +281,13 @@ def test_with_a_record_of_the_weights_in_either_order():
         assert len(monitoring.history(state).steps) == STEPS
 
 
+def test_inside_another_wrapper_is_warned_of():
+    weighting = weightings.every(monitoring.watched(weightings.equal(), every=1), 2)
+    state = weighting.init({"a": 1.0, "b": 2.0})
+    with pytest.warns(UserWarning, match="was watched inside .*Every.*watched around"):
+        monitoring.conflicts(state)
+
+
 def test_vmap_over_runs():
     weighting = monitoring.watched(weightings.static(WEIGHTS), every=3)
     scales = jnp.array([1.0, 2.0])

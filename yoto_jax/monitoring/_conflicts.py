@@ -80,9 +80,9 @@ def watched(
       G_{ij} = \langle g_i, g_j \rangle, \qquad g_k = \nabla L_k,
 
     and the loss weights at every so many steps, for :func:`conflicts`. With a weighting
-    that needs no gradients, K backward passes more are made at the steps looked at,
-    :math:`1 + 2K/3` times a plain step in all, and nothing at the others. A weighting
-    that looks at the Gramian itself costs nothing more.
+    that needs no gradients, K more backward passes are made at the steps looked at,
+    which are :math:`1 + 2K/3` plain steps in arithmetic, and nothing at the others.
+    Around a weighting that looks at the Gramian itself it is free.
 
     Args:
       weighting: Any :class:`yoto_jax.LossWeighting`.
@@ -93,7 +93,7 @@ def watched(
 
     Returns:
       A :class:`yoto_jax.LossWeighting` with the same weights, which needs the Gramian
-      too. It goes around other wrappers; around :func:`recorded` or inside is the same.
+      too. It goes around all other wrappers; :func:`recorded` may be inside or outside.
 
     Raises:
       TypeError: ``length`` or ``every`` is not an integer, or ``weighting`` is no
@@ -338,6 +338,9 @@ def conflicts(state: State, *, index: int | tuple[int, ...] | None = None) -> Co
       ValueError: No watched weighting in the state, or several; or leading axes and
         ``index`` do not go together.
 
+    Warns:
+      UserWarning: :func:`watched` was put inside another wrapper.
+
     Examples:
       >>> import jax.numpy as jnp, yoto_jax as yoto
       >>> from yoto_jax import monitoring
@@ -354,6 +357,7 @@ def conflicts(state: State, *, index: int | tuple[int, ...] | None = None) -> Co
         WatchedState,
         ("watched weighting", "watched weightings"),
         "put monitoring.watched(...) around the weighting, and give its state.",
+        "watched",
     )
     steps, rows = fetch_rows(found, index)
     return _as_conflicts(
@@ -373,7 +377,8 @@ def measure_conflicts(
     """Looks at the gradients of some batches, before any training or between.
 
     Each batch costs a forward pass and K backward passes, (1 + 2K) / 3 plain steps.
-    Nothing is trained. Ten batches or more tell a conflict from noise.
+    Nothing is trained. Ten batches or more tell a conflict from noise. Losses that
+    agree before any training may conflict soon after: measure after a short run too.
 
     Args:
       loss_fn: ``loss_fn(params, *batch) -> losses``, as in

@@ -29,7 +29,7 @@ def diagnose(
     The last looks are judged together, at least ten. A cosine counts as negative
     throughout if its mean is below -0.1 and it is negative more often than a fair coin
     would make it: the probability that one of the pairs is taken for such by chance is
-    below 0.01. So 3 losses take nine looks at least, and 40 take seventeen.
+    below 0.01. That takes seventeen looks of 40 losses.
 
     - ``"conflict"``: cosines of the gradients of two losses are negative throughout.
     - ``"no conflict"``: no pair has such cosines, and the mean of each pair is above

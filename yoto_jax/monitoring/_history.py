@@ -110,8 +110,18 @@ def fetch_rows(
 _WRAPPERS = (EveryState, HoldState, NormalizeState, SkipOutliersState, SmoothState)
 
 
-def find_one(state: State, kind: Any, what: tuple[str, str], remedy: str) -> Any:
-    """The one node of this kind in a state; ``what`` it is, one of it and several."""
+def find_one(
+    state: State, kind: Any, what: tuple[str, str], remedy: str, maker: str
+) -> Any:
+    """The one node of this kind in a state.
+
+    Args:
+      state: Where it is.
+      kind: Its type.
+      what: What to call one of it, and several.
+      remedy: What to do if there is none.
+      maker: The wrapper of a weighting that makes it, to be outside of all others.
+    """
     found = nodes(state, kind)
     if not found:
         raise ValueError(f"no {what[0]} in this state: {remedy}")
@@ -121,6 +131,16 @@ def find_one(state: State, kind: Any, what: tuple[str, str], remedy: str) -> Any
             f"{listed(path for path, _ in found)}: give the part of it with the one to "
             "read."
         )
+    for path, wrapper in nodes(state, _WRAPPERS):
+        if nodes(wrapper, kind):
+            name = type(wrapper).__name__.removesuffix("State")
+            warnings.warn(
+                f"this {what[0]} was {maker} inside another wrapper ({name}, at "
+                f"{path!r}): its steps, losses and weights are those that the wrapper "
+                f"lets through, not those of the run. Put monitoring.{maker} around "
+                "all other wrappers.",
+                stacklevel=4,
+            )
     return found[0][1]
 
 
@@ -131,17 +151,8 @@ def _find(state: State) -> HistoryState:
         ("history", "histories"),
         "put monitoring.record(...) first in the chain of the optimizer, or "
         "monitoring.recorded(...) around the weighting, and give its state.",
+        "recorded",
     )
-    for path, wrapper in nodes(state, _WRAPPERS):
-        if nodes(wrapper, HistoryState):
-            name = type(wrapper).__name__.removesuffix("State")
-            warnings.warn(
-                f"this history was recorded inside another wrapper ({name}, at "
-                f"{path!r}): its steps, losses and weights are those that the wrapper "
-                "lets through, not those of the run. Put monitoring.recorded around "
-                "all other wrappers.",
-                stacklevel=3,
-            )
     if not isinstance(only.columns, tuple):
         raise ValueError("this history is empty: record has seen no LossLogits.")
     return only
