@@ -183,6 +183,10 @@ def test_an_update_that_cancels_is_not_divided_by():
     np.testing.assert_array_equal(seen.num_conflicts, 1)
     np.testing.assert_array_equal(seen.num_overruled, 0)
     assert [x.kind for x in monitoring.diagnose(seen)] == ["conflict"]
+    rounded = seen._replace(gramian=seen.gramian * [[1, 1], [1, 1 + 1e-7]])
+    assert np.isnan([*rounded.shares.values(), *rounded.descents.values()]).all()
+    larger = seen._replace(gramian=seen.gramian * [[1, 1], [1, 1 + 1e-4]])
+    np.testing.assert_allclose(sum(larger.shares.values()), 1)
 
 
 # Looking in the state of a weighting.
