@@ -97,6 +97,7 @@ DEFAULTS = {
     "support": REQUIRED,
     "temperature": PAPERS,
     "warmup": PAPERS,
+    "weights": REQUIRED,
     "weight_decay": "as in Optax",
 }
 KINDS = {

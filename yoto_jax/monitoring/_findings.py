@@ -9,7 +9,7 @@ import numpy as np
 from yoto_jax._checks import check_positive
 from yoto_jax.monitoring._history import History, check_history, weighed
 
-_FEWEST_ROWS = 10  # With fewer, nothing is judged.
+FEWEST_ROWS = 10  # With fewer, nothing is judged.
 _NEARLY_ALL = 0.9  # Of the rows: some methods have a weight of 0 now and then.
 _SELDOM = 0.1  # Of the rows or steps: batches that are bad by chance are far fewer.
 _OTHER_GRADIENT = 10.0  # Times larger or smaller: no noise of batches makes that.
@@ -20,11 +20,12 @@ _SAID: set[tuple[str, tuple[str, ...]]] = set()  # Warned of in this process.
 
 
 class Finding(NamedTuple):
-    """A problem that :func:`check` has found.
+    """What :func:`check` or :func:`diagnose` has found.
 
     Attributes:
       kind: ``"not finite"``, ``"skipped"``, ``"collapsed"``, ``"prior"``, ``"scale"``
-        or ``"gradient"``.
+        or ``"gradient"`` of :func:`check`, ``"no conflict"``, ``"conflict"``,
+        ``"representation"``, ``"overruled"`` or ``"share"`` of :func:`diagnose`.
       losses: Names of the losses it is about.
       message: Description with the numbers, and the remedy.
     """
@@ -80,7 +81,7 @@ def check(history: History, *, last: int = 100) -> list[Finding]:
     """
     check_history(history)
     check_positive(last=last)
-    if len(history.steps) < _FEWEST_ROWS:
+    if len(history.steps) < FEWEST_ROWS:
         return []
     recent = _recent(history, last)
     with np.errstate(all="ignore"):
@@ -167,7 +168,7 @@ def _not_finite(seen: History) -> Iterator[Finding]:
         yield Finding(
             "not finite",
             bad,
-            f"The weights of {_some(map(repr, bad))} are NaN or infinite since step "
+            f"The weights of {some(map(repr, bad))} are NaN or infinite since step "
             f"{since}: nothing trains any more. Go back to a checkpoint from before, "
             "and skip batches that are not finite (yoto.skip_outliers).",
         )
@@ -202,7 +203,7 @@ def _skipped(seen: History) -> Iterator[Finding]:
         counts = {name: np.sum(is_bad(x[held])) for name, x in seen.losses.items()}
         if bad := {name: n for name, n in counts.items() if n}:
             about |= bad
-            listing = _some(f"{name!r} in {n}" for name, n in bad.items())
+            listing = some(f"{name!r} in {n}" for name, n in bad.items())
             advice += f" Losses in the {len(held)} rows with such batches were {what}: "
             advice += f"{listing}. {cure}"
     yield Finding(
@@ -229,7 +230,7 @@ def _collapsed(seen: History) -> Iterator[Finding]:
     if seen.losses:
         losses = np.abs([seen.losses[name] for name in names])
         felt = np.fmax(shares, shares_of(weights * losses))
-    low = np.flatnonzero(_nearly_all(felt) < _SMALLEST_SHARE)
+    low = np.flatnonzero(nearly_all(felt) < _SMALLEST_SHARE)
     if not len(low):
         return
     cure = (
@@ -242,7 +243,7 @@ def _collapsed(seen: History) -> Iterator[Finding]:
         "yoto.weightings.scale_invariant), or choose a method that keeps every loss in "
         "play, such as yoto.weightings.upgrad."
     )
-    numbers = _some(f"{names[k]!r} {np.nanmedian(shares[k]):.1e}" for k in low)
+    numbers = some(f"{names[k]!r} {np.nanmedian(shares[k]):.1e}" for k in low)
     yield Finding(
         "collapsed",
         tuple(names[k] for k in low),
@@ -257,9 +258,9 @@ def _prior_alone(seen: History) -> Iterator[Finding]:
             continue
         ratios = [seen.loss_weights[name] / weight for name, weight in alone.items()]
         distance = np.max(np.abs(np.log(ratios)), axis=0)
-        if not _nearly_all(distance) < np.log1p(_NEAR_PRIOR):
+        if not nearly_all(distance) < np.log1p(_NEAR_PRIOR):
             continue
-        weights = _some(f"{name!r} {weight:.3f}" for name, weight in alone.items())
+        weights = some(f"{name!r} {weight:.3f}" for name, weight in alone.items())
         yield Finding(
             "prior",
             tuple(alone),
@@ -327,7 +328,7 @@ def _another_gradient(seen: History) -> Iterator[Finding]:
         sizes > 1e-4 * np.max(np.abs(terms), axis=0), sizes, np.nan
     )
     distance = np.min(np.abs(np.log(ratios)), axis=0)
-    if not _nearly_all(-distance) < -np.log(_OTHER_GRADIENT):
+    if not nearly_all(-distance) < -np.log(_OTHER_GRADIENT):
         return
     yield Finding(
         "gradient",
@@ -341,7 +342,7 @@ def _another_gradient(seen: History) -> Iterator[Finding]:
     )
 
 
-def _nearly_all(values: np.ndarray) -> np.ndarray:
+def nearly_all(values: np.ndarray) -> np.ndarray:
     """Upper 90 % quantile on the last axis; infinite if more than 10 % are NaN."""
     known = np.where(np.isnan(values), np.inf, values)
     return np.quantile(known, _NEARLY_ALL, axis=-1, method="higher")
@@ -351,7 +352,7 @@ def _rows(seen: History) -> str:
     return f"last {len(seen.steps)} rows (steps {seen.steps[0]} to {seen.steps[-1]})"
 
 
-def _some(shown: Iterable[str]) -> str:
+def some(shown: Iterable[str]) -> str:
     """Lists the first few, and the number of further ones."""
     shown = list(shown)
     rest = f" and {len(shown) - 6} more" if len(shown) > 6 else ""

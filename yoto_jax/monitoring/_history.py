@@ -87,7 +87,14 @@ def history(state: State, *, index: int | tuple[int, ...] | None = None) -> Hist
       [1 2] [2. 3.]
     """
     found = _find(state)
-    steps, rows = jax.device_get([_local(found.row_steps), _local(found.rows)])
+    return _as_history(*fetch_rows(found, index), found.columns)
+
+
+def fetch_rows(
+    ring: Any, index: int | tuple[int, ...] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and rows in the order of time, in one transfer."""
+    steps, rows = jax.device_get([_local(ring.row_steps), _local(ring.rows)])
     axes = steps.shape[:-1]
     index = () if index is None else index if isinstance(index, tuple) else (index,)
     if len(index) != len(axes):
@@ -97,37 +104,55 @@ def history(state: State, *, index: int | tuple[int, ...] | None = None) -> Hist
     steps, rows = steps[index][:-1], rows[index][:-1]  # The last one is spare.
     order = np.argsort(steps, kind="stable")
     order = order[steps[order] >= 0]
-    return _as_history(steps[order], rows[order], found.columns)
+    return steps[order], rows[order]
 
 
 _WRAPPERS = (EveryState, HoldState, NormalizeState, SkipOutliersState, SmoothState)
 
 
-def _find(state: State) -> HistoryState:
-    found = nodes(state, HistoryState)
+def find_one(
+    state: State, kind: Any, what: tuple[str, str], remedy: str, maker: str
+) -> Any:
+    """The one node of this kind in a state.
+
+    Args:
+      state: Where it is.
+      kind: Its type.
+      what: What to call one of it, and several.
+      remedy: What to do if there is none.
+      maker: The wrapper of a weighting that makes it, to be outside of all others.
+    """
+    found = nodes(state, kind)
     if not found:
-        raise ValueError(
-            "no history in this state: put monitoring.record(...) first in the chain "
-            "of the optimizer, or monitoring.recorded(...) around the weighting, and "
-            "give its state."
-        )
+        raise ValueError(f"no {what[0]} in this state: {remedy}")
     if len(found) > 1:
         raise ValueError(
-            f"{len(found)} histories in this state, at "
+            f"{len(found)} {what[1]} in this state, at "
             f"{listed(path for path, _ in found)}: give the part of it with the one to "
             "read."
         )
     for path, wrapper in nodes(state, _WRAPPERS):
-        if nodes(wrapper, HistoryState):
+        if nodes(wrapper, kind):
             name = type(wrapper).__name__.removesuffix("State")
             warnings.warn(
-                f"this history was recorded inside another wrapper ({name}, at "
+                f"this {what[0]} was {maker} inside another wrapper ({name}, at "
                 f"{path!r}): its steps, losses and weights are those that the wrapper "
-                "lets through, not those of the run. Put monitoring.recorded around "
+                f"lets through, not those of the run. Put monitoring.{maker} around "
                 "all other wrappers.",
-                stacklevel=3,
+                stacklevel=4,
             )
-    ((_, only),) = found
+    return found[0][1]
+
+
+def _find(state: State) -> HistoryState:
+    only = find_one(
+        state,
+        HistoryState,
+        ("history", "histories"),
+        "put monitoring.record(...) first in the chain of the optimizer, or "
+        "monitoring.recorded(...) around the weighting, and give its state.",
+        "recorded",
+    )
     if not isinstance(only.columns, tuple):
         raise ValueError("this history is empty: record has seen no LossLogits.")
     return only
@@ -152,22 +177,31 @@ def _local(x: Any) -> Any:
     return x.addressable_data(0)
 
 
+def names_of(columns: tuple[Columns, ...]) -> list[str]:
+    """Names of the losses."""
+    return [name for group in columns for pair in group for name in pair]
+
+
+def downstream_of(columns: tuple[Columns, ...]) -> str | None:
+    """Name of the loss that steers, or None."""
+    named = [item for group in columns for pair in group for item in pair.items()]
+    return next((name for name, role in named if isinstance(role, Downstream)), None)
+
+
 def _as_history(
     steps: np.ndarray, rows: np.ndarray, columns: tuple[Columns, ...]
 ) -> History:
-    named = [item for group in columns for pair in group for item in pair.items()]
-    names = [name for name, _ in named]
+    names = names_of(columns)
     by_name = lambda values: dict(zip(names, values, strict=True))
     each, count = rows.T.copy(), len(names)
     weights, losses, rest = each[:count], each[count : 2 * count], each[2 * count :]
     if len(rest) < 2:  # Of a weighting.
-        steers = [name for name, role in named if isinstance(role, Downstream)]
         counted = len(rest) and (rest[0] >= 0).all()
         return History(
             steps,
             by_name(weights),
             by_name(losses),
-            downstream=steers[0] if steers else None,
+            downstream=downstream_of(columns),
             num_skipped=rest[0].astype(int) if counted else None,
         )
     given, data, *prior = rest

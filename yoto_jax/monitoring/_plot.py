@@ -9,7 +9,7 @@ from yoto_jax.monitoring._history import History, check_history, weighed
 
 _LABELLED = 15  # With more lines than this, a legend.
 _FLOOR = 1e-8  # Of the largest weight: where a logarithmic axis ends.
-_STYLES = ("-", "--", ":", "-.")
+STYLES = ("-", "--", ":", "-.")
 _SIZE = 9.0  # Of a label, in points.
 _LEADER = {  # From a label to its line.
     "arrowstyle": "-",
@@ -70,7 +70,7 @@ def plot_loss_weights(history: History, *, ax: Any = None) -> Any:
     marker = "o" if len(history.steps) == 1 else None
     for k, (name, y) in enumerate(curves.items()):
         shown = np.where(y > 0, y, np.nan) if logarithmic else y
-        style = _STYLES[k // 10 % len(_STYLES)]
+        style = STYLES[k // 10 % len(STYLES)]
         ax.plot(
             history.steps, shown, style, color=f"C{k % 10}", marker=marker, label=name
         )
@@ -84,7 +84,7 @@ def plot_loss_weights(history: History, *, ax: Any = None) -> Any:
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
     if len(curves) <= _LABELLED:
-        _label_ends(ax)
+        label_ends(ax)
         return ax
     ax.legend(
         loc="center left",
@@ -96,12 +96,14 @@ def plot_loss_weights(history: History, *, ax: Any = None) -> Any:
     return ax
 
 
-def _label_ends(ax: Any) -> None:
+def label_ends(ax: Any) -> None:
     """Labels each line at its end, moved up or down until none overlap."""
     to_axes = ax.transData + ax.transAxes.inverted()
     left, bottom = ax.get_xlim()[0], ax.get_ylim()[0]
     ends = []
     for line in ax.get_lines():
+        if line.get_label().startswith("_"):
+            continue
         y = line.get_ydata()
         drawn = [bottom, *y[np.isfinite(y)]]  # None on a logarithmic axis: all 0.
         height = to_axes.transform((left, drawn[-1]))[1]

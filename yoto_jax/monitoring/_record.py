@@ -142,7 +142,7 @@ def record(
     .. note::
       Losses must be averaged over devices, as gradients are.
     """
-    _check_size(length, every)
+    check_size(length, every)
     check_entropy(entropy)
     rho = hyperparameter_decay
     if rho is not None:
@@ -151,7 +151,7 @@ def record(
     def init_fn(params: Params) -> HistoryState:
         if not jax.tree.leaves(params):  # The placeholder of optax.tree.map_params.
             placeholder: Any = jnp.zeros((), jnp.int32)
-            return _empty(length, 0, placeholder)
+            return HistoryState(*empty_ring(length, 0), placeholder)
         found = _with_logits(params)
         if not found:
             raise ValueError(
@@ -171,7 +171,7 @@ def record(
             for path, mu in found
         )
         width = 2 * sum(map(len, columns)) + (2 if rho is None else 3)
-        return _empty(length, width, columns)
+        return HistoryState(*empty_ring(length, width), columns)
 
     def update_fn(
         updates: Params,
@@ -208,7 +208,7 @@ def record(
             ]
             strength = rho(state.calls) if callable(rho) else rho
             row.append(_as_float32(strength) * _norm(pulls))
-        return updates, _write(state, row, every)
+        return updates, write_row(state, row, every)
 
     return unwrap_loss_logits(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 
@@ -250,21 +250,12 @@ def recorded(
       >>> print(monitoring.history(state).loss_weights["depth"])
       [2. 4.]
     """
-    _check_size(length, every)
-    if not isinstance(weighting, LossWeighting):
-        raise TypeError(
-            "weighting must be a LossWeighting, such as yoto.weightings.equal(), got "
-            f"{weighting!r}."
-        )
+    check_size(length, every)
+    check_weighting(weighting)
 
     def init(losses: Losses) -> RecordedState:
-        structure = jax.tree.structure(losses)
-        special: dict[int | None, Role] = {}
-        if (name := weighting.downstream) is not None:
-            place = find_loss("downstream", name, losses, loss_names(structure))
-            special[place] = Downstream()
-        columns = (_columns(structure, Weighed(), special),)
-        history = _empty(length, 2 * structure.num_leaves + 1, columns)
+        columns = (columns_of(weighting, losses),)
+        history = HistoryState(*empty_ring(length, 2 * len(columns[0]) + 1), columns)
         return RecordedState(history, weighting.init(losses))
 
     def update(
@@ -279,7 +270,7 @@ def recorded(
         skipped = count_skipped(inner)
         skipped = -1 if skipped is None else skipped
         row = [*jax.tree.leaves(weights), *jax.tree.leaves(losses), skipped]
-        return weights, RecordedState(_write(state.history, row, every), inner)
+        return weights, RecordedState(write_row(state.history, row, every), inner)
 
     return observing_inner(weighting)._replace(
         init=init,
@@ -288,13 +279,23 @@ def recorded(
     )
 
 
-def _empty(length: int, width: int, columns: tuple[Columns, ...]) -> HistoryState:
-    return HistoryState(
+def empty_ring(length: int, width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The first three fields of a :class:`HistoryState`."""
+    return (
         jnp.zeros((), jnp.int32),
         jnp.full((length + 1,), -1, jnp.int32),
         jnp.zeros((length + 1, width), jnp.float32),  # Not NaN: jax_debug_nans.
-        columns,
     )
+
+
+def columns_of(weighting: LossWeighting, losses: Losses) -> Columns:
+    """Name and role of each loss of a weighting."""
+    structure = jax.tree.structure(losses)
+    special: dict[int | None, Role] = {}
+    if (name := weighting.downstream) is not None:
+        place = find_loss("downstream", name, losses, loss_names(structure))
+        special[place] = Downstream()
+    return _columns(structure, Weighed(), special)
 
 
 def _columns(
@@ -313,17 +314,26 @@ def _columns(
     return tuple({name: special.get(k, role)} for k, name in enumerate(names))
 
 
-def _write(state: HistoryState, row: Sequence[Any], every: Any) -> HistoryState:
+def write_row(ring: Any, row: Sequence[Any], every: Any) -> Any:
     """Writes a row in place; one that is not due goes to the spare row, unbranched."""
-    length = state.row_steps.shape[-1] - 1
-    due = state.calls % every == 0
-    place = jnp.where(due, state.calls // every % length, length)
     values = jnp.stack([_as_float32(x) for x in row])
+    return write_values(ring, values, is_due(ring, every), every)
+
+
+def is_due(ring: Any, every: Any) -> jax.Array:
+    """Whether the next row is one to keep."""
+    return ring.calls % every == 0
+
+
+def write_values(ring: Any, values: jax.Array, keep: jax.Array, every: Any) -> Any:
+    """Writes a row of float32 in place, to the spare row unless it is to be kept."""
+    length = ring.row_steps.shape[-1] - 1
+    place = jnp.where(keep, ring.calls // every % length, length)
     set_row = lax.dynamic_update_index_in_dim
-    return state._replace(
-        calls=jnp.asarray(optax.safe_increment(state.calls)),
-        row_steps=set_row(state.row_steps, state.calls, place, 0),
-        rows=set_row(state.rows, values, place, 0),
+    return ring._replace(
+        calls=jnp.asarray(optax.safe_increment(ring.calls)),
+        row_steps=set_row(ring.row_steps, ring.calls, place, 0),
+        rows=set_row(ring.rows, values, place, 0),
     )
 
 
@@ -388,7 +398,15 @@ def _check_like(
         )
 
 
-def _check_size(length: Any, every: Any) -> None:
+def check_weighting(weighting: Any) -> None:
+    if not isinstance(weighting, LossWeighting):
+        raise TypeError(
+            "weighting must be a LossWeighting, such as yoto.weightings.equal(), got "
+            f"{weighting!r}."
+        )
+
+
+def check_size(length: Any, every: Any) -> None:
     if not isinstance(length, int) or isinstance(length, bool):
         raise TypeError(
             f"length must be an integer, got {length!r}; with inject_hyperparams make "
