@@ -30,6 +30,7 @@ def nash_mtl(
     Args:
       preference: p, the bargaining powers: one positive number per loss, in a tree like
         the losses or in their order. Brought to mean 1; equal if none is given.
+        Ratios up to 1000 are solved to rounding.
       max_norm: The largest norm of the combined gradient, or ``None``: without a limit
         the norm is the square root of the number of losses, wherever gradients are
         independent.

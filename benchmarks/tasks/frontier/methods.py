@@ -25,6 +25,8 @@ LEFT_OUT = {
     "equal": "a constant row",
     "ntk": "needs the kernel of each residual",
     "causal": "is for losses that are stretches of time",
+    "encodec_balancer": "is grad_norm_balance with a step that no unit changes",
+    "pcd": "came after the measurements",
 }
 """Methods of the registry that are no rows, and why."""
 

@@ -14,6 +14,8 @@ LEFT_OUT = {
     "causal": "for losses in the order of time",
     "ntk": "its kernel is the user's",
     "ntk_surrogate": "as gradnorm",
+    "encodec_balancer": "as grad_norm_balance",
+    "pcd": "as dual_proj",
     "grap_closed_form": "as grap",
     "softmax_alignment": "as grap",
     "auto_lambda": "as grap",
