@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def _known(name: str, value: Any, kinds: str) -> float | None:
@@ -41,6 +42,14 @@ def check_positive(**values: Any) -> None:
     """Checks that hyperparameters are positive; tracers pass."""
     for name, value in values.items():
         check_hyperparameter(name, value, lambda x: x > 0, "be positive")
+
+
+def check_all_positive(**values: Any) -> None:
+    """Checks trees of numbers and vectors, all of them positive; tracers pass."""
+    for name, tree in values.items():
+        for value in jax.tree.leaves(tree):
+            traced = isinstance(value, jax.core.Tracer)
+            check_positive(**{name: value if traced else np.min(value)})
 
 
 def check_not_negative(**values: Any) -> None:

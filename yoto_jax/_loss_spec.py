@@ -141,3 +141,13 @@ class LossSpec:
         if preference is None:
             return self.equal()
         return self.of_present(self.vector("preference", preference))
+
+    def ratios(self, preference: PyTree) -> jax.Array:
+        """What the user prefers, with mean 1: exactly 1 for all if it is equal."""
+        if preference is None:
+            return self.full(1.0)
+        p = self.preference(preference)
+        largest = jnp.max(p)
+        p = p / jnp.where(largest > 0, largest, 1)
+        mean = self.mean(p)
+        return self.of_present(p / jnp.where(mean > 0, mean, 1), 1)

@@ -135,6 +135,16 @@ def running_mean(
     )
 
 
+def unbiased_mean(
+    mean: jax.Array, x: jax.Array, count: jax.Array, decay: Any
+) -> jax.Array:
+    """Updates an exponential running mean from 0, divided by the sum of its weights."""
+    rate = 1 - decay
+    # 1 - decay^n, exact also where the decay is nearly 1.
+    total = -jnp.expm1((count.astype(x.dtype) + 1) * jnp.log1p(-rate))
+    return mean + rate / total * (x - mean)
+
+
 def chebyshev_distances(
     losses: jax.Array, weights: jax.Array, ideal: jax.Array
 ) -> jax.Array:

@@ -413,13 +413,13 @@ def spectrum(gramian: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return values, vectors, values > gramian.shape[0] * eps * values[-1]
 
 
-def equal_cosine_weights(cosine: jax.Array) -> jax.Array:
-    """Pseudo-inverse of the cosines times a vector of ones: ``b = pinv(C) 1``."""
+def projection_weights(cosine: jax.Array, targets: jax.Array) -> jax.Array:
+    """Pseudo-inverse of the cosines times targets of order 1: ``b = pinv(C) p``."""
     values, vectors, kept = spectrum(cosine)
     inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
     # Of gradients that cancel nothing is left but rounding, which a caller would scale
     # up to a step of full size.
-    sums = jnp.sum(vectors, axis=0)
+    sums = jnp.sum(vectors * targets[:, None], axis=0)
     noise = cosine.shape[0] ** 2 * jnp.finfo(cosine.dtype).eps
     return dot(vectors, inverse * jnp.where(jnp.abs(sums) <= noise, 0, sums))
 

@@ -35,7 +35,8 @@ def table() -> Table:
 
 def _row(method: yoto.weightings.Method) -> list[str]:
     seen = dict.fromkeys(STATISTICS[name] for name in method.needs)
-    about = " and the downstream loss" if "Gramian" in seen and method.requires else ""
+    about = f" and the {method.requires} loss" if "Gramian" in seen else ""
+    about = about if method.requires else ""
     sign = "any sign" if method.negative_weights else "not negative"
     if method.requires == "weights":
         sign = "as given"

@@ -3,7 +3,7 @@
 import itertools
 
 import numpy as np
-from scipy.optimize import minimize, nnls
+from scipy.optimize import least_squares, minimize, nnls
 
 
 def bounded_qp(matrix, linear, lower):
@@ -81,8 +81,9 @@ def units(jacobian):
     return jacobian / np.linalg.norm(jacobian, axis=1, keepdims=True)
 
 
-def config(jacobian):
-    x = np.linalg.pinv(units(jacobian)) @ np.ones(len(jacobian))
+def config(jacobian, direction_weights=1.0):
+    targets = np.broadcast_to(direction_weights, len(jacobian))
+    x = np.linalg.pinv(units(jacobian)) @ targets
     x /= np.linalg.norm(x)
     return (jacobian @ x).sum() * x  # the direction
 
@@ -133,3 +134,37 @@ def gradvac_pair(jacobian, targets, decay):
         targets[i, j] = decay * t + (1 - decay) * phi
         total = total + g
     return total, targets
+
+
+def pcd(jacobian, squares, primary, tau, eps=1e-8):
+    """The direction: projection onto the demands (Lawson, Hanson), then rescaled."""
+    if len(jacobian) == 1:
+        return jacobian[0]
+    scaled = jacobian / np.sqrt(squares + eps)[:, None]
+    others = np.delete(scaled, primary, 0)
+    demands = np.delete(np.broadcast_to(tau, len(scaled)), primary)
+    lacking = demands * (others**2).sum(1) - others @ scaled[primary]
+    system = np.vstack([others.T, lacking])
+    wanted = np.r_[np.zeros(len(system) - 1), 1]
+    rest = system @ nnls(system, wanted, maxiter=100 * len(jacobian))[0] - wanted
+    if np.linalg.norm(rest) < 1e-9:  # they contradict each other
+        return jacobian[primary]
+    direction = scaled[primary] - rest[:-1] / rest[-1]
+    length = np.linalg.norm(jacobian[primary])
+    return direction * length / np.linalg.norm(direction)
+
+
+def pivrg(jacobian, scores, bound=2.0, least_temperature=10.0):
+    """The weights of MTLlib: least squares of the equation of FairGrad, alpha = 2."""
+    gramian, scores = jacobian @ jacobian.T, np.asarray(scores)
+    temperature = max(np.ptp(scores) / np.log(bound), least_temperature)
+    parts = np.exp((scores - scores.max()) / temperature)
+    parts *= len(scores) / parts.sum()
+    return least_squares(
+        lambda x: gramian @ x - np.sqrt(parts / x),
+        np.full(len(scores), 1 / len(scores)),
+        bounds=(0, np.inf),
+        ftol=1e-15,
+        xtol=1e-15,
+        gtol=1e-15,
+    ).x

@@ -198,6 +198,20 @@ def norm_ratios(norms, primary, share=1.0, decay=0.9, eps=1e-5):
     return np.array(weights)
 
 
+def encodec_balancer(norms, parts, total_norm=1.0, decay=0.999, eps=1e-12):
+    """The authors' averager, sum over sum of weights, and their scales."""
+    total, fix, weights = np.zeros(norms.shape[1]), 0.0, []
+    for n in norms:
+        total, fix = total * decay + n, fix * decay + 1
+        weights.append(parts / parts.sum() * total_norm / (eps + total / fix))
+    return np.array(weights)
+
+
+def vqgan(reconstruction, adversarial, factor=1.0):
+    """``calculate_adaptive_weight`` of two norms."""
+    return factor * np.clip(reconstruction / (adversarial + 1e-4), 0.0, 1e4)
+
+
 def lr_annealing(reference, max_abs, mean_abs, decay=0.9):
     """With ``mean_abs`` for ``max_abs`` as well, the mean over the mean."""
     targets = max_abs[:, [reference]] / mean_abs

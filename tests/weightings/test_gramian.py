@@ -11,11 +11,14 @@ from yoto_jax.testing import check_gramian_properties, gramian_properties
 from yoto_jax.testing._gramian import sample, weights_on
 from yoto_jax.weightings._aligned_mtl import aligned_mtl
 from yoto_jax.weightings._cagrad import cagrad
+from yoto_jax.weightings._config import config
 from yoto_jax.weightings._dual_proj import dual_proj
 from yoto_jax.weightings._fair_grad import fair_grad
 from yoto_jax.weightings._gradvac import gradvac
+from yoto_jax.weightings._imtl_g import imtl_g
 from yoto_jax.weightings._mgda import mgda
 from yoto_jax.weightings._nash_mtl import nash_mtl
+from yoto_jax.weightings._pcd import pcd
 from yoto_jax.weightings._upgrad import upgrad
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -157,6 +160,200 @@ def test_preferences_that_differ_are_those_of_the_paper(make):
         found = weights(weighting, jacobian)
         np.testing.assert_allclose(found @ jacobian, expected @ jacobian, rtol=1e-7)
         assert (found >= preference - 1e-12).all()
+
+
+RATIOS = np.array([10.0, 1.0, 3.0, 0.5])
+KEEPING = {  # what is in the ratios of the preference
+    "nash_mtl": (
+        lambda p: nash_mtl(preference=p, regularization=0.0),
+        lambda jacobian, w: w * (jacobian @ (w @ jacobian)),
+    ),
+    "fair_grad": (
+        lambda p: fair_grad(preference=p, regularization=0.0),
+        lambda jacobian, w: w * (jacobian @ (w @ jacobian)) ** 2,
+    ),
+    "imtl_g": (
+        lambda p: imtl_g(preference=p),
+        lambda jacobian, w: oracles.units(jacobian) @ (w @ jacobian),
+    ),
+    "config": (
+        lambda p: config(preference=p),
+        lambda jacobian, w: oracles.units(jacobian) @ (w @ jacobian),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_what_is_equalised_is_in_the_ratios_of_the_preference(name):
+    make, kept = KEEPING[name]
+    for ratios in (RATIOS, np.geomspace(1, 1000, 4)):
+        weighting = make(list(ratios))
+        for jacobian in jacobians(4):
+            found = kept(jacobian, weights(weighting, jacobian)) / ratios
+            np.testing.assert_allclose(found, found[0], rtol=1e-7)
+
+
+def test_gains_of_mgda_are_in_the_ratios_of_the_preference():
+    for normalize in (False, True):
+        weighting = mgda(preference=list(RATIOS), normalize=normalize)
+        several = 0
+        for jacobian in jacobians(4):
+            w = weights(weighting, jacobian)
+            np.testing.assert_allclose(w.sum(), 1)
+            rows = oracles.units(jacobian) if normalize else jacobian
+            expected = oracles.mgda(rows / RATIOS[:, None]) / RATIOS
+            expected /= np.linalg.norm(jacobian, axis=1) ** normalize
+            np.testing.assert_allclose(w, expected / expected.sum(), atol=1e-9)
+            gains = rows @ (w @ jacobian) / RATIOS
+            np.testing.assert_allclose(gains[w > 0], gains.min(), rtol=1e-6)
+            several += (w > 0).sum() > 1
+        assert several > 2
+
+
+def test_preferences_are_those_of_the_authors_code():
+    """Direction weights of ConFIG, and the equation of FairGrad with parts of PIVRG."""
+    for jacobian in jacobians(4):
+        found = weights(config(preference=list(RATIOS)), jacobian) @ jacobian
+        np.testing.assert_allclose(found, oracles.config(jacobian, RATIOS), rtol=1e-7)
+        scores = np.array([3.0, -12.0, 40.0, 0.0])
+        parts = np.exp(scores / max(np.ptp(scores) / np.log(2), 10))
+        weighting = fair_grad(preference=list(parts), alpha=2.0, regularization=0.0)
+        expected = oracles.pivrg(jacobian, scores)
+        np.testing.assert_allclose(weights(weighting, jacobian), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*KEEPING, "mgda"])
+def test_equal_preferences_change_no_bit(name):
+    make = weightings.methods()[name].factory
+    for dtype in ("float32", "float64"):
+        jacobian = next(jacobians(3))
+        plain = weights(make(), jacobian, dtype)
+        for equal in (0.1, [7.0] * 3):
+            found = weights(make(preference=equal), jacobian, dtype)
+            np.testing.assert_array_equal(found, plain)
+
+
+@pytest.mark.parametrize("name", [*KEEPING, "mgda", "upgrad", "dual_proj"])
+def test_preferences_that_do_not_fit_are_refused(name):
+    make = weightings.methods()[name].factory
+    losses = {"energy": 1.0, "stress": 2.0}
+    with pytest.raises(ValueError, match="one for each loss .'energy', 'stress'."):
+        make(preference=[1.0, 2.0, 3.0]).init(losses)
+    for bad in (0.0, [1.0, -1.0], {"energy": 1.0, "stress": float("nan")}):
+        with pytest.raises(ValueError, match="preference must be positive"):
+            make(preference=bad)
+
+
+def test_a_preference_counts_among_the_losses_that_are_there():
+    jacobian = next(jacobians(3))
+    gramian = jnp.asarray(jacobian @ jacobian.T, jnp.float32)
+    for name in [*KEEPING, "mgda"]:
+        make = weightings.methods()[name].factory
+        three = make(preference=[10.0, 5.0, 1.0])
+        two = make(preference=[2.0, 0.2])
+        seen, _ = three.update(
+            [1.0] * 3,
+            three.init([1.0] * 3),
+            gramian=gramian,
+            present=[True, False, True],
+        )
+        found, _ = two.update([1.0] * 2, two.init([1.0] * 2), gramian=gramian[::2, ::2])
+        np.testing.assert_allclose(seen[::2], found, rtol=1e-4)
+        assert seen[1] == 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 40])
+def test_pcd_is_the_closest_direction_that_meets_its_demands(count):
+    tau = np.linspace(0, 0.5, count)
+    weighting = pcd(count - 1, list(tau), decay=0.0)
+    for jacobian in jacobians(count, parameters=count + 3):
+        squares = (jacobian**2).sum(1)
+        expected = oracles.pcd(jacobian, squares, count - 1, tau)
+        for dtype, rtol in (("float64", 1e-9), ("float32", 1e-4)):
+            found = weights(weighting, jacobian, dtype) @ jacobian
+            error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+            assert error < rtol
+
+
+@pytest.mark.parametrize("count", range(3, 11))
+def test_pcd_satisfies_the_conditions_of_karush_kuhn_and_tucker(count):
+    weighting = pcd(0, 0.2, decay=0.0, eps=0.0)
+    helped = 0
+    for jacobian in jacobians(count, parameters=count + 3):
+        w = weights(weighting, jacobian)
+        norms, unit = np.linalg.norm(jacobian, axis=1), oracles.units(jacobian)
+        mu = w * norms / (w[0] * norms[0])
+        surplus = unit @ (mu @ unit) - 0.2
+        assert mu.min() >= 0
+        assert surplus[1:].min() > -1e-9
+        np.testing.assert_allclose(mu[1:] * surplus[1:], 0, atol=1e-8)
+        np.testing.assert_allclose(np.linalg.norm(w @ jacobian), norms[0])
+        helped += (mu[1:] > 0).any()
+    assert helped
+
+
+def test_pcd_of_two_losses_has_a_closed_form():
+    for tau in (0.0, 0.3, 1.0):
+        weighting = pcd(0, tau, decay=0.0, eps=0.0)
+        for jacobian in jacobians(2):
+            norms, unit = np.linalg.norm(jacobian, axis=1), oracles.units(jacobian)
+            mu = max(0, tau - unit[0] @ unit[1])
+            expected = np.array([1, mu]) / np.linalg.norm(unit[0] + mu * unit[1])
+            expected *= norms[0] / norms
+            np.testing.assert_allclose(
+                weights(weighting, jacobian), expected, rtol=1e-9, atol=1e-12
+            )
+
+
+def test_pcd_remembers_norms_of_each_loss():
+    weighting = pcd("q", 0.4, decay=0.9)
+    with jax.enable_x64(True):
+        losses = dict.fromkeys("abq", jnp.asarray(1.0))
+        state, update = weighting.init(losses), jax.jit(weighting.update)
+        total, fix = np.zeros(3), np.zeros(3)
+        for step, jacobian in enumerate(jacobians(3)):
+            there = np.array([True, step != 2, True])
+            present = dict(zip("abq", there.tolist(), strict=True))
+            found, state = update(
+                losses, state, gramian=jacobian @ jacobian.T, present=present
+            )
+            squares = (jacobian**2).sum(1)
+            total = np.where(there, 0.9 * total + squares, total)
+            fix = np.where(there, 0.9 * fix + 1, fix)
+            rows = jacobian[there]
+            expected = oracles.pcd(rows, (total / fix)[there], len(rows) - 1, 0.4)
+            found = np.array([found[name] for name in "abq"])
+            np.testing.assert_allclose(found @ jacobian, expected, rtol=1e-9)
+        np.testing.assert_array_equal(state.inner.num_seen, [6, 5, 6])
+
+
+def test_pcd_drops_demands_that_contradict_each_other():
+    weighting = pcd(0, 0.1, decay=0.0)
+    for count in (3, 10, 40):
+        for seed, jacobian in enumerate(jacobians(count)):
+            rng = np.random.default_rng(seed)
+            jacobian[-1] = -rng.uniform(0.1, 1, count - 2) @ jacobian[1:-1]
+            for dtype in ("float32", "float64"):
+                found = weights(weighting, jacobian, dtype)
+                np.testing.assert_allclose(found, np.eye(count)[0], rtol=1e-6)
+
+
+def test_pcd_without_a_primary_gradient_or_a_direction_is_zero():
+    weighting = pcd(0, 0.5, decay=0.0)
+    opposed = np.array([[1.0, 0.0], [-1.0, 0.0]])
+    np.testing.assert_array_equal(weights(pcd(0, 0.0, decay=0.0), opposed), 0)
+    np.testing.assert_array_equal(weights(weighting, opposed * [[0], [1]]), 0)
+    np.testing.assert_array_equal(weights(weighting, opposed * [[1], [0]]), [1, 0])
+
+
+def test_pcd_refuses_what_does_not_fit():
+    for bad in (-0.1, 1.5, [0.0, 2.0]):
+        with pytest.raises(ValueError, match=r"tau must be in \[0, 1\]"):
+            pcd(0, bad)
+    with pytest.raises(ValueError, match="tau must be one number, or one for each"):
+        pcd("a", [0.1, 0.2, 0.3]).init({"a": 1.0, "b": 1.0})
+    with pytest.raises(ValueError, match="primary"):
+        pcd("c").init({"a": 1.0, "b": 1.0})
 
 
 @pytest.mark.parametrize(("scale", "of"), [("mean", np.mean), ("median", np.median)])

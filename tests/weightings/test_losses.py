@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import yoto_jax as yoto
 from tests.oracles import losses as oracles
 from yoto_jax.weightings._causal import causal
 from yoto_jax.weightings._cov import cov
 from yoto_jax.weightings._dwa import dwa
+from yoto_jax.weightings._encodec_balancer import encodec_balancer
 from yoto_jax.weightings._famo import famo
 from yoto_jax.weightings._geometric import geometric
 from yoto_jax.weightings._grad_norm_balance import grad_norm_balance
@@ -76,6 +78,7 @@ KINDS = ["regression", "classification", "classification", "regression"]
 BOUNDS = [-1.0, 0.005, -30.0, 0.0]
 SURROGATE = LARGE / (2 * np.sqrt(LOSSES))
 SQUARES = SMALL**2
+PARTS = np.array([3.0, 1.0, 2.0, 4.0])
 
 CASES = {
     "scale_invariant": (scale_invariant, lambda: 1 / LOSSES, {}),
@@ -190,6 +193,11 @@ CASES = {
     "grad_norm_balance of average norms": (
         lambda: grad_norm_balance(1, 0.3, average="norms"),
         lambda: oracles.norm_ratios(LARGE, 1, 0.3),
+        {"norms": LARGE},
+    ),
+    "encodec_balancer": (
+        lambda: encodec_balancer(preference=list(PARTS), total_norm=5.0, decay=0.9),
+        lambda: oracles.encodec_balancer(LARGE, PARTS, 5.0, 0.9),
         {"norms": LARGE},
     ),
     "lr_annealing": (
@@ -815,6 +823,124 @@ def test_grad_norm_balance_makes_all_gradients_equally_long():
     )
 
 
+@pytest.mark.parametrize("average", ["weights", "norms"])
+def test_norms_are_in_the_ratios_of_the_preference(average):
+    ratios = np.array([10.0, 1.0, 4.0, 2.0])
+    weighting = grad_norm_balance(
+        preference=list(ratios), decay=0.0, average=average, eps=1e-12
+    )
+    weights, _ = run(weighting, LOSSES, norms=LARGE)
+    lengths = LARGE.mean(1, keepdims=True) * ratios / ratios.mean()
+    np.testing.assert_allclose(weights * LARGE, lengths, rtol=1e-5)
+
+
+def test_gradnorm_at_equal_rates_keeps_the_ratios_of_the_preference():
+    norms = np.broadcast_to([1.0, 2.0, 4.0], (2000, 3))
+    tx = optax.sgd(optax.linear_schedule(0.01, 0.0, 2000))
+    weighting = gradnorm(preference=[4.0, 2.0, 1.0], optimizer=tx)
+    weights, _ = run(weighting, np.ones((2000, 3)), norms=norms)
+    lengths = (weights * norms)[-1]
+    np.testing.assert_allclose(lengths / lengths[2], [4, 2, 1], rtol=3e-3)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        gradnorm,
+        grad_norm_balance,
+        lambda **p: grad_norm_balance(average="norms", **p),
+        encodec_balancer,
+    ],
+)
+def test_equal_preferences_change_no_bit(make):
+    plain, _ = run(make(), LOSSES, norms=LARGE)
+    for equal in (0.1, [7.0] * K):
+        found, _ = run(make(preference=equal), LOSSES, norms=LARGE)
+        np.testing.assert_array_equal(found, plain)
+
+
+def test_the_adaptive_weight_of_vqgan_is_a_share_without_memory():
+    """Up to its 1e-4, which is absolute there, and relative to the first norm here."""
+    rng = np.random.default_rng(0)
+    norms = np.exp(rng.normal(0, 3, size=(40, 2)))
+    for factor in (1.0, 0.3):
+        expected = oracles.vqgan(norms[:, 0], norms[:, 1], factor)
+        weighting = grad_norm_balance(0, factor, decay=0.0, eps=1e-4)
+        weights, _ = run(weighting, np.ones((40, 2)), norms=norms)
+        gap = 1e-4 * np.abs(1 - factor * norms[:, 0]) / norms[:, 1]
+        assert (np.abs(weights[:, 1] / expected - 1) <= 1.01 * gap + 1e-6).all()
+        assert np.median(gap) < 1e-3
+        np.testing.assert_array_equal(weights[:, 0], 1)
+    # Of an adversarial loss without a gradient both have the same largest weight.
+    weights, _ = run(
+        grad_norm_balance(0, decay=0.0, eps=1e-4), np.ones((1, 2)), norms=[[2.0, 0.0]]
+    )
+    np.testing.assert_allclose(weights[0, 1], oracles.vqgan(2.0, 0.0), rtol=1e-5)
+
+
+def test_norms_of_a_batch_are_those_of_its_examples_where_these_are_equal():
+    """The balancer of EnCodec takes the mean of the norms of the examples."""
+    rng = np.random.default_rng(1)
+    unit = rng.normal(size=(16, 5, 2))  # examples, entries, losses
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    gradients = unit * [0.01, 3.0]
+    batch = np.sqrt((gradients**2).sum((0, 1)))
+    mean = np.linalg.norm(gradients, axis=1).mean(0)
+    expected = oracles.encodec_balancer(mean[None], np.ones(2))[0]
+    found, _ = run(encodec_balancer(total_norm=4.0), np.ones((1, 2)), norms=batch[None])
+    np.testing.assert_allclose(found[0], expected, rtol=1e-6)
+
+
+def test_encodec_balancer_at_the_output_is_the_backward_pass_of_its_authors():
+    parts = {"l1": 1.0, "l2": 3.0}
+    balancer = encodec_balancer(preference=parts, total_norm=2.0, decay=0.9)
+    decoder = lambda params, z, target: jnp.tanh(z @ params)
+
+    def losses_of(params, x, z, target):
+        gap = x - target
+        return {"l1": jnp.mean(jnp.abs(gap)), "l2": 100 * jnp.mean(gap**2)}
+
+    with jax.enable_x64(True):
+        at_output = yoto.of_representation(decoder)
+        step = jax.jit(yoto.value_and_grad(losses_of, balancer, gradients=at_output))
+        rng = np.random.default_rng(0)
+        params, norms = jnp.asarray(rng.normal(size=(3, 4))), []
+        state = balancer.init(dict.fromkeys(parts, jnp.asarray(1.0)))
+        for _ in range(3):
+            z, target = rng.normal(size=(8, 3)), rng.normal(size=(8, 4))
+            _, grads, state = step(params, state, z, target)
+            x, backward = jax.vjp(lambda params, z=z: decoder(params, z, None), params)
+            rows = jax.jacrev(lambda x, *z: losses_of(params, x, *z))(x, z, target)
+            norms.append([np.linalg.norm(rows[name]) for name in parts])
+            scales = oracles.encodec_balancer(np.array(norms), np.array([1, 3]), 2, 0.9)
+            out_grad = scales[-1] @ np.stack([rows[n].ravel() for n in parts])
+            expected = backward(jnp.asarray(out_grad.reshape(8, 4)))[0]
+            np.testing.assert_allclose(grads, expected, rtol=1e-12)
+
+
+def test_encodec_balancer_averages_over_the_batches_with_a_loss():
+    weighting = encodec_balancer(preference={"a": 1.0, "b": 3.0}, decay=0.5)
+    losses = {"a": 1.0, "b": 1.0}
+    state = weighting.init(losses)
+    for norms, there in (([1.0, 2.0], True), ([4.0, 9.0], False), ([1.0, 5.0], True)):
+        present = {"a": True, "b": there}
+        norms = jnp.array(norms)
+        weights, state = weighting.update(losses, state, norms=norms, present=present)
+        if not there:
+            np.testing.assert_allclose(weights["a"], 1 / 3)  # all of the total norm
+    np.testing.assert_allclose(weights["a"], 0.25 / (0.25 + 2 + 1) * 1.75, rtol=1e-6)
+    np.testing.assert_allclose(weights["b"], 0.75 / 4, rtol=1e-6)
+    np.testing.assert_array_equal(state.inner.num_seen, [3, 2])
+
+
+def test_rates_of_losses_do_not_see_their_units():
+    """So that a factor in front of a loss is a preference."""
+    for make in (dwa, softadapt, relobralo):
+        weights, _ = run(make(), LOSSES)
+        scaled, _ = run(make(), LOSSES * np.array([8.0, 1.0, 0.5, 3.0]))
+        np.testing.assert_allclose(scaled, weights, rtol=1e-5)
+
+
 def test_the_reference_of_lr_annealing_keeps_its_weight():
     weighting = lr_annealing("residual")
     losses = {"boundary": 1.0, "residual": 2.0}
@@ -1077,6 +1203,14 @@ def test_a_single_loss_has_the_weight_that_the_convention_gives(make, weight):
         ),
         (lambda: grad_norm_balance(share=0.1), "name primary"),
         (lambda: grad_norm_balance(share={"a": 1.0}), "name primary"),
+        (lambda: grad_norm_balance("a", preference=[1.0, 2.0]), "share is the ratio"),
+        (lambda: encodec_balancer(total_norm=0), "total_norm must be positive"),
+        (
+            lambda: encodec_balancer(preference={"a": -1.0}),
+            "preference must be positive",
+        ),
+        (lambda: gradnorm(preference=[1.0, 0.0]), "preference must be positive"),
+        (lambda: grad_norm_balance(preference=0.0), "preference must be positive"),
         (
             lambda: grad_norm_balance("a", {"a": 1.0, "b": 0.0}),
             "share must be positive",
@@ -1104,6 +1238,10 @@ def test_arguments_out_of_range_are_refused_with_their_value(make, message):
     [
         lambda values: famo(lower_bounds=values),
         lambda values: stch(preference=values),
+        lambda values: gradnorm(preference=values),
+        lambda values: grad_norm_balance(preference=values),
+        lambda values: grad_norm_balance(preference=values, average="norms"),
+        lambda values: encodec_balancer(preference=values),
         lambda values: stch(ideal=values),
         lambda values: uncertainty(initial=values),
     ],

@@ -26,6 +26,9 @@ if typing.TYPE_CHECKING:  # For type checkers: the names that the registry has.
     from yoto_jax.weightings._dual_proj import dual_proj as dual_proj
     from yoto_jax.weightings._dwa import DwaState as DwaState
     from yoto_jax.weightings._dwa import dwa as dwa
+    from yoto_jax.weightings._encodec_balancer import (
+        encodec_balancer as encodec_balancer,
+    )
     from yoto_jax.weightings._fair_grad import fair_grad as fair_grad
     from yoto_jax.weightings._famo import FamoState as FamoState
     from yoto_jax.weightings._famo import famo as famo
@@ -60,6 +63,8 @@ if typing.TYPE_CHECKING:  # For type checkers: the names that the registry has.
     from yoto_jax.weightings._ntk import ntk as ntk
     from yoto_jax.weightings._ntk import ntk_diagonal as ntk_diagonal
     from yoto_jax.weightings._ntk import ntk_surrogate as ntk_surrogate
+    from yoto_jax.weightings._pcd import PcdState as PcdState
+    from yoto_jax.weightings._pcd import pcd as pcd
     from yoto_jax.weightings._pcgrad import PCGradState as PCGradState
     from yoto_jax.weightings._pcgrad import pcgrad as pcgrad
     from yoto_jax.weightings._random import RandomState as RandomState

@@ -27,19 +27,22 @@ def averaged(
     *,
     positive: bool = False,
     reference: Callable[[LossSpec], int] | None = None,
+    check: Callable[[LossSpec], None] | None = None,
     learns: Callable[..., jax.Array] | None = None,
 ) -> LossWeighting:
     """A moving average, from 1, of ``target(losses, spec, **statistics)``.
 
     ``reference(spec)`` is the loss without which nothing is learned. What it raises,
-    it raises in ``init``. ``learns(spec, **statistics)`` tells whether a batch says
-    anything; if not, the average is held.
+    it raises in ``init``, and so does ``check(spec)``. ``learns(spec, **statistics)``
+    tells whether a batch says anything; if not, the average is held.
     """
     check_decay(decay=decay)
 
     def init(spec: LossSpec) -> AverageState:
         if reference is not None:
             reference(spec)
+        if check is not None:
+            check(spec)
         return AverageState(spec.full(1.0))
 
     def update(

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from yoto_jax._checks import check_not_negative
+from yoto_jax._checks import check_all_positive, check_not_negative
 from yoto_jax._loss_spec import LossSpec
 from yoto_jax._losses import PyTree
 from yoto_jax._make_weighting import make_weighting
@@ -30,8 +30,8 @@ def dual_proj(
       than the preference, and equal to it if the mean gradient conflicts with none.
 
     Raises:
-      ValueError: ``regularization`` is negative. In ``init`` and ``update``: the
-        preference does not fit the losses.
+      ValueError: ``preference`` is not positive or ``regularization`` is negative. In
+        ``init`` and ``update``: the preference does not fit the losses.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -48,6 +48,7 @@ def dual_proj(
       <https://arxiv.org/abs/1706.08840>`_, 2017, Eq. 11, for the mean gradient in
       place of the gradient of one task.
     """
+    check_all_positive(preference=preference)
     check_not_negative(regularization=regularization)
 
     def preferred(spec: LossSpec) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from yoto_jax._checks import check_decay, check_positive
+from yoto_jax._checks import check_all_positive, check_decay, check_positive
 from yoto_jax._loss_spec import LossSpec
 from yoto_jax._losses import PyTree
 from yoto_jax._make_weighting import make_weighting
@@ -29,36 +29,39 @@ def grad_norm_balance(
     primary: str | int | None = None,
     share: PyTree = 1.0,
     *,
+    preference: PyTree = None,
     decay: float = 0.9,
     average: Literal["weights", "norms"] = "weights",
     eps: float = 1e-5,
 ) -> LossWeighting:
-    r"""Weights that make the gradients of all losses equally long.
+    r"""Weights that make the gradients of all losses equally long, or in given ratios.
 
     .. math::
-      \hat w_i = \frac{\bar n}{n_i + \varepsilon \bar n}, \qquad
+      \hat w_i = \frac{p_i \bar n}{n_i + \varepsilon p_i \bar n}, \qquad
       \bar n = \frac1K \sum_j n_j, \qquad
       w \leftarrow \beta w + (1 - \beta) \hat w,
 
-    where :math:`n_i` is the gradient norm of the loss without its weight. With a
-    primary loss p, :math:`c_i \, n_p` takes the place of :math:`\bar n`, and
-    :math:`w_p = 1`: the gradient of loss i is :math:`c_i` times as long as that of p,
-    and a batch in which p has none teaches nothing. The average starts at 1 and takes
-    the gradients of an update in before the update uses it. With ``average="norms"``
-    the norms are averaged and not the weights, from the first batch on, so that one
-    batch with a very short gradient makes no very large weight.
+    where :math:`n_i` is the gradient norm of the loss without its weight, and p the
+    preference. With a primary loss q, :math:`c_i \, n_q` takes the place of
+    :math:`p_i \bar n`, and :math:`w_q = 1`: the gradient of loss i is :math:`c_i` times
+    as long as that of q, and a batch in which q has none teaches nothing. The average
+    starts at 1 and takes the gradients of an update in before the update uses it. With
+    ``average="norms"`` the norms are averaged and not the weights, from the first batch
+    on, so that one batch with a very short gradient makes no very large weight.
 
     Args:
-      primary: p, the path of one loss, or its index in a sequence of losses; ``None``
+      primary: q, the path of one loss, or its index in a sequence of losses; ``None``
         for the mean of all norms.
       share: c, with a primary loss; positive. One number, or one for each loss, in a
         tree like the losses, where that of the primary loss is not looked at.
+      preference: p, without a primary loss: one positive number per loss, in a tree
+        like the losses or in their order. Brought to mean 1; equal if none is given.
       decay: :math:`\beta` of the moving average, in [0, 1).
       average: What is averaged, ``"weights"`` as in the paper, or ``"norms"``: the
         plain mean until it has seen :math:`1 / (1 - \beta)` batches.
-      eps: Relative to :math:`\bar n`: :math:`\hat w` is at most 1/eps, which is what a
-        loss without a gradient gets; if norms are averaged, one that never had one
-        gets 1.
+      eps: Relative to :math:`p_i \bar n`: :math:`\hat w` is at most 1/eps, which is
+        what a loss without a gradient gets; if norms are averaged, one that never had
+        one gets 1.
 
     Returns:
       A :class:`yoto_jax.LossWeighting`, for losses of any sign, which needs the
@@ -67,9 +70,10 @@ def grad_norm_balance(
       :func:`yoto_jax.weightings.every`.
 
     Raises:
-      ValueError: ``decay`` is not in [0, 1), or ``eps`` or ``share`` is not positive.
-        ``average`` is neither. ``share`` without ``primary``. In ``init``: an unknown
-        ``primary``, or a ``share`` that does not fit the losses.
+      ValueError: ``decay`` is not in [0, 1), or ``eps``, ``share`` or ``preference`` is
+        not positive. ``average`` is neither. ``share`` without ``primary``, or
+        ``preference`` with it. In ``init``: an unknown ``primary``, or a ``share`` or
+        ``preference`` that does not fit the losses.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -95,50 +99,51 @@ def grad_norm_balance(
     check_positive(eps=eps)
     if average not in ("weights", "norms"):
         raise ValueError(f"average must be 'weights' or 'norms', got {average!r}.")
-    _check_share(share, primary)
+    _check_ratios(share, preference, primary)
 
     def position(spec: LossSpec) -> int:
         return spec.position("primary", primary)
 
-    def shares(spec: LossSpec) -> jax.Array:
-        return spec.vector("share", share)
+    def wanted(spec: LossSpec, norms: jax.Array) -> jax.Array:
+        if primary is not None:
+            return spec.vector("share", share) * norms[position(spec)]
+        return spec.ratios(preference) * spec.mean(norms)
 
     def target(losses: jax.Array, spec: LossSpec, *, norms: jax.Array) -> jax.Array:
-        anchored = primary is not None
-        size = shares(spec) * norms[position(spec)] if anchored else spec.mean(norms)
+        size = wanted(spec, norms)
         # Nothing to balance, or to measure by.
         some = size > 0
         weights = jnp.where(some, size / jnp.where(some, norms + eps * size, 1.0), 1.0)
-        return weights.at[position(spec)].set(1.0) if anchored else weights
+        return weights if primary is None else weights.at[position(spec)].set(1.0)
 
     def learns(spec: LossSpec, *, norms: jax.Array) -> jax.Array:
         return norms[position(spec)] > 0
 
-    def reference(spec: LossSpec) -> int:
-        shares(spec)  # They have to fit the losses.
-        return position(spec)
+    def check(spec: LossSpec) -> None:
+        wanted(spec, spec.full(1.0))  # Names and ratios have to fit the losses.
 
     if average == "norms":
-
-        def of_average(
-            losses: jax.Array, spec: LossSpec, *, norms: jax.Array
-        ) -> jax.Array:
-            return jnp.where(norms > 0, target(losses, spec, norms=norms), 1.0)
-
-        check = shares if primary is None else reference
-        return _of_average_norms(of_average, decay, check=check)
+        return _of_average_norms(target, decay, check=check)
     if primary is None:
-        return averaged(target, decay, ("norms",))
-    return averaged(target, decay, ("norms",), reference=reference, learns=learns)
+        return averaged(target, decay, ("norms",), check=check)
+    return averaged(
+        target, decay, ("norms",), reference=position, check=check, learns=learns
+    )
 
 
-def _check_share(share: PyTree, primary: str | int | None) -> None:
-    for value in jax.tree.leaves(share):
-        traced = isinstance(value, jax.core.Tracer)
-        check_positive(share=value if traced else np.min(value))
+def _check_ratios(share: PyTree, preference: PyTree, primary: str | int | None) -> None:
+    check_all_positive(share=share, preference=preference)
+    if primary is not None and preference is not None:
+        raise ValueError(
+            "preference is for losses without a primary one: with it, share is the "
+            "ratio to its gradient."
+        )
     known = not isinstance(share, jax.core.Tracer)
     if primary is None and known and not (np.ndim(share) == 0 and share == 1):
-        raise ValueError("share is one of the primary loss's gradient: name primary.")
+        raise ValueError(
+            "share is one of the primary loss's gradient: name primary, or take "
+            "preference for ratios between all."
+        )
 
 
 def _of_average_norms(
@@ -149,8 +154,8 @@ def _of_average_norms(
 ) -> LossWeighting:
     """``target(losses, spec, norms=)`` of a running mean of the gradient norms.
 
-    The mean is the plain one until the decay takes over. ``target`` is told 0 for a
-    loss that no batch has had. What ``check(spec)`` raises, ``init`` raises.
+    The mean is the plain one until the decay takes over. A loss that never had a
+    gradient weighs 1. What ``check(spec)`` raises, ``init`` raises.
     """
     check_decay(decay=decay)
 
@@ -166,6 +171,7 @@ def _of_average_norms(
         if spec.present is not None:
             mean = jnp.where(spec.present, mean, inner.average_norms)
         state = NormsState(mean, inner.num_seen + 1)
-        return target(losses, spec, norms=mean), state
+        weights = target(losses, spec, norms=mean)
+        return jnp.where(mean > 0, weights, 1.0), state
 
     return make_weighting(init, update, needs=("norms",))

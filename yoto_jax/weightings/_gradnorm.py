@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from yoto_jax._checks import check_all_positive
 from yoto_jax._loss_spec import LossSpec
+from yoto_jax._losses import PyTree
 from yoto_jax._make_weighting import make_weighting
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import LossWeighting
@@ -25,12 +27,15 @@ class GradNormState(NamedTuple):
 
 
 def gradnorm(
-    *, alpha: float = 1.5, optimizer: optax.GradientTransformation | None = None
+    *,
+    preference: PyTree = None,
+    alpha: float = 1.5,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> LossWeighting:
     r"""Gradient norms that are larger for the losses that train more slowly.
 
     .. math::
-      \min_w \sum_i \left| G_i - \mathrm{sg}(\bar G\, r_i^\alpha) \right|, \qquad
+      \min_w \sum_i \left| G_i - \mathrm{sg}(\bar G\, p_i r_i^\alpha) \right|, \qquad
       G_i = |w_i|\, n_i, \qquad
       r_i = \frac{L_i / L_i(0)}{\frac1K \sum_j L_j / L_j(0)},
 
@@ -39,8 +44,11 @@ def gradnorm(
     update. The weights take one step at every update and are then rescaled to sum to K.
 
     Args:
-      alpha: How strongly slower losses are pulled along; 0 makes all norms equal. 1.5
-        and 0.12 in the paper.
+      preference: p, the ratios of the norms at equal rates: one positive number per
+        loss, in a tree like the losses or in their order. Brought to mean 1; equal, as
+        in the paper, if none is given.
+      alpha: How strongly slower losses are pulled along; 0 gives all norms the
+        ratios p. 1.5 and 0.12 in the paper.
       optimizer: What steps on the weights; ``optax.adam(0.025)`` if none is given.
 
     Returns:
@@ -49,7 +57,8 @@ def gradnorm(
       are the ones before its step.
 
     Raises:
-      ValueError: In ``update`` outside ``jit``: a loss is not positive. Inside ``jit``
+      ValueError: ``preference`` is not positive. In ``init``: it does not fit the
+        losses. In ``update`` outside ``jit``: a loss is not positive. Inside ``jit``
         such a batch leaves the weights as they were.
 
     Examples:
@@ -74,9 +83,11 @@ def gradnorm(
       The paper takes the norms over the last shared layer; here they are over the
       parameters, or the representation, that the gradients are taken of.
     """
+    check_all_positive(preference=preference)
     tx = optax.adam(0.025) if optimizer is None else optimizer
 
     def init(spec: LossSpec) -> GradNormState:
+        spec.ratios(preference)  # It has to fit the losses.
         weights = spec.full(1.0)
         return GradNormState(
             task_weights=weights,
@@ -98,7 +109,7 @@ def gradnorm(
         rates = jnp.minimum(losses / initial, LARGEST_RATIO / spec.size)
         rates /= spec.mean(rates)
         weighted = jnp.abs(w) * norms
-        target = spec.mean(weighted) * rates**alpha
+        target = spec.mean(weighted) * rates**alpha * spec.ratios(preference)
         # The norms do not depend on w, so that no second derivative is needed. At 0 the
         # slope of |w| is taken as 1: a weight must be able to leave 0.
         slope = jnp.sign(weighted - target) * norms * jnp.where(w < 0, -1.0, 1.0)

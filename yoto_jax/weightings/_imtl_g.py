@@ -3,25 +3,35 @@
 import jax
 import jax.numpy as jnp
 
+from yoto_jax._checks import check_all_positive
 from yoto_jax._loss_spec import LossSpec
+from yoto_jax._losses import PyTree
 from yoto_jax._make_weighting import make_weighting
-from yoto_jax._solvers import cosines, equal_cosine_weights, safe_divide
+from yoto_jax._solvers import cosines, projection_weights, safe_divide
 from yoto_jax._weighting import LossWeighting
 
 
-def imtl_g() -> LossWeighting:
+def imtl_g(*, preference: PyTree = None) -> LossWeighting:
     r"""Weights for which the combined gradient has equal projections on all gradients.
 
     .. math::
-      d \cdot \frac{g_i}{\|g_i\|} = d \cdot \frac{g_j}{\|g_j\|}
+      d \cdot \frac{g_i}{\|g_i\|} : d \cdot \frac{g_j}{\|g_j\|} = p_i : p_j
       \quad \text{for } d = \sum_k w_k g_k,\ \sum_k w_k = 1, \qquad
-      w \propto \frac{C^{+} 1}{\|g\|}
+      w \propto \frac{C^{+} p}{\|g\|}
 
-    with the cosines C of the gradients.
+    with the cosines C of the gradients, and p = 1 unless told.
+
+    Args:
+      preference: p, the ratios of the projections: one positive number per loss, in a
+        tree like the losses or in their order. Equal if none is given.
 
     Returns:
       A :class:`yoto_jax.LossWeighting` that needs the Gramian; its weights sum to 1, or
       are all 0 where no such weights exist.
+
+    Raises:
+      ValueError: ``preference`` is not positive. In ``init`` and ``update``: it does
+        not fit the losses.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -41,13 +51,19 @@ def imtl_g() -> LossWeighting:
       Weights may be negative. Where gradients depend on each other linearly the
       pseudo-inverse of the cosines decides. A gradient that is zero gets the weight 0.
     """
+    check_all_positive(preference=preference)
+
+    def init(spec: LossSpec) -> tuple[()]:
+        spec.ratios(preference)  # It has to fit the losses.
+        return ()
 
     def update(
         losses: jax.Array, inner: tuple[()], spec: LossSpec, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
         del losses
         cosine, norms = cosines(gramian)
-        v = safe_divide(equal_cosine_weights(cosine), norms)
+        b = projection_weights(cosine, spec.ratios(preference))
+        v = safe_divide(b, norms)
         # In units of the largest: sums of extreme weights do not overflow.
         v = safe_divide(v, jnp.max(jnp.abs(v)))
         total = jnp.sum(v)
@@ -56,7 +72,7 @@ def imtl_g() -> LossWeighting:
         return jnp.where(nothing, 0, v / jnp.where(nothing, 1, total)), inner
 
     return make_weighting(
-        lambda spec: (),
+        init,
         update,
         needs=("gramian",),
         first_weights=LossSpec.equal,

@@ -3,14 +3,15 @@
 import jax
 import jax.numpy as jnp
 
-from yoto_jax._checks import check_flag
+from yoto_jax._checks import check_all_positive, check_flag
 from yoto_jax._loss_spec import LossSpec
+from yoto_jax._losses import PyTree
 from yoto_jax._make_weighting import make_weighting
 from yoto_jax._solvers import safe_divide, smallest_convex_combination
 from yoto_jax._weighting import LossWeighting
 
 
-def mgda(*, normalize: bool = False) -> LossWeighting:
+def mgda(*, preference: PyTree = None, normalize: bool = False) -> LossWeighting:
     r"""The convex combination of the gradients that is smallest.
 
     .. math::
@@ -18,14 +19,23 @@ def mgda(*, normalize: bool = False) -> LossWeighting:
 
     The combined gradient descends every loss, or is zero: then the parameters are
     Pareto stationary. It follows the small gradients and can all but stop when one loss
-    has converged; normalised gradients help.
+    has converged; normalised gradients help. With a preference p it is the combination
+    of the gradients :math:`g_k / p_k`, those of losses in units of their own: the gains
+    :math:`g_k \cdot d` of the losses with a weight are in the ratios p, and no other
+    loss gains less than its part.
 
     Args:
+      preference: p, one positive number per loss, in a tree like the losses or in their
+        order. Their ratios count; equal if none is given.
       normalize: Whether to combine gradients of length 1.
 
     Returns:
       A :class:`yoto_jax.LossWeighting` that needs the Gramian; its weights are
       non-negative, many of them exactly zero, and sum to 1.
+
+    Raises:
+      ValueError: ``preference`` is not positive. In ``init`` and ``update``: it does
+        not fit the losses.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -50,13 +60,18 @@ def mgda(*, normalize: bool = False) -> LossWeighting:
       undivided weights on the raw losses, and the combination then need not descend
       every loss.
     """
+    check_all_positive(preference=preference)
     check_flag(normalize=normalize)
+
+    def init(spec: LossSpec) -> tuple[()]:
+        spec.ratios(preference)  # It has to fit the losses.
+        return ()
 
     def update(
         losses: jax.Array, inner: tuple[()], spec: LossSpec, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
         del losses
-        factor = spec.full(1.0)
+        factor = spec.ratios(preference)
         if normalize:
             factor *= jnp.sqrt(jnp.diagonal(gramian))
         # Relative to the largest: no overflow, and the sum is 1 in the end anyway.
@@ -68,7 +83,7 @@ def mgda(*, normalize: bool = False) -> LossWeighting:
         return weights / jnp.sum(weights), inner
 
     return make_weighting(
-        lambda spec: (),
+        init,
         update,
         needs=("gramian",),
         first_weights=LossSpec.equal,

@@ -108,7 +108,7 @@ def methods() -> Mapping[str, Method]:
       >>> import yoto_jax as yoto
       >>> methods = yoto.weightings.methods()
       >>> print([name for name, m in methods.items() if "norms" in m.needs])
-      ['gradnorm', 'grad_norm_balance', 'db_mtl', 'ntk_surrogate']
+      ['gradnorm', 'grad_norm_balance', 'db_mtl', 'encodec_balancer', 'ntk_surrogate']
       >>> weighting = methods["grap"].example("label")
     """
     return _BY_NAME
@@ -435,6 +435,21 @@ METHODS = (
         ),
     ),
     Method(
+        name="encodec_balancer",
+        needs=("norms",),
+        remembers="running mean",
+        state="NormsState",
+        state_module="_grad_norm_balance",
+        papers=(
+            Paper(
+                "Défossez",
+                2022,
+                "High Fidelity Neural Audio Compression",
+                "https://arxiv.org/abs/2210.13438",
+            ),
+        ),
+    ),
+    Method(
         name="lr_annealing",
         needs=("max_abs", "mean_abs"),
         requires="reference",
@@ -683,6 +698,22 @@ METHODS = (
                 "Direction-oriented Multi-objective Learning: Simple and Provable "
                 "Stochastic Algorithms",
                 "https://arxiv.org/abs/2305.18409",
+            ),
+        ),
+    ),
+    Method(
+        name="pcd",
+        needs=("gramian",),
+        requires="primary",
+        remembers="running mean",
+        state="PcdState",
+        papers=(
+            Paper(
+                "Varam",
+                2026,
+                "Not All Objectives Are Born Equal: Priority-Constrained Descent for "
+                "Hierarchical Multi-Objective Optimization",
+                "https://arxiv.org/abs/2606.29521",
             ),
         ),
     ),

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from yoto_jax._checks import check_not_negative
+from yoto_jax._checks import check_all_positive, check_not_negative
 from yoto_jax._loss_spec import LossSpec
 from yoto_jax._losses import PyTree
 from yoto_jax._make_weighting import make_weighting
@@ -32,8 +32,8 @@ def upgrad(*, preference: PyTree = None, regularization: float = 1e-4) -> LossWe
       than the preference, and equal to it without conflict.
 
     Raises:
-      ValueError: ``regularization`` is negative. In ``init`` and ``update``: the
-        preference does not fit the losses.
+      ValueError: ``preference`` is not positive or ``regularization`` is negative. In
+        ``init`` and ``update``: the preference does not fit the losses.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -49,6 +49,7 @@ def upgrad(*, preference: PyTree = None, regularization: float = 1e-4) -> LossWe
       Quinton and Rey, `Jacobian Descent for Multi-Objective Optimization
       <https://arxiv.org/abs/2406.16232>`_, 2024, Eq. 5 and Proposition 1.
     """
+    check_all_positive(preference=preference)
     check_not_negative(regularization=regularization)
 
     def preferred(spec: LossSpec) -> jax.Array:

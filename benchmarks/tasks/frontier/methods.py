@@ -27,6 +27,7 @@ LEFT_OUT = {
     "causal": "is for losses that are stretches of time",
     "modo": "needs two batches a step",
     "sdmgrad": "needs two batches a step",
+    "encodec_balancer": "is grad_norm_balance with a step that no unit changes",
 }
 """Methods of the registry that are no rows, and why."""
 

@@ -16,6 +16,8 @@ LEFT_OUT = {
     "modo": "its second batch is the user's",
     "sdmgrad": "its second batch is the user's",
     "ntk_surrogate": "as gradnorm",
+    "encodec_balancer": "as grad_norm_balance",
+    "pcd": "as dual_proj",
     "grap_closed_form": "as grap",
     "softmax_alignment": "as grap",
     "auto_lambda": "as grap",
