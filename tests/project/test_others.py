@@ -40,7 +40,7 @@ TORCHJD = {
     "IMTLG": "IMTL", "IMTLL": "IMTL", "NashMTL": "Nash-MTL", "Random": "random weights",
     "AlignedMTL": "Aligned-MTL", "GeometricMean": "geometric", "UW": "uncertainty",
     "Constant": "constant", "Mean": "mean", "Sum": "sum", "TrimmedMean": "trimmed mean",
-    "PCD": "preference-constrained", "DWA": "dynamic weight average",
+    "PCD": "priority-constrained", "DWA": "dynamic weight average",
     "STCH": "smooth Chebyshev",
 }  # fmt: skip
 

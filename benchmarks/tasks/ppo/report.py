@@ -11,25 +11,24 @@ from benchmarks.harness.tables import Table, mean_sd
 from benchmarks.tasks.ppo.methods import CONSTANTS, LOSSES
 
 REFUSES = 0.5  # of the batches skipped: the method is not for these losses
+WHOLE = "return, all updates"
 
 
 def _methods(result: Result) -> list[str]:
-    """By the mean rank of their returns, those that refuse last."""
+    """By their returns over the whole training, those that refuse last."""
     names = list(dict.fromkeys(r["method"] for r in result["records"]))
-    ranks = {name: 0.0 for name in names}
-    for domain in _domains(result):
-        returns = {name: _returns(result, name, domain).mean() for name in names}
-        for rank, name in enumerate(sorted(names, key=lambda n: -returns[n])):
-            ranks[name] += rank
-    return sorted(names, key=lambda n: (_refuses(result, n), ranks[n]))
+    mean = lambda name: values(result["records"], method=name, metric=WHOLE).mean()
+    return sorted(names, key=lambda n: (_refuses(result, n), -mean(n)))
 
 
 def _domains(result: Result) -> list[str]:
     return list(dict.fromkeys(r["domain"] for r in result["records"]))
 
 
-def _returns(result: Result, method: str, domain: str) -> np.ndarray:
-    return values(result["records"], method=method, domain=domain, metric="return")
+def _returns(
+    result: Result, method: str, domain: str, metric: str = "return"
+) -> np.ndarray:
+    return values(result["records"], method=method, domain=domain, metric=metric)
 
 
 def _skipped(result: Result, method: str) -> float:
@@ -45,7 +44,9 @@ def table(result: Result) -> Table:
     rows = []
     for method in _methods(result):
         row = [method if method in CONSTANTS or " " in method else f"`{method}`"]
-        row += [mean_sd(_returns(result, method, domain)) for domain in domains]
+        for domain in domains:
+            row.append(mean_sd(_returns(result, method, domain)))
+            row.append(f"{_returns(result, method, domain, WHOLE).mean():.0f}")
         weights = [
             np.exp(np.mean(np.log(np.maximum(_weights(result, method, name), 1e-12))))
             for name in LOSSES
@@ -54,12 +55,15 @@ def table(result: Result) -> Table:
         row.append(f"{100 * _skipped(result, method):.0f}")
         rows.append(row)
     meta = result["meta"]
-    columns = ["method", *domains, *(f"w {name}" for name in LOSSES), "skipped, %"]
+    columns = ["method"]
+    for domain in domains:
+        columns += [domain, "all along"]
+    columns += [*(f"w {name}" for name in LOSSES), "skipped, %"]
     caption = (
         f"Return of the episodes in the last tenth of {meta['updates']} updates, mean "
-        f"and standard deviation over {meta['seeds']} seeds; geometric means of the "
-        "weights at the end; batches that a method skipped, for a loss that it cannot "
-        "weigh: there the weights of its start were used."
+        f"and standard deviation over {meta['seeds']} seeds, and of all episodes; "
+        "geometric means of the weights at the end; batches that a method skipped, for "
+        "a loss that it cannot weigh: there the weights of its start were used."
     )
     return Table(columns, rows, caption)
 

@@ -26,8 +26,9 @@ SIZES = {
     "gpu": task.Size(1000, 64, 64, 4, 4, 128, 1e-3),
 }
 LAST = 0.1  # of the updates: the episodes that count
-UNFIT = ("static", "equal", "random", "ntk", "causal")
-"""Constants are rows of their own; the last two are for residuals, and for time."""
+UNFIT = ("static", "equal", "random", "ntk", "causal", "modo", "sdmgrad")
+"""Constants are rows of their own; the others are for residuals, for time, or need a
+second batch."""
 
 
 def main(options: Options) -> None:
