@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.linear_model import Ridge
+from sklearn.preprocessing import StandardScaler
 
 import yoto_jax as yoto
 from benchmarks.data import mnist1d as data
@@ -14,7 +16,7 @@ from benchmarks.harness.options import UsageError
 from benchmarks.harness.rules import Weighted
 from benchmarks.harness.training import DOWNSTREAM, Carry, prepare
 from benchmarks.harness.variations import Softmax
-from benchmarks.tasks.frontier import splits
+from benchmarks.tasks.frontier import methods, splits
 from benchmarks.tasks.frontier.problem import SEEDS, TEST, TRAINING, VALIDATION
 from benchmarks.tasks.frontier.problems import (
     camvid,
@@ -22,9 +24,11 @@ from benchmarks.tasks.frontier.problems import (
     digits,
     missing_labels,
     mnist1d,
+    pretraining,
     segmentation,
 )
 from benchmarks.tasks.frontier.train import train
+from benchmarks.tasks.pretraining import task as pretraining_task
 from benchmarks.tasks.segmentation import task as segmentation_task
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -35,6 +39,7 @@ PROBLEMS = {
     "digits": digits,
     "mnist1d": mnist1d,
     "missing_labels": missing_labels,
+    "pretraining": pretraining,
     **IMAGES,
 }
 every_problem = pytest.mark.parametrize("name", PROBLEMS)
@@ -60,8 +65,9 @@ def quick(street_images):
 
 @pytest.fixture
 def unchanged_views(monkeypatch):
-    """Signals as they are in the pool."""
+    """Signals and digits as they are in the pool."""
     monkeypatch.setattr(mnist1d, "view", lambda key, x: x)
+    monkeypatch.setattr(pretraining_task, "view", lambda key, x, views: x)
 
 
 # MNIST-1D.
@@ -478,3 +484,74 @@ def test_steered_rules_take_absent_losses(masked):
     assert made.losses["size"] == 0
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(made.grads))
     assert all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves(made.grads["size"]))
+
+
+# Pretraining.
+
+
+def test_the_classifier_of_few_labels_is_ridge_regression():
+    rng = np.random.default_rng(0)
+    known, z = rng.normal(2, 3, (30, 5)), rng.normal(2, 3, (20, 5))
+    labels = rng.integers(0, 9, 30)  # a class has none
+    told = pretraining.classify(jnp.float32(known), jnp.asarray(labels), jnp.float32(z))
+    scaler = StandardScaler().fit(known)
+    ridge = Ridge(alpha=30 * pretraining.RIDGE)
+    ridge.fit(scaler.transform(known), np.eye(10)[labels])
+    np.testing.assert_allclose(told, ridge.predict(scaler.transform(z)), atol=1e-3)
+
+
+def test_features_that_collapsed_tell_the_usual_class():
+    labels = jnp.array([3, 3, 1])
+    told = pretraining.classify(jnp.ones((3, 4)), labels, jnp.ones((2, 4)))
+    np.testing.assert_allclose(told, [[0, 1 / 3, 0, 2 / 3, *[0] * 6]] * 2, atol=1e-6)
+
+
+def test_only_few_labels_are_known_to_the_scores():
+    problem = pretraining.make("quick")
+    task = problem.task
+    own = task.of_seed(task.data, jnp.int32(0))
+    known = pretraining.labelled(own.rows.train)
+    assert len(known) == round(len(own.rows.train) / 10)
+    model = jax.jit(task.init)(jax.random.key(0))
+    measure = jax.jit(pretraining._measure)
+    images, labels = own.pool
+
+    def score(changed):
+        return measure(model, own._replace(pool=own.pool._replace(labels=changed)))
+
+    right = score(labels)
+    # If the others had the labels that it tells them, it would be right everywhere.
+    others = jnp.ones_like(labels, bool).at[known].set(False)
+    z = pretraining._features(model, images)
+    told = jnp.argmax(pretraining.classify(z[known], labels[known], z), axis=-1)
+    all_right = score(jnp.where(others, told, labels))
+    for name in (VALIDATION, TEST):
+        assert all_right[name] == pytest.approx(100)
+    assert right[TEST] < 100
+
+
+def test_no_loss_sees_a_label_and_the_downstream_one_does():
+    task = pretraining.make("quick").task
+    own = task.of_seed(task.data, jnp.int32(0))
+    batch = jax.jit(task.draw_held_out)(own, jax.random.key(0))
+    other = batch._replace(labels=(batch.labels + jnp.arange(len(batch.labels))) % 10)
+    model = jax.jit(task.init)(jax.random.key(0))
+    losses = jax.jit(task.losses_of_batch)
+    assert losses(model, batch) == losses(model, other)
+
+    @jax.jit
+    def downstream(model, batch):
+        return task.downstream(model, task.encode(model, batch), batch)
+
+    assert downstream(model, batch) < downstream(model, other)
+    grads = jax.jit(jax.grad(downstream))(model, batch)
+    assert all(np.any(x) and is_finite(x) for x in jax.tree.leaves(grads["encoder"]))
+    assert not any(np.any(x) for x in jax.tree.leaves(grads["projector"]))
+
+
+def test_pretraining_is_trained_and_steered_in_the_quick_preset():
+    problem = pretraining.make("quick")
+    entry = methods.entries(problem.task)["grap"]
+    (line,) = train(problem, entry.rule, [{}], [0])
+    assert len(set(line["looks"][TEST])) > 1
+    assert np.isfinite(list(line["weights"].values())).all()
