@@ -5,6 +5,10 @@ stay together when seeds draw their splits, so that few have a neighbour on the 
 side. Twice the steps change the score on other images of the training domain by half a
 point at most. On the images trained on it still rises by four: they are learned by
 heart.
+
+By night, in fog and weather the network is little better than the usual class of each
+pixel, whatever the image shows: 15.5 to 16.8 with the constants of one search, beside
+15.5. Larger images, or fewer classes, change nothing of that. It says little.
 """
 
 import functools
