@@ -215,7 +215,10 @@ EXTRA: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "frontier": [
         (
             "--problems",
-            {"metavar": "A,B", "help": "run only these problems (default: all)"},
+            {
+                "metavar": "A,B",
+                "help": "run only these problems (default: all; camvid with --data)",
+            },
         ),
         (
             "--collect",

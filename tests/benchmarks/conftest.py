@@ -7,6 +7,8 @@ their networks, data and trainings, are tested by ``make test-all``.
 
 import pytest
 
+from tests.benchmarks import streets
+
 SHARED = (
     "test_command_line.py",
     "test_contest.py",
@@ -25,6 +27,12 @@ SLOW = {
     ],
     "test_units.py": ["test_a_benchmark_that_was_killed_ends_with_the_same_numbers"],
 }
+
+
+@pytest.fixture(scope="session")
+def street_images(tmp_path_factory):
+    """A folder that is large enough for seeds with splits of their own."""
+    return streets.write(tmp_path_factory.mktemp("streets"), train=20, val=4)
 
 
 def is_slow(item):

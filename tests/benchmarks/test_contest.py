@@ -10,10 +10,8 @@ import jax
 import numpy as np
 import pytest
 import scipy.stats
-from PIL import Image
 
 from benchmarks import __main__ as command_line
-from benchmarks.data.camvid import VOID
 from benchmarks.harness import contest as contests
 from benchmarks.harness import contest_report, contest_runs, timing
 from benchmarks.harness import runs as engine
@@ -35,6 +33,7 @@ from benchmarks.tasks.depth import run as depth
 from benchmarks.tasks.segmentation import methods as segmentation_methods
 from benchmarks.tasks.segmentation import report as segmentation_report
 from benchmarks.tasks.segmentation import run as segmentation
+from tests.benchmarks import streets
 
 pytestmark = pytest.mark.usefixtures("any_rank", "quick_compilation")
 
@@ -69,21 +68,7 @@ FILES = tuple(METHODS)
 
 @pytest.fixture(scope="module")
 def camvid(tmp_path_factory):
-    """Streets: a bright sky above a dark road, a void line between."""
-    folder = tmp_path_factory.mktemp("camvid")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 3)):
-        for kind in (split, f"{split}annot"):
-            (folder / kind).mkdir()
-        for i in range(count):
-            labels = np.zeros((48, 64), np.uint8)
-            horizon = 20 + i
-            labels[horizon:], labels[horizon] = 3, VOID
-            image = rng.integers(0, 50, (48, 64, 3), np.uint8)
-            image[:horizon] += 200
-            Image.fromarray(image).save(folder / split / f"{i}.png")
-            Image.fromarray(labels).save(folder / f"{split}annot" / f"{i}.png")
-    return folder
+    return streets.write(tmp_path_factory.mktemp("camvid"), train=12, val=3)
 
 
 def command(name, folder, camvid):

@@ -14,7 +14,7 @@ from benchmarks.harness.training import operations, prepare
 from benchmarks.harness.units import Units
 from benchmarks.tasks.frontier import methods, outcomes, races, report, run, train
 from benchmarks.tasks.frontier.candidates import capped, in_units
-from benchmarks.tasks.frontier.problems import PROBLEMS, digits, make
+from benchmarks.tasks.frontier.problems import FROM_FOLDER, PROBLEMS, digits, make
 
 LOOKS = 10
 pytestmark = pytest.mark.usefixtures("plain_arithmetic")
@@ -213,7 +213,7 @@ def test_the_average_of_parameters_leaves_the_training_alone():
 
 def test_a_table_grows_from_a_stored_result(tmp_path):
     name = "digits"
-    about = run.description(name, "quick")
+    about = run.description(name, make(name, "quick"))
     lines = [line("equal", s, 1, 2) | {"problem": name} for s in range(3)]
     result = {"meta": {"problems": {name: about}}, "records": [], "runs": lines}
     (tmp_path / "frontier.json").write_text(json.dumps(result))
@@ -230,6 +230,27 @@ def test_a_table_grows_from_a_stored_result(tmp_path):
     )
     other = Options("frontier", preset="cpu", out=tmp_path, resume=True)
     assert run.stored(name, other) == []
+
+
+def test_a_problem_of_a_folder_keeps_no_path(street_images, tmp_path):
+    extra = {"problems": "camvid"}
+    methods = ("equal", "search")
+    options = Options(
+        "frontier",
+        methods,
+        seeds=1,
+        preset="quick",
+        data=street_images,
+        out=tmp_path,
+        extra=extra,
+    )
+    run.main(options)
+    (units,) = tmp_path.glob("*.units.jsonl")
+    result = (tmp_path / "frontier.json").read_text()
+    for text in (units.read_text(), result):
+        assert str(street_images.parent) not in text
+        assert street_images.name in text
+    assert list(json.loads(result)["meta"]["problems"]) == ["camvid"]
 
 
 def test_the_ceiling_trains_the_best_point_of_each_seed(tmp_path, monkeypatch):
@@ -293,10 +314,16 @@ def test_only_problems_with_data_have_a_ceiling():
 
 
 def test_unknown_problems_and_options_are_refused(tmp_path):
-    assert run.chosen(None) == tuple(PROBLEMS)
+    assert run.chosen(None) == tuple(n for n in PROBLEMS if n not in FROM_FOLDER)
+    assert run.chosen(None, tmp_path) == tuple(PROBLEMS)
+    assert run.chosen("camvid,digits", tmp_path) == ("digits", "camvid")
     assert run.chosen("helmholtz,digits") == ("digits", "helmholtz")
     with pytest.raises(UsageError, match="unknown problem 'x'"):
         run.chosen("x")
+    with pytest.raises(UsageError, match="camvid needs a folder of images"):
+        run.chosen("camvid,digits")
+    with pytest.raises(UsageError, match="digits: no data folder is read"):
+        run.chosen("digits", tmp_path)
     with pytest.raises(UsageError, match="data for 10 seeds at most"):
         run.main(Options("frontier", seeds=11, out=tmp_path))
 

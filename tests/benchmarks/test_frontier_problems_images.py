@@ -6,31 +6,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.linear_model import Ridge
+from sklearn.preprocessing import StandardScaler
 
 import yoto_jax as yoto
 from benchmarks.data import mnist1d as data
+from benchmarks.data.camvid import CLASSES, VOID
+from benchmarks.harness.options import UsageError
 from benchmarks.harness.rules import Weighted
 from benchmarks.harness.training import DOWNSTREAM, Carry, prepare
 from benchmarks.harness.variations import Softmax
-from benchmarks.tasks.frontier import splits
+from benchmarks.tasks.frontier import methods, splits
 from benchmarks.tasks.frontier.problem import SEEDS, TEST, TRAINING, VALIDATION
 from benchmarks.tasks.frontier.problems import (
+    camvid,
     depth,
     digits,
     missing_labels,
     mnist1d,
+    pretraining,
     segmentation,
 )
 from benchmarks.tasks.frontier.train import train
+from benchmarks.tasks.pretraining import task as pretraining_task
+from benchmarks.tasks.segmentation import task as segmentation_task
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SCENES = {"segmentation": segmentation, "depth": depth}
+IMAGES = {**SCENES, "camvid": camvid}
 PROBLEMS = {
     "digits": digits,
     "mnist1d": mnist1d,
     "missing_labels": missing_labels,
-    **SCENES,
+    "pretraining": pretraining,
+    **IMAGES,
 }
 every_problem = pytest.mark.parametrize("name", PROBLEMS)
 
@@ -42,10 +52,22 @@ def promotion():
         yield
 
 
+@pytest.fixture(scope="module")
+def quick(street_images):
+    """Makes a problem in its quick preset."""
+
+    def made(name):
+        folder = (street_images,) if name == "camvid" else ()
+        return PROBLEMS[name].make("quick", *folder)
+
+    return made
+
+
 @pytest.fixture
 def unchanged_views(monkeypatch):
-    """Signals as they are in the pool."""
+    """Signals and digits as they are in the pool."""
     monkeypatch.setattr(mnist1d, "view", lambda key, x: x)
+    monkeypatch.setattr(pretraining_task, "view", lambda key, x, views: x)
 
 
 # MNIST-1D.
@@ -86,8 +108,8 @@ def test_a_shape_begins_at_its_position():
 
 
 @every_problem
-def test_splits_are_disjoint_and_those_of_their_seed(name):
-    task = PROBLEMS[name].make("quick").task
+def test_splits_are_disjoint_and_those_of_their_seed(quick, name):
+    task = quick(name).task
     rows = task.data.rows
     for seed in range(SEEDS):
         own = np.concatenate([np.asarray(part[seed]) for part in rows])
@@ -98,10 +120,10 @@ def test_splits_are_disjoint_and_those_of_their_seed(name):
     assert jax.tree.leaves(own.pool)[0] is jax.tree.leaves(task.data.pool)[0]
 
 
-@pytest.mark.parametrize("name", [name for name in PROBLEMS if name not in SCENES])
+@pytest.mark.parametrize("name", [name for name in PROBLEMS if name not in IMAGES])
 @pytest.mark.usefixtures("unchanged_views")
-def test_batches_come_from_the_rows_of_their_seed(name):
-    task = PROBLEMS[name].make("quick").task
+def test_batches_come_from_the_rows_of_their_seed(quick, name):
+    task = quick(name).task
     own = task.of_seed(task.data, jnp.int32(1))
     for draw, rows in (
         (task.draw, own.rows.train),
@@ -116,8 +138,8 @@ def test_batches_come_from_the_rows_of_their_seed(name):
 
 
 @every_problem
-def test_together_trains_on_validation_data_too(name):
-    task = PROBLEMS[name].make("quick").task
+def test_together_trains_on_validation_data_too(quick, name):
+    task = quick(name).task
     both = splits.together(task)
     rows, own = task.data.rows, both.data.rows
     assert set(np.asarray(own.train[2]).tolist()) == {
@@ -181,8 +203,8 @@ def configured(task, rule):
 
 @every_problem
 @pytest.mark.parametrize("rule", RULES)
-def test_a_step_is_finite(name, rule):
-    task = PROBLEMS[name].make("quick").task
+def test_a_step_is_finite(quick, name, rule):
+    task = quick(name).task
     config = jax.tree.map(
         lambda x: x[0], RULES[rule].configure([configured(task, rule)])
     )
@@ -220,8 +242,8 @@ def test_seeds_train_side_by_side_as_alone():
 
 
 @every_problem
-def test_scores_are_percentages_of_each_lane(name):
-    problem = PROBLEMS[name].make("quick")
+def test_scores_are_percentages_of_each_lane(quick, name):
+    problem = quick(name)
     seeds = jnp.array([0, 4])
     init = jax.jit(jax.vmap(problem.task.init))
     models = init(jax.random.split(jax.random.key(0), 2))
@@ -249,7 +271,12 @@ def test_accuracy_counts_the_rows_of_the_seed():
     assert found.tolist() == [100, 75]
 
 
-# Scenes.
+# Scenes and streets.
+
+SEGMENTED = {
+    "segmentation": set(range(len(segmentation.CLASSES))),
+    "camvid": {0, 3, VOID},  # what the streets of the tests show
+}
 
 
 def spoilt(images, rows):
@@ -262,8 +289,11 @@ def is_finite(*arrays):
     return all(bool(jnp.all(jnp.isfinite(x))) for x in arrays)
 
 
-def test_batches_of_segmentation_are_labelled_and_styled_by_scenes_of_their_own():
-    task = segmentation.make("quick").task
+@pytest.mark.parametrize(("name", "classes"), SEGMENTED.items())
+def test_batches_of_segmentation_are_labelled_and_styled_by_images_of_their_own(
+    quick, name, classes
+):
+    task = quick(name).task
     own = task.of_seed(task.data, jnp.int32(1))
     labelled, lent = jnp.split(own.rows.train, 2)
     day, conditions = own.pool
@@ -282,7 +312,45 @@ def test_batches_of_segmentation_are_labelled_and_styled_by_scenes_of_their_own(
     assert not is_finite(*drawn(task.draw, lent, lent))
     assert not is_finite(*drawn(task.draw, labelled, labelled))
     assert conditions.shape == (3, *day.images.shape)
-    assert set(np.unique(day.labels)) == set(range(len(segmentation.CLASSES)))
+    assert set(np.unique(day.labels)) == classes
+
+
+def test_neighbours_in_a_film_are_in_the_same_part():
+    rows = camvid._rows(468, 12)
+    assert [part.shape for part in rows] == [(SEEDS, 276), (SEEDS, 72), (SEEDS, 120)]
+    for part in rows:
+        stretches = np.asarray(part).reshape(SEEDS, -1, 12)
+        np.testing.assert_array_equal(stretches[..., 0] % 12, 0)
+        np.testing.assert_array_equal(np.diff(stretches), 1)
+    with pytest.raises(UsageError, match="camvid needs 96 images: there are 95"):
+        camvid._rows(95, 12)
+
+
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="no such folder"):
+        camvid.make("quick", tmp_path)
+
+
+def test_all_classes_of_the_streets_are_scored(quick):
+    """What is never right has no share, and void counts for nothing."""
+    task = quick("camvid").task
+    model = segmentation_task.Model(
+        segmentation_task.SegmentationNet(8, 1, len(CLASSES)), VOID
+    )
+    own = task.of_seed(task.data, jnp.int32(0))
+    params = jax.jit(task.init)(jax.random.key(0))
+    last = params["decoder"]["Dense_1"]
+    bias = jnp.full((16, len(CLASSES)), -1.0).at[:, 5].set(1.0).ravel()
+    always = {"kernel": 0 * last["kernel"], "bias": bias}  # a tree everywhere
+    params = params | {"decoder": params["decoder"] | {"Dense_1": always}}
+    assert segmentation._measure(model, params, own)[TEST] == 0
+    trees = own.pool.day._replace(labels=jnp.full_like(own.pool.day.labels, 5))
+    half = trees._replace(labels=trees.labels.at[:, :, :6].set(10))
+    for day, expected in ((trees, 100), (half, 25)):
+        measured = segmentation._measure(
+            model, params, own._replace(pool=own.pool._replace(day=day))
+        )
+        assert measured[TEST] == pytest.approx(expected)
 
 
 def test_batches_of_depth_come_from_the_rows_of_their_seed():
@@ -301,9 +369,9 @@ def test_batches_of_depth_come_from_the_rows_of_their_seed():
     assert [len(x.images) for x in own.pool.unseen] == [len(seen.images)] * 3
 
 
-@pytest.mark.parametrize("name", SCENES)
-def test_scenes_are_trained_on_in_the_quick_preset(name):
-    problem = SCENES[name].make("quick")
+@pytest.mark.parametrize("name", IMAGES)
+def test_scenes_are_trained_on_in_the_quick_preset(quick, name):
+    problem = quick(name)
     (line,) = train(
         problem, RULES["softmax"], [configured(problem.task, "softmax")], [0]
     )
@@ -416,3 +484,74 @@ def test_steered_rules_take_absent_losses(masked):
     assert made.losses["size"] == 0
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(made.grads))
     assert all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves(made.grads["size"]))
+
+
+# Pretraining.
+
+
+def test_the_classifier_of_few_labels_is_ridge_regression():
+    rng = np.random.default_rng(0)
+    known, z = rng.normal(2, 3, (30, 5)), rng.normal(2, 3, (20, 5))
+    labels = rng.integers(0, 9, 30)  # a class has none
+    told = pretraining.classify(jnp.float32(known), jnp.asarray(labels), jnp.float32(z))
+    scaler = StandardScaler().fit(known)
+    ridge = Ridge(alpha=30 * pretraining.RIDGE)
+    ridge.fit(scaler.transform(known), np.eye(10)[labels])
+    np.testing.assert_allclose(told, ridge.predict(scaler.transform(z)), atol=1e-3)
+
+
+def test_features_that_collapsed_tell_the_usual_class():
+    labels = jnp.array([3, 3, 1])
+    told = pretraining.classify(jnp.ones((3, 4)), labels, jnp.ones((2, 4)))
+    np.testing.assert_allclose(told, [[0, 1 / 3, 0, 2 / 3, *[0] * 6]] * 2, atol=1e-6)
+
+
+def test_only_few_labels_are_known_to_the_scores():
+    problem = pretraining.make("quick")
+    task = problem.task
+    own = task.of_seed(task.data, jnp.int32(0))
+    known = pretraining.labelled(own.rows.train)
+    assert len(known) == round(len(own.rows.train) / 10)
+    model = jax.jit(task.init)(jax.random.key(0))
+    measure = jax.jit(pretraining._measure)
+    images, labels = own.pool
+
+    def score(changed):
+        return measure(model, own._replace(pool=own.pool._replace(labels=changed)))
+
+    right = score(labels)
+    # If the others had the labels that it tells them, it would be right everywhere.
+    others = jnp.ones_like(labels, bool).at[known].set(False)
+    z = pretraining._features(model, images)
+    told = jnp.argmax(pretraining.classify(z[known], labels[known], z), axis=-1)
+    all_right = score(jnp.where(others, told, labels))
+    for name in (VALIDATION, TEST):
+        assert all_right[name] == pytest.approx(100)
+    assert right[TEST] < 100
+
+
+def test_no_loss_sees_a_label_and_the_downstream_one_does():
+    task = pretraining.make("quick").task
+    own = task.of_seed(task.data, jnp.int32(0))
+    batch = jax.jit(task.draw_held_out)(own, jax.random.key(0))
+    other = batch._replace(labels=(batch.labels + jnp.arange(len(batch.labels))) % 10)
+    model = jax.jit(task.init)(jax.random.key(0))
+    losses = jax.jit(task.losses_of_batch)
+    assert losses(model, batch) == losses(model, other)
+
+    @jax.jit
+    def downstream(model, batch):
+        return task.downstream(model, task.encode(model, batch), batch)
+
+    assert downstream(model, batch) < downstream(model, other)
+    grads = jax.jit(jax.grad(downstream))(model, batch)
+    assert all(np.any(x) and is_finite(x) for x in jax.tree.leaves(grads["encoder"]))
+    assert not any(np.any(x) for x in jax.tree.leaves(grads["projector"]))
+
+
+def test_pretraining_is_trained_and_steered_in_the_quick_preset():
+    problem = pretraining.make("quick")
+    entry = methods.entries(problem.task)["grap"]
+    (line,) = train(problem, entry.rule, [{}], [0])
+    assert len(set(line["looks"][TEST])) > 1
+    assert np.isfinite(list(line["weights"].values())).all()

@@ -1,6 +1,7 @@
 """Every way of weighting losses on every problem, against a search of 15 runs."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import searches
@@ -21,7 +22,7 @@ from benchmarks.tasks.frontier.outcomes import (
     verdicts,
 )
 from benchmarks.tasks.frontier.problem import SEEDS, Problem
-from benchmarks.tasks.frontier.problems import PROBLEMS, make
+from benchmarks.tasks.frontier.problems import FROM_FOLDER, PROBLEMS, make
 from benchmarks.tasks.frontier.report import conclusions, figure, summary, table
 from benchmarks.tasks.frontier.train import train
 
@@ -33,19 +34,18 @@ Line = dict[str, Any]
 
 
 def main(options: Options) -> None:
-    options.refuse_data()
     if options.steps is not None:
         raise UsageError("the problems know their steps: drop --steps")
     if options.seeds > SEEDS:
         raise UsageError(f"there are data for {SEEDS} seeds at most")
-    names = chosen(options.extra.get("problems"))
+    names = chosen(options.extra.get("problems"), options.data)
     lines: list[Line] = []
     seconds = 0.0
     for name in names:
         found, spent = run(name, options)
         lines += found
         seconds += spent
-    about = {name: description(name, options.preset) for name in names}
+    about = {name: description(name, _made(name, options)) for name in names}
     result = write_json(
         options.out / "frontier.json",
         meta(options, seconds=seconds, stage=STAGE, problems=about),
@@ -61,20 +61,33 @@ def main(options: Options) -> None:
     say(f"Written: {options.out / 'frontier.json'}, {options.out / 'frontier.png'}")
 
 
-def chosen(names: str | None) -> tuple[str, ...]:
-    """The problems that were asked for."""
-    wanted = tuple(PROBLEMS) if names is None else tuple(names.split(","))
+def chosen(names: str | None, folder: Path | None = None) -> tuple[str, ...]:
+    """The problems that were asked for; by default all that there are data for."""
+    there = [name for name in PROBLEMS if folder or name not in FROM_FOLDER]
+    wanted = there if names is None else names.split(",")
     if unknown := sorted(set(wanted) - set(PROBLEMS)):
         raise UsageError(
             f"unknown problem {', '.join(map(repr, unknown))}: there are "
             f"{', '.join(PROBLEMS)}"
         )
+    if missing := sorted(set(wanted) - set(there)):
+        raise UsageError(f"{', '.join(missing)} needs a folder of images: --data DIR")
+    if folder and not set(wanted) & set(FROM_FOLDER):
+        raise UsageError(f"{', '.join(wanted)}: no data folder is read, drop --data")
     return tuple(name for name in PROBLEMS if name in wanted)
 
 
-def description(name: str, preset: str) -> dict[str, Any]:
+def _made(name: str, options: Options) -> Problem:
+    return make(name, options.preset, _folder(name, options))
+
+
+def _folder(name: str, options: Options) -> Path | None:
+    """The folder of a problem that reads one."""
+    return options.data if name in FROM_FOLDER else None
+
+
+def description(name: str, problem: Problem) -> dict[str, Any]:
     """What is known of a problem before it is trained."""
-    problem = make(name, preset)
     return {
         "unit": problem.unit,
         "margin": problem.margin,
@@ -89,8 +102,9 @@ def description(name: str, preset: str) -> dict[str, Any]:
 
 def run(name: str, options: Options) -> tuple[list[Line], float]:
     """All lines of one problem, and the seconds they took."""
-    problem = make(name, options.preset)
-    units = Units(_without_methods(options), f"frontier-{name}", problem=name)
+    problem = _made(name, options)
+    own = _without_methods(options, _folder(name, options))
+    units = Units(own, f"frontier-{name}", problem=name)
     collect = bool(options.extra.get("collect"))
     work = Work(name, problem, units, stored(name, options), collect)
     first = range(min(options.seeds, STAGE))
@@ -104,10 +118,14 @@ def run(name: str, options: Options) -> tuple[list[Line], float]:
     return lines, units.seconds
 
 
-def _without_methods(options: Options) -> Options:
+def _without_methods(options: Options, folder: Path | None) -> Options:
     """What the files of a problem depend on: more seeds or methods go on with them."""
     return Options(
-        options.benchmark, preset=options.preset, out=options.out, resume=options.resume
+        options.benchmark,
+        preset=options.preset,
+        data=folder,
+        out=options.out,
+        resume=options.resume,
     )
 
 
@@ -120,7 +138,7 @@ def stored(name: str, options: Options) -> list[Line]:
     if not (options.resume and path.is_file()):
         return []
     result = read_json(path)
-    if result["meta"]["problems"].get(name) != description(name, options.preset):
+    if result["meta"]["problems"].get(name) != description(name, _made(name, options)):
         return []
     return [line for line in result["runs"] if line["problem"] == name]
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.harness.training import Task
-from benchmarks.tasks.frontier.problem import SEEDS
+from benchmarks.tasks.frontier.problem import SEEDS, Scores
 
 PyTree = Any
 
@@ -66,6 +66,27 @@ def together(task: Task) -> Task:
 def choose(rows: jax.Array, key: jax.Array, n: int) -> jax.Array:
     """So many of the rows, with replacement."""
     return rows[jax.random.randint(key, (n,), 0, len(rows))]
+
+
+Measure = Callable[[PyTree, Data], dict[str, jax.Array]]
+"""Scores of one model, from the data of its seed."""
+
+
+def scores(measure: Measure, data: Data, models: PyTree, seeds: jax.Array) -> Scores:
+    """Scores of models [lanes], each on the rows of its seed."""
+    found = _of_lanes(measure, data, models, jnp.asarray(seeds))
+    return {name: np.asarray(x) for name, x in found.items()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _of_lanes(
+    measure: Measure, data: Data, models: PyTree, seeds: jax.Array
+) -> dict[str, jax.Array]:
+    def of_one(lane: tuple[PyTree, jax.Array]) -> dict[str, jax.Array]:
+        model, seed = lane
+        return measure(model, of_seed(data, seed))
+
+    return jax.lax.map(of_one, (models, seeds))
 
 
 Classify = Callable[[PyTree, jax.Array], jax.Array]

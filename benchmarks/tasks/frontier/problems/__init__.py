@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+from pathlib import Path
 
 from benchmarks.tasks.frontier.problem import Problem
 
@@ -15,12 +16,17 @@ PROBLEMS = {
     "depth": HELD_OUT,
     "helmholtz": HELD_OUT,
     "allen_cahn": HELD_OUT,
+    "camvid": HELD_OUT,
+    "pretraining": HELD_OUT,
 }
 """Settings are chosen on one half of them, before the other half is looked at."""
 
+FROM_FOLDER = ("camvid",)
+"""Those whose data are in a folder, and which are there if it is given."""
+
 
 @functools.cache
-def make(name: str, preset: str) -> Problem:
-    """A problem in the size of a preset."""
+def make(name: str, preset: str, folder: Path | None = None) -> Problem:
+    """A problem in the size of a preset; the folder is for those that need one."""
     module = importlib.import_module(f"benchmarks.tasks.frontier.problems.{name}")
-    return module.make(preset)
+    return module.make(preset, folder) if name in FROM_FOLDER else module.make(preset)

@@ -54,7 +54,7 @@ def make(preset: str) -> Problem:
     return Problem(
         task=_task(size, model),
         scores=functools.partial(
-            small_scenes.scores, functools.partial(_measure, model), _data(size)
+            splits.scores, functools.partial(_measure, model), _data(size)
         ),
         unit=PERCENT,
         margin=1.0,
@@ -67,13 +67,15 @@ def make(preset: str) -> Problem:
 def _task(size: Size, model: depth.Model) -> Task:
     data = _data(size)
     return small_scenes.task(
-        size,
+        size.batch,
         data,
         model,
         _draw,
         lambda data: data.rows.train,
         data.pool.seen.images[:1],
         name="depth",
+        settings=size._asdict(),
+        steps=size.steps,
         primary=depth.PRIMARY,
         auxiliary=depth.AUXILIARY,
         learning_rate=depth.LEARNING_RATE,  # of half, once and twice it the best

@@ -1,20 +1,12 @@
-"""What the problems on small procedural scenes share: sizes, tasks and scores."""
+"""What the problems on small images share: sizes and tasks."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from benchmarks.harness.training import Task
 from benchmarks.tasks.frontier import splits
-from benchmarks.tasks.frontier.problem import Scores
-
-PyTree = Any
-Measure = Callable[[PyTree, splits.Data], dict[str, jax.Array]]
-"""Scores of one model, from the data of its seed."""
 
 LANES = 5
 
@@ -40,7 +32,7 @@ def rows(size: Size) -> splits.Rows:
 
 
 def task(
-    size: Size,
+    batch: int,
     data: splits.Data,
     model: Any,
     draw: Callable[[int, splits.Data, jax.Array, jax.Array], Any],
@@ -51,7 +43,7 @@ def task(
     """The task of a model, on scenes that its seeds draw from a pool.
 
     Args:
-      size: Of scenes and training.
+      batch: Scenes of a batch.
       data: The pool, and the rows of all seeds.
       model: With ``init``, ``encode``, ``losses`` and ``downstream``.
       draw: ``draw(n, data, rows, key) -> batch`` of scenes in these rows.
@@ -60,39 +52,16 @@ def task(
       **own: What else a :class:`Task` has.
     """
     return Task(
-        settings=size._asdict(),
         data=data,
         init=lambda key: model.init(key, example),
-        draw=lambda data, key: draw(size.batch, data, trained(data), key),
-        draw_held_out=lambda data, key: draw(
-            size.batch, data, data.rows.validation, key
-        ),
+        draw=lambda data, key: draw(batch, data, trained(data), key),
+        draw_held_out=lambda data, key: draw(batch, data, data.rows.validation, key),
         encode=model.encode,
         losses=model.losses,
         downstream=model.downstream,
         validate=splits.needs_seeds,
         test=splits.needs_seeds,
-        steps=size.steps,
         lanes=LANES,
         of_seed=splits.of_seed,
         **own,
     )
-
-
-def scores(
-    measure: Measure, data: splits.Data, models: PyTree, seeds: jax.Array
-) -> Scores:
-    """Scores of models [lanes], each on the scenes of its seed."""
-    found = _of_lanes(measure, data, models, jnp.asarray(seeds))
-    return {name: np.asarray(x) for name, x in found.items()}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _of_lanes(
-    measure: Measure, data: splits.Data, models: PyTree, seeds: jax.Array
-) -> dict[str, jax.Array]:
-    def of_one(lane: tuple[PyTree, jax.Array]) -> dict[str, jax.Array]:
-        model, seed = lane
-        return measure(model, splits.of_seed(data, seed))
-
-    return jax.lax.map(of_one, (models, seeds))
