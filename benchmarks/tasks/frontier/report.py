@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.harness.conditional import LABELS
 from benchmarks.harness.results import Result
 from benchmarks.harness.tables import Table
 from benchmarks.tasks.frontier import figures
@@ -79,6 +80,8 @@ def _cell(lines: Sequence[Line], problem: str, method: str) -> str:
 
 
 def _name(lines: Sequence[Line], method: str) -> str:
+    if method in LABELS:
+        return LABELS[method]
     kinds = {line["kind"] for line in lines if line["method"] == method}
     return f"`{method}`" if kinds == {"library"} and " " not in method else method
 

@@ -78,7 +78,7 @@ def accuracy(
     labels: jax.Array,
     rows: jax.Array,
     seeds: jax.Array,
-) -> np.ndarray:
+) -> jax.Array:
     """Accuracy in % of models [lanes], each on the rows of its seed.
 
     Args:
@@ -89,7 +89,7 @@ def accuracy(
       rows: The rows to look at, [seeds, n].
       seeds: Of the models, [lanes].
     """
-    return np.asarray(_accuracy(classify, models, x, labels, rows, seeds))
+    return _accuracy(classify, models, x, labels, rows, seeds)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks.harness.training import Task
 from benchmarks.tasks.frontier import splits
@@ -83,8 +82,7 @@ def scores(
     measure: Measure, data: splits.Data, models: PyTree, seeds: jax.Array
 ) -> Scores:
     """Scores of models [lanes], each on the scenes of its seed."""
-    found = _of_lanes(measure, data, models, jnp.asarray(seeds))
-    return {name: np.asarray(x) for name, x in found.items()}
+    return _of_lanes(measure, data, models, jnp.asarray(seeds))
 
 
 @functools.partial(jax.jit, static_argnums=0)
