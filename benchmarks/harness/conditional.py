@@ -139,15 +139,26 @@ class Chosen(Rule):
             chosen = self.best(task, carry)
         else:
             lanes = (carry.model, seeds)
-            chosen = _picked(self.pick, self.conditional, task, task.data, lanes)
+            chosen = picked(self.pick, self.conditional, task, task.data, lanes)
         models = _all_models(self.conditional, task, carry.model, chosen)
         share = jax.device_get(normalized(chosen))
         return models, {name: np.asarray(share[name]) for name in task.names}
 
+    @property
+    def side(self) -> int:
+        """Points of a grid along every range."""
+        return max(2, round(CANDIDATES ** (1 / len(self.conditional.bounds))))
+
+    @property
+    def looks(self) -> int:
+        """How many models of a lane are looked at on validation data."""
+        grids = self.narrowing * len(NARROWED_AT) + (self.pick == "validation")
+        return grids * self.side ** len(self.conditional.bounds)
+
     def best(self, task: Task, carry: Carry) -> PyTree:
         """The weights [lanes] that validate best, of a grid over the present range."""
-        n = max(2, round(CANDIDATES ** (1 / len(self.conditional.bounds))))
-        candidates = jax.vmap(lambda now: now.grid(n))(carry.rule)  # [lanes, points]
+        grid = lambda now: now.grid(self.side)
+        candidates = jax.vmap(grid)(carry.rule)  # [lanes, points]
         points = len(jax.tree.leaves(candidates)[0][0])
         scores = []
         for i in range(points):
@@ -178,12 +189,17 @@ def _narrowed(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _picked(
+def picked(
     pick: Pick, rule: Conditional, task: Task, data: PyTree, lanes: Any
 ) -> PyTree:
     """Weights [lanes] that somebody picks for trained models [lanes] and seeds."""
     picker = {"yoto": _yoto, "grap": _grap, "gradient": _gradient}[pick]
-    return jax.lax.map(lambda lane: picker(rule, task, data, *lane), lanes)
+
+    def of_lane(lane: tuple[PyTree, jax.Array]) -> PyTree:
+        trained, seed = lane
+        return picker(rule, task, task.of_seed(data, seed), trained, seed)
+
+    return jax.lax.map(of_lane, lanes)
 
 
 def normalized(weights: PyTree) -> PyTree:

@@ -166,6 +166,31 @@ def test_tables_sentences_and_figure_of_what_is_stored(tmp_path):
     assert (tmp_path / "frontier.png").stat().st_size > 5000
 
 
+def test_without_a_search_there_is_nothing_to_compare_with(tmp_path, monkeypatch):
+    def train_nothing(problem, rule, configs, seeds):
+        found = [line("", seed, 70, 60.0 + seed) for seed in seeds]
+        return [{"looks": x["looks"]} for x in found]
+
+    monkeypatch.setattr(run, "train", train_nothing)
+    options = Options(
+        "frontier",
+        methods=("equal",),
+        preset="quick",
+        out=tmp_path,
+        extra={"problems": "helmholtz"},
+    )
+    run.main(options)
+    for name in ("frontier.png", "frontier_runs.png"):
+        assert (tmp_path / name).stat().st_size > 5000
+    result = json.loads((tmp_path / "frontier.json").read_text())
+    table = report.table(result)
+    assert [list(row) for row in table.rows] == [["equal", "1", "[61.0]", "1.0"]]
+    assert "No search of helmholtz to compare with" in table.caption
+    (row,) = report.summary(result).rows
+    assert row == ["helmholtz", "held out", "0", "", "", "", ""]
+    assert report.conclusions(result) == ["helmholtz: no search to compare with."]
+
+
 # Races.
 
 

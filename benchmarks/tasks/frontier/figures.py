@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.harness import plots, searches
@@ -39,6 +40,7 @@ SHOWN = {
 """Rows that are drawn: label, marker, colour."""
 
 LOWEST = -10.0  # margins; what is lower stands at the edge
+UNKNOWN = "no search to compare with"
 
 
 def against_runs(result: Result, path: Path) -> None:
@@ -52,11 +54,11 @@ def against_runs(result: Result, path: Path) -> None:
     for panel in panels[len(problems) :]:
         panel.set_axis_off()
     for panel, (problem, about) in zip(panels, problems.items(), strict=False):
-        panel.axhline(0.0, color="0.7", linewidth=1)
-        panel.axhspan(-1.0, 0.0, color="0.93")
-        curve = search_curve(lines, problem) / about["margin"]
-        panel.plot(range(1, len(curve) + 1), curve, "-", color=plots.GREEN)
         theirs = outcome(lines, problem, SEARCH)
+        if theirs.tests:
+            _draw_search(panel, search_curve(lines, problem) / about["margin"])
+        else:
+            panel.text(0.5, 0.5, UNKNOWN, ha="center", transform=panel.transAxes)
         below: Counter[float] = Counter()  # labels at the lower edge, by their cost
         for method, (label, marker, color) in SHOWN.items():
             ours = outcome(lines, problem, method)
@@ -92,14 +94,24 @@ def against_runs(result: Result, path: Path) -> None:
         for panel in panels
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
-    line = panels[0].lines[1]
-    drawing.legend(
-        [line, *handles.values()],
-        ["random search, best of n by validation", *handles],
-        loc="outside right upper",
-        frameon=False,
-    )
+    if handles:
+        drawing.legend(
+            handles.values(), handles, loc="outside right upper", frameon=False
+        )
     plots.save(drawing, path)
+
+
+def _draw_search(panel: Axes, curve: np.ndarray) -> None:
+    """What others are held against: the best of n points, and one margin below all."""
+    panel.axhline(0.0, color="0.7", linewidth=1)
+    panel.axhspan(-1.0, 0.0, color="0.93")
+    panel.plot(
+        range(1, len(curve) + 1),
+        curve,
+        "-",
+        color=plots.GREEN,
+        label="random search, best of n by validation",
+    )
 
 
 def search_curve(lines: Sequence[Line], problem: str) -> np.ndarray:
@@ -120,7 +132,7 @@ def heatmap(result: Result, path: Path) -> None:
     names = [
         name
         for name in sorted(methods_of(lines), key=lambda name: ranks[name])
-        if name != SEARCH
+        if name != SEARCH and np.isfinite(ranks[name])
     ]
     margins = np.full((len(names), len(problems)), np.nan)
     lost = np.zeros_like(margins, bool)

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 
 import yoto_jax as yoto
+from benchmarks.harness import conditional
 from benchmarks.harness.contest import NONE, STEERED_EVERY
 from benchmarks.harness.rules import Weighted
 from benchmarks.harness.training import DOWNSTREAM, Rule, Task
 from benchmarks.harness.variations import Softmax
 from benchmarks.tasks.frontier.candidates import capped, in_units
+from benchmarks.tasks.frontier.problem import Problem
 from yoto_jax.racing._portfolio import WARMUP
 
 BUDGET = 15
@@ -91,6 +93,13 @@ LEARNED = {
 
 def learned(task: Task, name: str) -> dict[str, Any]:
     return {"ratios": (LEARNED[name]["epsilon"],) * len(task.auxiliary)}
+
+
+def every_entry(problem: Problem) -> dict[str, Entry]:
+    """All rows that are one run each: weightings, and models that know all weights."""
+    chosen = conditional.rules(problem.bounds, where=problem.modulated)
+    found = {name: Entry(rule, "library", None) for name, rule in chosen.items()}
+    return entries(problem.task) | found
 
 
 def entries(task: Task) -> dict[str, Entry]:

@@ -126,10 +126,10 @@ def problem(
     measure = jax.jit(lambda models: jax.lax.map(score(equation), models))
 
     def scores(models: PyTree, seeds: jax.Array | None = None) -> Scores:
-        return {name: np.asarray(x) for name, x in measure(models).items()}
+        return measure(models)
 
     def test(models: PyTree) -> Measured:
-        return {("score", None): scores(models)[TEST]}
+        return {("score", None): np.asarray(scores(models)[TEST])}
 
     task = Task(
         name=equation.name,
@@ -143,7 +143,7 @@ def problem(
         encode=lambda model, drawn: None,
         losses=losses,
         downstream=downstream,
-        validate=lambda models: scores(models)[VALIDATION],
+        validate=lambda models: np.asarray(scores(models)[VALIDATION]),
         test=test,
         steps=size.steps,
         learning_rate=learning_rate,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.harness.conditional import LABELS
 from benchmarks.harness.results import Result
 from benchmarks.harness.tables import Table
 from benchmarks.tasks.frontier import figures
@@ -43,7 +44,8 @@ def table(result: Result) -> Table:
     """Difference to the search by method and problem."""
     lines, problems = result["runs"], problems_of(result)
     ranks = mean_ranks(lines, problems)
-    names = sorted(methods_of(lines), key=lambda name: ranks[name])
+    found = [name for name in methods_of(lines) if math.isfinite(ranks[name])]
+    names = sorted(found, key=lambda name: ranks[name])
     rows = [[*_row(lines, problems, name), f"{ranks[name]:.1f}"] for name in names]
     caption = f"{_caption(result)} Mean rank: over the problems that a row has."
     return Table(["method", "runs", *problems, "mean rank"], rows, caption)
@@ -69,6 +71,8 @@ def _cell(lines: Sequence[Line], problem: str, method: str) -> str:
     if method == SEARCH:
         return f"{np.mean(list(ours.tests.values())):.1f}"
     apart = difference(ours, outcome(lines, problem, SEARCH))
+    if apart.seeds == 0:
+        return f"[{np.mean(list(ours.tests.values())):.1f}]"
     mark = f" ({ours.collapsed} lost)" if ours.collapsed else ""
     if not math.isfinite(apart.mean):
         return f"diverged{mark}"
@@ -76,6 +80,8 @@ def _cell(lines: Sequence[Line], problem: str, method: str) -> str:
 
 
 def _name(lines: Sequence[Line], method: str) -> str:
+    if method in LABELS:
+        return LABELS[method]
     kinds = {line["kind"] for line in lines if line["method"] == method}
     return f"`{method}`" if kinds == {"library"} and " " not in method else method
 
@@ -88,14 +94,25 @@ def _runs(lines: Sequence[Line], problems: Problems, method: str) -> str:
 
 def _caption(result: Result) -> str:
     stage = result["meta"]["stage"]
+    without = unsearched(result["runs"], problems_of(result))
+    alone = (
+        f" No search of {', '.join(without)} to compare with: scores, in brackets."
+        if without
+        else ""
+    )
     return (
         "Search: the best by validation of 15 random constants, its score. Others: "
         "mean difference to it over paired seeds (more is better), with Student's 95 % "
         "interval. Accuracy in %; for equations -100 times the logarithm of the error, "
         f"so that 5 is 5 %. Every method has {stage} seeds, contenders have more. "
         "Runs: gradient evaluations, in those of one run with constant weights. Lost: "
-        "seeds that end below all 15 constants."
+        f"seeds that end below all 15 constants.{alone}"
     )
+
+
+def unsearched(lines: Sequence[Line], problems: Problems) -> list[str]:
+    """Problems whose rows have no search to be compared with."""
+    return [name for name in problems if not outcome(lines, name, SEARCH).tests]
 
 
 def summary(result: Result) -> Table:
@@ -110,23 +127,10 @@ def summary(result: Result) -> Table:
         "averaging",
         "ceiling",
     ]
-    rows = []
-    for problem, about in problems.items():
-        apart = separation(lines, problem)
-        gain = averaging(lines, problem)
-        above = ceiling(lines, problem)
-        seeds = len(outcome(lines, problem, SEARCH).tests)
-        rows.append(
-            [
-                problem,
-                about["half"],
-                str(seeds),
-                f"{levelled(lines, problem):+.1f}",
-                f"{apart.mean:.1f} ± {apart.reach:.1f}",
-                f"{gain.mean:+.1f} ± {gain.reach:.1f}",
-                f"{above.mean:+.1f} ± {above.reach:.1f}" if above.seeds else "",
-            ]
-        )
+    rows = [
+        [problem, about["half"], *_about_search(lines, problem)]
+        for problem, about in problems.items()
+    ]
     caption = (
         "Levelled: what the last fifth of the steps adds to the score in the training "
         "domain, with the points of the search that validate best. Best - worst: test "
@@ -136,6 +140,22 @@ def summary(result: Result) -> Table:
         "no method, but what more data of that kind are worth."
     )
     return Table(columns, rows, caption)
+
+
+def _about_search(lines: Sequence[Line], problem: str) -> list[str]:
+    """What the search says about a problem, from the number of its seeds on."""
+    seeds = len(outcome(lines, problem, SEARCH).tests)
+    if not seeds:
+        return ["0", "", "", "", ""]
+    apart, gain = separation(lines, problem), averaging(lines, problem)
+    above = ceiling(lines, problem)
+    return [
+        str(seeds),
+        f"{levelled(lines, problem):+.1f}",
+        f"{apart.mean:.1f} ± {apart.reach:.1f}",
+        f"{gain.mean:+.1f} ± {gain.reach:.1f}",
+        f"{above.mean:+.1f} ± {above.reach:.1f}" if above.seeds else "",
+    ]
 
 
 def conclusions(result: Result) -> list[str]:
@@ -154,12 +174,14 @@ def conclusions(result: Result) -> list[str]:
                 f"{method}: no worse than the search on every problem, at "
                 f"{max(v['runs'] for v in own):.2g} runs or fewer."
             )
-    if not sentences:
+    without = unsearched(lines, problems)
+    if not sentences and len(without) < len(problems):
         sentences.append(
             "No row with more seeds than the first stage is shown to be no worse than "
             "the search everywhere."
         )
-    for problem in problems:
+    sentences += [f"{problem}: no search to compare with." for problem in without]
+    for problem in (name for name in problems if name not in without):
         apart = separation(lines, problem)
         if not apart.mean - apart.reach > 0:
             sentences.append(f"{problem}: the constants are not told apart.")

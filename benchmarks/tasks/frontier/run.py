@@ -24,7 +24,7 @@ from benchmarks.tasks.frontier.outcomes import (
 from benchmarks.tasks.frontier.problem import SEEDS, Problem
 from benchmarks.tasks.frontier.problems import FROM_FOLDER, PROBLEMS, make
 from benchmarks.tasks.frontier.report import conclusions, figure, summary, table
-from benchmarks.tasks.frontier.train import train
+from benchmarks.tasks.frontier.train import choosing, train
 
 RESUMABLE = True
 STAGE = 3
@@ -151,7 +151,7 @@ def rows(problem: Problem) -> tuple[str, ...]:
         *constants,
         methods.SEARCH,
         *methods.LEARNED,
-        *methods.entries(problem.task),
+        *methods.every_entry(problem),
         *(name for name in BAYESIAN if BAYESIAN[name] != "gp" or searches.has_gp()),
         *ceiling,
     )
@@ -171,7 +171,7 @@ class Work:
         """``known`` are lines of an earlier result; ``collect`` trains nothing."""
         self.collect = collect
         self.name, self.problem, self.units = name, problem, units
-        self.entries = methods.entries(problem.task)
+        self.entries = methods.every_entry(problem)
         self.known: dict[tuple[str, int], list[Line]] = {}
         for line in known:
             self.known.setdefault((line["method"], line["seed"]), []).append(line)
@@ -278,4 +278,6 @@ class Work:
             return None
         task, plain = self.problem.task, methods.SOFTMAX
         equal = methods.constant(task, "equal", None)
-        return operations(task, rule, {}) / operations(task, plain, equal)
+        unit = operations(task, plain, equal)
+        step = operations(task, rule.training, {})
+        return (step + choosing(self.problem, rule) / task.steps) / unit

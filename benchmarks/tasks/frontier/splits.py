@@ -74,8 +74,7 @@ Measure = Callable[[PyTree, Data], dict[str, jax.Array]]
 
 def scores(measure: Measure, data: Data, models: PyTree, seeds: jax.Array) -> Scores:
     """Scores of models [lanes], each on the rows of its seed."""
-    found = _of_lanes(measure, data, models, jnp.asarray(seeds))
-    return {name: np.asarray(x) for name, x in found.items()}
+    return _of_lanes(measure, data, models, jnp.asarray(seeds))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -99,7 +98,7 @@ def accuracy(
     labels: jax.Array,
     rows: jax.Array,
     seeds: jax.Array,
-) -> np.ndarray:
+) -> jax.Array:
     """Accuracy in % of models [lanes], each on the rows of its seed.
 
     Args:
@@ -110,7 +109,7 @@ def accuracy(
       rows: The rows to look at, [seeds, n].
       seeds: Of the models, [lanes].
     """
-    return np.asarray(_accuracy(classify, models, x, labels, rows, seeds))
+    return _accuracy(classify, models, x, labels, rows, seeds)
 
 
 @functools.partial(jax.jit, static_argnums=0)
