@@ -183,3 +183,16 @@ def test_the_papers_tasks_as_the_findings_tell_them():
 def test_a_loss_a_thousand_times_too_large_keeps_a_sixth_of_its_weight():
     weight = lambda method: mean("ablations", "weight:camera", method)
     assert round(weight("yoto") / weight("camera x1000")) == 6
+
+
+@pytest.mark.parametrize(
+    ("method", "mean"), [("published", 263), ("share .01", 496), ("value .005", 500)]
+)
+def test_returns_of_ppo_are_those_of_the_guide(method, mean):
+    found = [
+        record["value"]
+        for record in stored("ppo")["records"]
+        if (record["method"], record["metric"]) == (method, "return")
+    ]
+    assert len(found) == 5
+    assert int(np.mean(found)) == mean

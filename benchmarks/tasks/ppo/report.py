@@ -47,11 +47,7 @@ def table(result: Result) -> Table:
         for domain in domains:
             row.append(mean_sd(_returns(result, method, domain)))
             row.append(f"{_returns(result, method, domain, WHOLE).mean():.0f}")
-        weights = [
-            np.exp(np.mean(np.log(np.maximum(_weights(result, method, name), 1e-12))))
-            for name in LOSSES
-        ]
-        row += [f"{weight:.2g}" for weight in weights]
+        row += [f"{_typical(_weights(result, method, name)):.2g}" for name in LOSSES]
         row.append(f"{100 * _skipped(result, method):.0f}")
         rows.append(row)
     meta = result["meta"]
@@ -66,6 +62,12 @@ def table(result: Result) -> Table:
         "a loss that it cannot weigh: there the weights of its start were used."
     )
     return Table(columns, rows, caption)
+
+
+def _typical(weights: np.ndarray) -> float:
+    """The geometric mean, 0 if one is."""
+    with np.errstate(divide="ignore"):
+        return np.exp(np.mean(np.log(weights)))
 
 
 def _weights(result: Result, method: str, loss: str) -> np.ndarray:
