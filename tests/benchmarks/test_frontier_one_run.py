@@ -108,6 +108,6 @@ def test_a_conditional_row_costs_about_a_run_and_its_choice(tmp_path, monkeypatc
     assert report._name([line], "conditional") == "conditional, best by validation"
 
 
-def test_every_problem_has_conditional_rows():
+def test_every_problem_has_conditional_rows(street_images):
     for name in PROBLEMS:
-        assert "conditional" in run.rows(make(name, "quick"))
+        assert "conditional" in run.rows(make(name, "quick", street_images))
