@@ -24,8 +24,11 @@ def batch(step):
     """Losses and statistics of one step, consistent with each other."""
     rng = np.random.default_rng(step)
     rows = rng.normal(size=(3, 5)) * np.array([1.0, 0.5, 2.0])[:, None]
-    return rng.uniform(0.3, 2.0, 3), {
+    values = rng.uniform(0.3, 2.0, 3)
+    others = rows + 0.3 * rng.normal(size=(3, 5))  # of an independent batch
+    return values, {
         "gramian": rows @ rows.T,
+        "cross_gramian": rows @ others.T,
         "norms": np.linalg.norm(rows, axis=1),
         "max_abs": np.abs(rows).max(1),
         "mean_abs": np.abs(rows).mean(1),
@@ -42,7 +45,7 @@ def told(weighting, losses, statistics, there):
     for name in weighting.needs:
         if name != "losses":
             x = statistics[name][there]
-            x = x[:, there] if name == "gramian" else x
+            x = x[:, there] if x.ndim == 2 else x
             seen[name] = np.asarray(x, np.float32)
     return tree, seen
 
