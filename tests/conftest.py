@@ -140,7 +140,23 @@ STANDING_FOR_THE_TEST = {
         ],
         "test_devices_that_disagree_about_labels": ["shard_map", "pmap"],
     },
+    "weightings/test_wrappers.py": {
+        "test_log_is_the_weighting_of_the_logarithms_of_the_losses": [
+            "equal",
+            "mgda",
+            "grad_norm_balance",
+            "auto_lambda",
+        ],
+        "test_log_with_gradients_of_the_representation": ["mgda-False", "mgda-True"],
+        "test_log_inside_and_around_wrappers": ["normalize"],
+    },
+    "monitoring/test_conflicts.py": {
+        "test_eight_devices_equal_one": ["fixed"],
+    },
     "weightings/test_gramian.py": {
+        "test_equal_preferences_change_no_bit": ["imtl_g", "nash_mtl"],
+        "test_pcd_is_the_closest_direction_that_meets_its_demands": ["1", "3", "40"],
+        "test_pcd_satisfies_the_conditions_of_karush_kuhn_and_tucker": ["3", "10"],
         "test_cagrad_at_pareto_stationary_gradients_is_the_mean": [
             "2-1.0",
             "3-0.5",
