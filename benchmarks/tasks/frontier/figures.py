@@ -71,7 +71,7 @@ def against_runs(result: Result, path: Path) -> None:
                 panel.errorbar(ours.runs, mean, reach, capsize=2, **look)
             else:  # At the lower edge, with its number.
                 panel.plot(ours.runs, LOWEST, clip_on=False, **look)
-                place = round(10 * np.log10(ours.runs))  # Labels close by stack.
+                place = round(5 * np.log10(ours.runs))  # Labels close by stack.
                 panel.annotate(
                     f"{mean:.0f}",
                     (ours.runs, LOWEST),
