@@ -9,7 +9,7 @@ from jax import lax
 
 from yoto_jax._checks import check_positive
 from yoto_jax._losses import PyTree, check_structure, path_name
-from yoto_jax._numerics import upcast
+from yoto_jax._numerics import float_type
 
 
 def group_advantages(
@@ -84,9 +84,15 @@ def group_advantages(
     scale = scale.reshape((-1,) + (1,) * (values.ndim - 1))
     if normalize == "sum":
         total = jnp.sum(scale * jnp.where(mask, values, 0), axis=0)
-        return lax.stop_gradient(_normalized(total, some, eps, axis=-1))
-    total = jnp.sum(scale * _normalized(values, mask, eps, axis=-1), axis=0)
+        return lax.stop_gradient(_normalized_in_groups(total, some, eps))
+    total = jnp.sum(scale * _normalized_in_groups(values, mask, eps), axis=0)
     return lax.stop_gradient(_normalized(total, some, eps, axis_name=axis_name))
+
+
+def _normalized_in_groups(x: jax.Array, mask: jax.Array, eps: float) -> jax.Array:
+    # From the largest one: equal numbers, however large, then have no spread at all.
+    largest = jnp.max(jnp.where(mask, x, -jnp.inf), axis=-1, keepdims=True)
+    return _normalized(x - largest, mask, eps, axis=-1)
 
 
 def _normalized(
@@ -123,7 +129,8 @@ def _stacked(rewards: PyTree) -> tuple[jax.Array, jax.tree_util.PyTreeDef]:
                 f"reward {path_name(path)!r} must have the shape {shape} of "
                 f"{first!r}, got {jnp.shape(x)}."
             )
-    return jnp.stack([upcast(jnp.asarray(x)) for _, x in flat]), structure
+    dtype = float_type(x for _, x in flat)
+    return jnp.stack([jnp.asarray(x, dtype) for _, x in flat]), structure
 
 
 def _weights(weights: PyTree, structure: jax.tree_util.PyTreeDef) -> jax.Array:

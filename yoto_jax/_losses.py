@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 PyTree = Any
@@ -50,7 +51,7 @@ def loss_names(structure: jax.tree_util.PyTreeDef) -> tuple[str, ...]:
 
 def tree_of(losses: Losses | int) -> PyTree:
     """A tree of losses, or that of which only the number is known."""
-    return (0.0,) * losses if isinstance(losses, int) else losses
+    return (0.0,) * losses if isinstance(losses, int | np.integer) else losses
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -49,8 +49,8 @@ class LossWeighting(NamedTuple):
       observe_step: ``observe_step(losses, state) -> state``: shown the losses of the
         same batch after the step, and ``present=`` as ``update`` is. To be called by
         the user. None if of no interest.
-      positive: Whether losses must be positive: others are an error, and inside ``jit``
-        a batch that is skipped.
+      positive: Whether losses must be positive, or at least not negative: others are an
+        error, and inside ``jit`` a batch that is skipped.
 
     Examples:
       >>> import yoto_jax as yoto

@@ -73,9 +73,27 @@ def test_extreme_losses_in_low_precision_stay_finite():
         assert np.isfinite(np.asarray(leaf, float)).all()
 
 
+def test_python_numbers_for_weights_under_strict_promotion():
+    losses = {"a": jnp.ones(2), "b": jnp.zeros(2)}
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        value = conditional.smooth_chebyshev_set(losses, {"a": 1, "b": 0.5})
+    assert jnp.isfinite(value)
+
+
+def test_further_axes_stay():
+    losses = {name: jnp.stack([x, 2 * x], axis=1) for name, x in LOSSES.items()}
+    weights = {name: jnp.full(2, weight) for name, weight in WEIGHTS.items()}
+    found = conditional.smooth_chebyshev_set(losses, weights)
+    twice = {name: 2 * x for name, x in LOSSES.items()}
+    expected = [oracle(LOSSES, WEIGHTS, 1.0), oracle(twice, WEIGHTS, 1.0)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_misuse():
     with pytest.raises(ValueError, match="loss 'a' must have an axis of models"):
         conditional.smooth_chebyshev_set({"a": 1.0}, {"a": 1.0})
+    with pytest.raises(ValueError, match=r"one shape, got \[\(2,\), \(3,\)\]"):
+        conditional.smooth_chebyshev_set([jnp.ones(3), jnp.ones(2)], [1.0, 1.0])
     with pytest.raises(ValueError, match="smoothing must be positive"):
         conditional.smooth_chebyshev_set(LOSSES, WEIGHTS, smoothing=0.0)
     with pytest.raises(ValueError, match="unexpected: 'c'"):

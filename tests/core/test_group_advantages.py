@@ -79,6 +79,14 @@ def test_no_spread_no_advantage():
     np.testing.assert_array_equal(yoto.group_advantages({"a": jnp.ones((5, 1))}), 0)
 
 
+@pytest.mark.parametrize("value", [0.1, -77777.7, 10000.1, 1e30])
+@pytest.mark.parametrize("normalize", ["each", "sum"])
+def test_large_equal_rewards_have_no_spread_by_rounding(value, normalize):
+    rewards = {"a": jnp.full((2, 7), value)}  # Their mean is not what they are.
+    found = yoto.group_advantages(rewards, normalize=normalize)
+    np.testing.assert_array_equal(found, 0)
+
+
 def test_a_reward_that_is_not_finite_is_seen():
     rewards = {**REWARDS, "length": REWARDS["length"].copy()}
     rewards["length"][1, 2] = np.nan
@@ -95,6 +103,10 @@ def test_dtypes_jit_vmap_and_no_gradient():
         double = {k: jnp.asarray(r, jnp.float64) for k, r in REWARDS.items()}
         found = yoto.group_advantages(double, WEIGHTS)
         assert found.dtype == jnp.float64
+        np.testing.assert_allclose(found, oracle(REWARDS, WEIGHTS), atol=1e-12)
+        mixed = {**double, "correct": jnp.asarray(REWARDS["correct"], jnp.int32)}
+        with jax.numpy_dtype_promotion("strict"):
+            found = yoto.group_advantages(mixed, WEIGHTS)
         np.testing.assert_allclose(found, oracle(REWARDS, WEIGHTS), atol=1e-12)
     expected = yoto.group_advantages(REWARDS, WEIGHTS)
     np.testing.assert_allclose(

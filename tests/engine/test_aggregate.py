@@ -202,6 +202,17 @@ def test_loss_logits_among_the_parameters():
     assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 
+def test_wide_weights_of_narrow_gradients_under_strict_promotion():
+    rows = {"w": jnp.ones((2, 3)), "c": jnp.ones((2, 2), jnp.complex64)}
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        tx = yoto.aggregate(weightings.mgda(), 2)  # Of a number alone: float64.
+        updates, state = tx.update(rows, tx.init(None))
+        assert state.loss_weights[0].dtype == jnp.float64
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        updates, jax.tree.map(lambda x: x[0], rows)
+    )
+
+
 def test_errors_name_what_is_wrong():
     tx = yoto.aggregate(inverse_norms(), {"fit": 0.0, "size": 0.0})
     state = tx.init(PARAMS)

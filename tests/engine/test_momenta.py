@@ -70,6 +70,16 @@ def test_double_precision_is_that_of_the_operator_to_the_last_digits():
             np.testing.assert_allclose(updates, expected, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("promotion", ["standard", "strict"])
+def test_options_wider_than_the_parameters_leave_the_state_its_type(promotion):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion(promotion):
+        tx = m_config(2, b1=np.float64(0.5), b2=jnp.asarray(0.9), eps=np.float64(1e-8))
+        state = tx.init(PARAMS)
+        updates, after = tx.update(gradient(0), state, loss=0)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, gradient(0))
+
+
 def test_one_trace_whatever_the_loss_with_donation_and_export():
     tx = m_config(2)
     state = first = tx.init(PARAMS)

@@ -124,6 +124,18 @@ def test_sdmgrad_is_that_of_the_authors(rate, strength, preference):
     assert int(state.num_skipped) == 0
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_sdmgrad_of_float32_losses_where_there_is_float64(wide):
+    options = {"regularization": np.float64(0.3), "learning_rate": np.float64(1.0)}
+    with jax.enable_x64(True):
+        weighting = weightings.sdmgrad(**options if wide else {})
+        losses = [jnp.float32(1.0), jnp.float32(2.0)]
+        weights, _ = weighting.update(
+            losses, weighting.init(losses), cross_gramian=jnp.eye(2)
+        )
+    np.testing.assert_allclose(weights, 0.5, rtol=1e-6)
+
+
 def test_with_one_batch_for_both_modo_is_moco():
     modo, moco = (yoto.aggregate(w(), 3) for w in (weightings.modo, weightings.moco))
     one = two = moco.init(PARAMS)
@@ -193,6 +205,20 @@ def test_the_cross_gramian_of_any_arrays(count):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), first)
     assert yoto.cross_gramian(half, half).dtype == jnp.float32
+
+
+def test_gradients_of_two_batches_must_be_alike():
+    first = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 1))}
+    with pytest.raises(ValueError, match="other batch do not match.*missing: 'b'"):
+        yoto.cross_gramian(first, {"a": first["a"]})
+    for shape in ((2, 3), (1, 1), (3, 1), ()):
+        with pytest.raises(ValueError, match="'b' must have one shape in both"):
+            yoto.cross_gramian(first, first | {"b": jnp.ones(shape)})
+    uneven = first | {"b": jnp.ones((1, 1))}
+    with pytest.raises(ValueError, match="'b' must have one shape.* losses"):
+        yoto.cross_gramian(uneven, uneven)
+    with pytest.raises(ValueError, match="no leaves"):
+        yoto.cross_gramian({}, {})
 
 
 # The link itself.
@@ -297,6 +323,7 @@ def test_errors_name_what_is_wrong():
     state = tx.init(PARAMS)
     with pytest.raises(ValueError, match=r"length 3.*'a', 'b', 'c'.*\(2, 2\)"):
         tx.update(rows_of(0, 2), state)
+    assert yoto.per_loss(optax.ema(0.9), np.int64(3)).init(PARAMS).count.shape == (3,)
     with pytest.raises(TypeError, match="must be an Optax transformation, got a func"):
         yoto.per_loss(optax.adam, 2)
     link = yoto.aggregate(weightings.modo(), 3)

@@ -292,6 +292,14 @@ def test_inside_another_wrapper_is_warned_of():
         monitoring.conflicts(state)
 
 
+@pytest.mark.parametrize("wrap", [weightings.normalize, weightings.log])
+def test_inside_a_wrapper_that_changes_losses_is_warned_of(wrap):
+    weighting = wrap(monitoring.watched(weightings.equal(), every=1))
+    state = weighting.init({"a": 1.0, "b": 2.0})
+    with pytest.warns(UserWarning, match="watched inside another wrapper"):
+        monitoring.conflicts(state)
+
+
 def test_vmap_over_runs():
     weighting = monitoring.watched(weightings.static(WEIGHTS), every=3)
     scales = jnp.array([1.0, 2.0])

@@ -593,13 +593,16 @@ def test_what_needs_positive_losses_cannot_be_shown_logarithms():
     }
     for name, method in weightings.methods().items():
         weighting = methods[name]
-        assert weighting.positive == (method.accepts == "positive")
+        assert weighting.positive == (method.accepts != "any")
         assert weightings.every(weightings.smooth(weighting), 2).positive == (
             weighting.positive
         )
         if weighting.positive:
             with pytest.raises(ValueError, match="log shows .* needs positive losses"):
                 weightings.log(weighting)
+    below = weightings.log(weightings.famo(lower_bounds=[-3.0, 0.0]))
+    _, state = jax.jit(below.update)([0.5, 2.0], below.init([0.0, 0.0]))
+    assert int(state.num_updates) == 1
     with pytest.raises(ValueError, match="needs positive losses"):
         weightings.log(weightings.log(weightings.mgda()))
     with pytest.raises(ValueError, match="cannot tell what ntk_diagonal of the log"):

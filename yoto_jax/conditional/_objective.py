@@ -486,7 +486,7 @@ def _pair(losses: Losses, weights: Weights) -> tuple[jax.Array, jax.Array]:
         raise ValueError(
             f"losses have shape {values.shape[:-1]}, but weights {w.shape[:-1]}."
         )
-    dtype = jnp.promote_types(values.dtype, w.dtype)
+    dtype = float_type([values.dtype, w.dtype])
     return values.astype(dtype), w.astype(dtype)
 
 

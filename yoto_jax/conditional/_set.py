@@ -29,7 +29,8 @@ def smooth_chebyshev_set(
     Args:
       losses: Tree of arrays ``(k, ...)`` of one shape, with the models on the first
         axis, as ``jax.vmap`` of a loss function over stacked parameters returns them.
-      weights: Scalars, a tree like the losses; the same for all models.
+      weights: Tree like the losses, arrays of the remaining shape: scalars for losses
+        ``(k,)``. They are the same for all models.
       smoothing: The :math:`\mu` of both, in the unit of the losses; positive.
       ideal: The :math:`z_i`, as in :func:`smooth_chebyshev`.
 
@@ -37,8 +38,8 @@ def smooth_chebyshev_set(
       Array of the remaining shape: a scalar for losses ``(k,)``.
 
     Raises:
-      ValueError: A loss has no axis of models, the trees do not match, ``ideal`` does
-        not fit the losses, or ``smoothing`` is not positive.
+      ValueError: A loss has no axis of models, shapes or trees do not match, ``ideal``
+        does not fit the losses, or ``smoothing`` is not positive.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -74,4 +75,7 @@ def smooth_chebyshev_set(
         return jnp.where(some, smooth, jnp.min(x, axis=0))
 
     smallest = jax.tree.map_with_path(soft_minimum, losses)
+    shapes = sorted({jnp.shape(x) for x in jax.tree.leaves(losses)})
+    if len(shapes) > 1:
+        raise ValueError(f"all losses must have one shape, got {shapes}.")
     return smooth_chebyshev(smallest, weights, smoothing=smoothing, ideal=ideal)

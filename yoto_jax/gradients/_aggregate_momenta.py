@@ -142,7 +142,8 @@ def aggregate_momenta(
         ok &= (place >= 0) & (place < len(names))
 
         def renew(rows: jax.Array, g: jax.Array) -> jax.Array:
-            new = b1 * rows[place] + (1 - b1) * g.astype(rows.dtype)
+            decay = jnp.asarray(b1, rows.dtype)
+            new = decay * rows[place] + (1 - decay) * g.astype(rows.dtype)
             return rows.at[place].set(jnp.where(ok, new, rows[place]))
 
         momenta = jax.tree.map(renew, state.momenta, updates)
@@ -156,13 +157,15 @@ def aggregate_momenta(
         combined = jax.tree.map(lambda u: u * _mass(b1, count, u), combination)
 
         def moment(s: jax.Array, new: jax.Array, old: jax.Array) -> Any:
-            pseudo = jnp.abs((new - b1 * old) / (1 - b1))
-            return b2 * s + (1 - b2) * jnp.square(pseudo)
+            decay = jnp.asarray(b1, new.dtype)
+            pseudo = jnp.abs((new - decay * old) / (1 - decay))
+            decay = jnp.asarray(b2, s.dtype)
+            return decay * s + (1 - decay) * jnp.square(pseudo)
 
         second = jax.tree.map(moment, state.second_moment, combined, state.combined)
 
         def scaled(u: jax.Array, s: jax.Array, g: jax.Array) -> jax.Array:
-            u = u / (jnp.sqrt(s / _mass(b2, count, s)) + eps)
+            u = u / (jnp.sqrt(s / _mass(b2, count, s)) + jnp.asarray(eps, s.dtype))
             return jnp.where(every | ~ok, u, 0).astype(g.dtype)
 
         after = (combined, second, count)

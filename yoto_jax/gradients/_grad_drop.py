@@ -40,8 +40,8 @@ def grad_drop(
       P = \frac12 \Bigl(1 + \frac{\sum_k u_k}{\sum_k |u_k|}\Bigr).
 
     U is uniform on [0, 1), one draw for each entry. No weights of losses do that, so
-    this takes the place of :func:`aggregate` in a chain. Its mean is the plain sum of
-    the gradients; where they agree it is that sum.
+    this takes the place of :func:`aggregate` in a chain. With one leak for all losses,
+    its mean is the plain sum of the gradients; where they agree it is that sum.
 
     Args:
       losses: A tree of losses, or of anything with their shape; or just their number K.

@@ -121,7 +121,8 @@ def weighted_sum_of(weights: jax.Array, terms: Sequence[jax.Array]) -> jax.Array
         return terms[0]
     if not jnp.issubdtype(terms[0].dtype, jnp.complexfloating):
         terms = [upcast(x) for x in terms]
-    total = add_up(weights[k] * x for k, x in enumerate(terms))
+    with jax.numpy_dtype_promotion("standard"):  # Weights may be the wider ones.
+        total = add_up(weights[k] * x for k, x in enumerate(terms))
     return total.astype(dtype)
 
 

@@ -17,6 +17,7 @@ from yoto_jax.monitoring._record import (
     Weighed,
     nodes,
 )
+from yoto_jax.weightings._log import LogState
 from yoto_jax.weightings._wrappers import (
     EveryState,
     HoldState,
@@ -107,7 +108,14 @@ def fetch_rows(
     return steps[order], rows[order]
 
 
-_WRAPPERS = (EveryState, HoldState, NormalizeState, SkipOutliersState, SmoothState)
+_WRAPPERS = (
+    EveryState,
+    HoldState,
+    LogState,
+    NormalizeState,
+    SkipOutliersState,
+    SmoothState,
+)
 
 
 def find_one(

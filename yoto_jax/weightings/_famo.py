@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from yoto_jax._checks import check_not_negative
@@ -134,9 +135,19 @@ def famo(
         # One step, one lesson: after a batch that was held there is none.
         return inner._replace(has_gaps=jnp.zeros_like(inner.has_gaps))
 
-    return make_weighting(
+    weighting = make_weighting(
         init,
         update,
         first_weights=LossSpec.equal,
         observe_step=observe_step if exact else None,
+    )
+    # It takes losses of zero, which make_weighting would refuse.
+    return weighting._replace(positive=not _may_be_negative(lower_bounds))
+
+
+def _may_be_negative(bounds: PyTree) -> bool:
+    leaves = jax.tree.leaves(bounds)
+    known = [x for x in leaves if not isinstance(x, jax.core.Tracer)]
+    return len(known) < len(leaves) or any(
+        bool(np.any(np.asarray(x) < 0)) for x in known
     )

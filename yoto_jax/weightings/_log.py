@@ -51,9 +51,10 @@ def log(weighting: LossWeighting) -> LossWeighting:
       to the losses as they come.
 
     Raises:
-      ValueError: The weighting needs positive losses, or a statistic of which it is not
-        known what the logarithm does to it. In ``update`` outside ``jit``: a loss is
-        not positive. Inside ``jit`` such a batch leaves the weights as they were.
+      ValueError: The weighting needs losses that are positive, or not negative, or a
+        statistic of which it is not known what the logarithm does to it. In ``update``
+        outside ``jit``: a loss is not positive. Inside ``jit`` such a batch leaves the
+        weights as they were.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -81,7 +82,8 @@ def log(weighting: LossWeighting) -> LossWeighting:
     if weighting.positive:
         raise ValueError(
             "log shows a weighting the logarithms of the losses, of any sign, and this "
-            "one needs positive losses: leave out log, or take normalize."
+            "one needs positive losses, or losses above bounds that are not negative: "
+            "leave out log, or take normalize."
         )
     known = {*GRADIENT_STATISTICS, "losses", "alignment"}
     if strange := sorted({*weighting.needs} - known):

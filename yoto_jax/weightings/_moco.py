@@ -167,5 +167,5 @@ def project(x: jax.Array, spec: LossSpec) -> jax.Array:
     # so numbers stay small, and absent losses are left out.
     lag = x - jnp.max(spec.of_present(x, -jnp.inf))
     lag = spec.of_present(jnp.maximum(lag, -1), -1)
-    with jax.numpy_dtype_promotion("standard"):  # Optax divides by integers there.
-        return optax.projections.projection_simplex(lag)
+    with jax.numpy_dtype_promotion("standard"):  # Optax divides by integers there,
+        return optax.projections.projection_simplex(lag).astype(x.dtype)  # of int64.

@@ -79,8 +79,9 @@ def sdmgrad(
     def update(
         losses: jax.Array, inner: MocoState, spec: LossSpec, *, cross_gramian: jax.Array
     ) -> tuple[jax.Array, MocoState]:
-        del losses
-        drawn = regularization * spec.preference(preference)
+        strength = jnp.asarray(regularization, losses.dtype)
+        rate = jnp.asarray(learning_rate, losses.dtype)
+        drawn = strength * spec.preference(preference)
         norms = jnp.sqrt(jnp.maximum(jnp.diagonal(cross_gramian), 0))
         # By one norm at a time: the square might underflow.
         matrix = safe_divide(cross_gramian, spec.mean(norms))
@@ -89,11 +90,11 @@ def sdmgrad(
         def step(_: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             shares, velocity = carry
             velocity = _MOMENTUM * velocity + dot(matrix, shares + drawn)
-            return project(shares - learning_rate * velocity, spec), velocity
+            return project(shares - rate * velocity, spec), velocity
 
         start = shares_of(inner, spec)
         shares, _ = lax.fori_loop(0, _STEPS, step, (start, jnp.zeros_like(start)))
-        return (shares + drawn) / (1 + regularization), MocoState(shares)
+        return (shares + drawn) / (1 + strength), MocoState(shares)
 
     return make_weighting(
         init, update, needs=("cross_gramian",), first_weights=LossSpec.equal

@@ -17,7 +17,7 @@ def uw_so(*, temperature: float = 1.0) -> LossWeighting:
       w_i = \mathrm{Softmax}_i\!\left(\frac{1}{T L_i}\right).
 
     The variances that :func:`yoto_jax.weightings.uncertainty` learns have the optimum
-    :math:`\sigma_i \propto L_i`, and the weights :math:`1 / L_i`, which are those of
+    :math:`\sigma_i^2 \propto L_i`, and the weights :math:`1 / L_i`, which are those of
     :func:`yoto_jax.weightings.scale_invariant`; the softmax bounds them.
 
     Args:
