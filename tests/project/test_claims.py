@@ -71,6 +71,12 @@ def test_learned_weights_lose(problem):
     assert found["difference"] < margins * found["margin"]
 
 
+def test_nash_mtl_is_better_on_pretraining():
+    found = VERDICTS["pretraining", "nash_mtl"]
+    assert found["seeds"] == 10
+    assert found["lower"] > 0
+
+
 @pytest.mark.parametrize("method", ["aligned_mtl", "nash_mtl"])
 def test_methods_that_equalise_collapse_on_segmentation(method):
     assert VERDICTS["segmentation", method]["difference"] < -11
