@@ -62,9 +62,7 @@ def test_two_races_are_no_worse_than_the_search(race, problem):
     assert found["lower"] > -found["margin"]
 
 
-@pytest.mark.parametrize(
-    "problem", [*TEN_SEEDS, "burgers", "helmholtz", "pretraining"]
-)
+@pytest.mark.parametrize("problem", [*TEN_SEEDS, "burgers", "helmholtz", "pretraining"])
 def test_learned_weights_lose(problem):
     found = VERDICTS[problem, "yoto"]
     margins = -1 if problem == "segmentation" else -5
