@@ -4,6 +4,7 @@ Actor and critic share a trunk. The loss of the policy has no meaning as a numbe
 any sign; the entropy's is negative; only the value's is what most weightings expect.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ class Size(NamedTuple):
 def gym(name: str) -> Environment:
     """An environment of gymnax."""
     try:
-        import gymnax
+        gymnax = importlib.import_module("gymnax")
     except ImportError as error:
         raise UsageError(
             f"ppo needs gymnax, and six: pip install 'yoto_jax[rl]' ({error})"
