@@ -43,6 +43,7 @@ PURPOSES = {
     "quadprog": "optional solver of TorchJD",
     "qpsolvers": "optional solver of TorchJD",
     "ipykernel": "runs the notebooks",
+    "ipython": "shows tables in the notebooks",
     "jupytext": "notebooks as text",
     "nbmake": "notebooks as tests",
     "furo": "the look of the site",

@@ -53,7 +53,7 @@ def test_the_state_of_something_else(state, wrap):
     ],
 )
 def test_the_state_inside_a_wrapper(wrap):
-    weighting = weightings.famo()
+    weighting = weightings.upgrad()
     with pytest.raises(TypeError, match=r"State that init of this weighting returns"):
         wrap(weighting).update(LOSSES, weighting.init(LOSSES))
 
