@@ -46,10 +46,20 @@ def check_positive(**values: Any) -> None:
 
 def check_all_positive(**values: Any) -> None:
     """Checks trees of numbers and vectors, all of them positive; tracers pass."""
+    _check_all(check_positive, values)
+
+
+def check_all_fractions(**values: Any) -> None:
+    """Checks trees of numbers and vectors, all in [0, 1]; tracers pass."""
+    _check_all(check_fraction, values)
+
+
+def _check_all(check: Callable[..., None], values: dict[str, Any]) -> None:
     for name, tree in values.items():
         for value in jax.tree.leaves(tree):
             traced = isinstance(value, jax.core.Tracer)
-            check_positive(**{name: value if traced else np.min(value)})
+            for number in (value,) if traced else (np.min(value), np.max(value)):
+                check(**{name: number})
 
 
 def check_not_negative(**values: Any) -> None:

@@ -1,6 +1,7 @@
 """What is known of the losses before they have values."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -151,3 +152,13 @@ class LossSpec:
         p = p / jnp.where(largest > 0, largest, 1)
         mean = self.mean(p)
         return self.of_present(p / jnp.where(mean > 0, mean, 1), 1)
+
+
+def stateless(preference: PyTree) -> Callable[[LossSpec], tuple[()]]:
+    """An ``init`` without a state, which raises unless the preference fits."""
+
+    def init(spec: LossSpec) -> tuple[()]:
+        spec.ratios(preference)
+        return ()
+
+    return init

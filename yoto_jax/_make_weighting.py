@@ -110,7 +110,7 @@ def make_weighting(
         **statistics: Any,
     ) -> tuple[PyTree, WeightingState]:
         check(state)
-        spec, values = _values(losses, state, present)
+        spec, values = loss_values(losses, state, present)
         if positive:
             _check_positive_losses(values, spec)
         given = {
@@ -142,7 +142,7 @@ def make_weighting(
         losses: Losses, state: WeightingState, *, present: Present | None = None
     ) -> WeightingState:
         assert observe_step is not None
-        spec, values = _values(losses, state, present)
+        spec, values = loss_values(losses, state, present)
         inner = observe_step(values, state.inner, spec)
         inner = _hold_absent(inner, state.inner, spec)
         ok = all_finite((values, inner))
@@ -191,13 +191,13 @@ def _spec(losses: Losses) -> LossSpec:
     return LossSpec(structure, jnp.dtype(float_type(leaves)))
 
 
-def _spec_of(state: WeightingState) -> LossSpec:
+def _spec_of(state: Any) -> LossSpec:
     leaves, structure = jax.tree.flatten(state.loss_weights)
     return LossSpec(structure, leaves[0].dtype)
 
 
-def _values(
-    losses: Losses, state: WeightingState, present: Present | None
+def loss_values(
+    losses: Losses, state: Any, present: Present | None
 ) -> tuple[LossSpec, jax.Array]:
     """The losses as one vector, checked against those of ``init``, absent ones 1."""
     spec = _spec_of(state)

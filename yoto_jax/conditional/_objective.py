@@ -262,10 +262,15 @@ def smooth_chebyshev(
     check_positive(smoothing=smoothing)
     values, w = _pair(losses, weights)
     distances = chebyshev_distances(values, w, _ideal(ideal, losses, values))
-    mu = jnp.asarray(smoothing, distances.dtype)
+    return smooth_maximum(distances, smoothing, axis=-1)
+
+
+def smooth_maximum(x: jax.Array, smoothing: Any, axis: int) -> jax.Array:
+    """Soft maximum along an axis; where the smoothing is 0, the maximum itself."""
+    mu = jnp.asarray(smoothing, x.dtype)
     some = mu > 0
-    smooth = mu * jax.nn.logsumexp(distances / jnp.where(some, mu, 1), axis=-1)
-    return jnp.where(some, smooth, jnp.max(distances, axis=-1))
+    smooth = mu * jax.nn.logsumexp(x / jnp.where(some, mu, 1), axis=axis)
+    return jnp.where(some, smooth, jnp.max(x, axis=axis))
 
 
 def pbi(

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from yoto_jax._checks import check_positive
 from yoto_jax._losses import Losses, PyTree, Weights, path_name
 from yoto_jax._numerics import upcast
-from yoto_jax.conditional._objective import smooth_chebyshev
+from yoto_jax.conditional._objective import smooth_chebyshev, smooth_maximum
 
 
 def smooth_chebyshev_set(
@@ -67,12 +67,7 @@ def smooth_chebyshev_set(
             raise ValueError(
                 f"loss {path_name(path)!r} must have an axis of models, got a scalar."
             )
-        x = upcast(jnp.asarray(x))
-        mu = jnp.asarray(smoothing, x.dtype)
-        # Under jit 0 gives the minimum itself, as in the smooth maximum.
-        some = mu > 0
-        smooth = -mu * jax.nn.logsumexp(-x / jnp.where(some, mu, 1), axis=0)
-        return jnp.where(some, smooth, jnp.min(x, axis=0))
+        return -smooth_maximum(-upcast(jnp.asarray(x)), smoothing, axis=0)
 
     smallest = jax.tree.map_with_path(soft_minimum, losses)
     shapes = sorted({jnp.shape(x) for x in jax.tree.leaves(losses)})

@@ -4,11 +4,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
-from yoto_jax._checks import as_key, check_fraction
+from yoto_jax._checks import as_key, check_all_fractions
 from yoto_jax._loss_spec import LossSpec
 from yoto_jax._losses import Losses, Params, Present, PyTree, stack_present, tree_of
 from yoto_jax._numerics import upcast
@@ -79,11 +78,7 @@ def grad_drop(
     """
     losses = tree_of(losses)
     spec = LossSpec(jax.tree.structure(losses), jnp.float32)
-    for value in jax.tree.leaves(leak):
-        for number in (
-            [value] if isinstance(value, jax.core.Tracer) else np.ravel(value)
-        ):
-            check_fraction(leak=number)
+    check_all_fractions(leak=leak)
     leaks = spec.vector("leak", leak)
 
     def init_fn(params: Params) -> GradDropState:

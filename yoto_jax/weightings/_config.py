@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._checks import check_all_positive
-from yoto_jax._loss_spec import LossSpec
+from yoto_jax._loss_spec import LossSpec, stateless
 from yoto_jax._losses import PyTree
 from yoto_jax._make_weighting import make_weighting
 from yoto_jax._solvers import cosines, dot, projection_weights, safe_divide
@@ -54,10 +54,6 @@ def config(*, preference: PyTree = None) -> LossWeighting:
     """
     check_all_positive(preference=preference)
 
-    def init(spec: LossSpec) -> tuple[()]:
-        spec.ratios(preference)  # It has to fit the losses.
-        return ()
-
     def update(
         losses: jax.Array, inner: tuple[()], spec: LossSpec, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
@@ -70,7 +66,7 @@ def config(*, preference: PyTree = None) -> LossWeighting:
         return length * safe_divide(b, norms), inner
 
     return make_weighting(
-        init,
+        stateless(preference),
         update,
         needs=("gramian",),
         first_weights=LossSpec.equal,

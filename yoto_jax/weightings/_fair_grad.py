@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._checks import check_all_positive, check_not_negative, check_positive
-from yoto_jax._loss_spec import LossSpec
+from yoto_jax._loss_spec import LossSpec, stateless
 from yoto_jax._losses import PyTree
 from yoto_jax._make_weighting import make_weighting
 from yoto_jax._solvers import cosines, safe_divide, solve_power_equation
@@ -67,10 +67,6 @@ def fair_grad(
     check_positive(alpha=alpha)
     check_not_negative(regularization=regularization)
 
-    def init(spec: LossSpec) -> tuple[()]:
-        spec.ratios(preference)  # It has to fit the losses.
-        return ()
-
     def update(
         losses: jax.Array, inner: tuple[()], spec: LossSpec, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
@@ -90,4 +86,4 @@ def fair_grad(
         unit = largest ** ((power - 1) / (power + 1))
         return safe_divide(jnp.where(some, b * unit, 0), norms), inner
 
-    return make_weighting(init, update, needs=("gramian",))
+    return make_weighting(stateless(preference), update, needs=("gramian",))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._checks import check_all_positive
-from yoto_jax._loss_spec import LossSpec
+from yoto_jax._loss_spec import LossSpec, stateless
 from yoto_jax._losses import PyTree
 from yoto_jax._make_weighting import make_weighting
 from yoto_jax._solvers import cosines, projection_weights, safe_divide
@@ -53,10 +53,6 @@ def imtl_g(*, preference: PyTree = None) -> LossWeighting:
     """
     check_all_positive(preference=preference)
 
-    def init(spec: LossSpec) -> tuple[()]:
-        spec.ratios(preference)  # It has to fit the losses.
-        return ()
-
     def update(
         losses: jax.Array, inner: tuple[()], spec: LossSpec, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
@@ -72,7 +68,7 @@ def imtl_g(*, preference: PyTree = None) -> LossWeighting:
         return jnp.where(nothing, 0, v / jnp.where(nothing, 1, total)), inner
 
     return make_weighting(
-        init,
+        stateless(preference),
         update,
         needs=("gramian",),
         first_weights=LossSpec.equal,

@@ -5,9 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from yoto_jax._loss_spec import LossSpec
-from yoto_jax._losses import Losses, Present, PyTree, loss_vector, split, stack_present
-from yoto_jax._make_weighting import refuse_losses
+from yoto_jax._losses import Losses, Present, PyTree, split
+from yoto_jax._make_weighting import loss_values, refuse_losses
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import (
     GRADIENT_STATISTICS,
@@ -95,10 +94,6 @@ def log(weighting: LossWeighting) -> LossWeighting:
         inner = weighting.init(losses)
         return LogState(inner, jax.tree.map(jnp.copy, weights_of(inner)))
 
-    def vector(losses: Losses, state: LogState) -> jax.Array:
-        weights, structure = jax.tree.flatten(weights_of(state.inner))
-        return loss_vector(losses, structure, weights[0].dtype)
-
     def update(
         losses: Losses,
         state: LogState,
@@ -107,11 +102,7 @@ def log(weighting: LossWeighting) -> LossWeighting:
         **statistics: Any,
     ) -> tuple[PyTree, LogState]:
         check_state(state, LogState)
-        values = vector(losses, state)
-        structure = jax.tree.structure(weights_of(state.inner))
-        mask = stack_present(present, structure)
-        spec = LossSpec(structure, values.dtype, mask)
-        values = spec.of_present(values, 1)
+        spec, values = loss_values(losses, state, present)
         remedy = "Shift it, or weigh the losses without log."
         refuse_losses(values <= 0, values, spec, "positive losses", remedy)
         # Without a logarithm all is NaN, so that the weighting inside skips the batch.
@@ -125,12 +116,12 @@ def log(weighting: LossWeighting) -> LossWeighting:
             {name: x for name, x in statistics.items() if name in known},
             present,
         )
-        return mask_weights(weights, mask), LogState(inner, own)
+        return mask_weights(weights, spec.present), LogState(inner, own)
 
     def observe_step(losses: Losses, state: LogState, **kwargs: Any) -> LogState:
         assert weighting.observe_step is not None
-        structure = jax.tree.structure(weights_of(state.inner))
-        logs = split(jnp.log(vector(losses, state)), structure)
+        spec, values = loss_values(losses, state, None)
+        logs = split(jnp.log(values), spec.structure)
         return state._replace(inner=weighting.observe_step(logs, state.inner, **kwargs))
 
     return observing_inner(weighting)._replace(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._checks import check_all_positive, check_flag
-from yoto_jax._loss_spec import LossSpec
+from yoto_jax._loss_spec import LossSpec, stateless
 from yoto_jax._losses import PyTree
 from yoto_jax._make_weighting import make_weighting
 from yoto_jax._solvers import safe_divide, smallest_convex_combination
@@ -63,10 +63,6 @@ def mgda(*, preference: PyTree = None, normalize: bool = False) -> LossWeighting
     check_all_positive(preference=preference)
     check_flag(normalize=normalize)
 
-    def init(spec: LossSpec) -> tuple[()]:
-        spec.ratios(preference)  # It has to fit the losses.
-        return ()
-
     def update(
         losses: jax.Array, inner: tuple[()], spec: LossSpec, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
@@ -83,7 +79,7 @@ def mgda(*, preference: PyTree = None, normalize: bool = False) -> LossWeighting
         return weights / jnp.sum(weights), inner
 
     return make_weighting(
-        init,
+        stateless(preference),
         update,
         needs=("gramian",),
         first_weights=LossSpec.equal,

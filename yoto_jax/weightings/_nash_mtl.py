@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from yoto_jax._checks import check_all_positive, check_not_negative, check_positive
-from yoto_jax._loss_spec import LossSpec
+from yoto_jax._loss_spec import LossSpec, stateless
 from yoto_jax._losses import PyTree
 from yoto_jax._make_weighting import make_weighting
 from yoto_jax._solvers import combined_norm, cosines, safe_divide, solve_power_equation
@@ -71,10 +71,6 @@ def nash_mtl(
         check_positive(max_norm=max_norm)
     check_not_negative(regularization=regularization)
 
-    def init(spec: LossSpec) -> tuple[()]:
-        spec.ratios(preference)  # It has to fit the losses.
-        return ()
-
     def update(
         losses: jax.Array, inner: tuple[()], spec: LossSpec, *, gramian: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
@@ -90,4 +86,4 @@ def nash_mtl(
             b = b / jnp.maximum(norm / max_norm, 1)
         return safe_divide(b, norms), inner
 
-    return make_weighting(init, update, needs=("gramian",))
+    return make_weighting(stateless(preference), update, needs=("gramian",))

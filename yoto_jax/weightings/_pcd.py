@@ -4,9 +4,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from yoto_jax._checks import check_decay, check_fraction, check_not_negative
+from yoto_jax._checks import check_all_fractions, check_decay, check_not_negative
 from yoto_jax._loss_spec import LossSpec
 from yoto_jax._losses import PyTree
 from yoto_jax._make_weighting import make_weighting
@@ -83,10 +82,7 @@ def pcd(
       the losses. Demands that only gradients which nearly cancel could meet, to within
       rounding of that dtype, count as contradictions.
     """
-    for value in jax.tree.leaves(tau):
-        if not isinstance(value, jax.core.Tracer):
-            check_fraction(tau=np.min(value))
-            check_fraction(tau=np.max(value))
+    check_all_fractions(tau=tau)
     check_decay(decay=decay)
     check_not_negative(eps=eps)
 
