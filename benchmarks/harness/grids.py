@@ -138,19 +138,9 @@ def stretch(steps: int) -> int:
 def _compile(
     grid: Grid, length: int, arguments: Any, mesh: jax.sharding.Mesh | None
 ) -> Any:
-    _, *runs = arguments
     start = functools.partial(_init, grid)
     further = functools.partial(_advance, grid, length)
-    if mesh is not None:
-        own, of_steps = lanes.spec(mesh), lanes.spec(mesh, 1)
-        of_seeds = jax.sharding.PartitionSpec(mesh.axis_names[0])
-        init = lanes.Spread(start, mesh, (of_seeds, own), own, tuple(runs))
-        specs = (own, lanes.ALL, of_seeds, own)
-        every = (init.out_info, *arguments)
-        return init, lanes.Spread(further, mesh, specs, (own, of_steps), every, (0,))
-    init = jax.jit(start).lower(*runs).compile()
-    advance = jax.jit(further, donate_argnums=0)
-    return init, advance.lower(init.out_info, *arguments).compile()
+    return lanes.programs(start, further, arguments, mesh)
 
 
 def _init(grid: Grid, seeds: jax.Array, configurations: PyTree) -> Carry:

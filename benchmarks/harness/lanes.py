@@ -106,6 +106,37 @@ class Spread:
         )
 
 
+def programs(
+    start: Callable[..., PyTree],
+    further: Callable[..., Any],
+    arguments: tuple[PyTree, PyTree, PyTree],
+    mesh: Mesh | None,
+) -> tuple[Any, Any]:
+    """Compile what starts runs, and what trains them further, whose runs are donated.
+
+    Args:
+      start: ``start(seeds, configurations) -> runs``.
+      further: ``further(runs, data, seeds, configurations) -> (runs, seen)`` with the
+        steps on the first axis of what is seen.
+      arguments: Data, seeds and configurations, or their shapes.
+      mesh: The devices, if they are several; seeds lie on the first axis.
+
+    Returns:
+      Both, compiled.
+    """
+    _, *runs = arguments
+    if mesh is not None:
+        own, of_steps = spec(mesh), spec(mesh, 1)
+        of_seeds = PartitionSpec(mesh.axis_names[0])
+        init = Spread(start, mesh, (of_seeds, own), own, tuple(runs))
+        specs = (own, ALL, of_seeds, own)
+        every = (init.out_info, *arguments)
+        return init, Spread(further, mesh, specs, (own, of_steps), every, (0,))
+    init = jax.jit(start).lower(*runs).compile()
+    advance = jax.jit(further, donate_argnums=0)
+    return init, advance.lower(init.out_info, *arguments).compile()
+
+
 def gathered(lanes: PyTree) -> PyTree:
     """The same arrays, on one device if they are on several."""
 

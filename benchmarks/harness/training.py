@@ -240,7 +240,6 @@ def _compile(
     leaves: tuple[Any, ...],
     mesh: jax.sharding.Mesh | None,
 ) -> tuple[Any, Any]:
-    data, seeds, config = structure.unflatten(leaves)
     optimizer = task.optimizer()
 
     def init_one(seed: jax.Array, config: PyTree) -> Carry:
@@ -265,18 +264,8 @@ def _compile(
         lanes = lambda carry, _: jax.vmap(one)(carry, seeds, config)
         return jax.lax.scan(lanes, carry, length=length)
 
-    if mesh is not None:
-        own, of_steps = lane_devices.spec(mesh), lane_devices.spec(mesh, 1)
-        init = lane_devices.Spread(
-            jax.vmap(init_one), mesh, (own, own), own, (seeds, config)
-        )
-        arguments = (init.out_info, data, seeds, config)
-        specs = (own, lane_devices.ALL, own, own)
-        results = (own, of_steps)
-        return init, lane_devices.Spread(advance, mesh, specs, results, arguments, (0,))
-    compiled = jax.jit(jax.vmap(init_one)).lower(seeds, config).compile()
-    program = jax.jit(advance, donate_argnums=0)
-    return compiled, program.lower(compiled.out_info, data, seeds, config).compile()
+    arguments = structure.unflatten(leaves)
+    return lane_devices.programs(jax.vmap(init_one), advance, arguments, mesh)
 
 
 def _begin(task: Task, rule: Rule, seed: jax.Array, config: PyTree) -> Carry:

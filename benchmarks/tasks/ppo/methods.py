@@ -1,5 +1,8 @@
 """What is compared on PPO: constants and every weighting that takes any loss."""
 
+RETURN, WHOLE = "return", "return, all updates"
+"""Metrics: of the last updates, and of all."""
+
 LOSSES = ("policy", "value", "entropy")
 PRIMARY = "policy"
 CONSTANTS = {

@@ -8,10 +8,9 @@ from matplotlib.figure import Figure
 from benchmarks.harness import plots
 from benchmarks.harness.results import Result, values
 from benchmarks.harness.tables import Table, mean_sd
-from benchmarks.tasks.ppo.methods import CONSTANTS, LOSSES
+from benchmarks.tasks.ppo.methods import CONSTANTS, LOSSES, RETURN, WHOLE
 
 REFUSES = 0.5  # of the batches skipped: the method is not for these losses
-WHOLE = "return, all updates"
 
 
 def _methods(result: Result) -> list[str]:
@@ -26,7 +25,7 @@ def _domains(result: Result) -> list[str]:
 
 
 def _returns(
-    result: Result, method: str, domain: str, metric: str = "return"
+    result: Result, method: str, domain: str, metric: str = RETURN
 ) -> np.ndarray:
     return values(result["records"], method=method, domain=domain, metric=metric)
 

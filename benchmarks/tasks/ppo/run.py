@@ -15,7 +15,14 @@ from benchmarks.harness.results import Record, record, write_json
 from benchmarks.harness.terminal import say, show
 from benchmarks.harness.units import Units
 from benchmarks.tasks.ppo import task
-from benchmarks.tasks.ppo.methods import CONSTANTS, LOSSES, PRIMARY, SHARES
+from benchmarks.tasks.ppo.methods import (
+    CONSTANTS,
+    LOSSES,
+    PRIMARY,
+    RETURN,
+    SHARES,
+    WHOLE,
+)
 from benchmarks.tasks.ppo.report import conclusions, figure, table
 
 RESUMABLE = True
@@ -97,8 +104,8 @@ def run(
     records = []
     for seed in range(seeds):
         measured: dict[str, Any] = {
-            "return": mean_return(episodes[seed, -last:], total[seed, -last:]),
-            "return, all updates": mean_return(episodes[seed], total[seed]),
+            RETURN: mean_return(episodes[seed, -last:], total[seed, -last:]),
+            WHOLE: mean_return(episodes[seed], total[seed]),
             "skipped": skipped[seed],
         }
         for k, name in enumerate(LOSSES):
