@@ -94,7 +94,13 @@ def index(results: Path) -> Table:
         of_quick = f"{quick[name]} s" if name in quick else ""
         told = f"[report](tasks/{name}/REPORT.md)"
         rows.append([f"`{name}`", what, of_quick, took, told])
-    headings = ("name", "what it measures", "quick preset", "stored result", "told in")
+    headings = (
+        "name",
+        "what it measures",
+        "quick preset (processor)",
+        "stored result",
+        "told in",
+    )
     return Table(headings, rows)
 
 
@@ -123,7 +129,7 @@ def parser() -> argparse.ArgumentParser:
         "  figures    redraw the figures from the stored results\n"
         "  merge DIR  put results of some methods into the stored ones; with --drop,\n"
         "             old ones of methods that look at gradients go\n"
-        "  durations  run all quick presets, and write how long each takes",
+        "  durations  run quick presets, all or those named, and write what they take",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s NAME [options]; %(prog)s NAME --help",
     )
@@ -135,8 +141,10 @@ def parser() -> argparse.ArgumentParser:
         _add_options(command)
         for flag, settings in EXTRA.get(name, ()):
             command.add_argument(flag, **settings)
-    for name in ("tables", "figures", "durations"):
+    for name in ("tables", "figures"):
         names.add_parser(name, help=argparse.SUPPRESS)
+    of_quick = names.add_parser("durations", help=argparse.SUPPRESS)
+    of_quick.add_argument("names", nargs="*", choices=[*BENCHMARKS], metavar="NAME")
     merge = names.add_parser("merge", help=argparse.SUPPRESS)
     merge.add_argument("folder", type=_folder, metavar="DIR")
     merge.add_argument("--drop", action="store_true")
@@ -304,7 +312,7 @@ def main(arguments: list[str] | None = None) -> None:
         elif name == "figures":
             draw_figures(RESULTS)
         elif name == "durations":
-            durations.measure(BENCHMARKS, DURATIONS)
+            durations.measure(given["names"] or BENCHMARKS, DURATIONS)
         elif name == "merge":
             names = tuple(BENCHMARKS)
             merged = merging.merge_folder(

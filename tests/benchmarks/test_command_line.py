@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import pathlib
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -494,17 +495,23 @@ def test_properties_have_a_row_for_each_method(tmp_path):
     assert held["linear under scaling"] == "-"
 
 
-def test_durations_of_the_quick_presets_are_measured_and_listed(tmp_path, monkeypatch):
+def test_processor_time_of_the_quick_presets_is_measured_and_listed(
+    tmp_path, monkeypatch
+):
     asked = []
-    monkeypatch.setattr(
-        durations.subprocess, "run", lambda command, check: asked.append(command[3:6])
-    )
+
+    def run(command, check):
+        asked.append(command[3:6])
+        return subprocess.CompletedProcess(command, command[3] == "pinn")
+
+    monkeypatch.setattr(durations.subprocess, "run", run)
     path = tmp_path / "durations.json"
     assert durations.read(path) == {}
-    durations.measure(["toy", "rho"], path)
-    assert asked == [["toy", "--preset", "quick"], ["rho", "--preset", "quick"]]
-    assert durations.read(path) == {"toy": 0, "rho": 0}
     monkeypatch.setattr(command_line, "DURATIONS", path)
+    with pytest.raises(SystemExit):  # one fails, and the others are written
+        command_line.main(["durations", "toy", "pinn", "rho"])
+    assert asked == [[name, "--preset", "quick"] for name in ("toy", "pinn", "rho")]
+    assert durations.read(path) == {"toy": 0, "rho": 0}
     rows = {row[0]: row[2] for row in command_line.index(tmp_path).rows}
     assert (rows["`toy`"], rows["`pinn`"]) == ("0 s", "")
 

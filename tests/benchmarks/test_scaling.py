@@ -186,6 +186,18 @@ def test_what_is_said_follows_the_numbers():
     assert said[1].startswith("Of 1 killed runs 1 continued bit for bit; at most 4")
 
 
+def test_the_figure_shows_what_was_measured(tmp_path):
+    timed = [
+        record(name, f"of one device{part}", 1.0, config="devices=2")
+        for name in ("plain", "yoto")
+        for part in ("", ", lower quartile", ", upper quartile")
+    ]
+    sent = [record(n, "bytes", 8.0, config="shard_map") for n in ("plain", "famo")]
+    path = tmp_path / "scaling.png"
+    report.figure(result(*timed, *sent), path)
+    assert path.stat().st_size > 10_000
+
+
 def test_the_model_of_an_all_reduce():
     tiny, large = report.all_reduce_seconds(4), report.all_reduce_seconds(1e9)
     assert tiny == pytest.approx(2 * 10 * report.LATENCY, rel=1e-3)  # a tree
