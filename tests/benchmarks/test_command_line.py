@@ -514,6 +514,12 @@ def test_processor_time_of_the_quick_presets_is_measured_and_listed(
     assert durations.read(path) == {"toy": 0, "rho": 0}
     rows = {row[0]: row[2] for row in command_line.index(tmp_path).rows}
     assert (rows["`toy`"], rows["`pinn`"]) == ("0 s", "")
+    with pytest.raises(SystemExit):
+        command_line.main(["durations", "tox"])
+    assert len(asked) == 3
+    with pytest.raises(SystemExit):
+        command_line.main(["durations"])
+    assert [name for name, *_ in asked[3:]] == [*command_line.BENCHMARKS]
 
 
 def test_a_result_knows_how_long_it_took():
