@@ -329,6 +329,69 @@ def minimise_on_simplex(
     return jnp.where(derivatives(w)[0] <= least, w, best)
 
 
+def solve_simplex_qp(
+    matrix: jax.Array, linear: jax.Array, present: jax.Array | None = None
+) -> jax.Array:
+    r"""Minimise :math:`\frac12 w^\top A w - q^\top w` subject to w >= 0 and sum 1.
+
+    :func:`minimise_on_simplex`, then one solve on the face that it found, taken only if
+    it is optimal.
+
+    Args:
+      matrix: (K, K) symmetric positive semi-definite A, of order 1 at most.
+      linear: (K,) q, of order 1.
+      present: (K,) which entries may be positive, all if not given.
+
+    Returns:
+      (K,) w, exact up to rounding, or as exact as the interior point method.
+    """
+    size, dtype = matrix.shape[0], matrix.dtype
+    eps = jnp.finfo(dtype).eps
+    squares = jnp.diagonal(matrix)
+    if present is not None:
+        # Out of reach: no mixture of the others costs as much as half of this.
+        both = present[:, None] & present[None, :]
+        matrix = jnp.where(both, matrix, 0)
+        highest = jnp.max(jnp.where(present, linear, -jnp.inf))
+        lowest = jnp.min(jnp.where(present, linear, jnp.inf))
+        reach = highest - lowest + jnp.max(jnp.where(present, squares, 0)) + 1
+        linear = jnp.where(present, linear - highest, -2 * reach)
+        linear = jnp.where(jnp.any(present), linear, 0)
+    else:
+        linear = linear - jnp.max(linear)
+    # A constant more on the simplex: regular where only a mixture of all vanishes.
+    a = matrix + jnp.ones((), dtype)
+
+    def derivatives(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        aw = dot(matrix, w)
+        return 0.5 * jnp.vdot(w, aw) - jnp.vdot(w, linear), aw - linear, a
+
+    w = minimise_on_simplex(derivatives, size, dtype)
+    slope = derivatives(w)[1]
+    free = w > slope - jnp.vdot(w, slope)
+    ridged = a + eps * jnp.eye(size, dtype=dtype)
+    eye = jnp.eye(size, dtype=dtype)
+    factor = _factor(jnp.where(free[:, None] & free[None, :], ridged, eye))
+    along = _solve(factor, free.astype(dtype))
+    polished = jnp.where(free, w, 0)
+    for _ in range(3):  # the later ones take the ridge out again
+        rest = jnp.where(free, linear - dot(matrix, polished), 0)
+        step = _solve(factor, rest)
+        lacking = 1 - jnp.sum(polished) - jnp.sum(step)
+        polished = polished + step + lacking / jnp.sum(along) * along
+    slope = derivatives(polished)[1]
+    level = jnp.vdot(polished, slope)
+    height = jnp.max(jnp.abs(linear)) + jnp.max(jnp.abs(matrix))
+    tolerance = 4 * size * eps * jnp.maximum(height, 1)
+    optimal = jnp.where(
+        free,
+        (jnp.abs(slope - level) <= tolerance) & (polished >= -tolerance),
+        slope >= level - tolerance,
+    )
+    w = _accept(jnp.all(optimal), jnp.maximum(polished, 0), w)
+    return w / jnp.sum(w)
+
+
 def solve_power_equation(
     matrix: jax.Array, scale: jax.Array, power: jax.Array | float, *, steps: int = 20
 ) -> jax.Array:

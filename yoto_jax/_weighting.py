@@ -12,7 +12,7 @@ from yoto_jax._losses import Present, PyTree, State, Weights
 from yoto_jax._numerics import where_rows
 from yoto_jax._serialization import serializable_state
 
-GRADIENT_STATISTICS = ("gramian", "norms", "max_abs", "mean_abs")
+GRADIENT_STATISTICS = ("gramian", "norms", "max_abs", "mean_abs", "std")
 """What :func:`yoto_jax.value_and_grad` can tell of per-loss gradients, see there."""
 
 MATRICES = ("gramian", "cross_gramian")
@@ -36,10 +36,11 @@ class LossWeighting(NamedTuple):
         and leave no trace in the state; the others are weighed as if alone.
       needs: What ``update`` looks at: ``"losses"``, and statistics of the gradients.
         ``"gramian"`` (K, K) inner products of per-loss gradients; ``"norms"``,
-        ``"max_abs"``, ``"mean_abs"`` (K,) Euclidean norm, largest and mean absolute
-        entry of each; ``"alignment"`` (K,) inner products with the gradient of the
-        downstream loss. Any other name is the caller's to provide, such as
-        ``"cross_gramian"`` (K, K), see :func:`yoto_jax.cross_gramian`.
+        ``"max_abs"``, ``"mean_abs"``, ``"std"`` (K,) Euclidean norm, largest and mean
+        absolute entry, and standard deviation of the entries of each; ``"alignment"``
+        (K,) inner products with the gradient of the downstream loss. Any other name is
+        the caller's to provide, such as ``"cross_gramian"`` (K, K), see
+        :func:`yoto_jax.cross_gramian`.
       downstream: The loss that steers the weights without a weight of its own, or None.
       due: ``due(state) -> bool``: whether the next update looks at the statistics, so
         that they need not be computed if it does not. None if it always does.

@@ -12,6 +12,7 @@ STATISTICS = {
     "norms": "gradient norms",
     "max_abs": "gradient entries",
     "mean_abs": "gradient entries",
+    "std": "gradient entries",
     "alignment": "derivatives along the downstream gradient",
     "ntk_diagonal": "kernel diagonal",
     "cross_gramian": "cross-Gramian of two batches",

@@ -50,6 +50,7 @@ WEIGHTINGS = {
     "famo": weightings.famo(),  # losses alone
     "gradnorm": weightings.gradnorm(),  # norms
     "lr_annealing": weightings.lr_annealing("a"),  # largest and mean entries
+    "inverse_dirichlet": weightings.inverse_dirichlet(),  # deviations of entries
     "upgrad": weightings.upgrad(),  # Gramian
     "grap": weightings.grap("c"),
 }
@@ -117,7 +118,7 @@ def cases(*names):
     return pytest.mark.parametrize(("name", "by_encoder"), chosen)
 
 
-@cases("lr_annealing", "upgrad", "grap, encoder")
+@cases("lr_annealing", "inverse_dirichlet", "upgrad", "grap, encoder")
 def test_every_device_holds_a_part_and_gathers_the_whole(name, by_encoder):
     """As in fully sharded data parallelism, on the axis of the batch itself."""
     mesh = mesh_of((8,), ("d",))

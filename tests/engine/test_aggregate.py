@@ -12,6 +12,7 @@ from flax.training.train_state import TrainState
 
 import yoto_jax as yoto
 from yoto_jax import make_weighting, weightings
+from yoto_jax.gradients._statistics import statistics_of
 
 X = jax.random.normal(jax.random.key(0), (16, 3))
 
@@ -145,6 +146,16 @@ def test_linen_train_state(needs_losses):
     assert int(state.opt_state[0].num_updates) == 20
 
 
+def test_the_deviation_of_entries_is_not_lost_to_rounding():
+    rng = np.random.default_rng(0)
+    entries = np.float32(1000 + 0.01 * rng.normal(size=(2, 500)))
+    rows = {"w": entries[:, :300].reshape(2, 30, 10), "b": entries[:, 300:]}
+    found = statistics_of(jax.tree.map(jnp.asarray, rows), ["std"])["std"]
+    np.testing.assert_allclose(found, np.float64(entries).std(1), rtol=2e-3)
+    one = statistics_of(jnp.float32([[3.7], [1e4]]), ["std"])["std"]
+    np.testing.assert_array_equal(one, 0)
+
+
 def test_statistics_of_every_kind_and_downstream_losses():
     _, jacobian = yoto.value_and_jacobian(loss_fn)(PARAMS, X)
     flat = np.concatenate(
@@ -154,6 +165,7 @@ def test_statistics_of_every_kind_and_downstream_losses():
         "norms": np.linalg.norm(flat, axis=1),
         "max_abs": np.abs(flat).max(1),
         "mean_abs": np.abs(flat).mean(1),
+        "std": flat.std(1),
         "alignment": flat @ flat[1],
         "anything": np.array([3.0, 4.0]),
     }

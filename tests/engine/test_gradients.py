@@ -65,6 +65,7 @@ EXPECTED = {
     "norms": np.linalg.norm(J, axis=1),
     "max_abs": np.abs(J).max(1),
     "mean_abs": np.abs(J).mean(1),
+    "std": J.std(1),
     "alignment": J @ J[2],
 }
 MEMORY = {
@@ -105,6 +106,7 @@ def test_selected_parameters(statistic):
         "norms": np.linalg.norm(rows, axis=1),
         "max_abs": np.abs(rows).max(1),
         "mean_abs": np.abs(rows).mean(1),
+        "std": rows.std(1),
         "alignment": rows @ rows[2],
     }[statistic]
     source = yoto.of_parameters(select=last)
@@ -141,6 +143,7 @@ EXPECTED_OF_Z = {
     "norms": np.linalg.norm(S, axis=1),
     "max_abs": np.abs(S).max(1),
     "mean_abs": np.abs(S).mean(1),
+    "std": S.std(1),
 }
 
 
@@ -503,6 +506,7 @@ SOURCES = {
         yoto.of_representation(encoder, weigh_heads=True),
     ),
     "encoder, maximum": (heads, "max_abs", OF_Z),
+    "encoder, deviation": (heads, "std", OF_Z),
     "downstream": (loss_fn, "alignment", None),
     "downstream, encoder": (heads, "alignment", OF_Z),
     "every": (loss_fn, "every", None),

@@ -32,6 +32,7 @@ def batch(step):
         "norms": np.linalg.norm(rows, axis=1),
         "max_abs": np.abs(rows).max(1),
         "mean_abs": np.abs(rows).mean(1),
+        "std": rows.std(1),
         "alignment": rows @ rows[0],
         "ntk_diagonal": (rows**2).sum(1),
     }

@@ -3,7 +3,7 @@
 import itertools
 
 import numpy as np
-from scipy.optimize import least_squares, minimize, nnls
+from scipy.optimize import least_squares, linprog, minimize, nnls
 
 
 def bounded_qp(matrix, linear, lower):
@@ -44,6 +44,47 @@ def mgda(jacobian):
                 least, best = value, np.zeros(count)
                 best[face] = w
     return best
+
+
+def simplex_qp(matrix, linear):
+    """Minimise w^T A w / 2 - q^T w on the simplex: every face is tried."""
+    count, best, least = len(linear), None, np.inf
+    for size in range(1, count + 1):
+        for face in map(list, itertools.combinations(range(count), size)):
+            part = matrix[np.ix_(face, face)]
+            system = np.block([[part, np.ones((size, 1))], [np.ones(size), 0.0]])
+            w = np.linalg.lstsq(system, np.r_[linear[face], 1], rcond=None)[0][:-1]
+            value = w @ part @ w / 2 - linear[face] @ w
+            if w.min() >= -1e-12 and abs(w.sum() - 1) < 1e-9 and value < least:
+                least, best = value, np.zeros(count)
+                best[face] = w
+    return best
+
+
+def epo(jacobian, losses, preference, horizon=1.0):
+    rows, values = preference[:, None] * jacobian, preference * losses
+    length = horizon * np.abs(values).sum() / (rows**2).sum()
+    w = preference * simplex_qp(length * rows @ rows.T, values)
+    return w / w.sum()
+
+
+def epo_of_the_paper(jacobian, losses, preference, threshold=1e-4):
+    """Its linear programmes, of the gradients as they come: balance, or descend."""
+    count, gramian = len(losses), jacobian @ jacobian.T
+    shares = preference * losses / (preference @ losses)
+    unevenness = shares @ np.log(count * shares)
+    gains = gramian @ (preference * (np.log(count * shares) - unevenness))
+    if unevenness > threshold:
+        value, least = gains, np.zeros(count)
+        if (gains > 0).any():
+            least = np.where(gains > 0, -np.inf, gains)
+            least[shares == shares.max()] = 0
+        rows, least = gramian[least > -np.inf], least[least > -np.inf]
+    else:
+        value = gramian.sum(1)
+        rows = np.vstack([gramian, gains])
+        least = np.r_[np.zeros(count), min(gains.max(), 0)]
+    return linprog(-value, -rows, -least, np.ones((1, count)), [1.0]).x
 
 
 def cagrad_objective(jacobian, w, c):

@@ -198,6 +198,19 @@ def norm_ratios(norms, primary, share=1.0, decay=0.9, eps=1e-5):
     return np.array(weights)
 
 
+def metabalance(norms, primary, relax=0.7, decay=0.9):
+    """The authors' averages from 0, whose ratios need no correction."""
+    mean, weights = np.zeros(norms.shape[1]), []
+    for n in norms:
+        mean = decay * mean + (1 - decay) * n
+        weights.append(relax * mean[primary] / mean + (1 - relax))
+    return np.array(weights)
+
+
+def inverse_dirichlet(std, decay=0.5):
+    return averages(std.max(1, keepdims=True) / std, decay)
+
+
 def encodec_balancer(norms, parts, total_norm=1.0, decay=0.999, eps=1e-12):
     """The authors' averager, sum over sum of weights, and their scales."""
     total, fix, weights = np.zeros(norms.shape[1]), 0.0, []

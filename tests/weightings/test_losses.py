@@ -19,7 +19,9 @@ from yoto_jax.weightings._geometric import geometric
 from yoto_jax.weightings._grad_norm_balance import grad_norm_balance
 from yoto_jax.weightings._gradnorm import gradnorm
 from yoto_jax.weightings._imtl_l import imtl_l
+from yoto_jax.weightings._inverse_dirichlet import inverse_dirichlet
 from yoto_jax.weightings._lr_annealing import lr_annealing
+from yoto_jax.weightings._metabalance import metabalance
 from yoto_jax.weightings._ntk import ntk, ntk_diagonal, ntk_surrogate
 from yoto_jax.weightings._random import random
 from yoto_jax.weightings._relobralo import relobralo
@@ -199,6 +201,21 @@ CASES = {
         lambda: encodec_balancer(preference=list(PARTS), total_norm=5.0, decay=0.9),
         lambda: oracles.encodec_balancer(LARGE, PARTS, 5.0, 0.9),
         {"norms": LARGE},
+    ),
+    "metabalance": (
+        lambda: metabalance(1),
+        lambda: oracles.metabalance(LARGE, 1),
+        {"norms": LARGE},
+    ),
+    "metabalance that goes all the way": (
+        lambda: metabalance(2, relax=1.0, decay=0.5),
+        lambda: oracles.metabalance(LARGE, 2, 1.0, 0.5),
+        {"norms": LARGE},
+    ),
+    "inverse_dirichlet": (
+        inverse_dirichlet,
+        lambda: oracles.inverse_dirichlet(SMALL),
+        {"std": SMALL},
     ),
     "lr_annealing": (
         lambda: lr_annealing(2, decay=0.8),
@@ -961,6 +978,54 @@ def test_the_reference_of_lr_annealing_keeps_its_weight():
         lr_annealing(None).init(losses)
 
 
+def test_metabalance_between_plain_gradients_and_equal_ones():
+    plain, _ = run(metabalance(1, relax=0.0), LOSSES, norms=LARGE)
+    np.testing.assert_array_equal(plain, 1)
+    equal, _ = run(metabalance(1, relax=1.0, decay=0.0), LOSSES, norms=LARGE)
+    lengths = np.broadcast_to(LARGE[:, [1]], LARGE.shape)
+    np.testing.assert_allclose(equal * LARGE, lengths, rtol=1e-6)
+    half, _ = run(metabalance(1, relax=0.5, decay=0.0), LOSSES, norms=LARGE)
+    np.testing.assert_allclose(half, (equal + 1) / 2, rtol=1e-6)
+
+
+def test_metabalance_without_the_primary_loss_holds_its_means():
+    weighting = metabalance("a", relax=0.5, decay=0.5)
+    losses = {"a": 1.0, "b": 1.0, "c": 1.0}
+    state = weighting.init(losses)
+    for norms, there in (([4.0, 2.0, 0.0], True), ([9.0, 1.0, 0.0], False)):
+        weights, state = weighting.update(
+            losses,
+            state,
+            norms=jnp.array(norms),
+            present=losses | {"a": there, "b": True, "c": True},
+        )
+    mean = (0.25 * 2 + 0.5 * 1) / 0.75  # of b, in the second batch
+    np.testing.assert_allclose(weights["b"], 0.5 * 4 / mean + 0.5, rtol=1e-6)
+    assert (weights["a"], weights["c"]) == (0, 1)  # c has no gradient to balance
+    np.testing.assert_array_equal(state.inner.num_seen, [1, 2, 2])
+
+
+def test_metabalance_of_every_tensor_is_the_authors_step():
+    """A weighting, and its means, for each array: ``optax.partition``."""
+    rng = np.random.default_rng(0)
+    params = {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}
+    rows = {k: rng.normal(size=(5, 3, *x.shape)) for k, x in params.items()}
+    rows = {k: x * np.exp(rng.normal(size=(5, 3) + (1,) * (x.ndim - 2)))
+            for k, x in rows.items()}  # fmt: skip
+    losses = {"a": 0.0, "b": 0.0, "main": 0.0}
+    each = {name: yoto.aggregate(metabalance("main"), losses) for name in params}
+    tx = optax.partition(each, {name: name for name in params})
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step in range(5):
+        found, state = update({k: jnp.float32(x[step]) for k, x in rows.items()}, state)
+    for name, x in rows.items():
+        norms = np.sqrt((x.reshape(5, 3, -1) ** 2).sum(2))
+        weights = oracles.metabalance(norms, 2)[-1]
+        np.testing.assert_allclose(
+            found[name], np.tensordot(weights, x[-1], 1), rtol=1e-5
+        )
+
+
 GRADIENT_METHODS = {
     "gradnorm": (gradnorm, ["norms"], np.inf),
     "grad_norm_balance": (lambda: grad_norm_balance(eps=1e-4), ["norms"], 1e4),
@@ -969,6 +1034,8 @@ GRADIENT_METHODS = {
         ["max_abs", "mean_abs"],
         1e4,
     ),
+    "metabalance": (lambda: metabalance(0), ["norms"], np.inf),
+    "inverse_dirichlet": (lambda: inverse_dirichlet(eps=1e-4), ["std"], 1e4),
     "ntk": (lambda: ntk(eps=1e-4), ["ntk_diagonal"], 1e4),
     "ntk_surrogate": (lambda: ntk_surrogate(eps=1e-4), ["norms"], 1e4),
 }
@@ -1092,6 +1159,8 @@ ANY_SIGN = {
     "famo": lambda: famo(lower_bounds=-100.0),
     "grad_norm_balance": grad_norm_balance,
     "lr_annealing": lambda: lr_annealing("depth"),
+    "metabalance": lambda: metabalance("depth"),
+    "inverse_dirichlet": inverse_dirichlet,
     "ntk": ntk,
 }
 
@@ -1162,6 +1231,8 @@ def test_jumps_over_thirty_orders_of_magnitude_are_survived(name):
         (gradnorm, 1.0),
         (lambda: grad_norm_balance(eps=1e-30), 1.0),
         (lambda: lr_annealing(0), 1.0),
+        (lambda: metabalance(0), 1.0),
+        (inverse_dirichlet, 1.0),
         (ntk, 1.0),
         (ntk_surrogate, 1.0),
     ],
@@ -1224,6 +1295,11 @@ def test_a_single_loss_has_the_weight_that_the_convention_gives(make, weight):
             "share must be one number, or one for each loss",
         ),
         (lambda: lr_annealing(0, statistic="min"), "statistic must be.*'min'"),
+        (lambda: metabalance("a", relax=1.5), r"relax must be in \[0, 1\], got 1.5"),
+        (lambda: metabalance("a", decay=1.0), "decay must be in .*, got 1.0"),
+        (lambda: metabalance("a").init({"b": 1.0}), "primary 'a' is unknown"),
+        (lambda: inverse_dirichlet(decay=-0.5), "decay must be in .*, got -0.5"),
+        (lambda: inverse_dirichlet(eps=0.0), "eps must be positive, got 0.0"),
         (lambda: ntk(reduction="max"), "reduction must be.*'max'"),
         (lambda: ntk_surrogate(eps=-1), "eps must be positive, got -1"),
     ],

@@ -153,3 +153,44 @@ def test_a_gradient_that_is_zero_has_no_cosine():
     cosine, norms = _solvers.cosines(jnp.diag(jnp.asarray([4.0, 0.0, 1e-30])))
     np.testing.assert_allclose(cosine, np.diag([1.0, 0.0, 1.0]), rtol=1e-6)
     np.testing.assert_allclose(norms, [2.0, 0.0, 1e-15], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_simplex_qp_is_the_best_of_all_faces(dtype):
+    tolerance = 1e-5 if dtype == "float32" else 1e-11
+    with jax.enable_x64(dtype == "float64"):
+        solve = jax.jit(_solvers.solve_simplex_qp)
+        for seed in range(8):
+            rng = np.random.default_rng(seed)
+            rows = rng.normal(size=(4, 6))
+            linear = rng.normal(size=4) * 10.0 ** rng.uniform(-3, 0)
+            if seed % 2:  # A mixture of all vanishes, as on a Pareto front.
+                w = rng.uniform(0.2, 1.0, 4)
+                rows -= np.outer(w, w @ rows) / (w @ w)
+            matrix = rows @ rows.T / np.trace(rows @ rows.T)
+            expected = oracles.simplex_qp(matrix, linear)
+            found = solve(jnp.asarray(matrix, dtype), jnp.asarray(linear, dtype))
+            np.testing.assert_allclose(found, expected, atol=20 * tolerance)
+            np.testing.assert_array_equal(np.asarray(found) == 0, expected == 0)
+            there = np.arange(4) != seed % 4
+            part = np.ix_(there, there)
+            expected = oracles.simplex_qp(matrix[part], linear[there])
+            found = solve(
+                jnp.asarray(matrix, dtype),
+                jnp.asarray(linear, dtype),
+                jnp.asarray(there),
+            )
+            np.testing.assert_allclose(found[there], expected, atol=20 * tolerance)
+            assert found[~there] == 0
+
+
+def test_simplex_qp_without_a_matrix_or_with_many_solutions():
+    solve = jax.jit(_solvers.solve_simplex_qp)
+    linear = jnp.array([1.0, 3.0, 2.0])
+    np.testing.assert_allclose(solve(jnp.zeros((3, 3)), linear), [0, 1, 0], atol=1e-6)
+    np.testing.assert_allclose(solve(jnp.zeros((3, 3)), 0 * linear), 1 / 3, atol=1e-6)
+    found = solve(jnp.ones((3, 3)), 0 * linear)  # Three gradients alike.
+    assert found.min() >= 0
+    np.testing.assert_allclose(found.sum(), 1, rtol=1e-6)
+    none = solve(jnp.eye(3), linear, jnp.zeros(3, bool))
+    assert np.isfinite(none).all()

@@ -25,11 +25,13 @@ def statistics_of(
 
     ``spread`` names the axes of devices that each leaf is cut up over.
     """
+    groups = _by_axes(rows, spread)
     parts, entries = {}, {}
-    for axes, leaves in _by_axes(rows, spread).items():
+    for axes, leaves in groups.items():
         parts[axes] = _sums(leaves, names)
         entries[axes] = sum(x.size // x.shape[0] for x in leaves)
-    return _statistics_from(parts, entries)
+    found = _statistics_from(parts, entries)
+    return found | ({"std": _deviations(groups)} if "std" in names else {})
 
 
 def statistics_of_list(
@@ -37,7 +39,7 @@ def statistics_of_list(
 ) -> dict[str, jax.Array]:
     """The same of a list of gradients, which need not be copied side by side."""
     groups = [_by_axes(row, spread) for row in rows]
-    rest = [name for name in names if name != "gramian"]
+    rest = [name for name in names if name not in ("gramian", "std")]
     parts, entries = {}, {}
     for axes, first in groups[0].items():
         of_axes = [group[axes] for group in groups]
@@ -46,7 +48,11 @@ def statistics_of_list(
         if "gramian" in names:
             parts[axes]["gramian"] = _gramian_of_list(of_axes)
         entries[axes] = sum(x.size for x in first)
-    return _statistics_from(parts, entries)
+    found = _statistics_from(parts, entries)
+    if "std" in names:
+        one = lambda group: _deviations({k: add_axis(x) for k, x in group.items()})
+        found["std"] = jnp.concatenate([one(group) for group in groups])
+    return found
 
 
 def _gramian_of_list(rows: Sequence[PyTree]) -> jax.Array:
@@ -99,6 +105,27 @@ def _statistics_from(
         total = sum(count * axis_size(axes) for axes, count in entries.items())
         found["mean_abs"] = found["mean_abs"] / max(1, total)
     return found
+
+
+def _deviations(groups: dict[Axes, list[jax.Array]]) -> jax.Array:
+    """Standard deviations (K,) of all entries, about their mean over all leaves."""
+    total = sum(
+        x.size // x.shape[0] * axis_size(axes)
+        for axes, leaves in groups.items()
+        for x in leaves
+    )
+
+    def mean(f: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        terms = []
+        for axes, leaves in groups.items():
+            parts = (f(upcast(x).reshape(x.shape[0], -1)) for x in leaves)
+            local = add_up(jnp.sum(x, axis=1) for x in parts)
+            terms.append(lax.psum(local, axes) if axes else local)
+        return add_up(terms) / max(1, total)
+
+    # Not a difference of two means: that of few large entries is lost to rounding.
+    centre = mean(lambda x: x)[:, None]
+    return jnp.sqrt(mean(lambda x: jnp.square(x - centre)))
 
 
 def _by_axes(

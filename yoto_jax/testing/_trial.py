@@ -201,6 +201,7 @@ class Trial:
             "norms": np.linalg.norm(rows, axis=1),
             "max_abs": np.abs(rows).max(1),
             "mean_abs": np.abs(rows).mean(1),
+            "std": rows.std(1),
             "alignment": rows @ steering,
         }
         own = {name: np.sum(rows**2, 1) for name in self.statistics}

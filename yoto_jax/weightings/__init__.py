@@ -29,6 +29,7 @@ if typing.TYPE_CHECKING:  # For type checkers: the names that the registry has.
     from yoto_jax.weightings._encodec_balancer import (
         encodec_balancer as encodec_balancer,
     )
+    from yoto_jax.weightings._epo import epo as epo
     from yoto_jax.weightings._fair_grad import fair_grad as fair_grad
     from yoto_jax.weightings._famo import FamoState as FamoState
     from yoto_jax.weightings._famo import famo as famo
@@ -52,9 +53,13 @@ if typing.TYPE_CHECKING:  # For type checkers: the names that the registry has.
     from yoto_jax.weightings._imtl_g import imtl_g as imtl_g
     from yoto_jax.weightings._imtl_l import ImtlLState as ImtlLState
     from yoto_jax.weightings._imtl_l import imtl_l as imtl_l
+    from yoto_jax.weightings._inverse_dirichlet import (
+        inverse_dirichlet as inverse_dirichlet,
+    )
     from yoto_jax.weightings._log import LogState as LogState
     from yoto_jax.weightings._log import log as log
     from yoto_jax.weightings._lr_annealing import lr_annealing as lr_annealing
+    from yoto_jax.weightings._metabalance import metabalance as metabalance
     from yoto_jax.weightings._mgda import mgda as mgda
     from yoto_jax.weightings._moco import MocoState as MocoState
     from yoto_jax.weightings._moco import moco as moco

@@ -107,8 +107,8 @@ def methods() -> Mapping[str, Method]:
     Examples:
       >>> import yoto_jax as yoto
       >>> methods = yoto.weightings.methods()
-      >>> print([name for name, m in methods.items() if "norms" in m.needs])
-      ['gradnorm', 'grad_norm_balance', 'db_mtl', 'encodec_balancer', 'ntk_surrogate']
+      >>> print([name for name, m in methods.items() if m.needs == ("norms",)])
+      ['grad_norm_balance', 'metabalance', 'db_mtl', 'encodec_balancer']
       >>> weighting = methods["grap"].example("label")
     """
     return _BY_NAME
@@ -423,6 +423,23 @@ METHODS = (
         ),
     ),
     Method(
+        name="metabalance",
+        needs=("norms",),
+        requires="primary",
+        remembers="running mean",
+        state="NormsState",
+        state_module="_grad_norm_balance",
+        papers=(
+            Paper(
+                "He",
+                2022,
+                "MetaBalance: Improving Multi-Task Recommendations via Adapting "
+                "Gradient Magnitudes of Auxiliary Tasks",
+                "https://arxiv.org/abs/2203.06801",
+            ),
+        ),
+    ),
+    Method(
         name="db_mtl",
         needs=("norms",),
         papers=(
@@ -463,6 +480,22 @@ METHODS = (
                 "Understanding and mitigating gradient pathologies in "
                 "physics-informed neural networks",
                 "https://arxiv.org/abs/2001.04536",
+            ),
+        ),
+    ),
+    Method(
+        name="inverse_dirichlet",
+        needs=("std",),
+        remembers="running mean",
+        state="AverageState",
+        state_module="_averages",
+        papers=(
+            Paper(
+                "Maddu",
+                2021,
+                "Inverse Dirichlet Weighting Enables Reliable Training of Physics "
+                "Informed Neural Networks",
+                "https://arxiv.org/abs/2107.00940",
             ),
         ),
     ),
@@ -714,6 +747,20 @@ METHODS = (
                 "Not All Objectives Are Born Equal: Priority-Constrained Descent for "
                 "Hierarchical Multi-Objective Optimization",
                 "https://arxiv.org/abs/2606.29521",
+            ),
+        ),
+    ),
+    Method(
+        name="epo",
+        needs=("losses", "gramian"),
+        sum_of_weights="1",
+        papers=(
+            Paper(
+                "Mahapatra",
+                2020,
+                "Multi-Task Learning with User Preferences: Gradient Descent with "
+                "Controlled Ascent in Pareto Optimization",
+                "https://proceedings.mlr.press/v119/mahapatra20a.html",
             ),
         ),
     ),
