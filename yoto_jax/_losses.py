@@ -70,7 +70,8 @@ def scalar_losses(
         if shape:
             raise ValueError(
                 f"loss {name!r} must be a scalar, got shape {shape}; reduce it first "
-                "(or use vmap, if the axis is a batch of runs)."
+                "(or use vmap, if the axis is a batch of runs, or jnp.unstack, if each "
+                "entry is a loss of its own)."
             )
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
