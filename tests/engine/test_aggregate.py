@@ -146,6 +146,20 @@ def test_linen_train_state(needs_losses):
     assert int(state.opt_state[0].num_updates) == 20
 
 
+def test_an_array_of_losses_is_refused_with_a_way_out():
+    """See *Per example* in the recipes."""
+    losses = {"fit": jnp.ones(4), "size": jnp.ones(())}
+    message = r"loss 'fit' must be a scalar, got shape \(4,\).*jnp.unstack"
+    for call in (
+        lambda: yoto.aggregate(weightings.upgrad(), losses).init(jnp.ones(2)),
+        lambda: yoto.value_and_jacobian(lambda w: losses)(jnp.ones(2)),
+        lambda: weightings.famo().init(losses),
+        lambda: yoto.composite_loss(losses, yoto.init_loss_logits(losses, "size")),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_the_deviation_of_entries_is_not_lost_to_rounding():
     rng = np.random.default_rng(0)
     entries = np.float32(1000 + 0.01 * rng.normal(size=(2, 500)))

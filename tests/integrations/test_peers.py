@@ -134,9 +134,9 @@ def small():
 
 
 def test_losses_are_the_same(small):
-    params = models.init(jax.random.key(0))
-    x = jax.random.normal(jax.random.key(1), models.inputs)
-    ours = models.heads(params, models.encoder(params, x), x)
+    params = small.init(jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), small.inputs)
+    ours = models.heads(params, small.encoder(params, x), x)
     theirs = values(peers.Trainer(small).plain())
     np.testing.assert_allclose([ours[n] for n in models.NAMES], theirs, rtol=1e-5)
 
@@ -150,14 +150,14 @@ def test_training_with_upgrad_is_the_same(small, way):
     step = peers.steps(small, ("upgrad",))[f"upgrad, {way}"]
     theirs = [values(step()) for _ in range(5)]
 
-    x = jax.random.normal(jax.random.key(1), models.inputs)
-    full = lambda params, x: models.heads(params, models.encoder(params, x), x)
+    x = jax.random.normal(jax.random.key(1), small.inputs)
+    full = lambda params, x: models.heads(params, small.encoder(params, x), x)
     weighting = weightings.upgrad()
     value_and_grad = {
         "features": yoto.value_and_grad(
             models.heads,
             weighting,
-            gradients=yoto.of_representation(models.encoder),
+            gradients=yoto.of_representation(small.encoder),
         ),
         "parameters": yoto.value_and_grad(
             full,
@@ -176,7 +176,7 @@ def test_training_with_upgrad_is_the_same(small, way):
         updates, opt_state = tx.update(grads, opt_state, params)
         return losses, optax.apply_updates(params, updates), state, opt_state
 
-    params = models.init(jax.random.key(0))
+    params = small.init(jax.random.key(0))
     state = weighting.init(dict.fromkeys(models.NAMES, 0.0))
     opt_state, ours = tx.init(params), []
     for _ in range(5):
