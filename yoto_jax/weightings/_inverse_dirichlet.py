@@ -49,8 +49,9 @@ def inverse_dirichlet(*, decay: float = 0.5, eps: float = 1e-6) -> LossWeighting
 
     .. warning::
       The weight of a loss without a gradient is bounded, and in the paper infinite.
-      Where the entries of a gradient have a mean near zero, as in large models, its
-      standard deviation is its norm but for a constant factor.
+      Where the entries of a gradient have a mean near zero, its standard deviation is
+      its norm but for a constant factor, and this is
+      :func:`yoto_jax.weightings.grad_norm_balance` with another common factor.
     """
     check_positive(eps=eps)
 

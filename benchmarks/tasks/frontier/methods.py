@@ -30,6 +30,7 @@ LEFT_OUT = {
     "modo": "needs two batches a step",
     "sdmgrad": "needs two batches a step",
     "encodec_balancer": "is grad_norm_balance with a step that no unit changes",
+    "inverse_dirichlet": "is grad_norm_balance but for a factor that all weights share",
 }
 """Methods of the registry that are no rows, and why."""
 

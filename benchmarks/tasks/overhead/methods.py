@@ -17,6 +17,8 @@ LEFT_OUT = {
     "sdmgrad": "its second batch is the user's",
     "ntk_surrogate": "as gradnorm",
     "encodec_balancer": "as grad_norm_balance",
+    "metabalance": "as grad_norm_balance",
+    "inverse_dirichlet": "as lr_annealing",
     "pcd": "as dual_proj",
     "grap_closed_form": "as grap",
     "softmax_alignment": "as grap",

@@ -53,6 +53,7 @@ LEFT_OUT = {
     "sdmgrad": "needs two batches a step",
     "ntk_surrogate": "for mean squares of residuals",
     "lr_annealing": "for the residual of an equation",
+    "inverse_dirichlet": "for gradients of more entries than two",
     "geometric": "as scale_invariant, but for the length of the gradient",
     "imtl_l": "as uncertainty, but for the length of the gradient",
     "dwa": "for averages of epochs",
@@ -70,6 +71,7 @@ OWN: dict[str, Build] = {
     "random": lambda key: w.random(key=key),
     "yoto": lambda key: w.yoto(None),
     "stch": lambda key: w.stch(ideal=LOWER_BOUNDS),
+    "epo": lambda key: w.epo(ideal=LOWER_BOUNDS),
     "famo": lambda key: w.famo(lower_bounds=LOWER_BOUNDS, gamma=0.0),
     "cagrad": lambda key: w.cagrad(c=0.4),
 }
