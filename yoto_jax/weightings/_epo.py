@@ -25,39 +25,32 @@ def epo(
       \sum_k \lambda_k d_k - \frac\eta2 \Bigl\| \sum_k \lambda_k h_k \Bigr\|^2,
       \qquad \eta = \tau \frac{\sum_k |d_k|}{\sum_k \|h_k\|^2} .
 
-    The largest weighted loss falls along :math:`\sum_k \lambda_k h_k`. Other losses may
-    rise: that is how it goes along a front, of any shape, until the losses are as the
-    preference says. Where no point of the front lies on the ray, it stops at the one
-    whose largest weighted loss is least.
+    The largest weighted loss falls; others may rise, and so it goes along a front of
+    any shape. If the front misses the ray, it stops where the largest one is least.
 
     Args:
       preference: p, one positive number per loss, in a tree like the losses or in their
-        order. In the end the losses above z are in the ratios of 1/p; equal if none is
-        given.
+        order; equal if none is given. In the end L - z is in the ratios of 1/p.
       ideal: z, the best values of the losses, given likewise, or one number.
-      horizon: :math:`\tau`, how far ahead losses are taken as linear, in the time that
-        it takes one, at its present slope, to come down to z. With less of it the
-        losses go to the ray sooner, and with too little for the learning rate about it.
+      horizon: :math:`\tau`, how far ahead losses are taken as linear, in the time in
+        which one comes down to z: long is slow, short goes to and fro about the ray.
 
     Returns:
       A :class:`yoto_jax.LossWeighting` that needs the losses and the Gramian; its
       weights are non-negative, many of them exactly zero, and sum to 1.
 
     Raises:
-      ValueError: ``preference`` or ``horizon`` is not positive. In ``init`` and
-        ``update``: an argument does not fit the losses.
+      ValueError: ``preference`` or ``horizon`` is not positive. In ``init``: an
+        argument does not fit the losses.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, yoto_jax as yoto
-      >>> weighting = yoto.weightings.epo(preference={"left": 4.0, "right": 1.0})
-      >>> loss_fn = lambda x: {"left": (x + 1) ** 2, "right": (x - 1) ** 2}
-      >>> value_and_grad = jax.jit(yoto.value_and_grad(loss_fn, weighting))
-      >>> x, state = jnp.array(0.9), weighting.init({"left": 0.0, "right": 0.0})
-      >>> for _ in range(100):
-      ...     losses, grad, state = value_and_grad(x, state)
-      ...     x = x - 0.1 * grad
-      >>> print(f"{losses['right'] / losses['left']:.3f}")
-      4.000
+      >>> import jax.numpy as jnp, yoto_jax as yoto
+      >>> weighting = yoto.weightings.epo(preference={"a": 4.0, "b": 1.0})
+      >>> losses, gramian = {"a": 1.0, "b": 3.0}, jnp.array([[1.0, -1.0], [-1.0, 4.0]])
+      >>> state = weighting.init(losses)
+      >>> weights, _ = weighting.update(losses, state, gramian=gramian)
+      >>> print({name: round(float(weight), 3) for name, weight in weights.items()})
+      {'a': 0.717, 'b': 0.283}
 
     References:
       Mahapatra and Rajan, `Multi-Task Learning with User Preferences: Gradient Descent
@@ -65,9 +58,8 @@ def epo(
       <https://proceedings.mlr.press/v119/mahapatra20a.html>`_, 2020.
 
     .. warning::
-      The paper has two linear programmes, one to balance and one to descend, and takes
-      the second where the losses are even to within a threshold: it ends as far from
-      the ray. This is one quadratic programme without a threshold, see *Deviations*.
+      The paper has two linear programmes and a threshold between them, within which it
+      may stop beside the ray; here it is one quadratic programme, see *Deviations*.
     """
     check_all_positive(preference=preference)
     check_positive(horizon=horizon)
