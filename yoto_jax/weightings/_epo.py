@@ -59,7 +59,7 @@ def epo(
 
     .. warning::
       The paper has two linear programmes and a threshold between them, within which it
-      may stop beside the ray; here it is one quadratic programme, see *Deviations*.
+      may stop beside the ray; here it is one, quadratic: the documentation derives it.
     """
     check_all_positive(preference=preference)
     check_positive(horizon=horizon)
