@@ -4,6 +4,16 @@ import importlib
 import typing
 
 from yoto_jax import weightings as weightings
+from yoto_jax._choice_decay import add_choice_decay as add_choice_decay
+from yoto_jax._choice_decay import choice_regularizer as choice_regularizer
+from yoto_jax._choice_logits import ChoiceLogits as ChoiceLogits
+from yoto_jax._choice_logits import ChoiceWeights as ChoiceWeights
+from yoto_jax._choice_logits import HardChoice as HardChoice
+from yoto_jax._choice_logits import init_choice_logits as init_choice_logits
+from yoto_jax._choose import apply_choice as apply_choice
+from yoto_jax._choose import choose as choose
+from yoto_jax._choose import harden as harden
+from yoto_jax._choose import steer_choices as steer_choices
 from yoto_jax._composite_loss import composite_loss as composite_loss
 from yoto_jax._group_advantages import group_advantages as group_advantages
 from yoto_jax._hyperparameter_decay import (
@@ -51,7 +61,10 @@ if typing.TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChoiceLogits",
+    "ChoiceWeights",
     "GradDropState",
+    "HardChoice",
     "HyperparameterDecayState",
     "LossLogits",
     "LossSpec",
@@ -62,14 +75,20 @@ __all__ = [
     "SkipOutliersState",
     "WeightingState",
     "adamw",
+    "add_choice_decay",
     "add_hyperparameter_decay",
     "aggregate",
     "aggregate_momenta",
+    "apply_choice",
+    "choice_regularizer",
+    "choose",
     "composite_loss",
     "conditional",
     "cross_gramian",
     "grad_drop",
     "group_advantages",
+    "harden",
+    "init_choice_logits",
     "init_loss_logits",
     "label_loss_logits",
     "loss_weights",
@@ -85,6 +104,7 @@ __all__ = [
     "regularizer",
     "sgdw",
     "skip_outliers",
+    "steer_choices",
     "testing",
     "value_and_grad",
     "value_and_jacobian",

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from yoto_jax._checks import check_rate
+from yoto_jax._choice_logits import is_choice_logits
 from yoto_jax._loss_logits import (
     LossLogits,
     check_loss_logits,
@@ -141,7 +142,10 @@ def entropy_spans_primary(mu: LossLogits, entropy: Entropy) -> bool:
 
 @serializable_state
 class HyperparameterDecayState(NamedTuple):
-    """State of :func:`add_hyperparameter_decay` when rho is a schedule."""
+    """State of a decay whose strength is a schedule.
+
+    Of :func:`add_hyperparameter_decay` and of :func:`add_choice_decay`.
+    """
 
     count: jax.Array  # int32 scalar, steps taken
 
@@ -254,12 +258,16 @@ def add_hyperparameter_decay(
 def _warn_of_logits(params: Params, rho: Any) -> None:
     """Warns if there are no loss logits, or if they cannot take small steps."""
     nodes = jax.tree.leaves(
-        params, is_leaf=lambda x: isinstance(x, LossLogits | optax.MaskedNode)
+        params,
+        is_leaf=lambda x: (
+            isinstance(x, LossLogits | optax.MaskedNode) or is_choice_logits(x)
+        ),
     )
     logits = [x for x in nodes if is_loss_logits(x)]
     # Of a part of the parameters, the loss logits may be in another.
     whole = not any(isinstance(x, optax.MaskedNode) for x in nodes)
     unused = isinstance(rho, int | float) and rho == 0
+    unused |= any(map(is_choice_logits, nodes))  # They are learned, and no others.
     if nodes and whole and not logits and not unused:
         warnings.warn(
             "the parameters hold no LossLogits: hyperparameter decay does nothing. "
@@ -270,13 +278,15 @@ def _warn_of_logits(params: Params, rho: Any) -> None:
             "optimizer, or hyperparameter_decay=0.",
             stacklevel=3,
         )
-    for mu in logits:
-        dtype = getattr(mu.learned, "dtype", jnp.float32)
+    learned = [("loss logits", mu.learned) for mu in logits]
+    learned += [("choice logits", x.logits) for x in nodes if is_choice_logits(x)]
+    for what, array in learned:
+        dtype = getattr(array, "dtype", jnp.float32)
         if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
             warnings.warn(
-                f"the loss logits are {dtype}: steps of less than about "
+                f"the {what} are {dtype}: steps of less than about "
                 f"{float(jnp.finfo(dtype).eps) / 2:.1g} of a logit are rounded away, "
-                "and the loss weights may never move. Keep the logits in float32: cast "
+                "and their weights may never move. Keep the logits in float32: cast "
                 "the model alone, not the whole tree of parameters.",
                 stacklevel=3,
             )

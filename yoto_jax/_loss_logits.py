@@ -86,7 +86,9 @@ class LossLogits:
     def __repr__(self) -> str:
         learned = iter(range(self.structure.num_leaves))
         values = (
-            "None" if position == self.primary else _show(self.learned, next(learned))
+            "None"
+            if position == self.primary
+            else show_entry(self.learned, next(learned))
             for position in range(self.structure.num_leaves)
         )
         entries = (
@@ -284,7 +286,7 @@ def losses_in_order(losses: Losses, mu: LossLogits) -> list[Any]:
     return primary_first(leaves, mu.primary)
 
 
-def _show(learned: Any, index: int) -> str:
+def show_entry(learned: Any, index: int) -> str:
     """Text of one logit; dtype and leading axes if it has no single value."""
     if not hasattr(learned, "dtype"):
         return str(learned)  # A label, a mask: anything can be a leaf.

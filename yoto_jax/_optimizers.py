@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from yoto_jax._checks import check_rate
+from yoto_jax._choice_decay import add_choice_decay, check_choice_decay
+from yoto_jax._choice_logits import is_choice_logits, is_hyperparameter
 from yoto_jax._hyperparameter_decay import Entropy, add_hyperparameter_decay
 from yoto_jax._loss_logits import choose_present, is_loss_logits
 from yoto_jax._losses import Params, Present, PyTree, State
@@ -19,11 +21,14 @@ Mask = PyTree | Callable[[optax.Params], PyTree]
 def label_loss_logits(params: Params) -> PyTree:
     """Labels loss logits ``"loss_logits"`` and all else ``"model"``, for ``partition``.
 
+    Choice logits, if there are any, get the label ``"choice_logits"``.
+
     Args:
       params: Any tree of parameters.
 
     Returns:
-      A tree like ``params`` with one string for each array and each ``LossLogits``.
+      A tree like ``params`` with one string for each array, each ``LossLogits`` and
+      each ``ChoiceLogits``.
 
     Examples:
       An optimizer of their own for the loss logits:
@@ -41,11 +46,13 @@ def label_loss_logits(params: Params) -> PyTree:
       {'mu': 'loss_logits', 'w': 'model'}
       >>> state = tx.init(params)
     """
-    return jax.tree.map(
-        lambda x: "loss_logits" if is_loss_logits(x) else "model",
-        params,
-        is_leaf=is_loss_logits,
-    )
+
+    def label(x: Any) -> str:
+        if is_choice_logits(x):
+            return "choice_logits"
+        return "loss_logits" if is_loss_logits(x) else "model"
+
+    return jax.tree.map(label, params, is_leaf=is_hyperparameter)
 
 
 def sgdw(
@@ -55,6 +62,7 @@ def sgdw(
     hyperparameter_decay: optax.ScalarOrSchedule = 1.0,
     *,
     entropy: Entropy = "all",
+    choice_decay: optax.ScalarOrSchedule = 0.0,
     mask: Mask | None = None,
     nesterov: bool = False,
     accumulator_dtype: Any | None = None,
@@ -76,6 +84,7 @@ def sgdw(
       weight_decay: :math:`\lambda`, for all but loss logits; a scalar or a schedule.
       hyperparameter_decay: :math:`\rho`, for loss logits (unit: that of a loss).
       entropy: Losses that the entropy spans, see :func:`yoto_jax.regularizer`.
+      choice_decay: Pull of choice logits, see :func:`yoto_jax.add_choice_decay`.
       mask: Parameters with weight decay, as in ``optax.adamw``; never loss logits.
       nesterov: Whether to use Nesterov momentum (not in the paper).
       accumulator_dtype: Dtype of the momentum, default that of the parameters.
@@ -109,7 +118,7 @@ def sgdw(
     check_rate("momentum", momentum, below=1)
     _check_dtype("accumulator_dtype", accumulator_dtype)
     decays = optax.chain(
-        add_hyperparameter_decay(hyperparameter_decay, entropy=entropy),
+        _decays(hyperparameter_decay, entropy, choice_decay),
         optax.add_decayed_weights(weight_decay, _but_loss_logits(mask)),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -136,6 +145,7 @@ def adamw(
     hyperparameter_decay: optax.ScalarOrSchedule = 10.0,
     *,
     entropy: Entropy = "all",
+    choice_decay: optax.ScalarOrSchedule = 0.0,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Algorithm 1 with AdamW in place of SGD with momentum.
@@ -157,6 +167,7 @@ def adamw(
       mask: Parameters with weight decay, as in ``optax.adamw``; never loss logits.
       hyperparameter_decay: :math:`\rho`, for loss logits (no unit); scalar or schedule.
       entropy: Losses that the entropy spans, see :func:`yoto_jax.regularizer`.
+      choice_decay: Pull of choice logits, see :func:`yoto_jax.add_choice_decay`.
       nesterov: Whether to use Nesterov momentum.
 
     Returns:
@@ -201,7 +212,7 @@ def adamw(
                     mu_dtype=mu_dtype,
                     nesterov=nesterov,
                 ),
-                add_hyperparameter_decay(hyperparameter_decay, entropy=entropy),
+                _decays(hyperparameter_decay, entropy, choice_decay),
                 optax.add_decayed_weights(weight_decay, _but_loss_logits(mask)),
                 optax.scale_by_learning_rate(learning_rate),
             )
@@ -231,13 +242,36 @@ def _hold_absent(
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
 
 
+def _decays(
+    hyperparameter_decay: optax.ScalarOrSchedule,
+    entropy: Entropy,
+    choice_decay: optax.ScalarOrSchedule,
+) -> optax.GradientTransformationExtraArgs:
+    """Both decays as one link, whose state has a count for each schedule."""
+    check_choice_decay(choice_decay)
+    of_losses = add_hyperparameter_decay(hyperparameter_decay, entropy=entropy)
+    if isinstance(choice_decay, int | float) and choice_decay == 0:
+        return of_losses
+    of_choices = add_choice_decay(choice_decay)
+    if callable(choice_decay):
+        return optax.chain(of_losses, of_choices)
+
+    def update_fn(
+        updates: Params, state: State, params: Params | None = None, **extra_args: Any
+    ) -> tuple[PyTree, Any]:
+        new, state = of_losses.update(updates, state, params, **extra_args)
+        return of_choices.update(new, optax.EmptyState(), params)[0], state
+
+    return optax.GradientTransformationExtraArgs(of_losses.init, update_fn)
+
+
 def _check_dtype(name: str, dtype: Any) -> None:
     if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(f"{name} must be a floating-point dtype, got {dtype!r}.")
 
 
 def _but_loss_logits(mask: Mask | None) -> Callable[[optax.Params], PyTree]:
-    """Excludes every ``LossLogits`` from ``mask``."""
+    """Excludes every ``LossLogits`` and ``ChoiceLogits`` from ``mask``."""
 
     def but_loss_logits(params: optax.Params) -> PyTree:
         chosen = True if mask is None else mask(params) if callable(mask) else mask
@@ -246,13 +280,13 @@ def _but_loss_logits(mask: Mask | None) -> Callable[[optax.Params], PyTree]:
                 raise TypeError(f"mask must hold True and False, got {choice!r}.")
         return jax.tree.map(
             lambda choice, subtree: jax.tree.map(
-                lambda x: not is_loss_logits(x) and choice,
+                lambda x: not is_hyperparameter(x) and choice,
                 subtree,
-                is_leaf=is_loss_logits,
+                is_leaf=is_hyperparameter,
             ),
             chosen,
             params,
-            is_leaf=is_loss_logits,
+            is_leaf=is_hyperparameter,
         )
 
     return but_loss_logits

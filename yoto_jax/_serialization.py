@@ -45,6 +45,7 @@ def register_node(
     kind: type,
     from_children: Callable[..., Any],
     check: Callable[[Any], None] = lambda node: None,
+    static: tuple[Callable[[Any], bytes], Callable[[Any], Any]] | None = None,
 ) -> None:
     """Registers a pytree node with ``jax.export`` and ``flax.serialization``.
 
@@ -53,12 +54,14 @@ def register_node(
         and a JSON value (a tuple, a number or None).
       from_children: ``from_children(static, leaves)`` makes a node.
       check: Raises if a restored node is incomplete.
+      static: How other static data are written to bytes and read back.
     """
+    write, read = static or (_write_static, _read_static)
     jax.export.register_pytree_node_serialization(
         kind,
         serialized_name=_public_name(kind),
-        serialize_auxdata=_write_static,
-        deserialize_auxdata=_read_static,
+        serialize_auxdata=write,
+        deserialize_auxdata=read,
         from_children=from_children,
     )
 

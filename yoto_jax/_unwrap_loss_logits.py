@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from yoto_jax._loss_logits import is_loss_logits
+from yoto_jax._choice_logits import is_hyperparameter
 from yoto_jax._losses import Params, PyTree, State
 
 
@@ -61,5 +61,5 @@ def unwrap_loss_logits(
 
 
 def _is_wrapped(x: Any) -> bool:
-    """Whether ``x`` is a ``flax.nnx.Variable`` of loss logits."""
-    return hasattr(x, "get_raw_value") and is_loss_logits(x.get_raw_value())
+    """Whether ``x`` is a ``flax.nnx.Variable`` of loss logits or of choice logits."""
+    return hasattr(x, "get_raw_value") and is_hyperparameter(x.get_raw_value())

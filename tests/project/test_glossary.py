@@ -74,6 +74,7 @@ MAIN = "may go without its name where it is the main option"
 DEFAULTS = {
     "alpha": PAPERS,
     "beta": PAPERS,
+    "choice_decay": REQUIRED,
     "decay": PAPERS,
     "downstream": REQUIRED,
     "eps": PAPERS,
@@ -89,6 +90,7 @@ DEFAULTS = {
     "key": REQUIRED,
     "learning_rate": PAPERS,
     "length": "a look at gradients is longer than one at weights",
+    "method": MEANINGS,
     "losses": "an optimizer does without where nothing is to be skipped by them",
     "normalize": MEANINGS,
     "penalty": PAPERS,
@@ -105,6 +107,7 @@ DEFAULTS = {
 KINDS = {
     "b1": "as in Optax",
     "b2": "as in Optax",
+    "choice_decay": MAIN,
     "downstream": MAIN,
     "eps": "as in Optax",
     "epsilon": "fields of a Flax module have no kind",
@@ -120,6 +123,7 @@ KINDS = {
     "scale": MAIN,
     "step": MAIN,
     "support": MAIN,
+    "temperature": MAIN,
 }
 FLAX = {"name", "parent"}
 """Fields that Flax adds to every module."""
