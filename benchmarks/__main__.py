@@ -32,6 +32,7 @@ BENCHMARKS = {
     "scaling": "many devices, many processes: equality, cost, crashes",
     "sweep": "a search for loss weights that several workers share",
     "ppo": "weightings for policy, value and entropy, on CartPole",
+    "choices": "choices learned with the model, against all architectures",
     "frontier": "every method on every problem, against a search of 15 runs",
 }
 ROOT = Path(__file__).parent.parent

@@ -1,4 +1,4 @@
-"""MNIST-1D by small networks that are put together by five choices... of options.
+"""MNIST-1D by small networks that are put together by choices.
 
 An architecture is one option of each choice: which view of the signal the network sees,
 which activation, which normalisation, with or without skip connections. The network is
@@ -168,6 +168,21 @@ def one_hot(architectures: Any = ARCHITECTURES) -> dict[str, yoto.ChoiceWeights]
     }
 
 
+def decided(choices: dict[str, yoto.ChoiceLogits]) -> dict[str, yoto.ChoiceWeights]:
+    """The mixture at temperature 1."""
+    return yoto.choose(None, choices)
+
+
+def hard(place: int) -> dict[str, yoto.HardChoice]:
+    """An architecture whose other options are left out of the program."""
+    return {
+        name: yoto.HardChoice(options.index(option), options)
+        for (name, options), option in zip(
+            CHOICES.items(), ARCHITECTURES[place], strict=True
+        )
+    }
+
+
 def place_of(indices: dict[str, jax.Array]) -> jax.Array:
     """Place among the architectures, by the index of the option of each choice."""
     place = jnp.int32(0)
@@ -204,7 +219,8 @@ def train_one(
         updates, state = optimizer.update(grads, state, model)
         return (optax.apply_updates(model, updates), state), None
 
-    def look(carry: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def look(carry: PyTree, number: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        del number
         weights = {name: choice.weights for name, choice in choices.items()}
         return accuracy(carry[0], choices, data.validation), weights
 
@@ -271,9 +287,8 @@ def search(
         keys = jax.random.split(jax.random.key(0), draws)
         return one(keys[0]) if way == "softmax" else jnp.mean(jax.lax.map(one, keys))
 
-    def look(carry: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
-        params, state = carry
-        number = optax.tree.get(state, "count", filtering=_is_of_decay)
+    def look(carry: PyTree, number: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        params, _ = carry
         p = {name: jax.nn.softmax(a.logits) for name, a in params["choices"].items()}
         return as_trained(params, data.validation, number, 1), p
 
@@ -288,11 +303,6 @@ def search(
         _by_part(lambda part: accuracy(params["model"], weights, part), data),
         *seen,
     )
-
-
-def _is_of_decay(path: Any, value: Any) -> bool:
-    del value
-    return any("HyperparameterDecayState" in str(entry) for entry in path)
 
 
 def _rate(size: Size) -> optax.Schedule:
@@ -316,6 +326,6 @@ def _scan(
 
     def stretch(carry: PyTree, numbers: jax.Array) -> tuple[PyTree, Any]:
         carry, _ = jax.lax.scan(step, carry, numbers)
-        return carry, look(carry)
+        return carry, look(carry, numbers[-1] + 1)
 
     return jax.lax.scan(stretch, start, numbers)
