@@ -56,10 +56,9 @@ def choose(
       method: Which of the three.
 
     Returns:
-      The same tree with :class:`ChoiceWeights` for :class:`ChoiceLogits`; see
-      :func:`apply_choice`. float32, or float64 if the logits are. Under ``jit``, a
-      temperature that is not positive, or a NaN logit, makes all weights of its choice
-      NaN; infinite logits and tiny temperatures have their limits.
+      The same tree with :class:`ChoiceWeights` for :class:`ChoiceLogits`; float32, or
+      float64 if the logits are. Under ``jit``, a temperature that is not positive makes
+      all weights NaN, a NaN logit those of its choice; infinite logits have limits.
 
     Raises:
       TypeError: No number for ``temperature``, or no key where one is needed.

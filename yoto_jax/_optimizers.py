@@ -192,8 +192,7 @@ def adamw(
       Loshchilov and Hutter, `AdamW <https://arxiv.org/abs/1711.05101>`_, 2019.
 
     .. warning::
-      The paper does not print this form, and uses rho = 20 with it. Below 10, a weight
-      may vanish in a long run: see "Rho and epsilon" in the guides.
+      The paper uses rho = 20. Below 10, weights may vanish: see "Rho and epsilon".
     """
     rates = {"learning_rate": learning_rate, "weight_decay": weight_decay}
     for name, value in {**rates, "eps": eps, "eps_root": eps_root}.items():

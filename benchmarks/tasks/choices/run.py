@@ -47,9 +47,9 @@ def main(options: Options) -> None:
     options.refuse_data()
     size = SIZES[options.preset]
     if options.steps is not None:
-        size = size._replace(
-            steps=options.steps, points=min(size.points, options.steps)
-        )
+        steps = options.steps
+        points = next(n for n in range(size.points, 0, -1) if steps % n == 0)
+        size = size._replace(steps=steps, points=points)
     methods = options.choose(METHODS)
     units = Units(options, size=list(size))
     data = task.data_of(size)

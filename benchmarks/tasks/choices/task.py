@@ -118,12 +118,10 @@ def predict(model: PyTree, choices: PyTree, views: dict[str, jax.Array]) -> jax.
         return yoto.apply_choice(choices["activation"], ACTIVATIONS, h)
 
     first = {
-        name: functools.partial(
-            lambda name, _: dense(model["views"][name], views[name]), name
-        )
+        name: functools.partial(dense, model["views"][name], views[name])
         for name in CHOICES["view"]
     }
-    h = bent(model["norms"][0], yoto.apply_choice(choices["view"], first, None))
+    h = bent(model["norms"][0], yoto.apply_choice(choices["view"], first))
     for layer, norm in zip(model["blocks"], model["norms"][1:], strict=True):
         new = bent(norm, dense(layer, h))
         ways = {"without": lambda _, new: new, "with": lambda h, new: h + new}
