@@ -29,7 +29,7 @@ RANDOM = "random search"
 
 
 def name_of(source: str, way: str) -> str:
-    return f"{source}, {way}"
+    return f"{source} {way}"
 
 
 def config_of(schedule: str) -> str:

@@ -37,8 +37,8 @@ PyTree = Any
 RESUMABLE = True
 SIZES = {
     "quick": task.Size(60, 40, 40, 4, 8, 4, 1, 1e-2, 2),
-    "cpu": task.Size(2000, 1000, 4000, 2000, 64, 32, 2, 3e-3, 20),
-    "gpu": task.Size(4000, 2000, 8000, 10_000, 128, 64, 3, 3e-3, 20),
+    "cpu": task.Size(2000, 1000, 4000, 1000, 64, 32, 2, 1e-2, 20),
+    "gpu": task.Size(4000, 2000, 8000, 10_000, 128, 64, 3, 1e-2, 20),
 }
 TWICE = 2  # seeds of which the architectures are trained for twice the steps, too
 
@@ -251,6 +251,6 @@ def costs(size: task.Size, data: task.Data) -> list[Record]:
         grad = jax.jit(jax.grad(task.cross_entropy))
         return grad.lower(model, choices, batch).compile().cost_analysis()["flops"]
 
-    each = [flops(task.hard(place)) for place in range(len(task.ARCHITECTURES))]
+    each = [flops(task.hard(architecture)) for architecture in task.balanced()]
     found = {"mixture": flops(soft), "architecture": float(np.mean(each))}
     return [record(f"gradient of the {what}", "flops", n) for what, n in found.items()]

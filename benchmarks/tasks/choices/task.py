@@ -171,13 +171,20 @@ def decided(choices: dict[str, yoto.ChoiceLogits]) -> dict[str, yoto.ChoiceWeigh
     return yoto.choose(None, choices)
 
 
-def hard(place: int) -> dict[str, yoto.HardChoice]:
+def balanced() -> list[tuple[str, ...]]:
+    """Few architectures, in which each option of a choice is as frequent."""
+    places = [(k % 3, k % 3, k % 2, k // 3) for k in range(6)]
+    return [
+        tuple(options[k] for k, options in zip(row, CHOICES.values(), strict=True))
+        for row in places
+    ]
+
+
+def hard(architecture: tuple[str, ...]) -> dict[str, yoto.HardChoice]:
     """An architecture whose other options are left out of the program."""
     return {
         name: yoto.HardChoice(options.index(option), options)
-        for (name, options), option in zip(
-            CHOICES.items(), ARCHITECTURES[place], strict=True
-        )
+        for (name, options), option in zip(CHOICES.items(), architecture, strict=True)
     }
 
 
