@@ -97,9 +97,9 @@ def _flatten(choice: HardChoice) -> tuple[tuple[Any, ...], Any]:
     return ((jax.tree_util.GetAttrKey("index"), choice.index),), (choice.options, None)
 
 
-def _unflatten(static: Any, children: Sequence[Any]) -> HardChoice:
+def _unflatten(static: Any, children: Iterable[Any]) -> HardChoice:
     options, index = static
-    return HardChoice(*(children or (index,)), options)
+    return HardChoice(next(iter(children), index), options)
 
 
 jax.tree_util.register_pytree_with_keys(HardChoice, _flatten, _unflatten)

@@ -814,3 +814,27 @@ def test_weak_types_come_back(tmp_path, placed, shape):
     assert restored.sharding == weak.sharding
     assert (restored * jnp.ones((), jnp.bfloat16)).dtype == jnp.bfloat16
     np.testing.assert_array_equal(restored, weak)
+
+
+def test_a_choice_comes_back_to_its_options(tmp_path):
+    options = ("relu", "tanh")
+    kind = yoto.init_choice_logits(options, probabilities=(1, 3))
+    state = {"kind": kind, "hard": yoto.harden(kind), "w": jnp.ones(2)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state)
+        assert_same(checkpoints.restore(state).state, state)
+        for name, other, message in (
+            (
+                "kind",
+                yoto.init_choice_logits(("relu", "sine")),
+                "other options; missing",
+            ),
+            (
+                "kind",
+                yoto.init_choice_logits(options[::-1]),
+                "options in another order",
+            ),
+            ("hard", yoto.HardChoice(0, options), "hard is for other options; missing"),
+        ):
+            with pytest.raises(CheckpointError, match=message):
+                checkpoints.restore(state | {name: other})

@@ -45,14 +45,14 @@ def outputs():
 
 # Weights.
 
-# Each length is compiled for itself: short ones, long ones, where the form changes.
-vectors = st.sampled_from([1, 2, 9, 10, 40]).flatmap(
+# Each length is compiled for itself: one, a short one, a long one.
+vectors = st.sampled_from([1, 3, 12]).flatmap(
     lambda size: st.lists(st.floats(-30, 30, width=32), min_size=size, max_size=size)
 )
 
 
 @given(vectors, st.floats(0.03, 30))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_weights_are_the_softmax_of_logits_over_temperature(logits, temperature):
     names = tuple(map(str, range(len(logits))))
     with jax.enable_x64(True):
@@ -423,7 +423,7 @@ def test_a_hardened_tree_trains_on_and_is_one_program_for_each_option():
 
 
 @given(vectors)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_value_and_gradient_of_the_decay(logits):
     a = np.array(logits, np.float64)
     names = tuple(map(str, range(len(a))))

@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 
 import yoto_jax
 from yoto_jax._checks import is_key
+from yoto_jax._choice_logits import ChoiceLogits, HardChoice
 from yoto_jax._digests import digests
 from yoto_jax._loss_logits import LossLogits
 from yoto_jax._losses import PyTree, State, loss_names
@@ -89,10 +90,19 @@ def with_entries(arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def losses_of(tree: PyTree, place: str = "") -> dict[str, dict[str, Any]]:
-    """Loss names of all loss logits and weighting states in a tree, in order."""
+    """Loss names of all loss logits and weighting states in a tree, in order.
+
+    Of choices, their options; of a hardened one, the option that is left.
+    """
     if isinstance(tree, LossLogits):
         primary = None if tree.primary is None else tree.names[tree.primary]
         return {place: {"names": list(tree.names), "primary": primary}}
+    if isinstance(tree, ChoiceLogits):
+        return {place: {"names": list(tree.options), "what": "options"}}
+    if isinstance(tree, HardChoice):
+        static = isinstance(tree.index, int)
+        names = [tree.option] if static else list(tree.options)
+        return {place: {"names": names, "what": "options"}}
     if isinstance(tree, WeightingState):
         names = loss_names(jax.tree.structure(tree.loss_weights))
         return {
@@ -100,7 +110,9 @@ def losses_of(tree: PyTree, place: str = "") -> dict[str, dict[str, Any]]:
             **losses_of(tree.inner, f"{place}/inner".strip("/")),
         }
     found: dict[str, dict[str, Any]] = {}
-    ours = lambda x: isinstance(x, LossLogits | WeightingState)
+    ours = lambda x: isinstance(
+        x, LossLogits | WeightingState | ChoiceLogits | HardChoice
+    )
     for path, x in jax.tree.leaves_with_path(tree, is_leaf=ours):
         if ours(x):
             name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -96,15 +96,16 @@ def compare(like: Losses, wanted: dict[str, Any], record: dict[str, Any]) -> Non
 
 
 def _compare_losses(place: str, here: dict[str, Any], there: dict[str, Any]) -> None:
+    what = here.get("what", "losses")
     missing = [name for name in here["names"] if name not in there["names"]]
     unexpected = [name for name in there["names"] if name not in here["names"]]
     if missing or unexpected:
         parts = (("missing", missing), ("unexpected", unexpected))
         difference = "; ".join(f"{word}: {some_of(x)}" for word, x in parts if x)
-        raise Unfit(f"{place} is for other losses; {difference}.")
+        raise Unfit(f"{place} is for other {what}; {difference}.")
     if here["names"] != there["names"]:
         raise Unfit(
-            f"{place} has its losses in another order: {some_of(there['names'])}, not "
+            f"{place} has its {what} in another order: {some_of(there['names'])}, not "
             f"{some_of(here['names'])}."
         )
     if here.get("primary") != there.get("primary"):
