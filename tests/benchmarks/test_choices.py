@@ -73,19 +73,28 @@ def test_the_expected_regret_of_random_search_is_that_of_all_subsets():
 def test_the_regret_is_of_the_best_by_validation():
     validation, test = np.array([1.0, 3.0, 2.0]), np.array([5.0, 6.0, 8.0])
     assert run.regrets(validation, test).tolist() == [1.0, 0.0, -2.0]
+    inside = np.array([0, 2])
+    assert run.regrets(validation, test, inside).tolist() == [3.0, 2.0, 0.0]
+    signal = [task.ARCHITECTURES[place][0] == "signal" for place in range(36)]
+    assert run.smaller_space().tolist() == np.flatnonzero(signal).tolist()
 
 
 def test_every_way_and_schedule_has_a_row(result):
     table = report.table(result)
-    assert len(table.rows) == 2 * 3 + 3
+    budgets = report._budgets(result)
+    assert set(budgets) >= {1, 2, 3}
+    assert len(table.rows) == 2 * 3 + len(budgets)
+    assert {len(row) for row in table.rows} == {len(table.columns)}
     for row in report._rows(result):
         (gap,) = {
             len(report._of(result, row, f"{when}: test"))
             for when in ("before", "after")
         }
         assert gap == 2
-    assert len(report.tables(result)["choices-options"].rows) == 10
-    assert len(report.conclusions(result)) == 5
+    tables = report.tables(result)
+    assert len(tables["choices-options"].rows) == 10
+    assert len(tables["choices-smaller"].rows) == 2 + len(budgets)
+    assert len(report.conclusions(result)) == 7
     assert len(report.architectures(result)) == 36
     json.dumps(result["history"])
 

@@ -32,8 +32,17 @@ def name_of(source: str, way: str) -> str:
     return f"{source} {way}"
 
 
-def config_of(schedule: str) -> str:
-    return describe(schedule=schedule)
+FIXED = {"view": "signal"}
+"""What is given in the smaller space, of which ``SMALLER`` is the schedule."""
+SMALLER = SCHEDULES[1]
+
+
+def config_of(schedule: str, smaller: bool = False) -> str:
+    return describe(schedule=schedule, **(FIXED if smaller else {}))
+
+
+def random_config(runs: int, smaller: bool = False) -> str:
+    return describe(runs=runs, **(FIXED if smaller else {}))
 
 
 METHODS = tuple(name_of(source, way) for source in SOURCES for way in WAYS)

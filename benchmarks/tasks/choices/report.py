@@ -1,5 +1,6 @@
 """What is shown of choices, from the stored result alone."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,17 @@ from benchmarks.harness.results import Result, describe, parse, select, values
 from benchmarks.harness.searches import reach, verdict
 from benchmarks.harness.tables import Table, mean_sd
 from benchmarks.tasks.choices.methods import (
+    FIXED,
     ONE_BY_ONE,
     RANDOM,
     RUNS,
     SCHEDULES,
+    SMALLER,
     SOURCES,
     WAYS,
     config_of,
     name_of,
+    random_config,
 )
 
 
@@ -34,21 +38,19 @@ def _rows(result: Result) -> list[tuple[str, str, str]]:
     ]
 
 
-def _of(result: Result, row: tuple[str, str, str], metric: str) -> np.ndarray:
+def _of(
+    result: Result, row: tuple[str, str, str], metric: str, smaller: bool = False
+) -> np.ndarray:
     """One number for each seed."""
     source, way, schedule = row
-    return values(
-        result["records"],
-        method=name_of(source, way),
-        config=config_of(schedule),
-        metric=metric,
-    )
+    config = config_of(schedule, smaller)
+    method = name_of(source, way)
+    return values(result["records"], method=method, config=config, metric=metric)
 
 
-def _random(result: Result, runs: int) -> np.ndarray:
-    return values(
-        result["records"], method=RANDOM, config=describe(runs=runs), metric="regret"
-    )
+def _random(result: Result, runs: int, smaller: bool = False) -> np.ndarray:
+    config = random_config(runs, smaller)
+    return values(result["records"], method=RANDOM, config=config, metric="regret")
 
 
 def architectures(result: Result, metric: str = "test") -> dict[str, np.ndarray]:
@@ -72,36 +74,54 @@ def table(result: Result) -> Table:
         "schedule",
         "regret",
         "minus random search",
+        "at equal operations",
         "as trained",
         "hardened",
         "gap",
         "certainty",
         "runs",
     ]
-    rows = []
-    for row in _rows(result):
-        regret = _of(result, row, "regret")
-        runs = RUNS[row[0]]
-        before, after = (_of(result, row, f"{w}: test") for w in ("before", "after"))
-        rows.append(
+    return Table(columns, _cells(result, _rows(result)), _caption(result))
+
+
+def _cells(
+    result: Result, rows: list[tuple[str, str, str]], smaller: bool = False
+) -> list[list[str]]:
+    """Of each way to choose, and then of random search."""
+    cells = []
+    for row in rows:
+        of = functools.partial(_of, result, row, smaller=smaller)
+        regret, runs = of("regret"), RUNS[row[0]]
+        before, after = (of(f"{when}: test") for when in ("before", "after"))
+        cells.append(
             [
                 row[0],
                 row[1].replace("_", " "),
                 row[2],
                 mean_sd(regret),
-                _interval(regret - _random(result, runs)),
+                _interval(regret - _random(result, runs, smaller)),
+                _interval(regret - _random(result, _runs(result, row[0]), smaller)),
                 mean_sd(before),
                 mean_sd(after),
                 _interval(before - after),
-                f"{_certainty(result, row):.2f}",
+                f"{_certainty(result, row, smaller):.2f}",
                 str(runs),
             ]
         )
-    for runs in sorted(set(RUNS.values()) | {1}):
-        regret = _random(result, runs)
-        name = f"random search, {runs}"
-        rows.append([name, "", "", mean_sd(regret), "", "", "", "", "", str(runs)])
-    return Table(columns, rows, _caption(result))
+    for runs in _budgets(result):
+        regret = mean_sd(_random(result, runs, smaller))
+        cells.append([f"random search, {runs}", "", "", regret, *[""] * 6, str(runs)])
+    return cells
+
+
+def _runs(result: Result, source: str) -> int:
+    """Trainings of as many operations as the search and the retraining."""
+    return int(1 + (RUNS[source] - 1) * _flops(result))
+
+
+def _budgets(result: Result) -> list[int]:
+    """Trainings of the random searches that are shown."""
+    return sorted({1, *RUNS.values(), *(_runs(result, source) for source in RUNS)})
 
 
 def _interval(difference: np.ndarray) -> str:
@@ -112,29 +132,28 @@ def _interval(difference: np.ndarray) -> str:
     return f"**{text}**" if verdict(difference) else text
 
 
-def _certainty(result: Result, row: tuple[str, str, str]) -> float:
+def _certainty(result: Result, row: tuple[str, str, str], smaller: bool) -> float:
     """Probability of the likeliest option at the end, over choices and seeds."""
-    metrics = {
-        record["metric"]
-        for record in result["records"]
-        if record["metric"].startswith("certainty: ")
-    }
-    return float(np.mean([_of(result, row, metric) for metric in metrics]))
+    method, config = name_of(*row[:2]), config_of(row[2], smaller)
+    there = select(result["records"], method=method, config=config)
+    found = [r["value"] for r in there if r["metric"].startswith("certainty: ")]
+    return float(np.mean(found))
 
 
 def _caption(result: Result) -> str:
-    meta = result["meta"]
+    meta, flops = result["meta"], _flops(result)
     return (
         f"Accuracy in %, on a test of {meta['test']} signals; mean ± standard "
         f"deviation over {meta['seeds']} seeds. Regret: what the chosen "
         "architecture, trained for itself, is behind the one that validates best "
-        "(points). Minus random search: that of as many trainings, the best by "
-        "validation of them; mean ± 95 % interval of the paired difference, bold if "
-        "0 is outside of it. As trained: with the mixture, or the mean over "
-        "architectures that are drawn. Hardened: with the same parameters, one "
-        "architecture. Gap: the first minus the second. Certainty: probability of "
-        "the likeliest option at the end. Runs: gradients, in trainings of "
-        f"{meta['steps']} steps, with the retraining."
+        "(points). Minus random search: that of the best by validation of as many "
+        "trainings, expected; mean ± 95 % interval, bold if 0 is outside of it. At "
+        "equal operations: of more trainings, since a gradient of all branches "
+        f"takes {flops:.1f} times as many operations. As trained: with the mixture, "
+        "or the mean over architectures that are drawn. Hardened: with the same "
+        "parameters, one architecture. Gap: the first minus the second. Certainty: "
+        "probability of the likeliest option at the end. Runs: gradients, in "
+        f"trainings of {meta['steps']} steps, with the retraining."
     )
 
 
@@ -175,7 +194,21 @@ def tables(result: Result) -> dict[str, Table]:
         "option, by the loss that the logits descend; whether the architecture that "
         "validates best has it."
     )
-    return {"choices-options": Table(columns, rows, caption)}
+    return {
+        "choices-options": Table(columns, rows, caption),
+        "choices-smaller": _smaller(result),
+    }
+
+
+def _smaller(result: Result) -> Table:
+    """The space with the view given."""
+    rows = [row for row in _rows(result) if row[2] == SMALLER.name]
+    given = describe(**FIXED)
+    caption = (
+        f"As above, with {given} given: regret and random search among the "
+        "architectures that have it."
+    )
+    return Table(table(result).columns, _cells(result, rows, smaller=True), caption)
 
 
 def _picked(result: Result, source: str, names: list[str]) -> list[str]:
@@ -209,18 +242,27 @@ def conclusions(result: Result) -> list[str]:
     for source in SOURCES:
         rows = [row for row in _rows(result) if row[0] == source]
         if rows:
-            sentences.append(_verdicts(result, source, rows))
+            sentences.append("All choices: " + _verdicts(result, source, rows))
+            some = [row for row in rows if row[2] == SMALLER.name]
+            given = f"With {describe(**FIXED)} given: "
+            sentences.append(given + _verdicts(result, source, some, smaller=True))
     return sentences
 
 
-def _verdicts(result: Result, source: str, rows: list[tuple[str, str, str]]) -> str:
+def _verdicts(
+    result: Result,
+    source: str,
+    rows: list[tuple[str, str, str]],
+    smaller: bool = False,
+) -> str:
     groups: dict[int, list[str]] = {-1: [], 0: [], 1: []}
     for row in rows:
-        difference = _of(result, row, "regret") - _random(result, RUNS[source])
+        chosen = _of(result, row, "regret", smaller)
+        difference = chosen - _random(result, RUNS[source], smaller)
         groups[verdict(difference)].append(f"{row[1]} {row[2]}")
     better, same, worse = (", ".join(groups[k]) or "none" for k in (-1, 0, 1))
     return (
-        f"Logits on the {source} loss, against random search of {RUNS[source]} runs: "
+        f"logits on the {source} loss, against random search of {RUNS[source]} runs: "
         f"less regret {better}; not told apart {same}; more regret {worse}."
     )
 
@@ -237,7 +279,7 @@ def figure(result: Result, path: Path) -> None:
         figsize=(11, 0.27 * len(rows) + 2.2), dpi=100, layout="constrained"
     )
     left, right = drawing.subplots(1, 2, sharey=True)
-    rivals = sorted(set(RUNS.values()) | {1})[::-1]
+    rivals = _budgets(result)[::-1]
     names = [f"random search, {n} run{'s' * (n > 1)}" for n in rivals]
     for y, runs in enumerate(rivals):
         _dots(left, _random(result, runs), y, plots.BLACK)

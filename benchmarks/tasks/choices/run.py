@@ -20,15 +20,18 @@ from benchmarks.harness.terminal import say, show
 from benchmarks.harness.units import Units
 from benchmarks.tasks.choices import task
 from benchmarks.tasks.choices.methods import (
+    FIXED,
     METHODS,
     ONE_BY_ONE,
     RANDOM,
     RUNS,
     SCHEDULES,
+    SMALLER,
     SOURCES,
     WAYS,
     config_of,
     name_of,
+    random_config,
 )
 from benchmarks.tasks.choices.report import conclusions, figure, table
 
@@ -57,6 +60,9 @@ def main(options: Options) -> None:
     records, regret = one_by_one(alone)
     records += _twice(size, data, min(TWICE, options.seeds), units)
     records += random_search(alone["validation"], regret)
+    inside = smaller_space()
+    less = regrets(alone["validation"].mean(0), alone["test"].mean(0), inside)
+    records += random_search(alone["validation"][:, inside], less[inside], smaller=True)
     history: list[dict[str, Any]] = []
     for source in SOURCES:
         for way in WAYS:
@@ -67,6 +73,11 @@ def main(options: Options) -> None:
                 found = units.do(name_of(source, way), work)
                 records += searched(source, way, found, regret)
                 history += _history(source, way, found, size)
+                work = functools.partial(
+                    _search, size, data, source, way, options.seeds, smaller=True
+                )
+                found = units.do(f"{name_of(source, way)}, smaller", work)
+                records += searched(source, way, found, less, smaller=True)
     records += units.do("costs", functools.partial(costs, size, data))
     settings = size._asdict() | {"seeds": options.seeds, "seconds": units.seconds}
     result = write_json(
@@ -133,9 +144,27 @@ def one_by_one(alone: dict[str, np.ndarray]) -> tuple[list[Record], np.ndarray]:
     return records, regrets(alone["validation"].mean(0), alone["test"].mean(0))
 
 
-def regrets(validation: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Of each architecture: the test of the one that validates best, minus its own."""
-    return test[np.argmax(validation)] - test
+def regrets(
+    validation: np.ndarray, test: np.ndarray, inside: np.ndarray | None = None
+) -> np.ndarray:
+    """Of each architecture: the test of the one that validates best, minus its own.
+
+    The best one is among those ``inside``, if they are given.
+    """
+    inside = np.arange(len(test)) if inside is None else inside
+    return test[inside[np.argmax(validation[inside])]] - test
+
+
+def smaller_space() -> np.ndarray:
+    """Places of the architectures that have the options that are given."""
+    names = list(task.CHOICES)
+    return np.array(
+        [
+            place
+            for place, options in enumerate(task.ARCHITECTURES)
+            if all(options[names.index(n)] == option for n, option in FIXED.items())
+        ]
+    )
 
 
 def _twice(size: task.Size, data: task.Data, seeds: int, units: Units) -> list[Record]:
@@ -155,7 +184,9 @@ def _twice(size: task.Size, data: task.Data, seeds: int, units: Units) -> list[R
     ]
 
 
-def random_search(validation: np.ndarray, regret: np.ndarray) -> list[Record]:
+def random_search(
+    validation: np.ndarray, regret: np.ndarray, smaller: bool = False
+) -> list[Record]:
     """The expected regret of the best by validation of n, for every n; exact.
 
     Of n architectures drawn without replacement out of N, that of rank r is the best
@@ -170,7 +201,7 @@ def random_search(validation: np.ndarray, regret: np.ndarray) -> list[Record]:
                 [math.comb(total - r, n - 1) for r in range(1, total + 1)], float
             ) / math.comb(total, n)
             value = chance @ ranked
-            config = describe(runs=n)
+            config = random_config(n, smaller)
             records.append(
                 record(RANDOM, "regret", value, config=config, seed=seed, compute=n)
             )
@@ -181,22 +212,34 @@ def random_search(validation: np.ndarray, regret: np.ndarray) -> list[Record]:
 
 
 def _search(
-    size: task.Size, data: task.Data, source: str, way: Any, seeds: int
+    size: task.Size,
+    data: task.Data,
+    source: str,
+    way: Any,
+    seeds: int,
+    smaller: bool = False,
 ) -> dict[str, Any]:
     """All seeds and schedules side by side; [seeds, schedules] of everything."""
-    say(f"choices: {name_of(source, way)}")
-    temperatures = jnp.array([schedule.temperature for schedule in SCHEDULES])
-    decays = jnp.array([schedule.decay for schedule in SCHEDULES])
-    run = functools.partial(task.search, size, data, source, way)
+    say(f"choices: {name_of(source, way)}{', smaller space' if smaller else ''}")
+    schedules = (SMALLER,) if smaller else SCHEDULES
+    temperatures = jnp.array([schedule.temperature for schedule in schedules])
+    decays = jnp.array([schedule.decay for schedule in schedules])
+    fixed = FIXED if smaller else None
+    run = functools.partial(task.search, size, data, source, way, fixed=fixed)
     each = jax.vmap(jax.vmap(run, in_axes=(None, 0, 0)), in_axes=(0, None, None))
     trained = jax.jit(each)(jnp.arange(seeds), temperatures, decays)
     return jax.tree.map(np.asarray, trained)._asdict()
 
 
 def searched(
-    source: str, way: str, found: dict[str, Any], regret: np.ndarray
+    source: str,
+    way: str,
+    found: dict[str, Any],
+    regret: np.ndarray,
+    smaller: bool = False,
 ) -> list[Record]:
     """Records of one way to choose, for every schedule and seed."""
+    schedules = (SMALLER,) if smaller else SCHEDULES
     records = []
     for (seed, k), place in np.ndenumerate(found["architecture"]):
         measured = {"architecture": place, "regret": regret[place]}
@@ -210,7 +253,7 @@ def searched(
                 name_of(source, way),
                 metric,
                 value,
-                config=config_of(SCHEDULES[k].name),
+                config=config_of(schedules[k].name, smaller),
                 seed=seed,
                 compute=RUNS[source],
             )

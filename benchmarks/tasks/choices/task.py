@@ -147,9 +147,15 @@ def accuracy(model: PyTree, choices: PyTree, part: Part) -> jax.Array:
     return 100 * jnp.mean(jnp.argmax(logits, -1) == part.label)
 
 
-def init_choices() -> dict[str, yoto.ChoiceLogits]:
-    """No preference."""
-    return {name: yoto.init_choice_logits(options) for name, options in CHOICES.items()}
+def init_choices(fixed: dict[str, str] | None = None) -> dict[str, Any]:
+    """No preference, but for options that are given."""
+    fixed = fixed or {}
+    return {
+        name: yoto.HardChoice(options.index(fixed[name]), options)
+        if name in fixed
+        else yoto.init_choice_logits(options)
+        for name, options in CHOICES.items()
+    }
 
 
 def one_hot(architectures: Any = ARCHITECTURES) -> dict[str, yoto.ChoiceWeights]:
@@ -166,7 +172,7 @@ def one_hot(architectures: Any = ARCHITECTURES) -> dict[str, yoto.ChoiceWeights]
     }
 
 
-def decided(choices: dict[str, yoto.ChoiceLogits]) -> dict[str, yoto.ChoiceWeights]:
+def decided(choices: dict[str, Any]) -> dict[str, Any]:
     """The mixture at temperature 1."""
     return yoto.choose(None, choices)
 
@@ -243,6 +249,7 @@ def search(
     seed: jax.Array,
     temperature: jax.Array,
     decay: jax.Array,
+    fixed: dict[str, str] | None = None,
 ) -> Trained:
     """Train a network and its choices by one optimizer.
 
@@ -254,6 +261,7 @@ def search(
       seed: Of everything.
       temperature: At the end, from 1 at the start, geometrically.
       decay: Strength of the decay of the choices at the start, minus that at the end.
+      fixed: Options that are given, by choice.
     """
     optimizer = yoto.adamw(
         _rate(size),
@@ -262,7 +270,7 @@ def search(
         choice_decay=lambda count: decay * (1 - 2 * count / size.steps),
     )
     key_init, key_train = jax.random.split(jax.random.key(seed))
-    params = {"model": init_model(key_init, size), "choices": init_choices()}
+    params = {"model": init_model(key_init, size), "choices": init_choices(fixed)}
     tau = lambda number: temperature ** (number / size.steps)
 
     def loss(params: PyTree, part: Part, key: Key, number: jax.Array) -> jax.Array:
@@ -294,7 +302,12 @@ def search(
 
     def look(carry: PyTree, number: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         params, _ = carry
-        p = {name: jax.nn.softmax(a.logits) for name, a in params["choices"].items()}
+        learned = {
+            name: choice
+            for name, choice in params["choices"].items()
+            if isinstance(choice, yoto.ChoiceLogits)
+        }
+        p = {name: yoto.choose(None, a).weights for name, a in learned.items()}
         return as_trained(params, data.validation, number, 1), p
 
     start = (params, optimizer.init(params))
