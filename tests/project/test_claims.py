@@ -224,3 +224,53 @@ def test_returns_of_ppo_are_those_of_the_guide(method, mean):
     ]
     assert len(found) == 5
     assert int(np.mean(found)) == mean
+
+
+# Choices.
+
+MIXTURES = [
+    (way, schedule)
+    for way in ("softmax", "gumbel")
+    for schedule in ("constant", "annealed", "decay")
+]
+
+
+def regrets(method, config):
+    found = stored("choices")["records"]
+    return np.array(
+        [
+            r["value"]
+            for r in found
+            if (r["method"], r["config"], r["metric"]) == (method, config, "regret")
+        ]
+    )
+
+
+@pytest.mark.parametrize(("way", "schedule"), MIXTURES)
+def test_mixtures_on_the_training_loss_choose_worse_than_at_random(way, schedule):
+    chosen = regrets(f"training {way}", f"schedule={schedule}")
+    assert len(chosen) == 10
+    behind = chosen - regrets("random search", "runs=1")
+    assert searches.verdict(behind) == 1
+
+
+def test_a_softmax_mixture_is_better_than_the_best_architecture():
+    best = max(
+        mean("choices", "test", "one by one", config)
+        for config in {
+            r["config"]
+            for r in stored("choices")["records"]
+            if (r["method"], r["metric"]) == ("one by one", "test")
+        }
+    )
+    for source in ("training", "held-out"):
+        mixture = mean(
+            "choices", "before: test", f"{source} softmax", "schedule=constant"
+        )
+        assert 1.5 < mixture - best < 7.5
+
+
+def test_straight_through_beats_random_search_with_as_many_gradients():
+    chosen = regrets("held-out straight_through", "schedule=annealed")
+    assert searches.verdict(chosen - regrets("random search", "runs=3")) == -1
+    assert abs((chosen - regrets("random search", "runs=5")).mean()) < 1.5
