@@ -149,6 +149,14 @@ def solve_bounded_qp(
     return lower + x * height / scale
 
 
+_ENTRIES = 2**22  # of matrices that are factorised side by side
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor up to a limit, 1 at least."""
+    return max(d for d in range(1, max(1, limit) + 1) if number % d == 0)
+
+
 def solve_axis_qps(matrix: jax.Array, lengths: jax.Array) -> jax.Array:
     r"""Minimise :math:`v_i^\top A v_i` subject to :math:`v_i \ge p_i e_i`, for every i.
 
@@ -159,12 +167,14 @@ def solve_axis_qps(matrix: jax.Array, lengths: jax.Array) -> jax.Array:
     Returns:
       (K, K) v, one solution a row, as exact as those of :func:`solve_bounded_qp`.
     """
+    size = matrix.shape[0]
 
     def one_by_one() -> jax.Array:
         solve = lambda u: solve_bounded_qp(matrix, jnp.zeros_like(u), u)
-        return jax.vmap(solve)(jnp.diag(lengths))
+        at_once = _largest_divisor(size, _ENTRIES // size**2)
+        return lax.map(solve, jnp.diag(lengths), batch_size=at_once)
 
-    if matrix.shape[0] <= 16:  # a millisecond at most, however hard
+    if size <= 16:  # a millisecond at most, however hard
         return one_by_one()
     v, exact = _axis_qps_together(matrix, lengths)
     # A loop, for under vmap a condition would always solve one by one as well.

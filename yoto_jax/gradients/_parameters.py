@@ -64,8 +64,10 @@ def of_parameters(
       chunk_size: Number of gradients computed at a time (``None``: all in one
         ``vmap``). It bounds the memory of the backward passes.
       keep: Whether the K gradients are kept until the weights are known. False saves
-        memory for one more backward pass: they are not stored. (With ``select`` they
-        never are, and a Gramian in chunks still needs all K at once.)
+        memory for one more backward pass: they are not stored. With ``chunk_size`` no
+        more than that many are there at any time: the Gramian is then :math:`J (J^\top
+        e_k)`, a forward-mode pass along each gradient, which ``loss_fn`` has to allow.
+        (With ``select`` they are never kept.)
 
     Returns:
       The value of ``gradients=`` in :func:`yoto_jax.value_and_grad`.
@@ -107,6 +109,7 @@ class _ParametersPass(Pass):
         self.params = params = batch.params
         self.axes, self.spread = batch.devices
         self.chunk_size = source.chunk_size
+        self.bounded = not source.keep and source.chunk_size is not None
         self.loss_fn = lambda p: batch.losses(p)[0]
         self.local_losses, pullback, (self.aux, self.present) = jax.vjp(
             batch.losses, params, has_aux=True
@@ -134,7 +137,7 @@ class _ParametersPass(Pass):
             rows = rows_of(self.pull, self.local_losses, self.chunk_size)
             self.kept = mean_over(rows, self.axes, self.spread)
             seen = _at(self.seen, self.kept)
-        elif "gramian" in names:
+        elif "gramian" in names and not self.bounded:
             rows = rows_of(self.pull_seen, self.local_losses, self.chunk_size)
             seen = self._average_at(self.seen, rows)
         else:
@@ -143,14 +146,41 @@ class _ParametersPass(Pass):
 
     def _statistics_one_by_one(self, names: Sequence[str]) -> dict[str, jax.Array]:
         check_jaxlib()
+        spread = self._spread_at(self.seen)
+        rest = [name for name in names if name != "gramian"]
+        products = self._products_with() if "gramian" in names else None
 
         def one(cotangents: PyTree) -> dict[str, jax.Array]:
-            row = add_axis(self._average_at(self.seen, self.pull_seen(cotangents)))
-            return statistics_of(row, names, self._spread_at(self.seen))
+            gradient = self._average_at(self.seen, self.pull_seen(cotangents))
+            found = statistics_of(add_axis(gradient), rest, spread)
+            found = {name: x[0] for name, x in found.items()}
+            if products is not None:
+                found["gramian"] = products(gradient)
+            return found
 
         several = None if self.chunk_size == 1 else self.chunk_size
         found = lax.map(one, one_hots(self.local_losses), batch_size=several)
-        return {name: x[:, 0] for name, x in found.items()}
+        if products is not None:
+            found["gramian"] = (found["gramian"] + found["gramian"].T) / 2
+        return found
+
+    def _products_with(self) -> Callable[[dict[int, jax.Array]], jax.Array]:
+        """Inner products with one gradient: derivatives of the losses along it."""
+        of_part = _of_part(self.loss_fn, self.params)
+        part = {
+            index: x
+            for index, x in _at(self.seen, self.params).items()
+            if jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+        }
+        _, push = jax.linearize(of_part, part)
+
+        def products(gradient: dict[int, jax.Array]) -> jax.Array:
+            # Real parts, as of pairs of numbers: JAX's gradients are conjugated.
+            along = {index: jnp.conj(gradient[index]) for index in part}
+            tangents = push(vary_over(along, self.axes))
+            return stacked(mean_losses(tangents, self.axes))
+
+        return products
 
     def direction(self, position: int) -> PyTree:
         return self._average(self.pull(one_hot(self.local_losses, position)))
@@ -259,11 +289,18 @@ def _pull_part(
     f: Callable[[PyTree], PyTree], params: Params, indices: Sequence[int]
 ) -> Callable[[PyTree], dict[int, jax.Array]]:
     """A pullback to some leaves alone: what lies before them is never computed."""
+    _, pullback = jax.vjp(_of_part(f, params), _at(indices, params))
+    return lambda ct: pullback(ct)[0]
+
+
+def _of_part(
+    f: Callable[[PyTree], PyTree], params: Params
+) -> Callable[[dict[int, jax.Array]], PyTree]:
+    """A function of the parameters, as one of some leaves."""
     leaves, structure = jax.tree.flatten(params)
 
     def of_part(part: dict[int, jax.Array]) -> PyTree:
         merged = [part.get(index, leaf) for index, leaf in enumerate(leaves)]
         return f(structure.unflatten(merged))
 
-    _, pullback = jax.vjp(of_part, _at(indices, params))
-    return lambda ct: pullback(ct)[0]
+    return of_part

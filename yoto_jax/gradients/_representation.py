@@ -7,9 +7,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from yoto_jax._checks import check_flag
-from yoto_jax._losses import PyTree, State, Weights, listed, loss_names
+from yoto_jax._losses import (
+    Params,
+    PyTree,
+    State,
+    Weights,
+    listed,
+    loss_names,
+)
 from yoto_jax._numerics import stacked
 from yoto_jax._weighting import LossWeighting
 from yoto_jax.gradients._devices import (
@@ -115,17 +123,20 @@ class _RepresentationPass(Pass):
         self.axes, self.spread = batch.devices
         self.encode = lambda p: source.encoder(p, *batch.args, **batch.kwargs)
         self.z, self.encoder_pullback = jax.vjp(self.encode, params)
-        looks = batch.weighting.needs != ("losses",)
-        structure = _losses_of(lambda z: batch.losses(params, z), self.z, looks)
+        traced = _Traced(batch.losses, params, self.z)
+        if batch.weighting.needs != ("losses",):
+            traced.check_all_depend_on_z()
 
         def each_from_its_copy(p: PyTree, copies: list[PyTree]) -> Any:
             # Under jit the copies are one array, the forward passes one computation.
-            outs = [batch.losses(p, copy) for copy in copies]
-            leaves = [jax.tree.leaves(losses)[k] for k, (losses, _) in enumerate(outs)]
-            return structure.unflatten(leaves), outs[0][1]
+            first, rest = batch.losses(p, copies[0])
+            leaves = jax.tree.leaves(first)[:1]
+            leaves += [traced.loss(k, p, copies[k]) for k in range(1, len(copies))]
+            return traced.structure.unflatten(leaves), rest
 
+        copies = [self.z] * traced.structure.num_leaves
         self.local_losses, self.pullback, (self.aux, self.present) = jax.vjp(
-            each_from_its_copy, params, [self.z] * structure.num_leaves, has_aux=True
+            each_from_its_copy, params, copies, has_aux=True
         )
         self.losses = mean_losses(self.local_losses, self.axes)
         ones = jax.tree.map(jnp.ones_like, self.local_losses)
@@ -189,38 +200,52 @@ class _RepresentationPass(Pass):
         return self.encoder_pullback(jax.tree.map(varying_like, cotangent, self.z))[0]
 
 
-def _losses_of(
-    decode: Callable[[PyTree], tuple[PyTree, Any]], z: PyTree, looks: bool
-) -> Any:
-    """The structure of the losses.
+class _Traced:
+    """The heads, traced once, so that each loss can be computed without the others.
 
-    Where the weighting ``looks`` at gradients, each must depend on the representation,
-    unless losses may be absent: an absent loss may be a constant.
+    To call the heads for each of K losses would trace K^2 of them.
     """
-    traced, shapes = jax.make_jaxpr(decode, return_shape=True)(z)
-    losses, (_, present) = shapes
-    structure = jax.tree.structure(losses)
-    if not looks or present is not None:
-        return structure
-    is_literal = lambda x: hasattr(x, "val")
-    reached = set(traced.jaxpr.invars)
-    for equation in traced.jaxpr.eqns:
-        if any(x in reached for x in equation.invars if not is_literal(x)):
-            reached.update(equation.outvars)
-    names = loss_names(structure)
-    outputs = traced.jaxpr.outvars[: len(names)]
-    unmoved = [
-        name
-        for name, x in zip(names, outputs, strict=True)
-        if is_literal(x) or x not in reached
-    ]
-    if unmoved:
-        raise ValueError(
-            f"{listed(unmoved)} do not depend on z, the output of the encoder: their "
-            "gradients are zero there and mean nothing to a weighting. Compute every "
-            "loss from z, or take gradients=yoto.of_parameters()."
-        )
-    return structure
+
+    def __init__(
+        self, heads: Callable[[PyTree, PyTree], Any], params: Params, z: PyTree
+    ) -> None:
+        self.traced, shapes = jax.make_jaxpr(heads, return_shape=True)(params, z)
+        losses, (_, self.present) = shapes
+        self.structure = jax.tree.structure(losses)
+        self.num_params = len(jax.tree.leaves(params))
+
+    def loss(self, k: int, params: Params, z: PyTree) -> jax.Array:
+        """Loss k alone."""
+        jaxpr = self.traced.jaxpr
+        wanted = [n == k for n in range(len(jaxpr.outvars))]
+        alone, used = dce_jaxpr(jaxpr, wanted)
+        inputs = zip(used, jax.tree.leaves((params, z)), strict=True)
+        needed = [x for is_used, x in inputs if is_used]
+        return jax.core.eval_jaxpr(alone, self.traced.consts, *needed)[0]
+
+    def check_all_depend_on_z(self) -> None:
+        """Raise for a loss without z, unless it may be absent: it is constant then."""
+        if self.present is not None:
+            return
+        jaxpr = self.traced.jaxpr
+        is_literal = lambda x: hasattr(x, "val")
+        reached = set(jaxpr.invars[self.num_params :])
+        for equation in jaxpr.eqns:
+            if any(x in reached for x in equation.invars if not is_literal(x)):
+                reached.update(equation.outvars)
+        names = loss_names(self.structure)
+        outputs = jaxpr.outvars[: len(names)]
+        unmoved = [
+            name
+            for name, x in zip(names, outputs, strict=True)
+            if is_literal(x) or x not in reached
+        ]
+        if unmoved:
+            raise ValueError(
+                f"{listed(unmoved)} do not depend on z, the output of the encoder: "
+                "their gradients are zero there and mean nothing to a weighting. "
+                "Compute every loss from z, or take gradients=yoto.of_parameters()."
+            )
 
 
 def _spread_z(x: jax.Array, devices: Devices, checked: bool) -> Axes:

@@ -21,6 +21,12 @@ from yoto_jax._losses import (
 from yoto_jax._numerics import upcast, where_rows
 from yoto_jax.gradients._devices import vary_over, varying_axes
 
+MANY = 16
+"""Gradients from which on sums over them are products of arrays, not written out.
+
+Written out, a few fuse into one loop; of hundreds, compilation would take minutes.
+"""
+
 
 def add_leaf(x: Any, y: Any) -> Any:
     return x if x.dtype == jax.dtypes.float0 else x + y
@@ -109,6 +115,8 @@ def combine_rows(rows: PyTree, weights: jax.Array) -> PyTree:
     def combine(row: jax.Array) -> jax.Array:
         if row.dtype == jax.dtypes.float0:
             return row[0]
+        if row.shape[0] > MANY:
+            return _contract(weights, row)
         return weighted_sum_of(weights, [row[k] for k in range(row.shape[0])])
 
     return jax.tree.map(combine, rows)
@@ -119,11 +127,22 @@ def weighted_sum_of(weights: jax.Array, terms: Sequence[jax.Array]) -> jax.Array
     dtype = terms[0].dtype
     if dtype == jax.dtypes.float0:
         return terms[0]
+    if len(terms) > MANY:
+        return _contract(weights, jnp.stack(terms))
     if not jnp.issubdtype(terms[0].dtype, jnp.complexfloating):
         terms = [upcast(x) for x in terms]
     with jax.numpy_dtype_promotion("standard"):  # Weights may be the wider ones.
         total = add_up(weights[k] * x for k, x in enumerate(terms))
     return total.astype(dtype)
+
+
+def _contract(weights: jax.Array, rows: jax.Array) -> jax.Array:
+    """The weighted sum of rows [K, ...] in float32 at least, in their dtype."""
+    is_complex = jnp.issubdtype(rows.dtype, jnp.complexfloating)
+    wide = rows if is_complex else upcast(rows)
+    with jax.numpy_dtype_promotion("standard"):
+        total = jnp.tensordot(weights, wide, axes=1, precision=lax.Precision.HIGHEST)
+    return total.astype(rows.dtype)
 
 
 def add_axis(tree: PyTree) -> PyTree:

@@ -13,7 +13,7 @@ from yoto_jax._losses import PyTree, State
 from yoto_jax._numerics import upcast
 from yoto_jax._weighting import LossWeighting
 from yoto_jax.gradients._devices import Axes, axis_size
-from yoto_jax.gradients._rows import add_axis, add_up, dot_leaves
+from yoto_jax.gradients._rows import MANY, add_axis, add_up, dot_leaves
 
 _FEW = 4  # losses for which inner products are taken pair by pair
 
@@ -55,8 +55,10 @@ def statistics_of_list(
     return found
 
 
-def _gramian_of_list(rows: Sequence[PyTree]) -> jax.Array:
+def _gramian_of_list(rows: Sequence[list[jax.Array]]) -> jax.Array:
     count = len(rows)
+    if count > MANY:
+        return add_up(_products(x, x) for x in map(jnp.stack, zip(*rows, strict=True)))
     dots = {
         (i, j): dot_leaves(rows[i], rows[j]) for i in range(count) for j in range(i + 1)
     }

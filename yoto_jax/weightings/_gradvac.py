@@ -9,7 +9,7 @@ from yoto_jax._checks import as_key, check_fraction
 from yoto_jax._loss_spec import LossSpec
 from yoto_jax._make_weighting import make_weighting
 from yoto_jax._serialization import serializable_state
-from yoto_jax._solvers import cosines, dot, safe_divide, surgery, weights_of_rows
+from yoto_jax._solvers import cosines, safe_divide, surgery, weights_of_rows
 from yoto_jax._weighting import LossWeighting
 
 
@@ -84,24 +84,25 @@ def gradvac(*, decay: float = 0.99, key: jax.Array | int = 0) -> LossWeighting:
         sine = lambda x: jnp.sqrt(1 - x**2)
 
         # Rows are coefficients of the gradients at unit length: row i is what g_i
-        # becomes, relative to its norm.
+        # becomes, relative to its norm. Its products with all gradients go along.
         def turn(
-            carry: tuple[jax.Array, jax.Array], i: jax.Array, j: jax.Array
-        ) -> tuple[jax.Array, jax.Array]:
-            row, targets = carry
-            moments = dot(cosine, row)
-            length = jnp.sqrt(jnp.maximum(jnp.vdot(row, moments), 0))
-            seen = safe_divide(moments[j], length)
+            carry: tuple[jax.Array, jax.Array, jax.Array], i: jax.Array, j: jax.Array
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            row, products, targets = carry
+            length = jnp.sqrt(jnp.maximum(jnp.vdot(row, products), 0))
+            seen = safe_divide(products[j], length)
             seen = jnp.clip(seen, -nearly_one, nearly_one)
             target = jnp.clip(targets[j], -nearly_one, nearly_one)
             change = length * (target * sine(seen) / sine(target) - seen)
             other = (i != j) & (norms[i] > 0) & (norms[j] > 0)
-            row = row.at[j].add(jnp.where(other & (seen < target), change, 0))
+            change = jnp.where(other & (seen < target), change, 0)
             new = decay * targets[j] + (1 - decay) * seen
-            return row, targets.at[j].set(jnp.where(other, new, targets[j]))
+            targets = targets.at[j].set(jnp.where(other, new, targets[j]))
+            return row.at[j].add(change), products + change * cosine[j], targets
 
         eye = jnp.eye(spec.size, dtype=spec.dtype)
-        rows, targets = surgery(turn, (eye, inner.cosine_targets), order_key)
+        start = (eye, cosine, inner.cosine_targets)
+        rows, _, targets = surgery(turn, start, order_key)
         weights = weights_of_rows(rows, norms)
         return weights, GradVacState(jnp.asarray(targets, spec.dtype), following)
 
