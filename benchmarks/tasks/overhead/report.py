@@ -18,6 +18,11 @@ def tables(result: Result) -> dict[str, Table]:
         found["overhead-weightings"] = step_table(result)
     if "solver microseconds" in metrics:
         found["overhead-solvers"] = solver_table(result)
+    if "many: ratio" in metrics:
+        found["overhead-large"] = many_table(result, "large layers")
+        found["overhead-many"] = many_table(result, "many losses")
+    if "many: solve milliseconds" in metrics:
+        found["overhead-solves"] = many_solver_table(result)
     if "TorchJD milliseconds" in metrics:
         found["overhead-peers"] = peer_table(result)
     return found
@@ -122,6 +127,51 @@ def step_table(result: Result) -> Table:
         "those of the representation unless they say otherwise. Memory beyond the "
         "plain step's, from the compiled program; "
         f"parameters: {', '.join(sizes)}.",
+    )
+
+
+def many_table(result: Result, kind: str) -> Table:
+    """Time, memory and compilation of steps with more and more losses."""
+    records = [r for r in result["records"] if r["config"].startswith(f"{kind}, ")]
+    columns = ["weighting" if kind == "many losses" else "gradients"]
+    rows = [[arm] for arm in dict.fromkeys(r["method"] for r in records)]
+    for config in dict.fromkeys(r["config"] for r in records):
+        size = config.removeprefix(f"{kind}, ")
+        columns += [f"{size}: step", "extra memory (MiB)", "compile (s)"]
+        for row in rows:
+            get = lambda metric, row=row, config=config: _cell(
+                records, method=row[0], metric=f"many: {metric}", config=config
+            )
+            fixed = f"{_number(get('milliseconds'), 1)} ms"
+            row += [
+                fixed if row[0] == "fixed" else _number(get("ratio"), 1),
+                _number(get("extra MiB"), 1),
+                _number(get("compile seconds"), 1),
+            ]
+    meta = result["meta"]
+    return Table(
+        columns,
+        rows,
+        "Ratio to the step with fixed weights beside it, median of up to "
+        f"{meta['pairs']} pairs, {meta['device']} ({meta['cpu_count']} cores); memory "
+        "beyond that step's, from the compiled program.",
+    )
+
+
+def many_solver_table(result: Result) -> Table:
+    """Time and memory of the weights alone, of hundreds of losses."""
+    records = select(result["records"], metric="many: solve milliseconds")
+    columns = ["method"]
+    rows = [[method] for method in dict.fromkeys(r["method"] for r in records)]
+    for size in dict.fromkeys(r["config"] for r in records):
+        columns += [f"{size} (ms)", "memory (MiB)"]
+        for row in rows:
+            for metric in ("milliseconds", "MiB"):
+                name = f"many: solve {metric}"
+                of_method = {"method": row[0], "config": size, "metric": name}
+                row.append(_number(_cell(result["records"], **of_method), 1))
+    return Table(
+        columns, rows, "One call on a K x K Gramian in float32, median, same machine."
     )
 
 

@@ -33,6 +33,7 @@ from benchmarks.harness.terminal import say, show, track
 from benchmarks.harness.units import Units
 from benchmarks.models import small
 from benchmarks.models.small import convolutional, mlp, transformer
+from benchmarks.tasks.overhead import many_losses as many
 from benchmarks.tasks.overhead import peers
 from benchmarks.tasks.overhead import weighting_costs as costs
 from benchmarks.tasks.overhead.methods import COMPARED, WAYS
@@ -176,7 +177,7 @@ def import_time(rounds: int) -> list[Record]:
 
 
 RESUMABLE = True
-SECTIONS = ("yoto", "weightings", "solvers", "peers")
+SECTIONS = ("yoto", "weightings", "solvers", "many", "peers")
 
 
 class Part(NamedTuple):
@@ -221,6 +222,8 @@ def plan(
         parts += weighting_parts(pairs, quick, units)
     if "solvers" in sections:
         parts += solver_parts(rounds, quick, units)
+    if "many" in sections:
+        parts += many_parts(pairs, quick, units)
     if "peers" in sections and peers.available():
         parts += peer_parts(pairs, quick, units)
     return parts
@@ -258,6 +261,20 @@ def solver_parts(rounds: int, quick: bool, units: Units) -> Iterator[Part]:
         )
 
 
+def many_parts(pairs: int, quick: bool, units: Units) -> Iterator[Part]:
+    sizes = {"many losses": (20,)} if quick else many.SIZES
+    for kind, counts in sizes.items():
+        for count in counts:
+            name = f"{kind}, K={count}"
+            work = functools.partial(many.steps, kind, count, pairs)
+            yield Part(name, functools.partial(units.do, name, work))
+    for count in (20,) if quick else many.MANY:
+        for method in many.SOLVERS[:2] if quick else many.SOLVERS:
+            name = f"many, {method}, K={count}"
+            work = functools.partial(many.solve, method, count)
+            yield Part(name, functools.partial(units.do, name, work))
+
+
 def peer_parts(rounds: int, quick: bool, units: Units) -> Iterator[Part]:
     methods = len(costs.peer_methods(quick))
     for what, measure in (("steps", costs.peer_steps), ("solvers", costs.peer_solvers)):
@@ -292,6 +309,8 @@ def section(record: Record) -> str:
     metric = record["metric"]
     if metric.startswith("TorchJD"):
         return "peers"
+    if metric.startswith("many: "):
+        return "many"
     if metric == "solver microseconds":
         return "solvers"
     return "yoto" if metric.startswith(("loop", "scan", "import")) else "weightings"

@@ -131,6 +131,17 @@ class Compiled(NamedTuple):
     mib: float  # of temporary memory
 
 
+def compiled(value_and_grad: Any, state: Any, model: Shared, x: Array) -> Compiled:
+    """A training step, compiled."""
+    step, carry = build(value_and_grad, state, model)
+    start = time.perf_counter()
+    program = step.lower(carry, x).compile()
+    seconds = time.perf_counter() - start
+    analysis = program.memory_analysis()
+    mib = analysis.temp_size_in_bytes / 2**20 if analysis else np.nan
+    return Compiled(program, carry, seconds, mib)
+
+
 def timed(compiled: Compiled, x: Array, count: int) -> float:
     """Seconds for each of ``count`` steps, on a copy of the carry."""
     carry = jax.block_until_ready(jax.tree.map(jnp.copy, compiled.carry))
@@ -182,13 +193,7 @@ class Bench:
         return max(1, min(20, int(BLOCK / timed(self._fixed, self.x, 3))))
 
     def _compile(self, arm: str) -> Compiled:
-        step, carry = build(*self.arms[arm], self.model)
-        start = time.perf_counter()
-        program = step.lower(carry, self.x).compile()
-        seconds = time.perf_counter() - start
-        analysis = program.memory_analysis()
-        mib = analysis.temp_size_in_bytes / 2**20 if analysis else np.nan
-        return Compiled(program, carry, seconds, mib)
+        return compiled(*self.arms[arm], self.model, self.x)
 
     def _record(self, arm: str, metric: str, value: float) -> Record:
         return record(arm, metric, value, config=self.name)
@@ -210,8 +215,8 @@ class Bench:
         ]
 
     def _beside(self, arm: str) -> list[Record]:
-        compiled = self._compile(arm)
-        step = timed(compiled, self.x, 1)  # It warms up, too.
+        program = self._compile(arm)
+        step = timed(program, self.x, 1)  # It warms up, too.
         patience = int(PATIENCE / step)  # steps
         count = max(1, min(self._count, patience))
         pairs = min(self.pairs, max(2, patience // count))
@@ -219,14 +224,14 @@ class Bench:
         for turn in range(pairs):
             if turn % 2:
                 beside = timed(self._fixed, self.x, self._count)
-                times.append(timed(compiled, self.x, count))
+                times.append(timed(program, self.x, count))
             else:
-                times.append(timed(compiled, self.x, count))
+                times.append(timed(program, self.x, count))
                 beside = timed(self._fixed, self.x, self._count)
             ratios.append(times[-1] / beside)
         first, median, third = np.percentile(ratios, [25, 50, 75])
         return [
-            *self._of_program(arm, compiled),
+            *self._of_program(arm, program),
             self._record(arm, "milliseconds", 1e3 * statistics.median(times)),
             self._record(arm, "ratio, first quartile", first),
             self._record(arm, "ratio", median),
