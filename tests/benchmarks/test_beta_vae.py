@@ -168,6 +168,33 @@ def test_conditioning_changes_nothing_at_the_start(digits):
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
 
 
+def test_shifts_make_the_biases_of_the_layers_superfluous(digits):
+    """(1 + s) (W x + b) + t is (1 + s) W x + t' with t' as linear in beta as t."""
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32),
+        task.init(0, 64, 8, conditioned=True),
+    )
+    without = task.init(0, 64, 8, conditioned=True, biases=False)
+    film, start = {k: np.array(x) for k, x in params["film"].items()}, 0
+    for half in task.HALVES:
+        for layer, own in zip(params[half], without[half], strict=True):
+            own["w"], b = layer["w"], np.array(layer["b"])
+            scale, shift = start + np.arange(len(b)), start + len(b) + np.arange(len(b))
+            film["w"][:, shift] += film["w"][:, scale] * b
+            film["b"][shift] += (1 + film["b"][scale]) * b
+            start += 2 * len(b)
+    without |= {"trunk": params["trunk"], "film": film}
+    c = conditional.encode(task.weights_of(jnp.array([0.5, 200.0])), task.SUPPORT)
+    x = digits.test[:2]
+    for with_biases, got in zip(
+        task.codec(params, c, 0.1).encode(x),
+        task.codec(without, c, 0.1).encode(x),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, with_biases, rtol=1e-5, atol=1e-5)
+
+
 def test_one_beta_for_all_is_that_beta_for_each(trained_params, digits):
     x, c = digits.test[:3], jnp.array([0.3])
     one = reconstruct(trained_params, c, x)

@@ -16,7 +16,14 @@ MIDDLE = 1
 LOSSES = ("reconstruction", "kl")
 NOISE = 0.01  # nats within which losses count as equal
 FORWARD_IMAGES = 1024
-ARMS = ("fixed", "fixed again", "one beta", "beta per group", "beta per image")
+ARMS = (
+    "fixed",
+    "fixed again",
+    "one beta",
+    "beta per group",
+    "beta per group, no biases",
+    "beta per image",
+)
 LIMITS = {"forward": 1.10, "step": 1.15}
 
 

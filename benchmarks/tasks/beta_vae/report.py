@@ -254,7 +254,12 @@ def cost_table(result: Result) -> Table:
     columns, rows = ["width"], [[f"{width:g}"] for width in _cost_widths(result)]
     arms = {
         "forward": ("fixed again", "one beta", "beta per image"),
-        "step": ("fixed again", "beta per group", "beta per image"),
+        "step": (
+            "fixed again",
+            "beta per group",
+            "beta per group, no biases",
+            "beta per image",
+        ),
     }
     for what, of_what in arms.items():
         records = select(result["records"], metric=f"{what}: microseconds")
@@ -272,7 +277,8 @@ def cost_table(result: Result) -> Table:
         f"{meta['rounds']} interleaved rounds, {meta['device']} ({meta['cpu_count']} "
         f"cores). Forward: {FORWARD_IMAGES} images reconstructed. Step: {task.BATCH} "
         f"images; per group: one beta for each {task.BATCH // task.GROUPS} of them, as "
-        f"in the training above."
+        f"in the training above; no biases: without those of the layers, which the "
+        f"shifts of FiLM make superfluous."
     )
     return Table(columns, rows, caption)
 
@@ -290,11 +296,15 @@ def conclusions(result: Result) -> list[str]:
         ]
     if len(_variants(result)) > 1:
         sentences += _about_variants(result)
-    sentences += [_about_cost(result, what, arm) for what, arm in COSTS.items()]
+    sentences += [_about_cost(result, what, arm) for what, arm in COSTS]
     return [sentence for sentence in sentences if sentence]
 
 
-COSTS = {"forward": "one beta", "step": "beta per group"}
+COSTS = (
+    ("forward", "one beta"),
+    ("step", "beta per group"),
+    ("step", "beta per group, no biases"),
+)
 
 
 def _about_gap(result: Result, width: float) -> str:

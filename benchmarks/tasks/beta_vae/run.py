@@ -267,13 +267,15 @@ def step_arms(width: float, data: task.Data) -> dict[str, Callable[[], Call]]:
     hidden, pixels = round(task.HIDDEN * width), data.train.shape[1]
     key, i = jax.random.key(0), jnp.asarray(1)
 
-    def arm(groups: int, beta: jax.Array | None) -> Callable[[], Call]:
+    def arm(
+        groups: int, beta: jax.Array | None, biases: bool = True
+    ) -> Callable[[], Call]:
         setting = task.Setting(hidden, STEPS["cpu"], groups=groups)
         one = task.training_step(setting, data, beta)
         step = jax.jit(functools.partial(one, key), donate_argnums=0)
 
         def make() -> Call:
-            params = task.init(0, pixels, hidden, conditioned=beta is None)
+            params = task.init(0, pixels, hidden, beta is None, biases)
             carry = (params, task.optimizer(setting, data).init(params))
 
             def run() -> Any:
@@ -290,6 +292,7 @@ def step_arms(width: float, data: task.Data) -> dict[str, Callable[[], Call]]:
         "fixed": fixed,
         "fixed again": fixed,
         "beta per group": arm(task.GROUPS, None),
+        "beta per group, no biases": arm(task.GROUPS, None, biases=False),
         "beta per image": arm(task.BATCH, None),
     }
 

@@ -124,8 +124,14 @@ def _widths(pixels: int, hidden: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def init(seed: int, pixels: int, hidden: int, conditioned: bool) -> Params:
-    """Encoder and decoder of three dense layers; the same with and without FiLM."""
+def init(
+    seed: int, pixels: int, hidden: int, conditioned: bool, biases: bool = True
+) -> Params:
+    """Encoder and decoder of three dense layers; the same with and without FiLM.
+
+    A conditional model can do without ``biases`` of its layers: the shifts of FiLM have
+    biases themselves, and whatever it can be with both, it can be with those alone.
+    """
     widths = _widths(pixels, hidden)
     # NumPy draws them, because programs that draw many arrays compile for seconds.
     generator = np.random.default_rng(seed)
@@ -139,6 +145,9 @@ def init(seed: int, pixels: int, hidden: int, conditioned: bool) -> Params:
         zeros = jnp.zeros((TRUNK, 2 * modulated), jnp.float32)
         params["trunk"] = _dense(generator, size, TRUNK)
         params["film"] = {"w": zeros, "b": zeros[0]}  # changes nothing at the start
+    if not biases:
+        for half in HALVES:
+            params[half] = [{"w": layer["w"]} for layer in params[half]]
     return params
 
 
@@ -153,7 +162,7 @@ def _modulations(params: Params, c: Array | None) -> dict[str, list[Any]]:
     """Scale and shift for every layer, of all layers in one matrix product."""
     if c is None:
         return {half: [None] * len(params[half]) for half in HALVES}
-    sizes = [len(layer["b"]) for half in HALVES for layer in params[half]]
+    sizes = [layer["w"].shape[1] for half in HALVES for layer in params[half]]
     features = jnp.tanh(linear(params["trunk"], c))
     ends = np.cumsum(np.repeat(sizes, 2))[:-1]
     parts = iter(jnp.split(linear(params["film"], features), ends, axis=-1))
@@ -163,7 +172,7 @@ def _modulations(params: Params, c: Array | None) -> dict[str, list[Any]]:
 
 def _half(layers: list[Params], modulations: list[Any], x: Array) -> Array:
     for i, (layer, modulation) in enumerate(zip(layers, modulations, strict=True)):
-        x = linear(layer, x)
+        x = linear(layer, x) if "b" in layer else x @ layer["w"]
         if modulation is not None:
             x = conditional.modulate(x, *modulation)
         if i < len(layers) - 1:
