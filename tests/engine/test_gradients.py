@@ -97,6 +97,88 @@ def test_statistics_and_gradient(statistic, mode):
     chex.assert_trees_all_close(grads, jax.grad(composite)(PARAMS), rtol=1e-4)
 
 
+def test_inner_products_of_complex_gradients_one_at_a_time():
+    params = {"z": jnp.array([1.0 + 2.0j, -0.5j]), "x": jnp.array([0.3])}
+
+    def f(params):
+        z, x = params["z"], params["x"]
+        a = jnp.sum(jnp.abs(z - 1) ** 2) * x[0]
+        return [a, jnp.real(z[0] * z[1]) + jnp.sum(x**2), jnp.imag(jnp.sum(z**2))]
+
+    weighting = reading("gramian")._replace(downstream=None)
+    state = weighting.init([0.0] * 3)
+    seen = []
+    for options in ({}, {"keep": False, "chunk_size": 2}):
+        source = yoto.of_parameters(**options)
+        step = yoto.value_and_grad(f, weighting, gradients=source)
+        seen.append(step(params, state)[2].inner)
+    np.testing.assert_allclose(seen[1], seen[0], rtol=1e-6)
+
+
+def test_many_losses_are_traced_a_few_times_and_weighed_as_few_are():
+    """Above a number of losses, sums are products of arrays: of one dtype each."""
+    count, calls = 20, []
+    targets = jax.random.normal(jax.random.key(2), (count,))
+    params = PARAMS | {"bias": jnp.ones((1, 2), jnp.bfloat16)}
+
+    def many(params, z, x):
+        calls.append(None)
+        y = z @ params["last"]["kernel"] + params["bias"].astype(jnp.float32)
+        return [jnp.mean((y[:, 0] - t * y[:, 1] - x[:, 0]) ** 2) for t in targets]
+
+    z = encoder(params, X)
+    rows = jax.jacobian(lambda z: jnp.stack(many(params, z, X)))(z)
+    rows = np.asarray(rows, np.float64).reshape(count, -1)
+    of_all = lambda p: many(p, encoder(p, X), X)
+    weights = np.linspace(-1, 1, count).astype(np.float32)
+
+    def update(losses, inner, spec, *, gramian):
+        return jnp.asarray(weights), gramian
+
+    shape = lambda spec: jnp.zeros((spec.size, spec.size), spec.dtype)
+    weighting = make_weighting(shape, update, needs=("gramian",))
+    composite = lambda p: sum(w * x for w, x in zip(weights, of_all(p), strict=True))
+    expected = jax.grad(composite)(params)
+    state = weighting.init([0.0] * count)
+    of_z = yoto.of_representation(encoder, weigh_heads=True)
+    for f, source in ((many, of_z), (lambda p, x: of_all(p), None)):
+        del calls[:]
+        step = jax.jit(yoto.value_and_grad(f, weighting, gradients=source))
+        _, grads, seen = step(params, state, X)
+        assert len(calls) <= 2
+        for got, wanted in zip(
+            jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True
+        ):
+            assert got.dtype == wanted.dtype
+            rtol = 0.05 if got.dtype == jnp.bfloat16 else 1e-4
+            wanted, got = (np.asarray(x, np.float64) for x in (wanted, got))
+            atol = rtol * np.abs(wanted).max()
+            np.testing.assert_allclose(got, wanted, rtol=rtol, atol=atol)
+        if source is not None:
+            np.testing.assert_allclose(seen.inner, rows @ rows.T, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("scale", "skipped"), [(1e22, 1), (1e-24, 0)])
+def test_the_range_of_gradient_norms_that_have_a_square(scale, skipped):
+    """Outside of it the batch is skipped, or the gradients count as zero."""
+    f = lambda params, x: jax.tree.map(lambda loss: scale * loss, loss_fn(params, x))
+    weighting = weightings.imtl_g()
+    step = jax.jit(yoto.value_and_grad(f, weighting))
+    _, grads, state = step(PARAMS, weighting.init(dict.fromkeys("abc", 0.0)), X)
+    assert state.num_skipped == skipped
+    share = 1 / 3 if skipped else 0.0
+    np.testing.assert_allclose(jax.tree.leaves(state.loss_weights), share, rtol=1e-6)
+    assert all(jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads))
+
+    def in_units(params, x):
+        return jax.tree.map(lambda loss: loss / scale, f(params, x))
+
+    _, _, state = jax.jit(yoto.value_and_grad(in_units, weighting))(PARAMS, state, X)
+    _, _, plain = call(loss_fn, weighting, X)
+    for name, weight in plain.loss_weights.items():
+        np.testing.assert_allclose(state.loss_weights[name], weight, rtol=1e-3)
+
+
 @pytest.mark.parametrize("statistic", EXPECTED)
 def test_selected_parameters(statistic):
     last = lambda p: p["last"]
@@ -646,6 +728,8 @@ def test_what_each_mode_keeps_in_memory():
     none_kept = yoto.of_parameters(keep=False)
     a_few_arrays = mebibytes(needs("gramian"), gradients=none_kept)
     assert a_few_arrays < 26
+    one_at_a_time = yoto.of_parameters(keep=False, chunk_size=1)
+    assert mebibytes(needs("gramian"), gradients=one_at_a_time) < plain + 3
     assert mebibytes(needs("norms"), gradients=none_kept) < plain + 3
 
     def encode(params, x):

@@ -140,6 +140,7 @@ SOURCES = {
     "all": {},
     "chunks": {"chunk_size": 2},
     "not kept": {"keep": False},
+    "not kept, chunks": {"keep": False, "chunk_size": 2},
     "selected": {"select": lambda params: params["wide"]},
 }
 

@@ -44,7 +44,9 @@ def test_bounded_qp_agrees_with_an_active_set_method(losses, dtype, bound):
             assert error <= bound
 
 
-def test_what_is_not_solved_together_is_solved_one_by_one():
+@pytest.mark.parametrize("at_once", [20, 2])
+def test_what_is_not_solved_together_is_solved_one_by_one(at_once, monkeypatch):
+    monkeypatch.setattr(_solvers, "_ENTRIES", at_once * 20**2)
     rng = np.random.default_rng(0)
     lengths = rng.uniform(0.5, 2, 20).astype("float32")
     jacobian = rng.normal(size=(20, 3))
