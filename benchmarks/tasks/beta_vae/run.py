@@ -75,7 +75,7 @@ def main(options: Options) -> None:
     units = Units(options, path.stem)
     records, params = train_all(options, methods, data, units)
     if "cost" in methods:
-        records += units.do("cost", lambda: costs(data, options))
+        records += costs(data, options, units)
     about = meta(options, **_settings(options, data, units))
     result = write_json(path, *_merged(path, options, methods, about, records))
     report(result, params, data, path, WIDTHS[options.preset][-1])
@@ -225,20 +225,29 @@ def measure(
 # What conditioning costs in time.
 
 
-def costs(data: task.Data, options: Options) -> list[Record]:
+def costs(data: task.Data, options: Options, units: Units) -> list[Record]:
     quick = options.preset == "quick"
+    rounds = ROUNDS[options.preset]
     records = []
     for width in COST_WIDTHS[options.preset]:
-        arms = {"forward": forward_arms(width, data)}
+        kinds = {"forward": forward_arms}
         if not quick:  # They compile for seconds.
-            arms["step"] = step_arms(width, data)
-        for what, makers in arms.items():
-            calls = {arm: make() for arm, make in makers.items()}
-            times = interleaved(calls, ROUNDS[options.preset])
-            for arm, of_arm in times.items():
-                records += time_records(
-                    f"cost: {arm}", what, width, of_arm, times["fixed"]
-                )
+            kinds["step"] = step_arms
+        for what, make in kinds.items():
+            work = functools.partial(cost, what, make, width, data, rounds)
+            records += units.do(f"cost: {what}, {width}", work)
+    return records
+
+
+def cost(
+    what: str, make: Callable[..., Any], width: float, data: task.Data, rounds: int
+) -> list[Record]:
+    """Times of the arms of one kind and width, in turns."""
+    calls = {arm: start() for arm, start in make(width, data).items()}
+    times = interleaved(calls, rounds)
+    records = []
+    for arm, taken in times.items():
+        records += time_records(f"cost: {arm}", what, width, taken, times["fixed"])
     return records
 
 
