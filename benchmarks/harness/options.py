@@ -1,6 +1,7 @@
 """The options that all benchmarks have, and what becomes of those that cannot be."""
 
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -44,13 +45,16 @@ class Options:
 
     def choose(self, methods: Sequence[str]) -> tuple[str, ...]:
         """Those of ``methods`` that were asked for, in the order of ``methods``."""
-        unknown = sorted(set(self.methods or ()) - set(methods))
+        if self.methods is None:
+            return tuple(methods)
+        asked = _with_commas(self.methods, methods)
+        unknown = sorted(set(asked) - set(methods))
         if unknown:
             raise UsageError(
                 f"unknown method {', '.join(map(repr, unknown))}: "
                 f"{self.benchmark} has {', '.join(methods)}"
             )
-        return tuple(m for m in methods if self.methods is None or m in self.methods)
+        return tuple(m for m in methods if m in asked)
 
     def refuse_data(self) -> None:
         """For benchmarks that carry their data with them."""
@@ -62,7 +66,7 @@ class Options:
         """The command line, with folders relative to the current one."""
         words = ["python -m benchmarks", self.benchmark, f"--preset {self.preset}"]
         if self.methods is not None:
-            words.append(f"--methods {','.join(self.methods)}")
+            words.append(f"--methods {shlex.quote(','.join(self.methods))}")
         words.append(f"--seeds {self.seeds}")
         if self.steps is not None:
             words.append(f"--steps {self.steps}")
@@ -75,6 +79,18 @@ class Options:
             elif value is not None and value is not False:
                 words.append(f"{flag} {value}")
         return " ".join([*words, f"--out {_relative(self.out)}"])
+
+
+def _with_commas(parts: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The parts of a list, those together that are one name with commas in it."""
+    found: list[str] = []
+    left = list(parts)
+    while left:
+        ends = range(len(left), 0, -1)
+        end = next((n for n in ends if ", ".join(left[:n]) in names), 1)
+        found.append(", ".join(left[:end]))
+        left = left[end:]
+    return found
 
 
 def _relative(folder: Path) -> str:

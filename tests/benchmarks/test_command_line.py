@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import pathlib
+import shlex
 import subprocess
 
 import jax
@@ -96,6 +97,19 @@ def test_bad_options_exit_with_2_and_say_why(arguments, message, capsys):
         command_line.main(arguments.split())
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_names_may_have_commas_in_them():
+    rows = ("equal", "search", "search, GP", "aligned_mtl, every 10")
+    given = "search,search, GP,aligned_mtl, every 10"
+    parsed = command_line.parser().parse_args(["frontier", "--methods", given])
+    options = Options("frontier", methods=parsed.methods)
+    assert options.choose(rows) == rows[1:]
+    assert Options("frontier").choose(rows) == rows
+    with pytest.raises(UsageError, match="unknown method 'every 3':"):
+        Options("frontier", methods=("equal", "every 3")).choose(rows)
+    words = shlex.split(Options("frontier", methods=rows[2:]).command)
+    assert words[words.index("--methods") + 1] == ",".join(rows[2:])
 
 
 def test_a_jaxlib_that_miscompiles_is_refused_on_a_cpu(monkeypatch, capsys, tmp_path):
