@@ -191,6 +191,29 @@ def test_without_a_search_there_is_nothing_to_compare_with(tmp_path, monkeypatch
     assert report.conclusions(result) == ["helmholtz: no search to compare with."]
 
 
+def test_of_what_is_stored_come_the_same_reports():
+    rng = np.random.default_rng(0)
+    arms = [*outcomes.SHARES, "nash_mtl", "aligned_mtl", "mgda", "ceiling"]
+    searched = [*["search"] * 15, *[*outcomes.BAYESIAN] * 15]
+    lines = [
+        line(method, seed, *rng.uniform(50, 90, (2, LOOKS)))
+        for seed in range(3)
+        for method in (*searched, *arms)
+    ]
+    thin = [outcomes.kept(x) for x in lines]
+    assert [outcomes.kept(x) for x in thin] == thin
+    assert 2 * len(json.dumps(thin)) < len(json.dumps(lines))
+    whole, stored = (
+        {"meta": {"problems": ABOUT, "stage": 3}, "runs": runs}
+        for runs in (lines, thin)
+    )
+    for made in (report.table, report.tables, report.summary, report.conclusions):
+        assert made(whole) == made(stored)
+    for made in (outcomes.records_of, outcomes.verdicts, outcomes.mean_ranks):
+        assert made(lines, ABOUT) == made(thin, ABOUT)
+    assert outcomes.contenders(lines, "p") == outcomes.contenders(thin, "p")
+
+
 # Races.
 
 

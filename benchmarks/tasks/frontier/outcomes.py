@@ -22,6 +22,8 @@ CEILING = "ceiling"
 """The best point of the search by validation, trained on validation data too: what is
 not to be had without them, and no method."""
 AVERAGED = " averaged"
+LEVEL = 3
+"""From which look on, from the last one, a training should have levelled off."""
 SHARES = ("equal", "share 0.1", "share 1", "share 10")
 EARLY, LATE = ((0.1, 4), (0.3, 1)), ((0.2, 3), (0.5, 1))
 RACES = {
@@ -40,6 +42,7 @@ RACES = {
     ),
 }
 """Races of runs that are there, by name."""
+ARMS = {arm for race in RACES.values() for arm in race.arms}
 
 
 class Outcome(NamedTuple):
@@ -67,6 +70,22 @@ class Difference(NamedTuple):
 
 def lines_of(lines: Sequence[Line], problem: str, method: str) -> list[Line]:
     return [x for x in lines if x["problem"] == problem and x["method"] == method]
+
+
+def kept(line: Line) -> Line:
+    """The line with those looks alone that a report asks for.
+
+    A race asks how its arms validated on the way. Of the search's points it is also
+    told whether they level off, and what averaged parameters are worth.
+    """
+    looks: dict[str, list[float]] = line["looks"]
+    counts = {"validation": 1, "test": 1}
+    if line["method"] in (SEARCH, *ARMS):
+        counts["validation"] = len(looks["validation"])
+    if line["method"] == SEARCH:
+        counts |= {"training": LEVEL, "validation averaged": 1, "test averaged": 1}
+    final = {name: looks[name][-count:] for name, count in counts.items()}
+    return line | {"looks": final}
 
 
 def last(line: Line, score: str) -> float:
@@ -118,22 +137,20 @@ def worst_points(lines: Sequence[Line], problem: str) -> dict[int, float]:
     return {seed: min(last(x, "test") for x in found) for seed, found in points.items()}
 
 
-def outcome(
-    lines: Sequence[Line], problem: str, method: str, suffix: str = ""
-) -> Outcome:
-    """What a method, a race or the search ends with."""
+def outcome(lines: Sequence[Line], problem: str, method: str) -> Outcome:
+    """What a method, a race or a search ends with."""
     if method == SEARCH or method in BAYESIAN:
-        return searched(lines, problem, suffix=suffix, search=method)
+        return searched(lines, problem, search=method)
     if method in RACES:
-        return raced(lines, problem, RACES[method], suffix)
+        return raced(lines, problem, RACES[method])
     found = lines_of(lines, problem, method)
-    tests = {x["seed"]: last(x, "test" + suffix) for x in found}
+    tests = {x["seed"]: last(x, "test") for x in found}
     worst = worst_points(lines, problem)
     collapsed = sum(test < worst.get(seed, -math.inf) for seed, test in tests.items())
     return Outcome(tests, found[0]["runs"] if found else math.nan, collapsed)
 
 
-def raced(lines: Sequence[Line], problem: str, race: Race, suffix: str = "") -> Outcome:
+def raced(lines: Sequence[Line], problem: str, race: Race) -> Outcome:
     """A race of the runs that are there, on all seeds that have every arm."""
     arms = {
         method: {x["seed"]: x for x in lines_of(lines, problem, method)}
@@ -145,8 +162,8 @@ def raced(lines: Sequence[Line], problem: str, race: Race, suffix: str = "") -> 
     for seed, found in points.items():
         own = [arms[method].get(seed) for method in race.arms] + found[: race.points]
         if all(own) and len(own) == len(race.arms) + race.points:
-            finish = races.run(race, own, "validation" + suffix)
-            tests[seed] = last(finish.line, "test" + suffix)
+            finish = races.run(race, own, "validation")
+            tests[seed] = last(finish.line, "test")
             costs.append(finish.runs)
     return Outcome(tests, float(np.mean(costs)) if costs else math.nan, 0)
 
@@ -182,7 +199,7 @@ def contenders(lines: Sequence[Line], problem: str) -> list[str]:
 
     All that a race is made of is among them.
     """
-    always = {SEARCH, *(arm for race in RACES.values() for arm in race.arms)}
+    always = {SEARCH, *ARMS}
     names = trained(lines)
     best = max(
         float(np.mean(list(outcome(lines, problem, name).tests.values())))
@@ -197,24 +214,27 @@ def contenders(lines: Sequence[Line], problem: str) -> list[str]:
 
 
 def records_of(lines: Sequence[Line], problems: Problems) -> list[Record]:
-    """Test scores of all rows, as flat records."""
+    """Test scores of all rows, and of the search with averages, as flat records."""
     records = []
     for problem in problems:
-        for method in methods_of(lines):
-            for suffix in ("", AVERAGED):
-                found = outcome(lines, problem, method, suffix)
-                for seed, test in found.tests.items():
-                    records.append(
-                        record(
-                            method,
-                            "test" + suffix,
-                            test,
-                            seed=seed,
-                            domain=problem,
-                            unseen=True,
-                            compute=found.runs,
-                        )
+        found = [
+            (method, "test", outcome(lines, problem, method))
+            for method in methods_of(lines)
+        ]
+        smooth = searched(lines, problem, suffix=AVERAGED)
+        for method, metric, ended in [*found, (SEARCH, "test" + AVERAGED, smooth)]:
+            for seed, test in ended.tests.items():
+                records.append(
+                    record(
+                        method,
+                        metric,
+                        test,
+                        seed=seed,
+                        domain=problem,
+                        unseen=True,
+                        compute=ended.runs,
                     )
+                )
     return records
 
 
@@ -265,7 +285,7 @@ def mean_ranks(lines: Sequence[Line], problems: Problems) -> dict[str, float]:
 def levelled(lines: Sequence[Line], problem: str) -> float:
     """What the last fifth of the training adds."""
     best = picked(lines, problem, max).values()
-    gains = [x["looks"]["training"][-1] - x["looks"]["training"][-3] for x in best]
+    gains = [x["looks"]["training"][-1] - x["looks"]["training"][-LEVEL] for x in best]
     return float(np.mean(gains))
 
 
@@ -281,6 +301,6 @@ def ceiling(lines: Sequence[Line], problem: str) -> Difference:
 
 
 def averaging(lines: Sequence[Line], problem: str) -> Difference:
-    return difference(
-        outcome(lines, problem, SEARCH, AVERAGED), outcome(lines, problem, SEARCH)
-    )
+    """What averaged parameters change in the search's result."""
+    smooth = searched(lines, problem, suffix=AVERAGED)
+    return difference(smooth, outcome(lines, problem, SEARCH))
