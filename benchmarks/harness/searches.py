@@ -59,6 +59,8 @@ def random(bounds: Sequence[tuple[float, float]], budget: int, seed: int) -> Poi
 
 
 SAMPLERS = ("tpe", "gp")
+STARTED = 5
+"""Points at random that they begin with, not the default ten: budgets are small."""
 
 
 class Bayesian:
@@ -73,8 +75,7 @@ class Bayesian:
     ):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         samplers = {"tpe": optuna.samplers.TPESampler, "gp": optuna.samplers.GPSampler}
-        # Five points at random first, not the default ten: the budget is that small.
-        chosen = samplers[sampler](seed=seed, n_startup_trials=min(5, budget))
+        chosen = samplers[sampler](seed=seed, n_startup_trials=min(STARTED, budget))
         self.budget = budget
         self._study = optuna.create_study(direction="maximize", sampler=chosen)
         self._space: dict[str, Any] = {
@@ -133,6 +134,13 @@ def best_of_n(validation: Sequence[float], test: Sequence[float]) -> np.ndarray:
         for n in choices
     ]
     return np.array(wins) @ ordered
+
+
+def best_so_far(validation: Sequence[float], test: Sequence[float]) -> np.ndarray:
+    """Test value of the validated best among the first n runs, for every n."""
+    chosen = np.nan_to_num(np.asarray(validation), nan=-np.inf)
+    best = [int(np.argmax(chosen[:n])) for n in range(1, len(chosen) + 1)]
+    return np.asarray(test)[best]
 
 
 def verdict(difference: np.ndarray) -> int:

@@ -161,8 +161,9 @@ def test_tables_sentences_and_figure_of_what_is_stored(tmp_path):
     report.figure(result, tmp_path / "frontier.png")
     for name in ("frontier.png", "frontier_runs.png"):
         assert (tmp_path / name).stat().st_size > 10_000
-    (short,) = report.tables(result).values()
+    short, stopped = report.tables(result).values()
     assert [row[0] for row in short.rows][-1] == "search"
+    assert len(stopped.columns) == 1  # No problem has all searches.
     assert (tmp_path / "frontier.png").stat().st_size > 5000
 
 
@@ -189,6 +190,35 @@ def test_without_a_search_there_is_nothing_to_compare_with(tmp_path, monkeypatch
     (row,) = report.summary(result).rows
     assert row == ["helmholtz", "held out", "0", "", "", "", ""]
     assert report.conclusions(result) == ["helmholtz: no search to compare with."]
+
+
+def test_a_search_that_stops_early(tmp_path):
+    def told(method, seed, validation, test):
+        pairs = zip(validation, test, strict=True)
+        return [line(method, seed, v, t, "constant") for v, t in pairs]
+
+    up = np.arange(15.0)
+    lines = [
+        *[x for seed in range(3) for x in told("search", seed, up, 50 + up)],
+        *[x for seed in range(2) for x in told("search, TPE", seed, -up, 60 - up)],
+        *told("search, GP", 0, up, 55 + up),
+        *told("search, GP", 1, up, 53 + up),
+    ]
+    result = {"meta": {"problems": ABOUT, "stage": 3}, "runs": lines}
+    table = report.stopped(result)
+    rows = {row[0]: [cell.split(" ± ")[0] for cell in row[1:]] for row in table.rows}
+    assert rows["search, TPE"] == ["-4.0"] * 4  # the first point, 60, beside 64
+    assert rows["search, GP"] == ["-8.0", "-6.0", "-2.0", "+4.0"]
+    # Of n of fifteen, the best is expected at n / (n + 1) of the way.
+    behind = [16 * n / (n + 1) - 1 - 14 for n in report.STOPS]
+    assert rows["search"] == [f"{x:+.1f}" for x in behind[:-1]] + ["+0.0"]
+    assert table.caption.endswith("Seeds of each: p 3, 2, 2.")
+    about = ABOUT | {"q": ABOUT["p"]}  # where no search was made
+    table = report.table({"meta": {"problems": about, "stage": 3}, "runs": lines})
+    costs = {row[0]: row[1] for row in table.rows}
+    assert [costs[name] for name in ("search", *outcomes.BAYESIAN)] == ["15"] * 3
+    report.figure(result, tmp_path / "frontier.png")
+    assert (tmp_path / "frontier_runs.png").stat().st_size > 10_000
 
 
 def test_of_what_is_stored_come_the_same_reports():

@@ -218,6 +218,12 @@ def test_a_run_whose_validation_is_nan_is_the_last_choice():
     np.testing.assert_allclose(curve, [4.0, (1 + 1 + 2) / 3, 1.0])
 
 
+def test_the_best_so_far_is_the_validated_best_of_the_first_runs():
+    validation, test = [math.nan, 0.5, 0.1, 0.5, 0.7], [9.0, 1.0, 2.0, 3.0, 0.5]
+    found = searches.best_so_far(validation, test)
+    np.testing.assert_array_equal(found, [9.0, 1.0, 1.0, 1.0, 0.5])
+
+
 @pytest.mark.parametrize(
     ("difference", "sign"),
     [

@@ -69,6 +69,45 @@ def test_learned_weights_lose(problem):
     assert found["difference"] < margins * found["margin"]
 
 
+def test_a_gaussian_process_is_better_than_random_draws_on_the_digits_alone():
+    found = VERDICTS["digits", "search, GP"]
+    assert (found["seeds"], found["runs"]) == (6, 15)
+    assert round(found["difference"], 1) == 1.2
+    lines = FRONTIER["runs"]
+    of = lambda method: outcomes.outcome(lines, "digits", method)
+    above = outcomes.difference(of("search, GP"), of("search"))
+    assert above.mean > above.reach
+    for problem, method in [
+        ("digits", "search, TPE"),
+        ("missing_labels", "search, TPE"),
+        ("missing_labels", "search, GP"),
+    ]:
+        assert VERDICTS[problem, method]["seeds"] == 3
+        assert VERDICTS[problem, method]["lower"] < 0
+    whole, tests = of("search").tests, outcomes.so_far(lines, "digits", "search, GP")
+    twelve = sorted(curve[11] - whole[seed] for seed, curve in tests.items())
+    assert round(twelve[0]) == -8
+    assert twelve[1] > 0
+
+
+def test_beside_the_gaussian_process():
+    lines = FRONTIER["runs"]
+    of = lambda method: outcomes.outcome(lines, "digits", method)
+    beside = lambda method: outcomes.difference(of(method), of("search, GP"))
+    share = beside("share 1")
+    assert (round(share.mean, 1), round(share.lower, 1)) == (-0.6, -1.5)
+    for method in ("aligned_mtl", "nash_mtl"):
+        assert beside(method).seeds == 6
+        assert beside(method).lower > -1
+
+
+@pytest.mark.parametrize("who", ["yoto", "grap", "gradient", ""])
+def test_who_chooses_does_not_mend_a_conditional_model(who):
+    found = VERDICTS["digits", f"conditional-{who}".rstrip("-")]
+    ends = {"yoto": -18.6, "grap": -16.9, "gradient": -16.5, "": -17.6}
+    assert round(found["difference"], 1) == ends[who]
+
+
 def test_nash_mtl_is_better_on_pretraining():
     found = VERDICTS["pretraining", "nash_mtl"]
     assert found["seeds"] == 10

@@ -15,12 +15,11 @@ from benchmarks.tasks.frontier.outcomes import (
     SEARCH,
     Line,
     difference,
-    last,
     mean_ranks,
     methods_of,
     outcome,
-    points_by_seed,
     problems_of,
+    so_far,
 )
 
 SHOWN = {
@@ -39,6 +38,13 @@ SHOWN = {
 }
 """Rows that are drawn: label, marker, colour."""
 
+SEARCHES = {
+    SEARCH: ("random search, best of n by validation", "-", plots.GREEN),
+    "search, TPE": ("search by TPE, after five at random", "--", plots.BLUE),
+    "search, GP": ("search by a Gaussian process, the same", ":", plots.VERMILION),
+}
+"""Searches that are drawn: label, line, colour."""
+
 LOWEST = -10.0  # margins; what is lower stands at the edge
 UNKNOWN = "no search to compare with"
 
@@ -56,7 +62,7 @@ def against_runs(result: Result, path: Path) -> None:
     for panel, (problem, about) in zip(panels, problems.items(), strict=False):
         theirs = outcome(lines, problem, SEARCH)
         if theirs.tests:
-            _draw_search(panel, search_curve(lines, problem) / about["margin"])
+            _draw_search(panel, lines, problem, about["margin"])
         else:
             panel.text(0.5, 0.5, UNKNOWN, ha="center", transform=panel.transAxes)
         below: Counter[float] = Counter()  # labels at the lower edge, by their cost
@@ -101,28 +107,27 @@ def against_runs(result: Result, path: Path) -> None:
     plots.save(drawing, path)
 
 
-def _draw_search(panel: Axes, curve: np.ndarray) -> None:
+def _draw_search(
+    panel: Axes, lines: Sequence[Line], problem: str, margin: float
+) -> None:
     """What others are held against: the best of n points, and one margin below all."""
     panel.axhline(0.0, color="0.7", linewidth=1)
     panel.axhspan(-1.0, 0.0, color="0.93")
-    panel.plot(
-        range(1, len(curve) + 1),
-        curve,
-        "-",
-        color=plots.GREEN,
-        label="random search, best of n by validation",
-    )
+    for search, (label, style, color) in SEARCHES.items():
+        if outcome(lines, problem, search).tests:
+            curve = search_curve(lines, problem, search) / margin
+            runs = np.arange(1, len(curve) + 1)
+            told = runs >= (1 if search == SEARCH else searches.STARTED)
+            panel.plot(runs[told], curve[told], style, color=color, label=label)
 
 
-def search_curve(lines: Sequence[Line], problem: str) -> np.ndarray:
-    """What the best of n random points ends with, beside that of all of them."""
-    curves = []
-    for found in points_by_seed(lines, problem).values():
-        validation = [last(line, "validation") for line in found]
-        test = [last(line, "test") for line in found]
-        curve = searches.best_of_n(validation, test)
-        curves.append(curve - curve[-1])
-    return np.mean(curves, axis=0)
+def search_curve(
+    lines: Sequence[Line], problem: str, search: str = SEARCH
+) -> np.ndarray:
+    """What a search ends with after n runs, beside what the random one does at last."""
+    whole = outcome(lines, problem, SEARCH).tests
+    curves = so_far(lines, problem, search)
+    return np.mean([x - whole[seed] for seed, x in curves.items()], axis=0)
 
 
 def heatmap(result: Result, path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.stats
 
+from benchmarks.harness import searches
 from benchmarks.harness.results import Record, Result, record
 from benchmarks.harness.searches import reach
 from benchmarks.tasks.frontier import races
@@ -128,7 +129,22 @@ def searched(
     chosen = picked(lines, problem, pick, suffix, search)
     tests = {seed: last(line, "test" + suffix) for seed, line in chosen.items()}
     points = points_by_seed(lines, problem, search).values()
-    return Outcome(tests, float(max(map(len, points), default=0)), 0)
+    return Outcome(tests, float(max(map(len, points), default=math.nan)), 0)
+
+
+def so_far(
+    lines: Sequence[Line], problem: str, search: str = SEARCH
+) -> dict[int, np.ndarray]:
+    """By seed, what a search ends with if it stops after n runs, for every n.
+
+    Points drawn at random have no order: the mean over all choices of n of them.
+    """
+    best = searches.best_of_n if search == SEARCH else searches.best_so_far
+    curves = {}
+    for seed, found in points_by_seed(lines, problem, search).items():
+        validation = [last(line, "validation") for line in found]
+        curves[seed] = best(validation, [last(line, "test") for line in found])
+    return curves
 
 
 def worst_points(lines: Sequence[Line], problem: str) -> dict[int, float]:

@@ -221,8 +221,8 @@ class Work:
             found = self._train(
                 method, methods.SOFTMAX, configs, list(seeds), f", run {run}"
             )
-            if not found:  # They are not there to be collected.
-                break
+            if not found:  # Not all of them are there to be collected.
+                return []
             for search, line in zip(of_seeds, found, strict=True):
                 search.tell([last(line, "validation")])
             lines += found
