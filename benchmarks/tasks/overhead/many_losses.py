@@ -19,9 +19,14 @@ from yoto_jax import weightings
 
 Array = jax.Array
 
-MANY = (200, 1000)
 SIZES = {"large layers": (2, 8, 32), "many losses": (200,)}
 SOLVERS = tuple(n for n in MEASURED if "gramian" in MEASURED[n].needs)
+SOLVED = {
+    200: SOLVERS,
+    1000: ("mgda", "pcgrad", "gradvac", "nash_mtl", "aligned_mtl", "upgrad"),
+}
+"""A thousand losses for one solver of each kind."""
+
 SOURCES = {
     "kept": yoto.of_parameters(),
     "kept, one at a time": yoto.of_parameters(chunk_size=1),

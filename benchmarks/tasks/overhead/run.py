@@ -268,8 +268,9 @@ def many_parts(pairs: int, quick: bool, units: Units) -> Iterator[Part]:
             name = f"{kind}, K={count}"
             work = functools.partial(many.steps, kind, count, pairs)
             yield Part(name, functools.partial(units.do, name, work))
-    for count in (20,) if quick else many.MANY:
-        for method in many.SOLVERS[:2] if quick else many.SOLVERS:
+    solved = {20: many.SOLVERS[:2]} if quick else many.SOLVED
+    for count, methods in solved.items():
+        for method in methods:
             name = f"many, {method}, K={count}"
             work = functools.partial(many.solve, method, count)
             yield Part(name, functools.partial(units.do, name, work))
