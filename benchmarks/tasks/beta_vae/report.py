@@ -270,7 +270,8 @@ def cost_table(result: Result) -> Table:
         for row, microseconds in zip(rows, fixed, strict=True):
             ratios = [_ratio(result, arm, what, float(row[0])) for arm in of_what]
             row.append(f"{microseconds:,.0f}")
-            row += ["{:.2f} ({:.2f} to {:.2f})".format(*ratio) for ratio in ratios]
+            show = "{:.2f} ({:.2f} to {:.2f})".format
+            row += [show(*ratio) if ratio else "" for ratio in ratios]
     meta = result["meta"]
     caption = (
         f"Ratio to the model without conditioning, median (quartiles) of "
