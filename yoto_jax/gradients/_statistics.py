@@ -120,14 +120,15 @@ def _deviations(groups: dict[Axes, list[jax.Array]]) -> jax.Array:
     def mean(f: Callable[[jax.Array], jax.Array]) -> jax.Array:
         terms = []
         for axes, leaves in groups.items():
-            parts = (f(upcast(x).reshape(x.shape[0], -1)) for x in leaves)
-            local = add_up(jnp.sum(x, axis=1) for x in parts)
+            parts = (f(upcast(x)) for x in leaves)
+            local = add_up(jnp.sum(x, axis=tuple(range(1, x.ndim))) for x in parts)
             terms.append(lax.psum(local, axes) if axes else local)
         return add_up(terms) / max(1, total)
 
     # Not a difference of two means: that of few large entries is lost to rounding.
-    centre = mean(lambda x: x)[:, None]
-    return jnp.sqrt(mean(lambda x: jnp.square(x - centre)))
+    centre = mean(lambda x: x)
+    apart = lambda x: x - centre.reshape(-1, *[1] * (x.ndim - 1))
+    return jnp.sqrt(mean(lambda x: jnp.square(apart(x))))
 
 
 def _by_axes(
