@@ -33,6 +33,7 @@ BENCHMARKS = {
     "sweep": "a search for loss weights that several workers share",
     "ppo": "weightings for policy, value and entropy, on CartPole",
     "choices": "choices learned with the model, against all architectures",
+    "learning_rate": "whether the learning rate can be learned with the weights",
     "frontier": "every method on every problem, against a search of 15 runs",
 }
 ROOT = Path(__file__).parent.parent
@@ -122,7 +123,7 @@ def _stored(results: Path) -> Iterator[tuple[str, Any, Path]]:
 
 
 def parser() -> argparse.ArgumentParser:
-    listing = "\n".join(f"  {name:<12} {what}" for name, what in BENCHMARKS.items())
+    listing = "\n".join(f"  {name:<13} {what}" for name, what in BENCHMARKS.items())
     top = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=f"benchmarks:\n{listing}\n\nupkeep:\n"

@@ -4,6 +4,8 @@ import importlib
 import typing
 
 from yoto_jax import weightings as weightings
+from yoto_jax._by_hypergradient import HypergradientState as HypergradientState
+from yoto_jax._by_hypergradient import by_hypergradient as by_hypergradient
 from yoto_jax._choice_decay import add_choice_decay as add_choice_decay
 from yoto_jax._choice_decay import choice_regularizer as choice_regularizer
 from yoto_jax._choice_logits import ChoiceLogits as ChoiceLogits
@@ -65,6 +67,7 @@ __all__ = [
     "ChoiceWeights",
     "GradDropState",
     "HardChoice",
+    "HypergradientState",
     "HyperparameterDecayState",
     "LossLogits",
     "LossSpec",
@@ -80,6 +83,7 @@ __all__ = [
     "aggregate",
     "aggregate_momenta",
     "apply_choice",
+    "by_hypergradient",
     "choice_regularizer",
     "choose",
     "composite_loss",

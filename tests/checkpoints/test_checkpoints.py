@@ -33,6 +33,7 @@ TRANSFORMATIONS = {
         {"model": optax.lion(1e-2), "loss_logits": yoto.adamw(1e-2)},
         yoto.label_loss_logits,
     ),
+    "by_hypergradient": yoto.by_hypergradient(yoto.adamw(0.02), 0.1),
 }
 
 

@@ -72,7 +72,9 @@ def test_states_of_all_weightings_and_transformations_go_into_a_file():
     states["recorded"] = recorded.init(LOSSES)
     schedule = optax.constant_schedule(0.1)
     chain = optax.chain(monitoring.record(length=2), yoto.adamw(schedule))
-    for tx in (chain, yoto.sgdw(schedule), yoto.skip_outliers(yoto.adamw(0.1))):
+    adamw = yoto.adamw(0.1)
+    learned = yoto.by_hypergradient(adamw)
+    for tx in (chain, yoto.sgdw(schedule), yoto.skip_outliers(adamw), learned):
         states[f"transformation {len(states)}"] = tx.init({"w": jnp.ones(2), "mu": MU})
     same(exported(lambda x: x, states)(states), states)
 

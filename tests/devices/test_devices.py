@@ -68,7 +68,10 @@ def assert_same(tree, reference):
 
 
 # Momentum takes all these ways in test_scaling.
-ADAM = {"adamw": OPTIMIZERS["adamw"]}
+ADAM = {
+    "adamw": OPTIMIZERS["adamw"],
+    "by_hypergradient": yoto.by_hypergradient(OPTIMIZERS["adamw"], 0.1),
+}
 
 
 @pytest.mark.parametrize("tx", ADAM.values(), ids=ADAM)

@@ -15,7 +15,7 @@ LAYERS = (
     ("_choice_logits",),
     ("_composite_loss", "_hyperparameter_decay", "_unwrap_loss_logits", "_choose"),
     ("_choice_decay",),
-    ("_optimizers",),
+    ("_optimizers", "_by_hypergradient"),
     ("_weighting", "_loss_spec", "_make_weighting", "_outliers"),
     ("gradients", "_skip_outliers"),
     ("weightings",),

@@ -1,0 +1,134 @@
+"""A learning rate that is learned, against tuned, scheduled and other learned ones.
+
+Every run has as many gradient evaluations as any other. The tuned constant, and the
+tuned peak of the schedule, are those that validate best, over all seeds.
+"""
+
+import functools
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.harness.options import Options, UsageError
+from benchmarks.harness.provenance import meta
+from benchmarks.harness.results import Record, record, rounded, write_json
+from benchmarks.harness.terminal import say, show
+from benchmarks.harness.units import Units
+from benchmarks.tasks.frontier.problem import TEST, VALIDATION
+from benchmarks.tasks.learning_rate import task
+from benchmarks.tasks.learning_rate.guards import Guard
+from benchmarks.tasks.learning_rate.methods import (
+    ARMS,
+    GUARDS,
+    METHODS,
+    PROBLEMS,
+    config_of,
+)
+from benchmarks.tasks.learning_rate.report import conclusions, figure, table
+
+RESUMABLE = True
+POINTS = 20  # of the histories
+
+
+def main(options: Options) -> None:
+    options.refuse_data()
+    if (options.steps or 0) % POINTS:
+        raise UsageError(f"learning_rate takes multiples of {POINTS} steps")
+    chosen = options.choose(tuple(METHODS))
+    quick = options.preset == "quick"
+    all_problems = tuple(PROBLEMS)[: 1 if quick else None]
+    steps = {
+        problem: options.steps or (POINTS if quick else task.STEPS[problem])
+        for problem in all_problems
+    }
+    units = Units(options)
+    records: list[Record] = []
+    history: list[dict[str, Any]] = []
+    for problem in all_problems:
+        work = functools.partial(
+            run, problem, chosen, options.seeds, steps[problem], options.preset
+        )
+        found = units.do(f"{problem}, {','.join(chosen)}", work)
+        records += found["records"]
+        history += found["history"]
+    settings = {"steps": steps, "seeds": options.seeds, "rates": task.USUAL}
+    about = meta(options, **settings | {"seconds": rounded(units.seconds)})
+    result = write_json(
+        options.out / "learning_rate.json", about, records, history=history
+    )
+    figure(result, options.out / "learning_rate.png")
+    show(table(result))
+    for sentence in conclusions(result):
+        say(f"- {sentence}")
+    say(f"Written: {options.out / 'learning_rate.json'}, learning_rate.png")
+
+
+Names = list[tuple[str, str, float]]
+"""Method, arm and factor of every lane."""
+
+
+def lanes_of(methods: Iterable[str], usual: float) -> tuple[Names, task.Groups]:
+    """What the lanes are, and what they train with."""
+    names, groups = [], {}
+    for program in task.PROGRAMS:
+        own = [
+            (method, arm, factor)
+            for method in methods
+            for arm in ARMS
+            for factor in METHODS[method].factors
+            if METHODS[method].program == program
+            and (method not in GUARDS or arm == "equal")
+        ]
+        if own:
+            lanes = [_lane(*name, usual) for name in own]
+            stack = lambda *x: jnp.asarray(x, jnp.float32)
+            groups[program] = jax.tree.map(stack, *lanes)
+            names += own
+    return names, groups
+
+
+def _lane(method: str, arm: str, factor: float, usual: float) -> task.Lanes:
+    guard = Guard(**dict(METHODS[method].guard))
+    scheduled = METHODS[method].scheduled
+    return task.Lanes(factor * usual, scheduled, arm == "learned", guard)
+
+
+def run(
+    problem: str, methods: tuple[str, ...], seeds: int, steps: int, preset: str
+) -> dict[str, Any]:
+    """Train and measure all lanes of a problem."""
+    started = time.process_time()
+    names, groups = lanes_of(methods, task.USUAL[problem])
+    outcome = task.train(problem, preset, groups, seeds, steps, POINTS)
+    records, history = [], []
+    for lane, (method, arm, factor) in enumerate(names):
+        config = config_of(arm, factor)
+        of_lane = functools.partial(record, method, config=config, domain=problem)
+        for seed in range(seeds):
+            at = seed, lane
+            measured = {
+                "validation": outcome.scores[VALIDATION][at],
+                "test": outcome.scores[TEST][at],
+                "loss": outcome.loss[at][-1],
+                "log_scale": outcome.log_scale[at][-1],
+            }
+            measured |= {f"weight:{n}": w[at] for n, w in outcome.weights.items()}
+            records += [of_lane(m, x, seed=seed) for m, x in measured.items()]
+        if np.any(outcome.log_scale[:, lane]):
+            history.append(
+                {
+                    "method": method,
+                    "config": config,
+                    "domain": problem,
+                    "log_scale": [
+                        rounded(x) for x in outcome.log_scale[:, lane].mean(axis=0)
+                    ],
+                }
+            )
+    took = time.process_time() - started
+    say(f"{problem}: {len(names)} lanes of {seeds} seeds, {took:.0f} s of processor")
+    return {"records": records, "history": history}
