@@ -27,7 +27,7 @@ class HypergradientState(NamedTuple):
 
 def by_hypergradient(
     inner: optax.GradientTransformation,
-    rate: jax.typing.ArrayLike = 0.02,
+    rate: jax.typing.ArrayLike = 0.03,
     *,
     bound: jax.typing.ArrayLike = 1e3,
     loss_logits: bool = False,

@@ -42,7 +42,9 @@ class Lanes(NamedTuple):
 
 def _rate(lane: Lanes, steps: int, peak: Any) -> optax.Schedule:
     falling = schedule(1.0, steps)
-    return lambda count: peak * jnp.where(lane.scheduled > 0, falling(count), 1.0)
+    # One step on: some optimizers divide by a rate, which must not be 0.
+    share = lambda count: jnp.where(lane.scheduled > 0, falling(count + 1), 1.0)
+    return lambda count: peak * share(count)
 
 
 def _adamw(lane: Lanes, steps: int) -> Transformation:
