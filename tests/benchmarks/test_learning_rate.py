@@ -66,7 +66,6 @@ def test_lanes_are_runs_of_optax():
     rate = lambda peak: lambda count: peak * falling(count + 1)
     adamw = lambda rate: optax.adamw(rate, weight_decay=1e-4)
     made = {
-        "constant": adamw(3e-3),
         "cosine": adamw(rate(3e-3)),
         "hyper": yoto.by_hypergradient(adamw(3e-3), 0.03),
         "mechanize": optax.contrib.mechanize(adamw(rate(3e-3))),

@@ -169,7 +169,11 @@ def train(
     """
     problem, noise = make(name, preset)
     numbers = jnp.arange(seeds)
-    models, weights, seen = _train(problem, noise, steps, points, groups, numbers)
+    # Not as a dictionary: JAX would sort its keys, and the lanes with them.
+    programs, lanes = tuple(groups), tuple(groups.values())
+    models, weights, seen = _train(
+        problem, noise, steps, points, programs, lanes, numbers
+    )
     runs = sum(len(lanes.rate) for lanes in groups.values())
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), models)
     scored = problem.scores(flat, jnp.repeat(numbers, runs))
@@ -178,13 +182,14 @@ def train(
     return Outcome(scores, scale, loss, jax.tree.map(np.asarray, weights))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _train(
     problem: Problem,
     noise: bool,
     steps: int,
     points: int,
-    groups: Groups,
+    programs: tuple[str, ...],
+    lanes_of: tuple[Lanes, ...],
     seeds: jax.Array,
 ) -> Any:
     task = problem.task
@@ -192,6 +197,7 @@ def _train(
     zeros = dict.fromkeys(task.names, 0.0)
     like = optax.tree.zeros_like(jax.eval_shape(task.init, jax.random.key(0)))
     _, as_model = jax.flatten_util.ravel_pytree(like)
+    groups = dict(zip(programs, lanes_of, strict=True))
     runs = _joined(groups.values())
     ends = np.cumsum([len(lanes.rate) for lanes in groups.values()])
     own = {
