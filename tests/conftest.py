@@ -117,6 +117,12 @@ STANDING_FOR_THE_TEST = {
         "test_without_a_loss_the_weights_are_those_for_the_others": WEIGHTINGS,
         "test_a_checkpoint_continues_bit_for_bit": WEIGHTINGS,
     },
+    "core/test_by_hypergradient.py": {
+        "test_algorithms_4_to_6_with_the_cosine": ["1000.0", "1.5-Adam"],
+        "test_a_gradient_that_is_not_finite_teaches_nothing": ["nan"],
+        "test_every_tree": ["none", "without", "empty"],
+        "test_every_form": ["chain", "partition", "multi_steps", "leaf-wise mask"],
+    },
     "devices/test_sharded_params.py": {
         "test_every_device_holds_a_part_and_gathers_the_whole": ["upgrad-False"],
         "test_jit_with_sharded_parameters": ["upgrad-False-Explicit"],
