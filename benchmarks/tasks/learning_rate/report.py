@@ -77,8 +77,7 @@ def _table_of(result: Result, problem: str) -> Table:
     meta = result["meta"]
     steps = meta["steps"][problem]
     best = ", ".join(
-        f"{METHODS[method].label} {tuned(result, problem, method, arm):g} x with "
-        f"{ARMS[arm]}"
+        _tuned(result, problem, method, arm)
         for method in ("constant", "cosine")
         for arm in ARMS
         if method in _methods(result)
@@ -91,6 +90,13 @@ def _table_of(result: Result, problem: str) -> Table:
         f"{best}. Methods without a rate are in the column of 1 x."
     )
     return Table(columns, rows, caption)
+
+
+def _tuned(result: Result, problem: str, method: str, arm: str) -> str:
+    """What validates best, and its test score."""
+    factor = tuned(result, problem, method, arm)
+    found = mean_sd(_scores(result, problem, method, arm, factor))
+    return f"{METHODS[method].label} {factor:g} x with {ARMS[arm]} ({found})"
 
 
 # Sentences.
