@@ -38,10 +38,9 @@ def by_hypergradient(
       \log s_t = \log s_{t-1} - \beta \cos(g_t, u_{t-1}), \qquad
       u_t = s_t \cdot \mathrm{inner}(g_t), \qquad s_0 = 1,
 
-    for the gradient :math:`g_t` and the update before :math:`u_{t-1}`, as it was added
-    to the parameters. While the loss goes on falling along that update, the factor
-    grows; where the update went too far, it shrinks. The cosine has no unit, so the
-    rate has none.
+    for the gradient :math:`g_t` and the update before :math:`u_{t-1}`. While the loss
+    goes on falling along that update, the factor grows; where the update went too far,
+    it shrinks. The cosine has no unit, so the rate has none.
 
     Args:
       inner: Any transformation that makes updates, its learning rate included.
