@@ -30,7 +30,7 @@ def by_hypergradient(
     rate: jax.typing.ArrayLike = 0.03,
     *,
     bound: jax.typing.ArrayLike = 1e3,
-    loss_logits: bool = False,
+    scale_logits: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales the updates of an optimizer by a factor that is learned on the way.
 
@@ -46,7 +46,7 @@ def by_hypergradient(
       inner: Any transformation that makes updates, its learning rate included.
       rate: :math:`\beta`, how far the log of the factor moves in a step at most.
       bound: The factor stays between 1 / bound and bound (larger than 1, no unit).
-      loss_logits: Whether loss logits count and are scaled, too. By default they pass
+      scale_logits: Whether loss logits count and are scaled, too. By default they pass
         as ``inner`` made them: that a composite loss falls because the weight moves to
         a smaller loss says nothing of the learning rate of the model.
 
@@ -85,9 +85,9 @@ def by_hypergradient(
         raise TypeError(f"rate must be a number or a scalar array, got {rate!r}.")
     check_rate("rate", rate)
     check_hyperparameter("bound", bound, lambda x: x > 1, "be larger than 1")
-    check_flag(loss_logits=loss_logits)
+    check_flag(scale_logits=scale_logits)
     inner = optax.with_extra_args_support(inner)
-    part = functools.partial(_part, loss_logits=loss_logits)
+    part = functools.partial(_part, scale_logits=scale_logits)
 
     def init_fn(params: Params) -> HypergradientState:
         learned = part(params)
@@ -116,7 +116,7 @@ def by_hypergradient(
         direction = choose(ok, direction, state.direction)
         scale = jnp.exp(log_scale)
         made = jax.tree.map(
-            lambda x: x if _is_left(x, loss_logits) else _scaled(scale, x),
+            lambda x: x if _is_left(x, scale_logits) else _scaled(scale, x),
             made,
             is_leaf=is_loss_logits,
         )
@@ -125,19 +125,19 @@ def by_hypergradient(
     return unwrap_loss_logits(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 
 
-def _is_left(x: Any, loss_logits: bool) -> bool:
+def _is_left(x: Any, scale_logits: bool) -> bool:
     """Whether a leaf or loss logits neither count nor are scaled."""
     if is_loss_logits(x):
-        return not loss_logits
+        return not scale_logits
     if getattr(x, "dtype", None) == jax.dtypes.float0:
         return True
     return not jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
-def _part(tree: PyTree, loss_logits: bool) -> PyTree:
+def _part(tree: PyTree, scale_logits: bool) -> PyTree:
     """What counts, with None in the places of the rest."""
     return jax.tree.map(
-        lambda x: None if _is_left(x, loss_logits) else x,
+        lambda x: None if _is_left(x, scale_logits) else x,
         tree,
         is_leaf=is_loss_logits,
     )

@@ -235,7 +235,7 @@ def test_moving_weight_to_a_smaller_loss_is_no_progress():
     inner = optax.sgd(0.01)
     _, state = run(yoto.by_hypergradient(inner, RATE), params, slope_of)
     assert not jnp.any(state.log_scale)
-    counted = yoto.by_hypergradient(inner, RATE, loss_logits=True)
+    counted = yoto.by_hypergradient(inner, RATE, scale_logits=True)
     seen, state = run(counted, params, slope_of)
     plain, _ = run(inner, params, slope_of)
     np.testing.assert_allclose(state.log_scale, RATE * np.arange(STEPS), rtol=1e-4)
@@ -485,7 +485,7 @@ def test_an_nnx_optimizer():
         ({"rate": INF}, ValueError, "rate must be non-negative and finite"),
         ({"rate": lambda t: 0.1}, TypeError, "rate must be a number"),
         ({"bound": 1.0}, ValueError, "bound must be larger than 1"),
-        ({"loss_logits": 1}, TypeError, "loss_logits must be True or False"),
+        ({"scale_logits": 1}, TypeError, "scale_logits must be True or False"),
     ],
 )
 def test_misuse(arguments, error, message):
