@@ -16,6 +16,7 @@ from benchmarks.harness.terminal import say
 BENCHMARKS = {
     "digits": "learned against searched loss weights on digits under shift",
     "rho": "what the strength of the regulariser does to the weights",
+    "epsilon": "what the initial weights do, and whether to measure them",
     "overhead": "what learning the weights costs per step",
     "toy": "where every weighting ends up on two objectives in the plane",
     "pinn": "weightings for a physics-informed network",
@@ -222,6 +223,12 @@ _ROUNDS: dict[str, Any] = {
     "help": "rounds of timed steps, 0 for none (default: what the preset says)",
 }
 EXTRA: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "epsilon": [
+        (
+            "--problems",
+            {"metavar": "A,B", "help": "run only these problems (default: all)"},
+        ),
+    ],
     "frontier": [
         (
             "--problems",

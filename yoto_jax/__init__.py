@@ -43,6 +43,7 @@ from yoto_jax._weighting import WeightingState as WeightingState
 from yoto_jax.gradients._aggregate import aggregate as aggregate
 from yoto_jax.gradients._aggregate_momenta import MomentaState as MomentaState
 from yoto_jax.gradients._aggregate_momenta import aggregate_momenta as aggregate_momenta
+from yoto_jax.gradients._balanced_epsilon import balanced_epsilon as balanced_epsilon
 from yoto_jax.gradients._cross_gramian import cross_gramian as cross_gramian
 from yoto_jax.gradients._grad_drop import GradDropState as GradDropState
 from yoto_jax.gradients._grad_drop import grad_drop as grad_drop
@@ -83,6 +84,7 @@ __all__ = [
     "aggregate",
     "aggregate_momenta",
     "apply_choice",
+    "balanced_epsilon",
     "by_hypergradient",
     "choice_regularizer",
     "choose",

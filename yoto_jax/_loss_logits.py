@@ -155,7 +155,7 @@ def init_loss_logits(
         raise ValueError("losses has no leaves: there is nothing to weigh.")
     position = None if primary is None else find_loss("primary", primary, losses, names)
     auxiliary = [name for k, name in enumerate(names) if k != position]
-    values = _epsilon_per_loss(epsilon, auxiliary)
+    values = number_per_loss("epsilon", epsilon, auxiliary)
     if any(isinstance(value, jax.core.Tracer) for value in values):
         learned = jnp.log(jnp.stack([jnp.asarray(v, jnp.float32) for v in values]))
     else:
@@ -297,16 +297,16 @@ def show_entry(learned: Any, index: int) -> str:
         return f"{learned.dtype}[{','.join(map(str, learned.shape[:-1]))}]"
 
 
-def _epsilon_per_loss(epsilon: PyTree, names: list[str]) -> list[Any]:
-    """Initial relative weights of the losses with these names."""
-    if getattr(epsilon, "ndim", 0) == 1:
-        epsilon = list(epsilon)
-    flat = jax.tree.leaves_with_path(epsilon)
+def number_per_loss(what: str, numbers: PyTree, names: list[str]) -> list[Any]:
+    """One positive number for each of the auxiliary losses with these names."""
+    if getattr(numbers, "ndim", 0) == 1:
+        numbers = list(numbers)
+    flat = jax.tree.leaves_with_path(numbers)
     given = [(path_name(path), leaf) for path, leaf in flat]
     values = [leaf for _, leaf in given]
-    if jax.tree.structure(epsilon) == jax.tree.structure(0):
+    if jax.tree.structure(numbers) == jax.tree.structure(0):
         values *= len(names)
-    elif isinstance(epsilon, list | tuple) and len(epsilon) == len(values):
+    elif isinstance(numbers, list | tuple) and len(numbers) == len(values):
         pass  # In the order of the losses.
     else:
         by_name = dict(given)
@@ -315,19 +315,19 @@ def _epsilon_per_loss(epsilon: PyTree, names: list[str]) -> list[Any]:
             values = []
     if len(values) != len(names):
         raise ValueError(
-            "epsilon must be one number, or one for each auxiliary loss "
-            f"({listed(names)}), got {epsilon!r}."
+            f"{what} must be one number, or one for each auxiliary loss "
+            f"({listed(names)}), got {numbers!r}."
         )
     for name, value in zip(names, values, strict=True):
-        shape, _ = shape_and_dtype(f"epsilon of loss {name!r}", value)
+        shape, _ = shape_and_dtype(f"{what} of loss {name!r}", value)
         if shape:
             raise ValueError(
-                f"epsilon of loss {name!r} must be a scalar, got shape {shape}."
+                f"{what} of loss {name!r} must be a scalar, got shape {shape}."
             )
         if isinstance(value, jax.core.Tracer):
             continue
         if not 0 < float(value) < math.inf:
             raise ValueError(
-                f"epsilon of loss {name!r} must be positive and finite, got {value}."
+                f"{what} of loss {name!r} must be positive and finite, got {value}."
             )
     return values

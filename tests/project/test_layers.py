@@ -16,6 +16,13 @@ LAYERS = (
     ("_composite_loss", "_hyperparameter_decay", "_unwrap_loss_logits", "_choose"),
     ("_choice_decay",),
     ("_optimizers", "_by_hypergradient"),
+    (
+        "_composite_loss",
+        "_hyperparameter_decay",
+        "_regularizer_range",
+        "_unwrap_loss_logits",
+    ),
+    ("_optimizers",),
     ("_weighting", "_loss_spec", "_make_weighting", "_outliers"),
     ("gradients", "_skip_outliers"),
     ("weightings",),

@@ -17,4 +17,5 @@ Data flows through the rooms in this order::
     _per_loss        what each gradient goes through before
     _aggregate_momenta  the same of momenta, one of which is renewed in a step
     _grad_drop       one sign for each entry of stacked gradients
+    _balanced_epsilon  initial weights from the gradients of a few batches
 """

@@ -1,0 +1,138 @@
+"""YOTO from many initial weights: where the weights end, and what that costs."""
+
+from typing import Any
+
+from benchmarks.harness.options import Options, UsageError
+from benchmarks.harness.provenance import meta
+from benchmarks.harness.results import read_json, record, write_json
+from benchmarks.harness.terminal import say, show
+from benchmarks.harness.units import Units
+from benchmarks.tasks.epsilon import methods
+from benchmarks.tasks.epsilon.report import conclusions, ends, figure, table
+from benchmarks.tasks.epsilon.train import train
+from benchmarks.tasks.frontier import outcomes
+from benchmarks.tasks.frontier.problem import SEEDS, Problem
+from benchmarks.tasks.frontier.problems import make
+from benchmarks.tasks.frontier.run import description
+
+RESUMABLE = True
+FEW = 3
+"""Seeds of the arms that only show where weights end."""
+PROBLEMS = {
+    "digits": SEEDS,
+    "missing_labels": SEEDS,
+    "segmentation": SEEDS,
+    "burgers": FEW,
+}
+"""The problems, of the frontier, and how many seeds each is worth."""
+GRIDS = ("digits",)
+REFERENCES = ("equal", "share 1")
+"""Methods of the frontier that are shown beside, with its search."""
+
+Line = dict[str, Any]
+
+
+def main(options: Options) -> None:
+    options.refuse_data()
+    if options.steps is not None:
+        raise UsageError("the problems know their steps: drop --steps")
+    names = chosen(options.extra.get("problems"), options.preset)
+    lines: list[Line] = []
+    seconds = 0.0
+    made = {name: make(name, options.preset) for name in names}
+    about = {name: description(name, made[name]) for name in names}
+    for name in names:
+        found, spent = run(name, made[name], options)
+        lines += found
+        seconds += spent
+    known = references(about, options)
+    result = write_json(
+        options.out / "epsilon.json",
+        meta(options, seconds=seconds, few=FEW, problems=about, references=known),
+        [
+            record(
+                x["method"],
+                "test",
+                x["looks"]["test"][-1],
+                seed=x["seed"],
+                domain=x["problem"],
+            )
+            for x in lines
+        ],
+        runs=lines,
+    )
+    figure(result, options.out / "epsilon.png")
+    show(table(result))
+    show(ends(result))
+    for sentence in conclusions(result):
+        say(f"- {sentence}")
+    say(f"Written: {options.out / 'epsilon.json'}, {options.out / 'epsilon.png'}")
+
+
+def chosen(names: str | None, preset: str = "cpu") -> tuple[str, ...]:
+    """The problems that were asked for; by default all, or one to try them."""
+    every = list(PROBLEMS)[: 1 if preset == "quick" else None]
+    wanted = every if names is None else names.split(",")
+    if unknown := sorted(set(wanted) - set(PROBLEMS)):
+        raise UsageError(
+            f"unknown problem {', '.join(map(repr, unknown))}: there are "
+            f"{', '.join(PROBLEMS)}"
+        )
+    return tuple(name for name in PROBLEMS if name in wanted)
+
+
+def run(name: str, problem: Problem, options: Options) -> tuple[list[Line], float]:
+    """All lines of one problem, and the seconds they took."""
+    own = Options(
+        options.benchmark, preset=options.preset, out=options.out, resume=options.resume
+    )
+    units = Units(own, f"epsilon-{name}", problem=name)
+    arms = methods.arms(problem.task, grid=name in GRIDS)
+    seeds = min(options.seeds, PROBLEMS[name])
+    lines: list[Line] = []
+    for method in options.choose(tuple(arms)):
+        arm = arms[method]
+        stages = [range(min(seeds, 1 if method in _grid(arms) else FEW))]
+        if not arm.few and seeds > FEW:
+            stages.append(range(FEW, seeds))
+        for stage in stages:
+            unit = f"{method}, seeds {stage[0]} to {stage[-1]}"
+
+            def work(arm: Any = arm, stage: range = stage, unit: str = unit) -> Any:
+                say(f"{name}: {unit}")
+                return train(problem, arm, stage)
+
+            found = units.do(unit, work)
+            lines += [
+                {"problem": name, "method": method, "seed": seed, **line}
+                for seed, line in zip(stage, found, strict=True)
+            ]
+    return lines, units.seconds
+
+
+def _grid(arms: dict[str, methods.Arm]) -> set[str]:
+    """Arms whose starts differ between the losses."""
+    return {name for name, arm in arms.items() if len({*arm.epsilon}) > 1}
+
+
+def references(about: dict[str, Any], options: Options) -> dict[str, Any]:
+    """Tests by problem, method and seed from the stored frontier, if it is the same."""
+    from benchmarks.__main__ import RESULTS
+
+    path = RESULTS / "frontier.json"
+    if not path.is_file():
+        return {}
+    stored = read_json(path)
+    lines, found = stored["runs"], {}
+    for name, what in about.items():
+        if stored["meta"]["problems"].get(name) != what:
+            continue
+        tests = {
+            method: outcomes.outcome(lines, name, method).tests for method in REFERENCES
+        }
+        tests["search"] = outcomes.searched(lines, name).tests
+        found[name] = {
+            method: {str(seed): x for seed, x in of_seeds.items()}
+            for method, of_seeds in tests.items()
+        }
+    return found

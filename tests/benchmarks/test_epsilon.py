@@ -1,0 +1,153 @@
+"""The study of initial weights: its arms do what they say, and so do its sentences."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.harness.options import Options, UsageError
+from benchmarks.harness.results import read_json
+from benchmarks.harness.training import prepare
+from benchmarks.tasks.epsilon import methods, report, run
+from benchmarks.tasks.epsilon.train import measure, ratios, replaced, train
+from benchmarks.tasks.frontier.methods import SOFTMAX
+from benchmarks.tasks.frontier.problems import make
+from yoto_jax._regularizer_range import regularizer_range
+
+pytestmark = pytest.mark.usefixtures("any_rank", "quick_compilation")
+
+SEEDS = jnp.arange(2)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return make("digits", "quick")
+
+
+def test_arms_start_where_they_say(problem):
+    arms = methods.arms(problem.task, grid=True)
+    assert len(arms) == 6 + 6 + 4 + 3 + 12
+    (line,) = train(problem, arms["epsilon 0.0001 and 10"], [0])
+    assert list(line["start"].values()) == pytest.approx([1e-4, 10.0])
+    (line,) = train(problem, arms["balanced by gradient, after 2 %, then held"], [0])
+    assert line["path"][-1] == line["start"]
+    assert len(line["looks"]["test"]) == 2
+    (line,) = train(problem, arms["epsilon 0.1 in gradient norms"], [0])
+    # It is not held, and was measured after the warm-up.
+    assert line["path"][-1] != line["path"][1] != line["start"]
+
+
+def test_what_was_measured_becomes_weights_or_units(problem):
+    task = problem.task
+    arm = methods.Arm((0.1, 0.1))
+    switches = SOFTMAX.configure([methods.config(arm, 2)] * 2)
+    carry = prepare(task, SOFTMAX, switches, 2).init(SEEDS, switches)
+    found = measure(task, "gradient", False, carry.model, SEEDS)
+    assert found.shape == (2, 2)
+    how = methods.Measured(clip=False, share=0.5)
+    after, changed = replaced(task, how, carry, switches, SEEDS)
+    np.testing.assert_allclose(ratios(task, after, changed), 0.5 * found, rtol=1e-5)
+    np.testing.assert_array_equal(changed.factors, 1.0)
+    units = how._replace(units=True)
+    after, changed = replaced(task, units, carry, switches, SEEDS)
+    np.testing.assert_allclose(ratios(task, after, changed), 0.5 * found, rtol=1e-5)
+    np.testing.assert_allclose(changed.factors[:, 1:], found, rtol=1e-6)
+    np.testing.assert_allclose(jnp.exp(after.rule.mu.learned), 0.5, rtol=1e-6)
+    clipped = measure(task, "loss", True, carry.model, SEEDS)
+    low, _, high = regularizer_range(2)
+    assert low * 0.999 <= clipped.min() <= clipped.max() <= high * 1.001
+
+
+def test_from_the_command_to_the_table_and_on_from_there(tmp_path):
+    options = Options(
+        "epsilon",
+        methods=("epsilon 0.1", "balanced by loss, at the start"),
+        seeds=2,
+        preset="quick",
+        out=tmp_path,
+        extra={"problems": "digits"},
+    )
+    run.main(options)
+    result = read_json(tmp_path / "epsilon.json")
+    assert (tmp_path / "epsilon.png").stat().st_size > 5000
+    assert len(result["records"]) == len(result["runs"]) == 4
+    rows = [row[0] for row in report.table(result).rows]
+    assert rows == [
+        "epsilon 0.1: score",
+        "epsilon 0.1",
+        "balanced by loss, at the start",
+    ]
+    text = (tmp_path / "epsilon-digits.units.jsonl").read_text()
+    again = Options(
+        "epsilon",
+        options.methods,
+        2,
+        preset="quick",
+        out=tmp_path,
+        resume=True,
+        extra=options.extra,
+    )
+    run.main(again)
+    assert (tmp_path / "epsilon-digits.units.jsonl").read_text() == text
+    assert read_json(tmp_path / "epsilon.json")["runs"] == result["runs"]
+    with pytest.raises(UsageError, match="unknown problem 'x'"):
+        run.chosen("x")
+
+
+def made_up(ends, tests):
+    """A result of starts with these ends and, by seed, test scores."""
+    about = {"losses": ["p", "a"], "unit": "accuracy in %"}
+    runs = [
+        {
+            "problem": "q",
+            "method": method,
+            "seed": seed,
+            "path": [{"a": weight}],
+            "looks": {"test": [0.0, test]},
+        }
+        for method, weight in ends.items()
+        for seed, test in enumerate(tests[method])
+    ]
+    references = {"q": {"search": {"0": 5.0, "1": 7.0}}}
+    meta = {"problems": {"q": about}, "references": references}
+    return json.loads(json.dumps({"meta": meta, "runs": runs}))
+
+
+def test_ends_that_are_near_are_one_and_differences_are_paired():
+    ends = {
+        "epsilon 0.01": 1e-3,
+        "epsilon 0.1": 0.2,
+        "epsilon 1": 0.28,
+        "epsilon 10": 0.39,
+        "balanced by loss, at the start": 0.2,
+    }
+    tests = {
+        "epsilon 0.01": [1, 2],
+        "epsilon 0.1": [3, 4],
+        "epsilon 1": [3, 4],
+        "epsilon 10": [9, 9],
+        "balanced by loss, at the start": [4, 5.2],
+    }
+    result = made_up(ends, tests)
+    assert report.attractors(result, "q") == [
+        ["epsilon 0.1", "epsilon 1", "epsilon 10"],
+        ["epsilon 0.01"],
+    ]
+    found = report.to_default(result, "q", "balanced by loss, at the start")
+    assert found.mean == pytest.approx(1.1)
+    assert report.to_default(result, "q", "search").mean == pytest.approx(2.5)
+    first, second, third = report.conclusions(result)
+    assert first.startswith("q: 4 starts lead to 2 ends")
+    assert "from epsilon 0.01 it scores 1.5, from epsilon 10 9.0" in second
+    assert "not told apart from epsilon 0.1 (+1.1 ± 1.3, 2 seeds)" in third
+    assert "-1.4 ±" in third
+
+
+def test_only_a_stored_frontier_of_the_same_problem_is_a_reference(problem):
+    about = {"digits": run.description("digits", make("digits", "cpu"))}
+    found = run.references(about, Options("epsilon"))
+    assert set(found["digits"]) == {"equal", "share 1", "search"}
+    assert len(found["digits"]["search"]) == 10
+    other = {"digits": run.description("digits", problem)}
+    assert run.references(other, Options("epsilon", preset="quick")) == {}
