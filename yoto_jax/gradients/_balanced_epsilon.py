@@ -31,9 +31,14 @@ By = Literal["gradient", "loss"]
 class Sizes(NamedTuple):
     """What is measured of one batch."""
 
+    losses: jax.Array  # (K,)
     values: jax.Array  # (K,), gradient norms or losses
-    finite: jax.Array  # (K,), whether loss and value are
     there: jax.Array  # (K,), whether the batch has the loss
+
+    @property
+    def finite(self) -> jax.Array:
+        """Whether all of a batch is: shape (), or (n,) with a leading axis."""
+        return jnp.all(jnp.isfinite(self.losses) & jnp.isfinite(self.values), axis=-1)
 
 
 def balanced_epsilon(
@@ -41,9 +46,9 @@ def balanced_epsilon(
     params: Params,
     batches: Iterable[Any],
     primary: str | int,
+    share: PyTree = 1.0,
     *,
     by: By = "gradient",
-    share: PyTree = 1.0,
     clip: bool = True,
     has_aux: bool = False,
     axis_name: Hashable | tuple[Hashable, ...] | None = None,
@@ -64,8 +69,8 @@ def balanced_epsilon(
       params: The parameters of the model: at the start, or after some steps.
       batches: A few batches, in a list. Those that are not finite are left out.
       primary: The loss to measure by, see :func:`yoto_jax.init_loss_logits`.
-      by: ``"gradient"`` compares gradient norms, ``"loss"`` the (positive) losses.
       share: c, as ``epsilon`` in :func:`yoto_jax.init_loss_logits`: positive, no unit.
+      by: ``"gradient"`` compares gradient norms, ``"loss"`` the (positive) losses.
       clip: Whether to stay where the regulariser can move the weights.
       has_aux: Whether ``loss_fn`` returns ``(losses, aux)``.
       axis_name: See :func:`yoto_jax.value_and_grad`.
@@ -121,9 +126,8 @@ def balanced_epsilon(
     def look(params: Params, batch: Any) -> tuple[PyTree, Sizes]:
         measure = of_gradients if by == "gradient" else of_losses
         losses, there, values = measure(params, batch)
-        finite = jnp.isfinite(stacked(losses)) & jnp.isfinite(values)
-        there = jnp.ones_like(finite) if there is None else there
-        return losses, Sizes(values, finite, there)
+        there = jnp.ones(values.shape, bool) if there is None else there
+        return losses, Sizes(stacked(losses), values, there)
 
     looks = [look(params, batch) for batch in _sequence(batches)]
     losses = looks[0][0]
@@ -165,7 +169,7 @@ def _sequence(batches: Any) -> list[Any]:
 
 def _means(sizes: Sizes) -> jax.Array:
     """Means (K,) over the batches that are finite and have the loss; else 0."""
-    counted = sizes.there & jnp.all(sizes.finite, axis=1, keepdims=True)
+    counted = sizes.there & sizes.finite[:, None]
     number = jnp.sum(counted, axis=0)
     total = jnp.sum(jnp.where(counted, sizes.values, 0), axis=0)
     return (total / jnp.maximum(number, 1)).astype(jnp.float32)
@@ -186,13 +190,14 @@ def _ratios(
 def _check_sizes(
     sizes: Sizes, means: jax.Array, names: tuple[str, ...], primary: int, by: By
 ) -> None:
-    if not bool(jnp.any(jnp.all(sizes.finite, axis=1))):
-        kept = jnp.all(sizes.finite, axis=0)
-        bad = [name for name, is_kept in zip(names, kept, strict=True) if not is_kept]
-        raise ValueError(
-            f"none of the {len(sizes.finite)} batches is finite: the losses "
-            f"{listed(bad)} or their gradients are not."
+    if not bool(jnp.any(sizes.finite)):
+        # Gradients do not tell whose fault it is: 0 times infinity spoils them all.
+        bad = ~jnp.all(jnp.isfinite(sizes.losses), axis=0)
+        which = [name for name, is_bad in zip(names, bad, strict=True) if is_bad]
+        what = (
+            f"the loss {listed(which)} is not" if which else "their gradients are not"
         )
+        raise ValueError(f"none of the {len(sizes.finite)} batches is finite: {what}.")
     for name, mean in zip(names, means, strict=True):
         if mean < 0:
             raise ValueError(

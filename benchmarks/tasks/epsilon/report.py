@@ -257,8 +257,8 @@ def figure(result: Result, path: Path) -> None:
     )
     panels = drawing.subplots(2, len(problems), sharex=True, squeeze=False)
     for column, problem in zip(panels.T, problems, strict=True):
-        _draw_ends(column[0], result, problem)
-        _draw_scores(column[1], result, problem)
+        draw_ends(column[0], result, problem)
+        draw_scores(column[1], result, problem)
         column[0].set_title(problem)
         column[1].set_xlabel("epsilon")
         unit = result["meta"]["problems"][problem]["unit"]
@@ -267,7 +267,7 @@ def figure(result: Result, path: Path) -> None:
         )
     panels[0, 0].set_ylabel("weight in the end,\nrelative to the primary loss")
     drawing.legend(
-        handles=_legend(),
+        handles=legend(),
         loc="outside lower center",
         ncols=max(2, len(problems)),
         frameon=False,
@@ -279,7 +279,7 @@ def _trained(result: Result, problem: str, names: Sequence[str]) -> list[int]:
     return [k for k, x in enumerate(names) if lines_of(result, problem, x)]
 
 
-def _draw_ends(panel: Axes, result: Result, problem: str) -> None:
+def draw_ends(panel: Axes, result: Result, problem: str) -> None:
     names = [raw(x) for x in EPSILONS]
     there = _trained(result, problem, names)
     if not there:
@@ -296,7 +296,7 @@ def _draw_ends(panel: Axes, result: Result, problem: str) -> None:
     panel.legend(frameon=False, fontsize=8)
 
 
-def _draw_scores(panel: Axes, result: Result, problem: str) -> None:
+def draw_scores(panel: Axes, result: Result, problem: str) -> None:
     for xs, named, color, marker in (
         (EPSILONS, raw, plots.BLACK, "o"),
         (SHARES, in_norms, plots.BLUE, "s"),
@@ -317,7 +317,7 @@ def _draw_scores(panel: Axes, result: Result, problem: str) -> None:
     panel.set_xscale("log")
 
 
-def _legend() -> list[Any]:
+def legend() -> list[Any]:
     line = lambda label, **style: Line2D([], [], label=label, **style)
     names = {
         SHOWN: "balanced by gradient after 2 %",

@@ -16,7 +16,7 @@ from benchmarks.tasks.frontier.problems import make
 from benchmarks.tasks.frontier.run import description
 
 RESUMABLE = True
-FEW = 3
+FEW = 5
 """Seeds of the arms that only show where weights end."""
 PROBLEMS = {
     "digits": SEEDS,
@@ -89,30 +89,29 @@ def run(name: str, problem: Problem, options: Options) -> tuple[list[Line], floa
     units = Units(own, f"epsilon-{name}", problem=name)
     arms = methods.arms(problem.task, grid=name in GRIDS)
     seeds = min(options.seeds, PROBLEMS[name])
+    chosen = options.choose(tuple(arms))
+    contenders = [method for method in chosen if not arms[method].few]
+    others = [method for method in chosen if arms[method].few]
+    stages = [(range(min(seeds, FEW)), [*contenders, *others])]
+    if seeds > FEW:
+        stages.append((range(FEW, seeds), contenders))
     lines: list[Line] = []
-    for method in options.choose(tuple(arms)):
-        arm = arms[method]
-        stages = [range(min(seeds, 1 if method in _grid(arms) else FEW))]
-        if not arm.few and seeds > FEW:
-            stages.append(range(FEW, seeds))
-        for stage in stages:
+    for stage, names in stages:
+        for method in names:
             unit = f"{method}, seeds {stage[0]} to {stage[-1]}"
 
-            def work(arm: Any = arm, stage: range = stage, unit: str = unit) -> Any:
+            def work(
+                method: str = method, stage: range = stage, unit: str = unit
+            ) -> Any:
                 say(f"{name}: {unit}")
-                return train(problem, arm, stage)
+                return train(problem, arms[method], stage)
 
-            found = units.do(unit, work)
             lines += [
                 {"problem": name, "method": method, "seed": seed, **line}
-                for seed, line in zip(stage, found, strict=True)
+                for seed, line in zip(stage, units.do(unit, work), strict=True)
             ]
+    lines.sort(key=lambda line: (chosen.index(line["method"]), line["seed"]))
     return lines, units.seconds
-
-
-def _grid(arms: dict[str, methods.Arm]) -> set[str]:
-    """Arms whose starts differ between the losses."""
-    return {name for name, arm in arms.items() if len({*arm.epsilon}) > 1}
 
 
 def references(about: dict[str, Any], options: Options) -> dict[str, Any]:

@@ -21,6 +21,7 @@ PARTS = 50
 """Of a training: the first one is the warm-up."""
 LOOKED_AT = (0.8, 1.0)
 """Shares of the training after which the model is scored."""
+WAYS = ("gradient", "loss")
 _KEY = 17
 
 
@@ -80,7 +81,7 @@ def replaced(
     task: Task, how: Measured, carry: Carry, switches: Switches, seeds: jax.Array
 ) -> tuple[Carry, Switches]:
     """Lanes whose logits, or units, are what is measured on a few batches."""
-    found = measure(task, how.by, how.clip, carry.model, seeds)
+    found = measure(task, carry.model, seeds)[how.by, how.clip]
     epsilon = jnp.full_like(found, how.share) if how.units else how.share * found
     factors = jnp.where(how.units, found, 1.0)
     mu = jax.vmap(functools.partial(_logits, task))(epsilon)
@@ -96,19 +97,26 @@ def _logits(task: Task, epsilon: jax.Array) -> yoto.LossLogits:
     return yoto.init_loss_logits(losses, task.primary, epsilon=named)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=0)
 def measure(
-    task: Task, by: Any, clip: bool, models: PyTree, seeds: jax.Array
-) -> jax.Array:
-    """Balanced weights [lanes, K], each lane on batches of its own."""
+    task: Task, models: PyTree, seeds: jax.Array
+) -> dict[tuple[str, bool], jax.Array]:
+    """Balanced weights [lanes, K] by what is compared, and whether they are clipped.
 
-    def of_one(model: PyTree, seed: jax.Array) -> jax.Array:
+    Each lane is measured on batches of its own.
+    """
+
+    def of_one(model: PyTree, seed: jax.Array) -> dict[tuple[str, bool], jax.Array]:
         own = task.of_seed(task.data, seed)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(_KEY), seed), BATCHES)
         batches = [task.draw(own, key) for key in keys]
-        found = yoto.balanced_epsilon(
-            task.losses_of_batch, model, batches, task.primary, by=by, clip=clip
-        )
-        return jnp.stack([found[name] for name in task.auxiliary])
+
+        def ratios(by: Any, clip: bool) -> jax.Array:
+            found = yoto.balanced_epsilon(
+                task.losses_of_batch, model, batches, task.primary, by=by, clip=clip
+            )
+            return jnp.stack([found[name] for name in task.auxiliary])
+
+        return {(by, clip): ratios(by, clip) for by in WAYS for clip in (False, True)}
 
     return jax.vmap(of_one)(models, seeds)
