@@ -11,6 +11,8 @@ from benchmarks.harness.results import read_json
 from benchmarks.harness.training import prepare
 from benchmarks.tasks.epsilon import methods, report, run
 from benchmarks.tasks.epsilon.train import measure, ratios, replaced, train
+from benchmarks.tasks.frontier import methods as frontier_methods
+from benchmarks.tasks.frontier import train as frontier_train
 from benchmarks.tasks.frontier.methods import SOFTMAX
 from benchmarks.tasks.frontier.problems import make
 from yoto_jax._regularizer_range import regularizer_range
@@ -27,7 +29,7 @@ def problem():
 
 def test_arms_start_where_they_say(problem):
     arms = methods.arms(problem.task, grid=True)
-    assert len(arms) == 6 + 4 + 4 + 3 + 6
+    assert len(arms) == 6 + 4 + 4 + 4 + 6
     (line,) = train(problem, arms["epsilon 0.001 and 10"], [0])
     assert list(line["start"].values()) == pytest.approx([1e-3, 10.0])
     (line,) = train(problem, arms["balanced by gradient, after 2 %, then held"], [0])
@@ -36,6 +38,21 @@ def test_arms_start_where_they_say(problem):
     (line,) = train(problem, arms["epsilon 0.1 in gradient norms"], [0])
     # It is not held, and was measured after the warm-up.
     assert line["path"][-1] != line["path"][1] != line["start"]
+
+
+def test_the_default_start_is_the_yoto_of_the_frontier(problem):
+    arm = methods.arms(problem.task, grid=False)[methods.raw(methods.DEFAULT)]
+    ours = train(problem, arm, [0, 1])
+    config = frontier_methods.learned(problem.task, "yoto")
+    rule = frontier_methods.SOFTMAX
+    theirs = frontier_train.train(problem, rule, [config] * 2, [0, 1])
+    for own, other in zip(ours, theirs, strict=True):
+        primary, *weights = other["weights"].values()
+        expected = [weight / primary for weight in weights]
+        # Those that the last step was taken with; a quick training has ten.
+        used = list(own["path"][-2].values())
+        np.testing.assert_allclose(used, expected, rtol=1e-4)
+        assert own["looks"]["test"][-1] == pytest.approx(other["looks"]["test"][-1])
 
 
 def test_what_was_measured_becomes_weights_or_units(problem):

@@ -77,6 +77,9 @@ OTHERS = {
     "losses in gradient norms, epsilon 0.1": Measured(
         clip=False, units=True, share=DEFAULT
     ),
+    "balanced by gradient, at the start, then held": Measured(
+        "gradient", "start", clip=False, learn=False
+    ),
 }
 CONTENDERS = (raw(DEFAULT), *BALANCED, *list(OTHERS)[:2])
 """What all seeds are trained for; the others show where weights end."""
