@@ -222,12 +222,20 @@ _ROUNDS: dict[str, Any] = {
     "metavar": "N",
     "help": "rounds of timed steps, 0 for none (default: what the preset says)",
 }
+_COLLECT: tuple[str, dict[str, Any]] = (
+    "--collect",
+    {
+        "action": "store_true",
+        "help": "train nothing: with --resume, write what is finished so far",
+    },
+)
 EXTRA: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "epsilon": [
         (
             "--problems",
             {"metavar": "A,B", "help": "run only these problems (default: all)"},
         ),
+        _COLLECT,
     ],
     "frontier": [
         (
@@ -237,13 +245,7 @@ EXTRA: dict[str, list[tuple[str, dict[str, Any]]]] = {
                 "help": "run only these problems (default: all; camvid with --data)",
             },
         ),
-        (
-            "--collect",
-            {
-                "action": "store_true",
-                "help": "train nothing: with --resume, write what is finished so far",
-            },
-        ),
+        _COLLECT,
     ],
     "depth": [("--rounds", _ROUNDS)],
     "segmentation": [("--rounds", _ROUNDS)],

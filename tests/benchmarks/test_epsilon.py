@@ -91,11 +91,7 @@ def test_from_the_command_to_the_table_and_on_from_there(tmp_path):
     assert (tmp_path / "epsilon.png").stat().st_size > 5000
     assert len(result["records"]) == len(result["runs"]) == 4
     rows = [row[0] for row in report.table(result).rows]
-    assert rows == [
-        "epsilon 0.1: score",
-        "epsilon 0.1",
-        "balanced by loss, at the start",
-    ]
+    assert rows == ["epsilon 0.1: score", "balanced by loss, at the start"]
     text = (tmp_path / "epsilon-digits.units.jsonl").read_text()
     again = Options(
         "epsilon",
@@ -108,6 +104,12 @@ def test_from_the_command_to_the_table_and_on_from_there(tmp_path):
     )
     run.main(again)
     assert (tmp_path / "epsilon-digits.units.jsonl").read_text() == text
+    assert read_json(tmp_path / "epsilon.json")["runs"] == result["runs"]
+    more = {**options.extra, "collect": True}
+    collected = Options(
+        "epsilon", None, 2, preset="quick", out=tmp_path, resume=True, extra=more
+    )
+    run.main(collected)
     assert read_json(tmp_path / "epsilon.json")["runs"] == result["runs"]
     with pytest.raises(UsageError, match="unknown problem 'x'"):
         run.chosen("x")
@@ -156,7 +158,10 @@ def test_ends_that_are_near_are_one_and_differences_are_paired():
     assert found.mean == pytest.approx(1.1)
     assert report.to_default(result, "q", "search").mean == pytest.approx(2.5)
     first, second, third = report.conclusions(result)
-    assert first.startswith("q: 4 starts lead to 2 ends")
+    assert first == (
+        "q: 4 starts lead to 2 ends that are more than a factor of 1.5 apart: one from "
+        "0.1, 1, 10; one each from 0.01."
+    )
     assert "from epsilon 0.01 it scores 1.5, from epsilon 10 9.0" in second
     assert "not told apart from epsilon 0.1 (+1.1 ± 1.3, 2 seeds)" in third
     assert "-1.4 ±" in third

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks.harness import searches
+from benchmarks.tasks.epsilon import methods as starts
+from benchmarks.tasks.epsilon import report as of_starts
 from benchmarks.tasks.frontier import outcomes
 
 RESULTS = pathlib.Path(__file__).parent.parent.parent / "benchmarks" / "results"
@@ -313,3 +315,33 @@ def test_straight_through_beats_random_search_with_as_many_gradients():
     chosen = regrets("held-out straight_through", "schedule=annealed")
     assert searches.verdict(chosen - regrets("random search", "runs=3")) == -1
     assert abs((chosen - regrets("random search", "runs=5")).mean()) < 1.5
+EPSILON = stored("epsilon")
+AT_THE_START, _, AFTERWARDS, *_ = starts.BALANCED
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_starts_from_a_tenth_on_are_forgotten(problem):
+    names = [starts.raw(x) for x in (0.1, 1.0, 10.0)] + list(starts.BALANCED)
+    ends = np.log([of_starts.end(EPSILON, problem, name) for name in names])
+    assert np.exp(np.ptp(ends, axis=0)).max() < of_starts.SAME
+
+
+def test_small_starts_of_the_digits_do_not_come_back():
+    names = [starts.raw(x) for x in (1e-4, 1e-3, 1e-2)]
+    assert all(of_starts.end(EPSILON, "digits", name)[0] < 1e-3 for name in names)
+    lost = [of_starts.to_default(EPSILON, "digits", name).mean for name in names]
+    assert [round(x) for x in lost] == [-23, -22, -16]
+
+
+def found(problem, method):
+    """Difference to the default start, its interval, and the seeds."""
+    apart = of_starts.to_default(EPSILON, problem, method)
+    return round(apart.mean, 1), round(apart.reach, 1), apart.seeds
+
+
+def test_what_a_measured_start_is_worth():
+    assert found("digits", AT_THE_START) == (5.0, 2.9, 10)
+    assert found("digits", starts.raw(10.0)) == (4.2, 1.9, 5)
+    assert found("digits", AFTERWARDS) == (1.1, 2.5, 10)
+    assert found("missing_labels", AT_THE_START) == (0.6, 2.5, 10)
+    assert found("missing_labels", AFTERWARDS) == (1.5, 2.5, 10)

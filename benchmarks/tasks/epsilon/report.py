@@ -18,7 +18,6 @@ from benchmarks.tasks.epsilon.methods import (
     BALANCED,
     DEFAULT,
     EPSILONS,
-    OTHERS,
     SHARES,
     in_norms,
     raw,
@@ -30,7 +29,6 @@ from yoto_jax._regularizer_range import Range, regularizer_range
 SAME = 1.5
 """Ends whose weights differ by less than this factor, each of them, are one."""
 SEARCH = "search"
-SHOWN = "balanced by gradient, after 2 %"
 Line = dict[str, Any]
 
 
@@ -104,8 +102,8 @@ def table(result: Result) -> Table:
     problems = list(result["meta"]["problems"])
     rows = []
     for method in [*methods_of(result), *_references(result)]:
-        if " and " in method:  # Of the grid, for where the weights end.
-            continue
+        if " and " in method or method == raw(DEFAULT):
+            continue  # Of the grid, for where weights end; or what others are held to.
         rows.append([method, *(_cell(result, x, method) for x in problems)])
     units = result["meta"]["problems"].values()
     caption = (
@@ -142,7 +140,7 @@ def _score(result: Result, problem: str) -> str:
 
 def _cell(result: Result, problem: str, method: str) -> str:
     found = to_default(result, problem, method)
-    if method == raw(DEFAULT) or not found.seeds:
+    if not found.seeds:
         return ""
     text = f"{found.mean:+.1f}"
     if math.isfinite(found.reach):
@@ -191,12 +189,10 @@ def conclusions(result: Result) -> list[str]:
 
 def _of_ends(result: Result, problem: str) -> str:
     groups = attractors(result, problem)
-    told = [
-        f"{len(group)} of them "
-        + "from "
-        + ", ".join(name.removeprefix("epsilon ") for name in group)
-        for group in groups
-    ]
+    plain = lambda group: ", ".join(x.removeprefix("epsilon ") for x in group)
+    told = [f"one from {plain(group)}" for group in groups if len(group) > 1]
+    if alone := [group[0] for group in groups if len(group) == 1]:
+        told.append(f"one each from {plain(alone)}")
     return (
         f"{problem}: {sum(map(len, groups))} starts lead to {len(groups)} ends that "
         f"are more than a factor of {SAME:g} apart: {'; '.join(told)}."
@@ -240,9 +236,12 @@ def _of_balance(result: Result, problem: str) -> list[str]:
 # The figure.
 
 COLORS = (plots.BLUE, plots.VERMILION, plots.GREEN)
+AT_THE_START, _, AFTERWARDS, _ = BALANCED
+HELD = f"{AFTERWARDS}, then held"
 LEVELS = {
-    SHOWN: (plots.VERMILION, "-"),
-    next(iter(OTHERS)): (plots.VERMILION, ":"),
+    AT_THE_START: (plots.VERMILION, "-"),
+    AFTERWARDS: (plots.ORANGE, "-"),
+    HELD: (plots.ORANGE, ":"),
     "share 1": (plots.PURPLE, "-."),
     "equal": (plots.GREY, "--"),
     SEARCH: (plots.GREEN, "-"),
@@ -320,9 +319,8 @@ def draw_scores(panel: Axes, result: Result, problem: str) -> None:
 def legend() -> list[Any]:
     line = lambda label, **style: Line2D([], [], label=label, **style)
     names = {
-        SHOWN: "balanced by gradient after 2 %",
-        next(iter(OTHERS)): "the same, held",
-        "share 1": "share 1 of the frontier",
+        HELD: "balanced after 2 %, then held",
+        "share 1": "share 1 of the frontier, held",
         "equal": "equal weights",
         SEARCH: "search of 15 runs",
     }
@@ -330,9 +328,10 @@ def legend() -> list[Any]:
         line("YOTO from epsilon", color=plots.BLACK, marker="o"),
         line("from epsilon in gradient norms, after 2 %", color=plots.BLUE, marker="s"),
         *(
-            line(names[method], color=color, linestyle=style)
+            line(names.get(method, method), color=color, linestyle=style)
             for method, (color, style) in LEVELS.items()
         ),
-        line("start; the regulariser alone", color=plots.GREY, linewidth=0.8),
-        Patch(label="where the regulariser moves a weight", color=plots.SKY, alpha=0.2),
+        line("end = start", color=plots.GREY, linewidth=0.8, linestyle="--"),
+        line("the regulariser alone", color=plots.GREY, linewidth=0.8),
+        Patch(label="its pull grows with the distance", color=plots.SKY, alpha=0.2),
     ]

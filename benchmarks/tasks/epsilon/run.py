@@ -18,12 +18,7 @@ from benchmarks.tasks.frontier.run import description
 RESUMABLE = True
 FEW = 5
 """Seeds of the arms that only show where weights end."""
-PROBLEMS = {
-    "digits": SEEDS,
-    "missing_labels": SEEDS,
-    "segmentation": SEEDS,
-    "burgers": FEW,
-}
+PROBLEMS = {"digits": SEEDS, "missing_labels": SEEDS, "segmentation": FEW}
 """The problems, of the frontier, and how many seeds each is worth."""
 GRIDS = ("digits",)
 REFERENCES = ("equal", "share 1")
@@ -39,12 +34,14 @@ def main(options: Options) -> None:
     names = chosen(options.extra.get("problems"), options.preset)
     lines: list[Line] = []
     seconds = 0.0
-    made = {name: make(name, options.preset) for name in names}
-    about = {name: description(name, made[name]) for name in names}
+    about = {}
     for name in names:
-        found, spent = run(name, made[name], options)
+        problem = make(name, options.preset)
+        found, spent = run(name, problem, options)
         lines += found
         seconds += spent
+        if found:
+            about[name] = description(name, problem)
     known = references(about, options)
     result = write_json(
         options.out / "epsilon.json",
@@ -99,6 +96,8 @@ def run(name: str, problem: Problem, options: Options) -> tuple[list[Line], floa
     for stage, names in stages:
         for method in names:
             unit = f"{method}, seeds {stage[0]} to {stage[-1]}"
+            if options.extra.get("collect") and unit not in units:
+                continue
 
             def work(
                 method: str = method, stage: range = stage, unit: str = unit
