@@ -319,7 +319,7 @@ EPSILON = stored("epsilon")
 AT_THE_START, _, AFTERWARDS, *_ = starts.BALANCED
 
 
-@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("problem", TEN_SEEDS)
 def test_starts_from_a_tenth_on_are_forgotten(problem):
     names = [starts.raw(x) for x in (0.1, 1.0, 10.0)] + list(starts.BALANCED)
     ends = np.log([of_starts.end(EPSILON, problem, name) for name in names])
@@ -345,3 +345,24 @@ def test_what_a_measured_start_is_worth():
     assert found("digits", AFTERWARDS) == (1.1, 2.5, 10)
     assert found("missing_labels", AT_THE_START) == (0.6, 2.5, 10)
     assert found("missing_labels", AFTERWARDS) == (1.5, 2.5, 10)
+    assert found("segmentation", AT_THE_START) == (0.4, 1.4, 5)
+    held = starts.HELD_FROM["start"]
+    assert found("digits", held)[0] == 6.7
+    assert found("missing_labels", held)[0] == 13.3
+
+
+@pytest.mark.parametrize(
+    ("problem", "expected"),
+    [
+        ("digits", (0.9, 1.3)),
+        ("missing_labels", (0.4, 2.7)),
+        ("segmentation", (-0.6, 2.6)),
+    ],
+)
+def test_a_measured_start_that_is_held_is_level_with_the_search(problem, expected):
+    held, search = (
+        of_starts.outcome(EPSILON, problem, name)
+        for name in (starts.HELD_FROM["start"], "search")
+    )
+    apart = outcomes.difference(held, search)
+    assert (round(apart.mean, 1), round(apart.reach, 1)) == expected

@@ -71,17 +71,19 @@ BALANCED = {
     "balanced by loss, after 2 %": Measured("loss"),
 }
 """What the library offers."""
+HELD_FROM = {
+    "start": "balanced by gradient, at the start, then held",
+    "warm-up": "balanced by gradient, after 2 %, then held",
+}
 OTHERS = {
-    "balanced by gradient, after 2 %, then held": Measured(clip=False, learn=False),
+    HELD_FROM["start"]: Measured("gradient", "start", clip=False, learn=False),
+    HELD_FROM["warm-up"]: Measured(clip=False, learn=False),
     "losses in gradient norms, epsilon 1": Measured(clip=False, units=True),
     "losses in gradient norms, epsilon 0.1": Measured(
         clip=False, units=True, share=DEFAULT
     ),
-    "balanced by gradient, at the start, then held": Measured(
-        "gradient", "start", clip=False, learn=False
-    ),
 }
-CONTENDERS = (raw(DEFAULT), *BALANCED, *list(OTHERS)[:2])
+CONTENDERS = (raw(DEFAULT), *BALANCED, *list(OTHERS)[:3])
 """What all seeds are trained for; the others show where weights end."""
 
 

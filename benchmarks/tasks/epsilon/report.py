@@ -18,6 +18,7 @@ from benchmarks.tasks.epsilon.methods import (
     BALANCED,
     DEFAULT,
     EPSILONS,
+    HELD_FROM,
     SHARES,
     in_norms,
     raw,
@@ -214,7 +215,7 @@ def _of_scores(result: Result, problem: str) -> str:
 
 def _of_balance(result: Result, problem: str) -> list[str]:
     sentences = []
-    for method in BALANCED:
+    for method in (*BALANCED, *HELD_FROM.values()):
         if not lines_of(result, problem, method):
             continue
         apart = to_default(result, problem, method)
@@ -228,7 +229,7 @@ def _of_balance(result: Result, problem: str) -> list[str]:
             f"({apart.mean:+.1f} ± {apart.reach:.1f}, {apart.seeds} seeds)"
         )
         if searched.seeds:
-            sentence += f", {searched.mean:+.1f} ± {searched.reach:.1f} to the search"
+            sentence += f"; {searched.mean:+.1f} ± {searched.reach:.1f} to the search"
         sentences.append(f"{sentence}.")
     return sentences
 
@@ -237,11 +238,11 @@ def _of_balance(result: Result, problem: str) -> list[str]:
 
 COLORS = (plots.BLUE, plots.VERMILION, plots.GREEN)
 AT_THE_START, _, AFTERWARDS, _ = BALANCED
-HELD = f"{AFTERWARDS}, then held"
 LEVELS = {
     AT_THE_START: (plots.VERMILION, "-"),
+    HELD_FROM["start"]: (plots.VERMILION, ":"),
     AFTERWARDS: (plots.ORANGE, "-"),
-    HELD: (plots.ORANGE, ":"),
+    HELD_FROM["warm-up"]: (plots.ORANGE, ":"),
     "share 1": (plots.PURPLE, "-."),
     "equal": (plots.GREY, "--"),
     SEARCH: (plots.GREEN, "-"),
@@ -319,7 +320,8 @@ def draw_scores(panel: Axes, result: Result, problem: str) -> None:
 def legend() -> list[Any]:
     line = lambda label, **style: Line2D([], [], label=label, **style)
     names = {
-        HELD: "balanced after 2 %, then held",
+        HELD_FROM["start"]: "the same, then held",
+        HELD_FROM["warm-up"]: "the same, then held",
         "share 1": "share 1 of the frontier, held",
         "equal": "equal weights",
         SEARCH: "search of 15 runs",
