@@ -297,24 +297,27 @@ def draw_ends(panel: Axes, result: Result, problem: str) -> None:
 
 
 def draw_scores(panel: Axes, result: Result, problem: str) -> None:
+    """Test scores against the start, and levels, over the first seeds."""
+    seeds = set(range(result["meta"]["few"]))
     for xs, named, color, marker in (
         (EPSILONS, raw, plots.BLACK, "o"),
         (SHARES, in_norms, plots.BLUE, "s"),
     ):
         names = [named(x) for x in xs]
         there = _trained(result, problem, names)
-        tests = [outcome(result, problem, names[k]).tests for k in there]
-        first = sorted(set.intersection(*map(set, tests))) if tests else []
-        if not first:
-            continue
-        scores = np.array([[found[seed] for found in tests] for seed in first])
-        x = np.array(xs)[there]
-        plots.band(panel, x, scores, color, "", marker=marker)
-    for method, (color, style) in LEVELS.items():
-        tests = list(outcome(result, problem, method).tests.values())
+        tests = [_scores(result, problem, names[k], seeds) for k in there]
         if tests:
-            panel.axhline(float(np.mean(tests)), color=color, linestyle=style, zorder=1)
+            x = np.array(xs)[there]
+            plots.band(panel, x, np.array(tests).T, color, "", marker=marker)
+    for method, (color, style) in LEVELS.items():
+        if level := _scores(result, problem, method, seeds):
+            panel.axhline(float(np.mean(level)), color=color, linestyle=style, zorder=1)
     panel.set_xscale("log")
+
+
+def _scores(result: Result, problem: str, method: str, seeds: set[int]) -> list[float]:
+    tests = outcome(result, problem, method).tests
+    return [tests[seed] for seed in sorted(seeds & set(tests))]
 
 
 def legend() -> list[Any]:
