@@ -37,7 +37,7 @@ class Sizes(NamedTuple):
 
     @property
     def finite(self) -> jax.Array:
-        """Whether all of a batch is: shape (), or (n,) with a leading axis."""
+        """Whether all of each batch is."""
         return jnp.all(jnp.isfinite(self.losses) & jnp.isfinite(self.values), axis=-1)
 
 
@@ -61,8 +61,9 @@ def balanced_epsilon(
         \epsilon_{\min}, \epsilon_{\max}\Bigr), \qquad
       \bar n_k = \text{mean over batches of } \|\nabla_\theta l_k\| \text{ or } l_k.
 
-    Where the regulariser pulls a weight back harder the further it is, are its bounds:
-    (0.091, 11) for one auxiliary loss, (0.067, 8.9) for two, (0.025, 6.4) for ten.
+    Up to the bounds, the regulariser pulls a weight back the harder the further it is:
+    (0.091, 11) for one auxiliary loss, (0.067, 8.9) for two, (0.025, 6.4) for ten. The
+    paper leaves epsilon open.
 
     Args:
       loss_fn: ``loss_fn(params, batch) -> losses``, any tree of scalars.
@@ -71,7 +72,7 @@ def balanced_epsilon(
       primary: The loss to measure by, see :func:`yoto_jax.init_loss_logits`.
       share: c, as ``epsilon`` in :func:`yoto_jax.init_loss_logits`: positive, no unit.
       by: ``"gradient"`` compares gradient norms, ``"loss"`` the (positive) losses.
-      clip: Whether to stay where the regulariser can move the weights.
+      clip: Whether to keep to the bounds: for weights that are learned from there.
       has_aux: Whether ``loss_fn`` returns ``(losses, aux)``.
       axis_name: See :func:`yoto_jax.value_and_grad`.
       chunk_size: How many gradients are computed at a time (``None``: all).
@@ -92,13 +93,8 @@ def balanced_epsilon(
       >>> loss_fn = lambda w, x: {"fit": jnp.sum((w - x) ** 2), "size": 4 * w @ w}
       >>> w, batches = jnp.array([1.0, 1.0]), [jnp.array([2.0, 1.0])]
       >>> epsilon = yoto.balanced_epsilon(loss_fn, w, batches, "fit")  # 2 / |8 w|
-      >>> print(epsilon["fit"], epsilon["size"].round(3))
-      None 0.177
       >>> yoto.init_loss_logits(loss_fn(w, batches[0]), "fit", epsilon=epsilon)
       LossLogits(fit=None, size=-1.733)
-
-    .. note::
-      Not in the paper, which leaves epsilon open.
     """
     check_flag(clip=clip)
     if by not in ("gradient", "loss"):
