@@ -172,9 +172,9 @@ def add_hyperparameter_decay(
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``.
       With ``present=``, a tree of booleans like the losses, the regulariser spans the
-      present losses. Its ``init`` warns of parameters without loss logits, unless
-      ``optax.partition`` or ``optax.masked`` picks them or rho is 0, and of logits of
-      less than 32 bits, which small steps do not move.
+      present losses. Its ``init`` warns of parameters without loss logits, unless they
+      hold choices, ``optax.partition`` or ``optax.masked`` picks them or rho is 0, and
+      of logits of less than 32 bits, which small steps do not move.
 
     Raises:
       TypeError: rho is neither a number, nor a scalar array, nor a schedule.
