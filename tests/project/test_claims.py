@@ -315,6 +315,8 @@ def test_straight_through_beats_random_search_with_as_many_gradients():
     chosen = regrets("held-out straight_through", "schedule=annealed")
     assert searches.verdict(chosen - regrets("random search", "runs=3")) == -1
     assert abs((chosen - regrets("random search", "runs=5")).mean()) < 1.5
+
+
 EPSILON = stored("epsilon")
 AT_THE_START, _, AFTERWARDS, *_ = starts.BALANCED
 
