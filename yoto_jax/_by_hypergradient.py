@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from yoto_jax._checks import check_flag, check_hyperparameter, check_rate
-from yoto_jax._loss_logits import is_loss_logits
+from yoto_jax._choice_logits import is_hyperparameter
 from yoto_jax._losses import Params, PyTree, State
 from yoto_jax._numerics import all_finite, choose, float_type, upcast
 from yoto_jax._serialization import serializable_state
@@ -46,9 +46,9 @@ def by_hypergradient(
       inner: Any transformation that makes updates, its learning rate included.
       rate: :math:`\beta`, how far the log of the factor moves in a step at most.
       bound: The factor stays between 1 / bound and bound (larger than 1, no unit).
-      scale_logits: Whether loss logits count and are scaled, too. By default they pass
-        as ``inner`` made them: that a composite loss falls because the weight moves to
-        a smaller loss says nothing of the learning rate of the model.
+      scale_logits: Whether logits, of losses and choices, count and are scaled, too. By
+        default they pass as ``inner`` made them: that a composite loss falls because
+        weight moves to a smaller one says nothing of the learning rate of the model.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` that hands its keywords to ``inner``.
@@ -118,7 +118,7 @@ def by_hypergradient(
         made = jax.tree.map(
             lambda x: x if _is_left(x, scale_logits) else _scaled(scale, x),
             made,
-            is_leaf=is_loss_logits,
+            is_leaf=is_hyperparameter,
         )
         return made, HypergradientState(log_scale, skipped, direction, inner_state)
 
@@ -126,8 +126,8 @@ def by_hypergradient(
 
 
 def _is_left(x: Any, scale_logits: bool) -> bool:
-    """Whether a leaf or loss logits neither count nor are scaled."""
-    if is_loss_logits(x):
+    """Whether a leaf or logits neither count nor are scaled."""
+    if is_hyperparameter(x):
         return not scale_logits
     if getattr(x, "dtype", None) == jax.dtypes.float0:
         return True
@@ -139,7 +139,7 @@ def _part(tree: PyTree, scale_logits: bool) -> PyTree:
     return jax.tree.map(
         lambda x: None if _is_left(x, scale_logits) else x,
         tree,
-        is_leaf=is_loss_logits,
+        is_leaf=is_hyperparameter,
     )
 
 

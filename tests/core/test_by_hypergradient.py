@@ -24,6 +24,7 @@ FORMS_OF_THE_PAPER = {
 }
 of_the_paper = pytest.mark.parametrize("form", FORMS_OF_THE_PAPER)
 MU = yoto.init_loss_logits({"fit": 0.0, "size": 0.0}, "fit")
+CHOICE = yoto.init_choice_logits(("conv", "skip"))
 NAN, INF = np.nan, np.inf
 
 
@@ -191,14 +192,15 @@ def test_the_unit_of_the_loss_does_not_matter(dtype):
         assert scales(exponent, learning_rate) == usual
 
 
-# Loss logits.
+# Logits.
 
 
-def with_logits(moves_of_mu):
-    """Gradients of a model and of loss logits."""
+def with_logits(moves):
+    """Gradients of a model, of loss logits and of a choice."""
+    moved = lambda logits, m: jax.tree.map(lambda x: x + m, logits)
     return [
-        {"w": jnp.array([1.0, 0.1 * k]), "mu": jax.tree.map(lambda x: x + m, MU)}
-        for k, m in enumerate(moves_of_mu)
+        {"w": jnp.array([1.0, 0.1 * k]), "mu": moved(MU, m), "a": moved(CHOICE, m)}
+        for k, m in enumerate(moves)
     ]
 
 
@@ -207,9 +209,9 @@ def with_logits(moves_of_mu):
     [(optax.sgd(0.1), optax.sgd(0.1)), (yoto.adamw(0.1), optax.adamw(0.1))],
     ids=["sgd", "adamw"],
 )
-def test_loss_logits_neither_count_nor_are_scaled(inner, without):
+def test_logits_neither_count_nor_are_scaled(inner, without):
     grads = with_logits([0.0, 5.0, -9.0, 50.0, 1.0])
-    params = {"w": jnp.ones(2), "mu": MU}
+    params = {"w": jnp.ones(2), "mu": MU, "a": CHOICE}
     seen = follow(yoto.by_hypergradient(inner, RATE), grads, params)
     plain = follow(inner, grads, params)
     alone = follow(
@@ -220,7 +222,8 @@ def test_loss_logits_neither_count_nor_are_scaled(inner, without):
     for (updates, state), (expected, _), (_, own) in zip(
         seen, plain, alone, strict=True
     ):
-        chex.assert_trees_all_equal(updates["mu"], expected["mu"])
+        for logits in ("mu", "a"):
+            chex.assert_trees_all_equal(updates[logits], expected[logits])
         scale = jnp.exp(state.log_scale)
         np.testing.assert_allclose(updates["w"], scale * expected["w"], rtol=1e-6)
         np.testing.assert_allclose(state.log_scale, own.log_scale, rtol=1e-6)
