@@ -113,7 +113,10 @@ def steps(kind: str, count: int, pairs: int) -> list[Record]:
     """Time and memory of steps, each beside the one with fixed weights."""
     shared, arms = PROBLEMS[kind](count)
     x = jax.random.normal(jax.random.key(1), shared.inputs)
-    compiled = {arm: costs.compiled(*made, shared, x) for arm, made in arms.items()}
+    compiled = {
+        arm: costs.compiled(step, state, shared, x)
+        for arm, (step, state) in arms.items()
+    }
     fixed = compiled["fixed"]
     costs.timed(fixed, x, 1)
     number = max(1, min(20, int(costs.BLOCK / costs.timed(fixed, x, 3))))
