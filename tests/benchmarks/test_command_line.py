@@ -457,6 +457,19 @@ def test_the_overhead_goes_on_where_it_stopped(overhead_folder, monkeypatch, cap
     assert "part 1 of 3: solvers, nash_mtl, 2 sizes" in capsys.readouterr().out
 
 
+def test_what_the_overhead_did_not_measure_stays(tmp_path):
+    path = tmp_path / "overhead.json"
+    assert overhead.merged(path, overhead.USUAL, {}, []) == ({}, [])
+    many = record("famo", "many: ratio", 2.0, config="many losses, K=200")
+    old = [record("yoto", "import ms", 30.0), many]
+    path.write_text(json.dumps({"meta": {"command": "before"}, "records": old}))
+    new = [record("yoto", "import ms", 40.0)]
+    about, records = overhead.merged(path, overhead.USUAL, {}, new)
+    assert records == [many, *new]
+    assert about["before"]["command"] == "before"
+    assert overhead.merged(path, overhead.SECTIONS, {}, new) == ({}, new)
+
+
 def test_each_weighting_is_timed_with_a_model():
     kinds = [weighting_costs.kinds(name).values() for name in weighting_costs.SHARED]
     timed = {arm for of_model in kinds for arms in of_model for arm in arms}

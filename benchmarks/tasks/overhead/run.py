@@ -178,6 +178,8 @@ def import_time(rounds: int) -> list[Record]:
 
 RESUMABLE = True
 SECTIONS = ("yoto", "weightings", "solvers", "many", "peers")
+USUAL = tuple(section for section in SECTIONS if section != "many")
+"""What is measured unless sections are named: hundreds of losses take minutes more."""
 
 
 class Part(NamedTuple):
@@ -189,8 +191,9 @@ class Part(NamedTuple):
 
 def main(options: Options) -> None:
     options.refuse_data()
-    sections = options.choose(SECTIONS)
     quick = options.preset == "quick"
+    named = quick or options.methods is not None
+    sections = options.choose(SECTIONS) if named else USUAL
     rounds = options.steps or (3 if quick else 21)  # There is no training to step.
     pairs = options.steps or (2 if quick else 7)
     units = Units(options, rounds=rounds, pairs=pairs)
@@ -204,7 +207,7 @@ def main(options: Options) -> None:
     about = meta(options, rounds=rounds, pairs=pairs, seconds=seconds)
     if "peers" in sections and peers.available():
         about |= costs.peer_versions()
-    result = write_json(path, *merged(path, options, about, records))
+    result = write_json(path, *merged(path, sections, about, records))
     for shown in {"overhead": table(result), **tables(result)}.values():
         if shown.rows:
             show(shown)
@@ -288,15 +291,17 @@ def peer_parts(rounds: int, quick: bool, units: Units) -> Iterator[Part]:
 
 def merged(
     path: Path,
-    options: Options,
+    sections: Sequence[str],
     meta: dict[str, Any],
     records: list[Record],
 ) -> tuple[dict[str, Any], list[Record]]:
     """What was not asked for stays as it was measured before."""
-    if options.methods is None or not path.is_file():
+    if not path.is_file():
         return meta, records
     before = read_json(path)
-    stay = [r for r in before["records"] if section(r) not in options.methods]
+    stay = [r for r in before["records"] if section(r) not in sections]
+    if not stay:
+        return meta, records
     of_run = ("command", "commit", "date")
     meta = meta | {"before": {k: before["meta"].get(k) for k in of_run}}
     if "peers" in map(section, stay):
