@@ -12,7 +12,7 @@ from yoto_jax._choice_logits import (
     check_choice_logits,
     is_choice_logits,
 )
-from yoto_jax._hyperparameter_decay import HyperparameterDecayState
+from yoto_jax._hyperparameter_decay import init_strength, strength_at
 from yoto_jax._losses import Params, PyTree, State
 from yoto_jax._numerics import softmax, upcast
 
@@ -137,9 +137,7 @@ def add_choice_decay(
 
     def init_fn(params: Params) -> optax.OptState:
         del params
-        if callable(choice_decay):
-            return HyperparameterDecayState(count=jnp.zeros((), jnp.int32))
-        return optax.EmptyState()
+        return init_strength(choice_decay)
 
     def update_fn(
         updates: Params, state: State, params: Params | None = None, **extra_args: Any
@@ -150,11 +148,7 @@ def add_choice_decay(
                 "add_choice_decay needs the current choice logits: call "
                 "update(updates, state, params)."
             )
-        rho = choice_decay
-        if callable(rho):
-            rho = rho(state.count)
-            count = jnp.asarray(optax.safe_increment(state.count))
-            state = HyperparameterDecayState(count)
+        rho, state = strength_at(choice_decay, state)
 
         def decay(update: Any, param: Any) -> Any:
             # A mask or filter that works leaf by leaf empties a ChoiceLogits.

@@ -150,6 +150,21 @@ class HyperparameterDecayState(NamedTuple):
     count: jax.Array  # int32 scalar, steps taken
 
 
+def init_strength(strength: optax.ScalarOrSchedule) -> optax.OptState:
+    """State of a decay: the count of steps, if its strength is a schedule."""
+    if callable(strength):
+        return HyperparameterDecayState(count=jnp.zeros((), jnp.int32))
+    return optax.EmptyState()
+
+
+def strength_at(strength: optax.ScalarOrSchedule, state: State) -> tuple[Any, Any]:
+    """The strength in this step, and the state of the next one."""
+    if not callable(strength):
+        return strength, state
+    count = jnp.asarray(optax.safe_increment(state.count))
+    return strength(state.count), HyperparameterDecayState(count)
+
+
 def add_hyperparameter_decay(
     hyperparameter_decay: optax.ScalarOrSchedule, *, entropy: Entropy = "all"
 ) -> optax.GradientTransformationExtraArgs:
@@ -204,9 +219,7 @@ def add_hyperparameter_decay(
 
     def init_fn(params: Params) -> optax.OptState:
         _warn_of_logits(params, hyperparameter_decay)
-        if callable(hyperparameter_decay):
-            return HyperparameterDecayState(count=jnp.zeros((), jnp.int32))
-        return optax.EmptyState()
+        return init_strength(hyperparameter_decay)
 
     def update_fn(
         updates: Params,
@@ -222,11 +235,7 @@ def add_hyperparameter_decay(
                 "add_hyperparameter_decay needs the current loss logits: call "
                 "update(updates, state, params)."
             )
-        rho = hyperparameter_decay
-        if callable(rho):
-            rho = rho(state.count)
-            count = jnp.asarray(optax.safe_increment(state.count))
-            state = HyperparameterDecayState(count)
+        rho, state = strength_at(hyperparameter_decay, state)
 
         def decay(update: Any, param: Any) -> Any:
             # A mask or filter that works leaf by leaf empties a LossLogits.
