@@ -154,6 +154,11 @@ def add_choice_decay(
             # A mask or filter that works leaf by leaf empties a ChoiceLogits.
             if not (is_choice_logits(update) and jax.tree.leaves(update)):
                 return update
+            if not is_choice_logits(param):
+                raise ValueError(
+                    "the updates hold ChoiceLogits where the parameters hold a "
+                    f"{type(param).__name__}."
+                )
             check_choice_logits(param)
             moved = upcast(update.logits) + rho * _slope(upcast(param.logits))
             return ChoiceLogits(moved.astype(update.logits.dtype), update.options)

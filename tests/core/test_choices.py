@@ -513,6 +513,8 @@ def test_optimizers_say_what_is_wrong():
             yoto.adamw(0.1, choice_decay=bad)
     with pytest.raises(TypeError, match="choice_decay must be"):
         yoto.add_choice_decay(np.ones(3))
+    with pytest.raises(ValueError, match="where the parameters hold a dict"):
+        tx.update({"kind": choice()}, tx.init({}), {"kind": {}})
 
 
 def test_steered_choices_descend_the_held_out_loss():
