@@ -38,6 +38,10 @@ from benchmarks.tasks.toy import run as toy
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SEEDS, STEPS = 2, 10  # throughout, to share compiled programs
 
+ALIKE = (*digits_methods.CONDITIONAL[1:], "nash_mtl")
+ONE_OF_A_KIND = [method for method in digits.METHODS if method not in ALIKE]
+ROWS = [row for row in digits_methods.ROWS if row[0] in ONE_OF_A_KIND]
+
 pytestmark = pytest.mark.usefixtures("any_rank", "quick_compilation")
 
 
@@ -48,10 +52,11 @@ def data():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the quick preset of the digits writes."""
+    """What the digits write of one method of each kind."""
     folder = tmp_path_factory.mktemp("results")
+    methods = f"--methods {','.join(ONE_OF_A_KIND)}"
     with jax.numpy_rank_promotion("allow"):
-        size = f"--preset quick --seeds {SEEDS} --steps {STEPS}"
+        size = f"--preset quick --seeds {SEEDS} --steps {STEPS} {methods}"
         command_line.main(f"digits {size} --out {folder}".split())
     return folder
 
@@ -331,9 +336,7 @@ def test_meta_names_no_folder_of_this_machine(result, folder):
     assert result["meta"]["command"].startswith("python -m benchmarks digits")
 
 
-@pytest.mark.parametrize(
-    ("method", "config"), [row for row in digits_methods.ROWS if row[0] in digits.QUICK]
-)
+@pytest.mark.parametrize(("method", "config"), ROWS)
 def test_every_method_has_every_seed_and_domain(method, config, result):
     for domain in ("clean", *task.UNSEEN):
         records = select(
@@ -462,12 +465,25 @@ def test_what_the_overhead_did_not_measure_stays(tmp_path):
     assert overhead.merged(path, overhead.USUAL, {}, []) == ({}, [])
     many = record("famo", "many: ratio", 2.0, config="many losses, K=200")
     old = [record("yoto", "import ms", 30.0), many]
-    path.write_text(json.dumps({"meta": {"command": "before"}, "records": old}))
+    about = {"command": "before", "pairs": 7}
+    path.write_text(json.dumps({"meta": about, "records": old}))
     new = [record("yoto", "import ms", 40.0)]
     about, records = overhead.merged(path, overhead.USUAL, {}, new)
     assert records == [many, *new]
     assert about["before"]["command"] == "before"
+    assert about[overhead_methods.MANY_PAIRS] == 7
     assert overhead.merged(path, overhead.SECTIONS, {}, new) == ({}, new)
+
+
+def test_without_torchjd_its_section_stays_as_it_was_measured(monkeypatch):
+    asked = lambda *names: Options("overhead", names or None)
+    monkeypatch.setattr(overhead.peers, "available", lambda: True)
+    assert overhead.chosen(asked()) == overhead.USUAL
+    monkeypatch.setattr(overhead.peers, "available", lambda: False)
+    assert overhead.chosen(asked()) == overhead.USUAL[:-1] != overhead.USUAL
+    assert overhead.chosen(asked("solvers")) == ("solvers",)
+    with pytest.raises(UsageError, match="peers needs PyTorch and TorchJD"):
+        overhead.chosen(asked("solvers", "peers"))
 
 
 def test_each_weighting_is_timed_with_a_model():

@@ -6,19 +6,34 @@ from yoto_jax import weightings
 
 COMPARED = ("fixed", "fixed again", "yoto")
 WAYS = ("loop", "scan")
+MANY_PAIRS = "pairs of many losses"
+"""In meta data, if hundreds of losses were measured in an earlier run."""
 FIXED = dict(zip(NAMES, (0.4, 0.2, 0.3, 0.1), strict=True))
 
 
 LEFT_OUT = {
     "equal": "what fixed weights are",
+    "static": "what fixed weights are",
+    "random": "as uncertainty",
+    "scale_invariant": "as uncertainty",
+    "geometric": "as uncertainty",
+    "imtl_l": "as uncertainty",
+    "dwa": "as uncertainty",
+    "softadapt": "as uncertainty",
+    "relobralo": "as uncertainty",
+    "cov": "as uncertainty",
+    "stch": "as uncertainty",
+    "grad_norm_balance": "as gradnorm",
+    "db_mtl": "as gradnorm",
+    "lr_annealing": "as gradnorm",
     "causal": "for losses in the order of time",
     "ntk": "its kernel is the user's",
     "modo": "its second batch is the user's",
     "sdmgrad": "its second batch is the user's",
     "ntk_surrogate": "as gradnorm",
-    "encodec_balancer": "as grad_norm_balance",
-    "metabalance": "as grad_norm_balance",
-    "inverse_dirichlet": "as lr_annealing",
+    "encodec_balancer": "as gradnorm",
+    "metabalance": "as gradnorm",
+    "inverse_dirichlet": "as gradnorm",
     "pcd": "as dual_proj",
     "grap_closed_form": "as grap",
     "softmax_alignment": "as grap",

@@ -7,7 +7,7 @@ import numpy as np
 from benchmarks.harness.results import Record, Result, select, values
 from benchmarks.harness.tables import Table
 from benchmarks.tasks.overhead import peers
-from benchmarks.tasks.overhead.methods import ARMS, COMPARED, WAYS
+from benchmarks.tasks.overhead.methods import ARMS, COMPARED, MANY_PAIRS, WAYS
 
 
 def tables(result: Result) -> dict[str, Table]:
@@ -153,7 +153,8 @@ def many_table(result: Result, kind: str) -> Table:
         columns,
         rows,
         "Ratio to the step with fixed weights beside it, median of up to "
-        f"{meta['pairs']} pairs, {meta['device']} ({meta['cpu_count']} cores); memory "
+        f"{meta.get(MANY_PAIRS, meta['pairs'])} pairs, {meta['device']} "
+        f"({meta['cpu_count']} cores); memory "
         "beyond that step's, from the compiled program.",
     )
 
@@ -197,7 +198,7 @@ def solver_table(result: Result) -> Table:
 
 
 def peer_table(result: Result) -> Table:
-    """The same transformer and losses in PyTorch with TorchJD, in the same run."""
+    """The same transformer and losses in PyTorch with TorchJD."""
     records = result["records"]
     theirs = select(records, metric="TorchJD milliseconds")
     (model,) = dict.fromkeys(r["config"] for r in theirs)

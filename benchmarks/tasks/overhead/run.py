@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 import yoto_jax as yoto
-from benchmarks.harness.options import Options
+from benchmarks.harness.options import Options, UsageError
 from benchmarks.harness.provenance import meta
 from benchmarks.harness.results import Record, read_json, record, write_json
 from benchmarks.harness.terminal import say, show, track
@@ -36,7 +36,7 @@ from benchmarks.models.small import convolutional, mlp, transformer
 from benchmarks.tasks.overhead import many_losses as many
 from benchmarks.tasks.overhead import peers
 from benchmarks.tasks.overhead import weighting_costs as costs
-from benchmarks.tasks.overhead.methods import COMPARED, WAYS
+from benchmarks.tasks.overhead.methods import COMPARED, MANY_PAIRS, WAYS
 from benchmarks.tasks.overhead.report import table, tables
 
 Array = jax.Array
@@ -47,9 +47,6 @@ WEIGHTS = {"fit": 0.5, "size": 0.3, "smooth": 0.2}
 
 MODELS = {
     "MLP 16-32-4": mlp(16, 32, 4, batch=32),
-    "MLP 32-64-8": mlp(32, 64, 8, batch=64),
-    "MLP 64-128-10": mlp(64, 128, 10, batch=64),
-    "MLP 16-32-32-4": mlp(16, 32, 32, 4, batch=64),
     "MLP 64-64-64-10": mlp(64, 64, 64, 10, batch=64),
     "convolutional net": convolutional(32, 4, batch=16, side=32),
     "transformer": transformer(128, 2, heads=4, batch=8, length=64),
@@ -192,10 +189,9 @@ class Part(NamedTuple):
 def main(options: Options) -> None:
     options.refuse_data()
     quick = options.preset == "quick"
-    named = quick or options.methods is not None
-    sections = options.choose(SECTIONS) if named else USUAL
-    rounds = options.steps or (3 if quick else 21)  # There is no training to step.
-    pairs = options.steps or (2 if quick else 7)
+    sections = chosen(options)
+    rounds = options.steps or (3 if quick else 15)  # There is no training to step.
+    pairs = options.steps or (2 if quick else 5)
     units = Units(options, rounds=rounds, pairs=pairs)
     parts = plan(sections, rounds, pairs, quick, units)
     records = []
@@ -205,13 +201,28 @@ def main(options: Options) -> None:
     path = Path(options.out) / "overhead.json"
     seconds = round(units.seconds)
     about = meta(options, rounds=rounds, pairs=pairs, seconds=seconds)
-    if "peers" in sections and peers.available():
+    if "peers" in sections:
         about |= costs.peer_versions()
     result = write_json(path, *merged(path, sections, about, records))
     for shown in {"overhead": table(result), **tables(result)}.values():
         if shown.rows:
             show(shown)
     say(f"Results, after {seconds} s: {path}")
+
+
+def chosen(options: Options) -> tuple[str, ...]:
+    """The sections to measure: that of TorchJD only where it is installed.
+
+    Raises:
+      UsageError: if it is asked for by name and is not there.
+    """
+    every = options.preset == "quick" or options.methods is not None
+    sections = options.choose(SECTIONS if every else USUAL)
+    if "peers" in sections and not peers.available():
+        if options.methods is not None:
+            raise UsageError("peers needs PyTorch and TorchJD: the extra peers")
+        sections = tuple(section for section in sections if section != "peers")
+    return sections
 
 
 def plan(
@@ -227,7 +238,7 @@ def plan(
         parts += solver_parts(rounds, quick, units)
     if "many" in sections:
         parts += many_parts(pairs, quick, units)
-    if "peers" in sections and peers.available():
+    if "peers" in sections:
         parts += peer_parts(pairs, quick, units)
     return parts
 
@@ -239,7 +250,7 @@ def yoto_parts(rounds: int, quick: bool, units: Units) -> Iterator[Part]:
             f"learned weights, {name}, {rounds} rounds of {len(COMPARED)} programs",
             functools.partial(units.do, name, work),
         )
-    imports = 1 if quick else 5
+    imports = 1 if quick else 2
     work = functools.partial(import_time, imports)
     yield Part(f"import, {imports} times", functools.partial(units.do, "import", work))
 
@@ -307,6 +318,8 @@ def merged(
     if "peers" in map(section, stay):
         kept = ("torch", "torchjd")
         meta |= {k: before["meta"][k] for k in kept if k in before["meta"]}
+    if "many" in map(section, stay):
+        meta[MANY_PAIRS] = before["meta"].get(MANY_PAIRS, before["meta"]["pairs"])
     return meta, stay + records
 
 

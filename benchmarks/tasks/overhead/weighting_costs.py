@@ -26,7 +26,6 @@ from benchmarks.tasks.overhead.methods import (
     LOSS_DRIVEN,
     MEASURED,
 )
-from yoto_jax import weightings
 
 Array = jax.Array
 
@@ -34,24 +33,23 @@ Array = jax.Array
 def make(name: str) -> yoto.LossWeighting:
     """A weighting for the losses of the models; "class" steers, "fit" leads."""
     method = MEASURED[name]
-    if name == "static":
-        return weightings.static(FIXED)
     return method.example("class" if method.requires == "downstream" else "fit")
 
 
-TRANSFORMER = "transformer, 2 layers"
+TRANSFORMER, RESIDUAL = "transformer, 2 layers", "residual net"
 SHARED = {
     TRANSFORMER: peers.problem(),
-    "residual net": small.residual(32, 4, batch=16, side=16),
+    RESIDUAL: small.residual(32, 4, batch=16, side=16),
 }
 SMALL = {"small net": small.with_heads(small.mlp(16, 32, 8, batch=16), 8)}
 
-SAMPLE = ("uncertainty", "famo", "yoto", "gradnorm", "nash_mtl", "upgrad", "grap")
-"""Weightings that stand for the others of their kind: those differ by noise alone."""
+SAMPLE = ("upgrad", "grap")
+"""Weightings that stand for the others that look at gradients."""
 QUICK = ("uncertainty", "upgrad", "grap")
+UPGRAD = tuple(name for name in FULL if name.startswith("upgrad"))
 BLOCK = 0.06
 """Seconds that are timed at once: some steps."""
-PATIENCE = 2.0
+PATIENCE = 1.0
 """Seconds for all steps of a weighting that makes them very slow."""
 
 
@@ -62,17 +60,18 @@ def kinds(name: str) -> dict[str, tuple[str, ...]]:
     that TorchJD is timed with, the others with the one that compiles fast.
     """
     few = {
-        TRANSFORMER: (SAMPLE, GRADIENT_DRIVEN),
-        "residual net": (LOSS_DRIVEN, SAMPLE),
-        "small net": (QUICK, QUICK),
+        TRANSFORMER: ((), GRADIENT_DRIVEN, FULL),
+        RESIDUAL: (LOSS_DRIVEN, SAMPLE, UPGRAD),
+        "small net": (QUICK, QUICK, UPGRAD),
     }
-    of_losses, of_gradients = few[name]
-    return {
+    of_losses, of_gradients, of_all = few[name]
+    found = {
         "fixed weights": ("fixed", "fixed again"),
         "driven by losses": tuple(n for n in LOSS_DRIVEN if n in of_losses),
         "driven by gradients": tuple(n for n in GRADIENT_DRIVEN if n in of_gradients),
-        "gradients of all parameters": tuple(FULL),
+        "gradients of all parameters": tuple(of_all),
     }
+    return {kind: arms for kind, arms in found.items() if arms}
 
 
 def arms_of(model: Shared) -> dict[str, tuple[Any, Any]]:
