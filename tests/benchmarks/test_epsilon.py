@@ -77,7 +77,7 @@ def test_what_was_measured_becomes_weights_or_units(problem):
     assert low * 0.999 <= clipped.min() <= clipped.max() <= high * 1.001
 
 
-def test_from_the_command_to_the_table_and_on_from_there(tmp_path):
+def test_from_the_command_to_the_table_and_on_from_there(tmp_path, monkeypatch):
     options = Options(
         "epsilon",
         methods=("epsilon 0.1", "balanced by loss, at the start"),
@@ -110,6 +110,10 @@ def test_from_the_command_to_the_table_and_on_from_there(tmp_path):
         "epsilon", None, 2, preset="quick", out=tmp_path, resume=True, extra=more
     )
     run.main(collected)
+    assert read_json(tmp_path / "epsilon.json")["runs"] == result["runs"]
+    (tmp_path / "epsilon-digits.units.jsonl").unlink()
+    monkeypatch.setattr(run, "train", None)  # Nothing that is stored is trained.
+    run.main(again)
     assert read_json(tmp_path / "epsilon.json")["runs"] == result["runs"]
     with pytest.raises(UsageError, match="unknown problem 'x'"):
         run.chosen("x")

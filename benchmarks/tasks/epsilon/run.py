@@ -13,12 +13,17 @@ from benchmarks.tasks.epsilon.train import train
 from benchmarks.tasks.frontier import outcomes
 from benchmarks.tasks.frontier.problem import SEEDS, Problem
 from benchmarks.tasks.frontier.problems import make
-from benchmarks.tasks.frontier.run import description
+from benchmarks.tasks.frontier.run import STAGE, description
 
 RESUMABLE = True
 FEW = 5
 """Seeds of the arms that only show where weights end."""
-PROBLEMS = {"digits": SEEDS, "missing_labels": SEEDS, "segmentation": FEW}
+PROBLEMS = {
+    "digits": SEEDS,
+    "missing_labels": SEEDS,
+    "segmentation": FEW,
+    "burgers": STAGE,
+}
 """The problems, of the frontier, and how many seeds each is worth."""
 GRIDS = ("digits",)
 REFERENCES = ("equal", "share 1")
@@ -92,10 +97,14 @@ def run(name: str, problem: Problem, options: Options) -> tuple[list[Line], floa
     stages = [(range(min(seeds, FEW)), [*contenders, *others])]
     if seeds > FEW:
         stages.append((range(FEW, seeds), contenders))
+    known = {(x["method"], x["seed"]): x for x in stored(name, problem, options)}
     lines: list[Line] = []
     for stage, names in stages:
         for method in names:
             unit = f"{method}, seeds {stage[0]} to {stage[-1]}"
+            if all((method, seed) in known for seed in stage):
+                lines += [known[method, seed] for seed in stage]
+                continue
             if options.extra.get("collect") and unit not in units:
                 continue
 
@@ -111,6 +120,17 @@ def run(name: str, problem: Problem, options: Options) -> tuple[list[Line], floa
             ]
     lines.sort(key=lambda line: (chosen.index(line["method"]), line["seed"]))
     return lines, units.seconds
+
+
+def stored(name: str, problem: Problem, options: Options) -> list[Line]:
+    """Lines of an earlier result with ``--resume``, if the problem is the same."""
+    path = options.out / "epsilon.json"
+    if not (options.resume and path.is_file()):
+        return []
+    result = read_json(path)
+    if result["meta"]["problems"].get(name) != description(name, problem):
+        return []
+    return [line for line in result["runs"] if line["problem"] == name]
 
 
 def references(about: dict[str, Any], options: Options) -> dict[str, Any]:

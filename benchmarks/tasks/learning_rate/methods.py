@@ -7,8 +7,13 @@ from typing import NamedTuple
 PROBLEMS = {
     "digits": "digits, batches of 32",
     "digits_full": "digits, one batch of 128",
+    "mnist1d": "MNIST-1D, batches of 32",
     "burgers_full": "Burgers, points drawn once",
 }
+UNGUARDED = ("mnist1d",)
+"""Problems on which no guard is tried."""
+EQUATIONS = ("burgers_full",)
+"""Problems whose score is the logarithm of an error."""
 ARMS = {"equal": "equal weights", "learned": "learned weights"}
 FACTORS = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Learning rates, in units of the one that is usual for the problem."""

@@ -14,6 +14,7 @@ from benchmarks.harness.tables import Table, mean_sd
 from benchmarks.tasks.learning_rate.methods import (
     ARMS,
     DECADES,
+    EQUATIONS,
     GUARDS,
     METHODS,
     NO_RATE,
@@ -73,7 +74,8 @@ def _table_of(result: Result, problem: str) -> Table:
             for factor in DECADES:
                 found = _scores(result, problem, method, arm, factor)
                 row.append(mean_sd(found) if len(found) else "")
-        rows.append(row)
+        if any(row[1:]):
+            rows.append(row)
     meta = result["meta"]
     steps = meta["steps"][problem]
     best = ", ".join(
@@ -82,7 +84,7 @@ def _table_of(result: Result, problem: str) -> Table:
         for arm in ARMS
         if method in _methods(result)
     )
-    unit = "accuracy in %" if "digits" in problem else "-100 log(relative error)"
+    unit = "-100 log(relative error)" if problem in EQUATIONS else "accuracy in %"
     caption = (
         f"Test score ({unit}) on {PROBLEMS[problem]}, after {steps} gradient "
         f"evaluations, mean and standard deviation over {meta['seeds']} seeds, from "

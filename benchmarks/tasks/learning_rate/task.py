@@ -77,10 +77,10 @@ PROGRAMS: dict[str, Callable[[Lanes, int], Transformation]] = {
 
 # Problems.
 
-USUAL = {"digits": 3e-3, "digits_full": 3e-3, "burgers_full": 5e-3}
+USUAL = {"digits": 3e-3, "digits_full": 3e-3, "mnist1d": 5e-3, "burgers_full": 5e-3}
 """The learning rate of a problem that others are multiples of."""
 
-STEPS = {"digits": 1000, "digits_full": 500, "burgers_full": 1000}
+STEPS = {"digits": 1000, "digits_full": 500, "mnist1d": 4000, "burgers_full": 1000}
 BATCH = 32
 FULL = 128
 POINTS = (16, 16)
@@ -117,7 +117,7 @@ def burgers_problem() -> Problem:
     return physics.problem(equation, size, 5e-3, ((1, 1),) * 2)
 
 
-NOISY = ("digits",)
+NOISY = ("digits", "mnist1d")
 """Problems whose steps have batches of their own."""
 
 
@@ -126,6 +126,8 @@ def make(name: str, preset: str) -> tuple[Problem, bool]:
     noise = name in NOISY
     if name == "burgers_full":
         return burgers_problem(), noise
+    if name == "mnist1d":
+        return problems.make(name, preset), noise
     return digits_problem(preset, noise), noise
 
 

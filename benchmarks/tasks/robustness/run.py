@@ -22,12 +22,15 @@ from benchmarks.tasks.robustness.methods import LOST, PROTECTIONS, config_of
 from benchmarks.tasks.robustness.report import conclusions, table
 
 STEPS = {"quick": 300, "cpu": 10_000, "gpu": 10_000}
+QUICK = ("yoto", "gradnorm", "upgrad", "every(imtl_g)", "layer 1, adamw, rho=20")
 FLOOR = 0.01  # of the largest weight: deviations of smaller ones are relative to this
 
 
 def main(options: Options) -> None:
     options.refuse_data()
     methods = options.choose(task.METHODS)
+    if options.methods is None and options.preset == "quick":
+        methods = QUICK
     steps = options.steps or STEPS[options.preset]
     start, processor = time.perf_counter(), time.process_time()
     runs = [(method, protection) for method in methods for protection in PROTECTIONS]
