@@ -1,6 +1,6 @@
-"""Do the tests find faults? Twenty of them, put into copies of the library in turn.
+"""Do the tests find faults? They are put into copies of the library, one in each.
 
-``python -m tools.mutants`` copies the tree, changes one line of the library, and runs
+``python -m tools.mutants`` copies the tree, changes one place of the library, and runs
 the tests of the room that the file is in (those of ``make test``) until one fails. A
 fault that no test finds is printed, and the exit status is then 1.
 """
@@ -57,7 +57,7 @@ MUTANTS = (
     ),
     Mutant(
         "_optimizers.py",
-        "lambda x: not is_loss_logits(x) and choice",
+        "lambda x: not is_hyperparameter(x) and choice",
         "lambda x: choice",
         "core/test_optimizers.py",
     ),
@@ -86,6 +86,18 @@ MUTANTS = (
         "return dot(share",
         "weightings/test_softmax_alignment.py",
     ),
+    Mutant(
+        "_by_hypergradient.py",
+        "state.log_scale - rate * cosine",
+        "state.log_scale + rate * cosine",
+        "core/test_by_hypergradient.py",
+    ),
+    Mutant(
+        "_choose.py",
+        "return hard + (soft - lax.stop_gradient(soft))",
+        "return hard + (lax.stop_gradient(soft) - soft)",
+        "core/test_choices.py",
+    ),
     # Axes.
     Mutant(
         "gradients/_statistics.py",
@@ -101,8 +113,8 @@ MUTANTS = (
     ),
     Mutant(
         "gradients/_statistics.py",
-        "lax.psum(local, axes) if axes else local",
-        "local",
+        "[axes]))\n        terms.append(lax.psum(local, axes) if axes else local)",
+        "[axes]))\n        terms.append(local)",
         "devices",
     ),
     Mutant(

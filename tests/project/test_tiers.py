@@ -1,4 +1,4 @@
-"""Tables of tests name tests that there are."""
+"""Tables of tests name tests that there are, and mutants lines that there are."""
 
 import pathlib
 
@@ -6,6 +6,7 @@ import pytest
 
 from tests import conftest
 from tests.benchmarks import conftest as benchmarks
+from tools.mutants import MUTANTS, ROOT
 
 TESTS = pathlib.Path(conftest.__file__).parent
 TABLES = {
@@ -27,3 +28,10 @@ def test_the_fixtures_that_train_are_there():
     files = TESTS.joinpath("benchmarks").glob("test_*.py")
     source = "".join(path.read_text() for path in files)
     assert all(f"def {name}(" in source for name in benchmarks.TRAINED)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.file)
+def test_what_a_mutant_changes_is_there_and_so_are_its_tests(mutant):
+    source = (ROOT / "yoto_jax" / mutant.file).read_text()
+    assert source.count(mutant.right) == 1
+    assert all((TESTS / name).exists() for name in mutant.tests.split())
