@@ -265,9 +265,8 @@ EXTRA: dict[str, list[tuple[str, dict[str, Any]]]] = {
             "--workers",
             {
                 "type": _positive,
-                "default": 4,
                 "metavar": "N",
-                "help": "processes of this machine (default: %(default)s)",
+                "help": "processes of this machine (default: 4; 2 in the quick preset)",
             },
         ),
         (

@@ -183,9 +183,7 @@ def available(names: Sequence[str], asked: bool) -> tuple[str, ...]:
 
 def check(contest: Contest, options: Options) -> tuple[str, ...]:
     """The methods to run, before anything is made that takes a while."""
-    chosen = options.choose(tuple(contest.methods))
-    if options.methods is None and options.preset == "quick":
-        chosen = QUICK
+    chosen = options.choose(tuple(contest.methods), QUICK)
     return available(chosen, options.methods is not None)
 
 

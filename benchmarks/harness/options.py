@@ -43,10 +43,16 @@ class Options:
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
     started: float = field(default_factory=time.monotonic, compare=False)
 
-    def choose(self, methods: Sequence[str]) -> tuple[str, ...]:
-        """Those of ``methods`` that were asked for, in the order of ``methods``."""
+    def choose(
+        self, methods: Sequence[str], quick: Sequence[str] = ()
+    ) -> tuple[str, ...]:
+        """Those of ``methods`` that were asked for, in the order of ``methods``.
+
+        If none were, all; or those of ``quick``, if there are any, in that preset.
+        """
         if self.methods is None:
-            return tuple(methods)
+            few = quick if self.preset == "quick" else ()
+            return tuple(few or methods)
         asked = _with_commas(self.methods, methods)
         unknown = sorted(set(asked) - set(methods))
         if unknown:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import yoto_jax as yoto
@@ -73,3 +74,44 @@ class Weighted(Rule):
         used = optax.tree.get(state, "loss_weights")
         pick = lambda tree: {name: tree[name] for name in task.names}
         return Step(pick(losses), pick(used), grads, state)
+
+
+class Momenta(Rule):
+    """Running means of all gradients combined, with the gradient of one loss a step."""
+
+    def __init__(self, weighting: Callable[[], yoto.LossWeighting]):
+        """A rule from a weighting that looks at gradients."""
+        self.weighting = weighting
+
+    def _momenta(self, task: Task) -> optax.GradientTransformationExtraArgs:
+        return yoto.aggregate_momenta(self.weighting(), dict.fromkeys(task.names, 0.0))
+
+    def init(self, task: Task, config: PyTree) -> Any:
+        del config
+        model = jax.eval_shape(task.init, jax.random.key(0))
+        return self._momenta(task).init(optax.tree.zeros_like(model))
+
+    def optimizer(self, task: Task) -> optax.GradientTransformation:
+        """AdamW without Adam's scaling, which the momenta have of their own."""
+        return optax.chain(
+            optax.add_decayed_weights(task.weight_decay),
+            optax.scale_by_learning_rate(task.schedule),
+        )
+
+    def step(
+        self, task: Task, data: PyTree, carry: Carry, config: PyTree, key: jax.Array
+    ) -> Step:
+        del config
+        batch = task.draw(data, key)
+        names = sorted(task.names)  # as in a dictionary that JAX has flattened
+        turn = carry.step % len(names)
+
+        def of_one(model: PyTree) -> tuple[jax.Array, Any]:
+            losses, _ = task.losses_of(model, batch)
+            return jnp.stack([losses[name] for name in names])[turn], losses
+
+        slope, losses = jax.grad(of_one, has_aux=True)(carry.model)
+        grads, state = self._momenta(task).update(
+            slope, carry.rule, carry.model, loss=turn
+        )
+        return Step(losses, optax.tree.get(state, "loss_weights"), grads, state)

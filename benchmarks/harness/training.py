@@ -169,6 +169,10 @@ class Rule:
         """What is trained: the model, and what the rule adds to it."""
         return task.init(key)
 
+    def optimizer(self, task: Task) -> optax.GradientTransformation:
+        """What steps on the gradient."""
+        return task.optimizer()
+
     def init(self, task: Task, config: PyTree) -> Any:
         """The rule's own state."""
         raise NotImplementedError
@@ -240,7 +244,7 @@ def _compile(
     leaves: tuple[Any, ...],
     mesh: jax.sharding.Mesh | None,
 ) -> tuple[Any, Any]:
-    optimizer = task.optimizer()
+    optimizer = rule.optimizer(task)
 
     def init_one(seed: jax.Array, config: PyTree) -> Carry:
         return _begin(task, rule, seed, config)
@@ -271,7 +275,7 @@ def _compile(
 def _begin(task: Task, rule: Rule, seed: jax.Array, config: PyTree) -> Carry:
     """A run at its start."""
     model = rule.init_model(task, jax.random.key(seed))
-    state = task.optimizer().init(model)
+    state = rule.optimizer(task).init(model)
     return Carry(jnp.zeros((), jnp.int32), model, state, rule.init(task, config))
 
 

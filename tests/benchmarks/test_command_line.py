@@ -111,6 +111,9 @@ def test_names_may_have_commas_in_them():
     options = Options("frontier", methods=parsed.methods)
     assert options.choose(rows) == rows[1:]
     assert Options("frontier").choose(rows) == rows
+    assert Options("frontier").choose(rows, quick=rows[:1]) == rows
+    assert Options("frontier", preset="quick").choose(rows, quick=rows[:1]) == rows[:1]
+    assert options.choose(rows, quick=rows[:1]) == rows[1:]
     with pytest.raises(UsageError, match="unknown method 'every 3':"):
         Options("frontier", methods=("equal", "every 3")).choose(rows)
     words = shlex.split(Options("frontier", methods=rows[2:]).command)

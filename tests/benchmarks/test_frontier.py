@@ -1,5 +1,6 @@
 """The table of all methods: what is chosen, counted and compared."""
 
+import functools
 import json
 import math
 
@@ -394,6 +395,8 @@ def test_only_problems_with_data_have_a_ceiling():
 def test_unknown_problems_and_options_are_refused(tmp_path):
     assert run.chosen(None) == tuple(n for n in PROBLEMS if n not in FROM_FOLDER)
     assert run.chosen(None, tmp_path) == tuple(PROBLEMS)
+    assert set(run.QUICK_PROBLEMS) < set(run.chosen(None))
+    assert set(run.QUICK) < set(run.rows(digits.make("quick")))
     assert run.chosen("camvid,digits", tmp_path) == ("digits", "camvid")
     assert run.chosen("helmholtz,digits") == ("digits", "helmholtz")
     with pytest.raises(UsageError, match="unknown problem 'x'"):
@@ -420,6 +423,38 @@ def test_costs_are_passes():
     assert entries["dwa"].runs == 1
     assert entries["upgrad"].runs == pytest.approx(7 / 3)
     assert entries["grap"].runs == pytest.approx(1 + 9 / 3 / 10)
+
+
+@pytest.mark.slow
+def test_momenta_are_the_optimizer_of_the_library_on_one_loss_a_step():
+    task = digits.make("quick").task
+    rule = methods.entries(task)["m_config"].rule
+    config = rule.configure([{}])
+    program = prepare(task, rule, config, lanes=1)
+    found = program.init(jnp.arange(1), config)
+    for _ in range(program.chunks):
+        found, _ = program.advance(found, task.data, jnp.arange(1), config)
+    names = sorted(task.names)
+    momenta = yoto.aggregate_momenta(yoto.weightings.config(), len(names))
+    model = task.init(jax.random.key(0))
+    state = momenta.init(model)
+    data = task.of_seed(task.data, jnp.zeros((), jnp.int32))
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def advance(model, state, step, turn):
+        batch = task.draw(data, jax.random.fold_in(jax.random.key(0), step))
+        of_one = lambda model: task.losses_of(model, batch)[0][names[turn]]
+        slope = jax.grad(of_one)(model)
+        updates, state = momenta.update(slope, state, model, loss=turn)
+        decayed = lambda x, u: x - task.schedule(step) * (u + task.weight_decay * x)
+        return jax.tree.map(decayed, model, updates), state
+
+    for step in range(task.steps):
+        model, state = advance(model, state, step, step % len(names))
+    for ours, theirs in zip(
+        jax.tree.leaves(found.model), jax.tree.leaves(model), strict=True
+    ):
+        np.testing.assert_allclose(ours[0], theirs, rtol=1e-3, atol=1e-4)
 
 
 # Candidates.

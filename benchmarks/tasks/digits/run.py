@@ -56,9 +56,7 @@ HISTORY_POINTS = 100
 
 def main(options: Options) -> None:
     options.refuse_data()
-    methods = options.choose(METHODS)
-    if options.methods is None and options.preset == "quick":
-        methods = QUICK
+    methods = options.choose(METHODS, QUICK)
     steps = options.steps or STEPS[options.preset]
     data = task.load()
     records = task.regulariser_records("all")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import yoto_jax as yoto
 from benchmarks.harness import conditional
 from benchmarks.harness.contest import NONE, STEERED_EVERY
-from benchmarks.harness.rules import Weighted
+from benchmarks.harness.rules import Momenta, Weighted
 from benchmarks.harness.training import DOWNSTREAM, Rule, Task
 from benchmarks.harness.variations import Softmax
 from benchmarks.tasks.frontier.candidates import capped, in_units
@@ -110,6 +110,8 @@ def entries(task: Task) -> dict[str, Entry]:
         if name in LEFT_OUT or name == "yoto":  # YOTO is layer 1 here.
             continue
         found[name] = _entry(task, method)
+    # One loss a step: its backward pass costs what that of their sum does, at most.
+    found["m_config"] = Entry(Momenta(weightings.config), "library", 1.0)
     made = candidates(task)
     found |= {
         name: Entry(Weighted(make), "candidate", cost(task, make(task)))

@@ -28,6 +28,8 @@ from benchmarks.tasks.frontier.report import conclusions, figure, summary, table
 from benchmarks.tasks.frontier.train import choosing, train
 
 RESUMABLE = True
+QUICK_PROBLEMS = ("digits", "helmholtz")
+QUICK = ("equal", methods.SEARCH, "yoto", "upgrad", "share 1")
 STAGE = 3
 """Seeds that every method has; only contenders have more."""
 
@@ -39,7 +41,10 @@ def main(options: Options) -> None:
         raise UsageError("the problems know their steps: drop --steps")
     if options.seeds > SEEDS:
         raise UsageError(f"there are data for {SEEDS} seeds at most")
-    names = chosen(options.extra.get("problems"), options.data)
+    asked = options.extra.get("problems")
+    if asked is None and options.preset == "quick":
+        asked = ",".join((*QUICK_PROBLEMS, *(FROM_FOLDER if options.data else ())))
+    names = chosen(asked, options.data)
     lines: list[Line] = []
     seconds = 0.0
     for name in names:
@@ -109,7 +114,7 @@ def run(name: str, options: Options) -> tuple[list[Line], float]:
     collect = bool(options.extra.get("collect"))
     work = Work(name, problem, units, stored(name, options), collect)
     first = range(min(options.seeds, STAGE))
-    every = options.choose(rows(problem))
+    every = options.choose(rows(problem), QUICK)
     lines = [line for method in every for line in work.do(method, first)]
     if options.seeds > STAGE:
         rest = range(STAGE, options.seeds)

@@ -78,6 +78,8 @@ def _table_of(result: Result, problem: str) -> Table:
             rows.append(row)
     meta = result["meta"]
     steps = meta["steps"][problem]
+    records = result["records"]
+    seeds = len({r["seed"] for r in records if r["domain"] == problem})
     best = ", ".join(
         _tuned(result, problem, method, arm)
         for method in ("constant", "cosine")
@@ -87,7 +89,7 @@ def _table_of(result: Result, problem: str) -> Table:
     unit = "-100 log(relative error)" if problem in EQUATIONS else "accuracy in %"
     caption = (
         f"Test score ({unit}) on {PROBLEMS[problem]}, after {steps} gradient "
-        f"evaluations, mean and standard deviation over {meta['seeds']} seeds, from "
+        f"evaluations, mean and standard deviation over {seeds} seeds, from "
         f"learning rates in units of {meta['rates'][problem]:g}. What validates best: "
         f"{best}. Methods without a rate are in the column of 1 x."
     )

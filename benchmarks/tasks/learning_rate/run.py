@@ -51,8 +51,9 @@ def main(options: Options) -> None:
     history: list[dict[str, Any]] = []
     for problem in all_problems:
         own = [m for m in chosen if m not in GUARDS or problem not in UNGUARDED]
+        seeds = min(options.seeds, task.MOST_SEEDS.get(problem, options.seeds))
         work = functools.partial(
-            run, problem, own, options.seeds, steps[problem], options.preset
+            run, problem, own, seeds, steps[problem], options.preset
         )
         found = units.do(f"{problem}, {','.join(own)}", work)
         records += found["records"]

@@ -28,9 +28,7 @@ FLOOR = 0.01  # of the largest weight: deviations of smaller ones are relative t
 
 def main(options: Options) -> None:
     options.refuse_data()
-    methods = options.choose(task.METHODS)
-    if options.methods is None and options.preset == "quick":
-        methods = QUICK
+    methods = options.choose(task.METHODS, QUICK)
     steps = options.steps or STEPS[options.preset]
     start, processor = time.perf_counter(), time.process_time()
     runs = [(method, protection) for method in methods for protection in PROTECTIONS]

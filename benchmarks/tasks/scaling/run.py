@@ -39,14 +39,12 @@ SIZES = {
 
 def main(options: Options) -> None:
     options.refuse_data()
-    methods = options.choose(METHODS)
+    methods = options.choose(METHODS, QUICK)
     size = SIZES[options.preset]
     most = options.extra.get("processes")
     if most is not None:
         size = size._replace(processes=tuple(n for n in (1, 2, 4, 8) if n <= most))
         methods = options.choose(METHODS) if options.methods else ("processes",)
-    elif options.methods is None and options.preset == "quick":
-        methods = QUICK
     use_virtual_devices()
     parts: dict[str, Callable[[], list[Record]]] = {
         "devices": lambda: runs.compare_devices(size),

@@ -41,6 +41,7 @@ STUDY = "yoto_jax: digits"
 LEARNING_RATE = 1e-3
 STEPS = {"quick": 20, "cpu": 2000, "gpu": 20_000}
 BUDGET = {"quick": 4, "cpu": 27, "gpu": 100}
+WORKERS = {"quick": 2, "cpu": 4, "gpu": 4}  # each compiles for itself
 BOUNDS = ((0.01, 100.0),) * len(task.AUXILIARY)
 RECORDS = "records"  # attribute of a trial
 
@@ -55,7 +56,8 @@ def main(options: Options) -> None:
         raise UsageError(f"{shown(url)} has no search to join: start it without --join")
     before = len(shared.completed(shared.load(url, STUDY)))
     started = time.perf_counter()
-    supervise(url, options.extra.get("workers", 4), options.extra.get("kill"))
+    workers = options.extra.get("workers") or WORKERS[options.preset]
+    supervise(url, workers, options.extra.get("kill"))
     seconds = time.perf_counter() - started
     if options.extra.get("join"):
         return
