@@ -124,8 +124,19 @@ def _runs(lines: Sequence[Line], problems: Problems, method: str) -> str:
 
 
 def _caption(result: Result) -> str:
-    stage = result["meta"]["stage"]
-    without = unsearched(result["runs"], problems_of(result))
+    stage, lines = result["meta"]["stage"], result["runs"]
+    without = unsearched(lines, problems_of(result))
+    seeds = {
+        name: len(outcome(lines, name, SEARCH).tests)
+        for name in result["meta"]["problems"]
+    }
+    more = [name for name in seeds if seeds[name] > stage]
+    others = (
+        f"; on {', '.join(more)} the search has {max(seeds.values())}, and so has what "
+        "came near it or is recommended"
+        if more
+        else ""
+    )
     alone = (
         f" No search of {', '.join(without)} to compare with: scores, in brackets."
         if without
@@ -135,7 +146,7 @@ def _caption(result: Result) -> str:
         "Search: the best by validation of 15 random constants, its score. Others: "
         "mean difference to it over paired seeds (more is better), with Student's 95 % "
         "interval. Accuracy in %; for equations -100 times the logarithm of the error, "
-        f"so that 5 is 5 %. Every method has {stage} seeds, contenders have more. "
+        f"so that 5 is 5 %. Every method has {stage} seeds{others}. "
         "Runs: gradient evaluations, in those of one run with constant weights. Lost: "
         f"seeds that end below all 15 constants.{alone}"
     )

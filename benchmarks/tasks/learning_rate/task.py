@@ -80,8 +80,8 @@ PROGRAMS: dict[str, Callable[[Lanes, int], Transformation]] = {
 USUAL = {"digits": 3e-3, "digits_full": 3e-3, "mnist1d": 5e-3, "burgers_full": 5e-3}
 """The learning rate of a problem that others are multiples of."""
 
-STEPS = {"digits": 1000, "digits_full": 500, "mnist1d": 2000, "burgers_full": 1000}
-MOST_SEEDS = {"mnist1d": 5}
+STEPS = {"digits": 1000, "digits_full": 500, "mnist1d": 4000, "burgers_full": 1000}
+MOST_SEEDS = {"mnist1d": 3}
 """Of problems that take long."""
 BATCH = 32
 FULL = 128
