@@ -66,8 +66,13 @@ class Weighted(Rule):
             loss_fn, gradients = task.losses_of_batch, None
             if self.of_features:
                 loss_fn, gradients = task.losses, yoto.of_representation(task.encode)
+            statistics = {
+                name: function
+                for name, function in task.statistics.items()
+                if name in weighting.needs
+            }
             value_and_grad = yoto.value_and_grad(
-                loss_fn, weighting, gradients=gradients
+                loss_fn, weighting, gradients=gradients, statistics=statistics
             )
             losses, grads, state = value_and_grad(carry.model, carry.rule, batch)
         losses, _ = values_and_present(losses)

@@ -6,7 +6,7 @@ depends on nothing but the task, its rule, configuration and seed: not on its la
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -68,6 +68,8 @@ class Task:
       lanes: How many runs train side by side.
       of_seed: ``of_seed(data, seed) -> data`` that ``draw`` gets: where seeds have data
         of their own, the part of one seed. By default all of it.
+      statistics: What a weighting may look at besides gradients, by name: functions of
+        model and batch.
     """
 
     name: str
@@ -88,6 +90,9 @@ class Task:
     weight_decay: float
     lanes: int
     of_seed: Callable[[PyTree, jax.Array], PyTree] = lambda data, seed: data
+    statistics: Mapping[str, Callable[[PyTree, PyTree], PyTree]] = dataclasses.field(
+        default_factory=dict
+    )
 
     @property
     def names(self) -> tuple[str, ...]:

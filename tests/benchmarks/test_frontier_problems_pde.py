@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks.tasks.frontier import physics
+from benchmarks.harness.training import Carry
+from benchmarks.tasks.frontier import methods, physics
 from benchmarks.tasks.frontier.problem import LOG_ERROR, TEST, TRAINING, VALIDATION
 from benchmarks.tasks.frontier.problems import allen_cahn, burgers, helmholtz
 from benchmarks.tasks.pinn import task as pinn
@@ -214,3 +215,47 @@ def test_quick_trains_with_finite_losses_and_weights_matter(problem):
     models = jax.tree.map(lambda *x: jnp.stack(x), train(0.0), train(100.0))
     first, second = problem.scores(models, jnp.arange(2))[TEST]
     assert first != second
+
+
+def residuals_of(name, model, batch):
+    """By loss: residuals [points], or [points] of each of two."""
+    if name == "burgers":
+        return pinn.residuals(model, batch)
+    u = physics.function(model)
+    if name == "helmholtz":
+        edges = {"x_edges": u(*batch.x_edges), "y_edges": u(*batch.y_edges)}
+        return {"pde": helmholtz.pde_residual(u, batch.inside), **edges}
+    return {
+        "pde": allen_cahn.pde_residual(u, batch.inside),
+        "initial": allen_cahn.initial_residual(u, batch.initial),
+        "boundary": jnp.stack(allen_cahn.boundary_residuals(u, batch.times), axis=1),
+    }
+
+
+def test_the_kernel_is_that_of_all_residuals(problem):
+    task = problem.task
+    model = task.init(jax.random.key(0))
+    drawn = task.draw(task.data, jax.random.key(1))
+    found = jax.jit(task.statistics[physics.KERNEL])(model, drawn)
+    rows = jax.jit(jax.jacrev(lambda m: residuals_of(task.name, m, drawn.batch)))(model)
+    assert set(found) == set(task.names)
+    for name, of_loss in rows.items():
+        leaves = jax.tree.leaves(of_loss)
+        squares = sum(np.sum(np.square(x)) for x in leaves)
+        np.testing.assert_allclose(found[name], squares / len(leaves[0]), rtol=1e-4)
+
+
+def test_the_kernel_is_a_row_of_equations(problem):
+    rows = methods.entries(problem.task)
+    assert rows["ntk, every 100"].runs == 1.01
+    rule = rows["ntk, every 100"].rule
+    key, config = jax.random.key(0), rule.configure([{}])[0]
+    model = problem.task.init(key)
+    carry = Carry(jnp.zeros((), jnp.int32), model, (), rule.init(problem.task, config))
+    made = rule.step(problem.task, problem.task.data, carry, config, key)
+    batch = problem.task.draw(problem.task.data, key)
+    kernel = problem.task.statistics[physics.KERNEL](model, batch)
+    mean = sum(kernel.values()) / len(kernel)
+    for name, weight in made.weights.items():  # The running mean of the first look.
+        expected = 0.9 + 0.1 * mean / kernel[name]
+        np.testing.assert_allclose(weight, expected, rtol=1e-4)

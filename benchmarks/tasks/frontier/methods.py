@@ -13,6 +13,7 @@ from benchmarks.harness.rules import Momenta, Weighted
 from benchmarks.harness.training import DOWNSTREAM, Rule, Task
 from benchmarks.harness.variations import Softmax
 from benchmarks.tasks.frontier.candidates import capped, in_units
+from benchmarks.tasks.frontier.physics import KERNEL
 from benchmarks.tasks.frontier.problem import Problem
 from yoto_jax.racing._portfolio import WARMUP
 
@@ -25,7 +26,7 @@ PUBLISHED = "published"
 LEFT_OUT = {
     "static": "constant weights are rows of their own",
     "equal": "a constant row",
-    "ntk": "needs the kernel of each residual",
+    "ntk": "is a row of equations, every 100 steps",
     "causal": "is for losses that are stretches of time",
     "modo": "needs two batches a step",
     "sdmgrad": "needs two batches a step",
@@ -36,11 +37,14 @@ LEFT_OUT = {
 
 SELDOM = (
     ("grad_norm_balance", 10),
+    ("grad_norm_balance", 100),
     ("nash_mtl", 10),
     ("aligned_mtl", 10),
     ("aligned_mtl", 3),
 )
 """Methods that are also tried with weights that are held for so many steps."""
+RARELY = 100
+"""Steps between two looks at the tangent kernel."""
 OF_FEATURES = ("grad_norm_balance", "nash_mtl", "aligned_mtl")
 """Methods that are also tried looking at the gradients of features alone."""
 
@@ -122,6 +126,8 @@ def entries(task: Task) -> dict[str, Entry]:
         f"{name}, every {period}": _seldom(task, name, period)
         for name, period in SELDOM
     }
+    if KERNEL in task.statistics:
+        found[f"ntk, every {RARELY}"] = _of_kernel()
     if has_features(task):
         found |= {f"{name}, of features": _of_features(name) for name in OF_FEATURES}
     return found
@@ -160,6 +166,16 @@ def _seldom(task: Task, name: str, period: int) -> Entry:
     make = lambda task: weightings.every(method.example(task.primary), period)
     extra = cost(task, make(task)) - 1
     return Entry(Weighted(make), "candidate", 1 + extra / period)
+
+
+def _of_kernel() -> Entry:
+    """Weights by the tangent kernel, every so many steps.
+
+    Its diagonal takes the gradient of every residual at every point once, which is one
+    run of that step.
+    """
+    rule = Weighted(lambda task: weightings.every(weightings.ntk(), RARELY))
+    return Entry(rule, "candidate", 1 + 1 / RARELY)
 
 
 def _entry(task: Task, method: yoto.weightings.Method) -> Entry:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import yoto_jax as yoto
 from benchmarks.harness.searches import Ratios
 from benchmarks.harness.training import Losses, Measured, PyTree, Task
 from benchmarks.tasks.frontier.problem import (
@@ -27,6 +28,7 @@ from benchmarks.tasks.pinn import task as pinn
 Function = Callable[[jax.Array, jax.Array], jax.Array]
 """u(t, x) or u(x, y), point by point."""
 
+KERNEL = "ntk_diagonal"
 FIXED_KEY = 2025
 """Of the points that the training score is measured at."""
 
@@ -81,6 +83,8 @@ class Equation(NamedTuple):
       losses: ``losses(model, batch) -> losses``.
       test: Points that score a model.
       validation: Points that anything may choose by.
+      kernel: ``kernel(model, batch)``, the diagonal of the tangent kernel of each
+        residual, averaged over its points.
     """
 
     name: str
@@ -89,6 +93,7 @@ class Equation(NamedTuple):
     losses: Callable[[PyTree, Any], Losses]
     test: Known
     validation: Known
+    kernel: Callable[[PyTree, Any], Losses]
 
 
 def problem(
@@ -149,6 +154,7 @@ def problem(
         learning_rate=learning_rate,
         weight_decay=0.0,
         lanes=size.lanes,
+        statistics={KERNEL: lambda model, drawn: equation.kernel(model, drawn.batch)},
     )
     return Problem(
         task=task,
@@ -179,6 +185,14 @@ def derivatives(
 
     (value, slope), (_, curvature) = jax.jvp(once, (x,), (one,))
     return value, slope, curvature
+
+
+def kernel_diagonal(
+    residual: Callable[[Function, Any], jax.Array], model: PyTree, points: Any
+) -> jax.Array:
+    """Of the tangent kernel of one residual, averaged over the points."""
+    at_one = lambda model, point: residual(function(model), point)
+    return yoto.weightings.ntk_diagonal(at_one, model, points)
 
 
 def slope(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

@@ -114,6 +114,7 @@ def burgers_problem() -> Problem:
         losses=pinn.losses,
         test=test,
         validation=validation,
+        kernel=pinn.ntk_diagonal,
     )
     size = physics.Size(2000, 20, 3, POINTS, 32, 64, 1)
     return physics.problem(equation, size, 5e-3, ((1, 1),) * 2)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.harness.training import Losses
+from benchmarks.harness.training import Losses, PyTree
 from benchmarks.tasks.frontier import physics
 from benchmarks.tasks.frontier.problem import Problem
 from benchmarks.tasks.pinn import task as pinn
@@ -59,6 +59,7 @@ def make(preset: str) -> Problem:
         losses=lambda model, batch: losses(physics.function(model), batch),
         test=test,
         validation=validation,
+        kernel=kernel,
     )
     return physics.problem(equation, size, LEARNING_RATE, BOUNDS, PUBLISHED)
 
@@ -106,6 +107,20 @@ def boundary_residuals(
     along_x = lambda x: jax.jvp(lambda x: u(t, x), (x,), (one,))
     (right, right_slope), (left, left_slope) = along_x(one), along_x(-one)
     return right - left, right_slope - left_slope
+
+
+def kernel(model: PyTree, batch: Batch) -> Losses:
+    """The diagonal of the tangent kernel of each loss, of two residuals in one."""
+    diagonal = physics.kernel_diagonal
+    of_value, of_slope = (
+        diagonal(lambda u, t, k=k: boundary_residuals(u, t)[k], model, batch.times)
+        for k in range(2)
+    )
+    return {
+        "pde": diagonal(pde_residual, model, batch.inside),
+        "initial": diagonal(initial_residual, model, batch.initial),
+        "boundary": of_value + of_slope,
+    }
 
 
 # The reference.

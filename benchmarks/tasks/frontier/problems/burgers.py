@@ -22,5 +22,6 @@ def make(preset: str) -> Problem:
         losses=task.losses,
         test=test,
         validation=validation,
+        kernel=task.ntk_diagonal,
     )
     return physics.problem(equation, size, LEARNING_RATE, BOUNDS)

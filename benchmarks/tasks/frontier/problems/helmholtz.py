@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.harness.training import Losses
+from benchmarks.harness.training import Losses, PyTree
 from benchmarks.tasks.frontier import physics
 from benchmarks.tasks.frontier.problem import Problem
 
@@ -58,6 +58,7 @@ def make(preset: str) -> Problem:
         losses=lambda model, batch: losses(physics.function(model), batch),
         test=test,
         validation=validation,
+        kernel=kernel,
     )
     return physics.problem(equation, size, LEARNING_RATE, BOUNDS)
 
@@ -81,8 +82,22 @@ def losses(u: physics.Function, batch: Batch) -> Losses:
     """Mean squared residuals."""
     return {
         "pde": jnp.mean(pde_residual(u, batch.inside) ** 2),
-        "x_edges": jnp.mean(u(*batch.x_edges) ** 2),
-        "y_edges": jnp.mean(u(*batch.y_edges) ** 2),
+        "x_edges": jnp.mean(edge_residual(u, batch.x_edges) ** 2),
+        "y_edges": jnp.mean(edge_residual(u, batch.y_edges) ** 2),
+    }
+
+
+def edge_residual(u: physics.Function, at: Places) -> jax.Array:
+    return u(at.x, at.y)
+
+
+def kernel(model: PyTree, batch: Batch) -> Losses:
+    """The diagonal of the tangent kernel of each residual."""
+    diagonal = physics.kernel_diagonal
+    return {
+        "pde": diagonal(pde_residual, model, batch.inside),
+        "x_edges": diagonal(edge_residual, model, batch.x_edges),
+        "y_edges": diagonal(edge_residual, model, batch.y_edges),
     }
 
 
