@@ -1,5 +1,6 @@
 """Checks of arguments whose values are known; tracers pass."""
 
+import functools
 import math
 import operator
 from collections.abc import Callable
@@ -8,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+_REAL = (jnp.floating, jnp.integer, jnp.bool_)
 
 
 def _known(name: str, value: Any, kinds: str) -> float | None:
@@ -57,8 +60,12 @@ def check_all_fractions(**values: Any) -> None:
 def _check_all(check: Callable[..., None], values: dict[str, Any]) -> None:
     for name, tree in values.items():
         for value in jax.tree.leaves(tree):
-            traced = isinstance(value, jax.core.Tracer)
-            for number in (value,) if traced else (np.min(value), np.max(value)):
+            if isinstance(value, jax.core.Tracer):
+                continue
+            numbers = np.asarray(value)
+            if not any(map(functools.partial(jnp.issubdtype, numbers.dtype), _REAL)):
+                raise TypeError(f"{name} must hold numbers, got {value!r}.")
+            for number in (np.min(numbers), np.max(numbers)):
                 check(**{name: number})
 
 
@@ -91,6 +98,25 @@ def check_rate(name: str, value: Any, below: float = math.inf) -> None:
     if number is not None and not 0 <= number < below:
         limit = "finite" if below == math.inf else f"smaller than {below:g}"
         raise ValueError(f"{name} must be non-negative and {limit}, got {value}.")
+
+
+def check_counts(**values: Any) -> None:
+    """Checks that numbers of steps are positive integers; tracers of integers pass."""
+    for name, value in values.items():
+        if isinstance(value, jax.core.Tracer):
+            if value.shape or not jnp.issubdtype(value.dtype, jnp.integer):
+                raise TypeError(
+                    f"{name} must be an integer, got {value.dtype}{value.shape}."
+                )
+            continue
+        try:
+            number = None if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            number = None
+        if number is None:
+            raise TypeError(f"{name} must be an integer, got {value!r}.")
+        if number < 1:
+            raise ValueError(f"{name} must be positive, got {value}.")
 
 
 def check_integers(**values: Any) -> None:

@@ -81,8 +81,8 @@ def check_choice_decay(choice_decay: Any) -> None:
     """Checks that a strength is finite; schedules and tracers pass."""
     if callable(choice_decay) or isinstance(choice_decay, jax.core.Tracer):
         return
-    number = isinstance(choice_decay, int | float) or not jnp.shape(choice_decay)
-    if isinstance(choice_decay, bool | str) or not number:
+    number = hasattr(choice_decay, "__float__") and not jnp.shape(choice_decay)
+    if isinstance(choice_decay, bool) or not number:
         raise TypeError(
             "choice_decay must be a number, a scalar array or a schedule, got "
             f"{choice_decay!r}."

@@ -160,14 +160,18 @@ def init_choice_logits(
             )
         values = [probabilities[name] for name in names]
     else:
-        values = list(probabilities)
+        try:
+            values = list(probabilities)
+        except TypeError:  # a number
+            values = [probabilities]
         if len(values) != len(names):
             raise ValueError(
                 f"probabilities must be one number for each of the {len(names)} "
                 f"options {listed(names)}, got {len(values)}."
             )
     for name, value in zip(names, values, strict=True):
-        if isinstance(value, bool | str) or not hasattr(value, "__float__"):
+        number = hasattr(value, "__float__") and not np.ndim(value)
+        if isinstance(value, bool) or not number:
             raise TypeError(
                 f"the probability of {name!r} must be a number, got {value!r}."
             )

@@ -144,7 +144,7 @@ def _check_temperature(temperature: Any) -> None:
             "temperature must be a number, got a function: of a schedule give its "
             "value at the step, schedule(step)."
         )
-    elif isinstance(temperature, bool | str) or temperature is None:
+    elif isinstance(temperature, bool) or not hasattr(temperature, "__float__"):
         raise TypeError(f"temperature must be a number, got {temperature!r}.")
     else:
         known = temperature

@@ -54,7 +54,7 @@ def group_advantages(
     Raises:
       ValueError: There are no rewards, their shapes differ, ``weights`` or ``present``
         do not match them, ``normalize`` is neither, or ``eps`` is not positive.
-      TypeError: ``present`` is not boolean.
+      TypeError: ``present`` is not boolean, or a reward not real.
 
     Examples:
       >>> import jax.numpy as jnp, yoto_jax as yoto
@@ -129,6 +129,9 @@ def _stacked(rewards: PyTree) -> tuple[jax.Array, jax.tree_util.PyTreeDef]:
                 f"reward {path_name(path)!r} must have the shape {shape} of "
                 f"{first!r}, got {jnp.shape(x)}."
             )
+    for path, x in flat:
+        if jnp.issubdtype(jnp.result_type(x), jnp.complexfloating):
+            raise TypeError(f"reward {path_name(path)!r} must be real, got complex.")
     dtype = float_type(x for _, x in flat)
     return jnp.stack([jnp.asarray(x, dtype) for _, x in flat]), structure
 

@@ -83,6 +83,15 @@ class WeightingState(NamedTuple):
     num_skipped: jax.Array  # int32 scalar, bad batches, that changed nothing
 
 
+def check_weighting(weighting: Any) -> None:
+    """Checks that it is one, and not what makes one."""
+    if not isinstance(weighting, LossWeighting):
+        raise TypeError(
+            "weighting must be a LossWeighting, such as yoto.weightings.equal(), got "
+            f"{type(weighting).__name__}."
+        )
+
+
 def check_state(state: State, kind: type) -> None:
     """Raise unless the state is of this kind."""
     if not isinstance(state, kind):

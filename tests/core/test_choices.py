@@ -508,7 +508,8 @@ def test_optimizers_say_what_is_wrong():
     tx = yoto.add_choice_decay(0.1)
     with pytest.raises(ValueError, match="needs the current choice logits"):
         tx.update(choice(), tx.init(choice()))
-    for bad, error in (("1", TypeError), (True, TypeError), (np.nan, ValueError)):
+    kinds = dict.fromkeys(("1", True, None, 1j), TypeError) | {np.nan: ValueError}
+    for bad, error in kinds.items():
         with pytest.raises(error, match="choice_decay must be"):
             yoto.adamw(0.1, choice_decay=bad)
     with pytest.raises(TypeError, match="choice_decay must be"):
@@ -666,6 +667,8 @@ def test_state_dicts_of_flax():
         (("a", "b"), (1, 0), ValueError, "'b' must be positive and finite, got 0"),
         (("a", "b"), (1, np.nan), ValueError, "'b' must be positive and finite"),
         (("a", "b"), (1, "x"), TypeError, "'b' must be a number, got 'x'"),
+        (("a", "b"), 5, ValueError, "each of the 2 options 'a', 'b', got 1"),
+        (("a", "b"), np.ones((2, 2)), TypeError, "'a' must be a number, got array"),
     ],
 )
 def test_errors_of_init(options, probabilities, error, message):
@@ -680,6 +683,7 @@ def test_errors_of_init(options, probabilities, error, message):
         (lambda a: yoto.choose(None, a, -1), ValueError, "positive and finite, got -1"),
         (lambda a: yoto.choose(None, a, np.nan), ValueError, "finite, got nan"),
         (lambda a: yoto.choose(None, a, None), TypeError, "must be a number, got None"),
+        (lambda a: yoto.choose(None, a, 1j), TypeError, "must be a number, got 1j"),
         (lambda a: yoto.choose(None, a, np.ones(2)), ValueError, r"got shape \(2,\)"),
         (lambda a: yoto.choose(None, a, method="hard"), ValueError, "got 'hard'"),
         (lambda a: yoto.choose(None, a, method="gumbel"), TypeError, "a random key"),

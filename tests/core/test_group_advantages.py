@@ -156,6 +156,7 @@ def test_prompts_on_several_devices():
             ValueError,
             r"present must have the shape \(3,\)",
         ),
+        ({"rewards": {"a": 1j * jnp.ones(3)}}, TypeError, "'a' must be real"),
         ({"normalize": "all"}, ValueError, "'each' or 'sum', got 'all'"),
         ({"eps": 0.0}, ValueError, "eps must be positive"),
     ],

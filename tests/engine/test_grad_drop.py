@@ -145,9 +145,18 @@ def test_scan_under_vmap_equals_a_loop():
         np.testing.assert_allclose(got[0, n], updates, rtol=1e-6)
 
 
+def test_a_leak_is_as_precise_as_the_gradients():
+    with jax.enable_x64(True):
+        tx = yoto.grad_drop(2, leak=0.1)
+        updates, _ = tx.update(jnp.array([[1.0], [-1.0]]), tx.init(None))
+        np.testing.assert_allclose(abs(updates), 0.9, rtol=1e-15)
+
+
 def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match=r"leak must be in \[0, 1\], got 1.5"):
         yoto.grad_drop(2, leak=(0.5, 1.5))
+    with pytest.raises(TypeError, match="leak must hold numbers, got 'x'"):
+        yoto.grad_drop(2, leak="x")
     with pytest.raises(ValueError, match="leak must be one number, or one for each"):
         yoto.grad_drop(2, leak=(0.5, 0.5, 0.5))
     with pytest.raises(ValueError, match=r"update\['v'\].*length 2.*'0', '1'.*\(3,"):

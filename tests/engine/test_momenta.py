@@ -144,10 +144,6 @@ def test_a_bad_gradient_changes_nothing_but_a_counter(bad, seen):
     assert int(after.inner.num_skipped) == 1
     held = after._replace(inner=after.inner._replace(num_skipped=jnp.int32(0)))
     chex.assert_trees_all_equal(held, state)
-    # A position that there is not is as bad.
-    _, after = tx.update(gradient(1), state, loss=jnp.int32(3))
-    chex.assert_trees_all_equal(after.momenta, state.momenta)
-    assert int(after.inner.num_skipped) == 1
 
 
 def test_optax_skips_what_is_not_finite_around_it():
@@ -209,6 +205,18 @@ def test_dtypes_stay_and_moments_are_wide():
     np.testing.assert_allclose(updates["half"].astype(float), 1, rtol=0.02)
 
 
+def test_a_place_may_be_any_integer():
+    tx = m_config(3)
+    state = tx.init(PARAMS)
+    for place in (2, -1, np.int64(-1), jnp.int32(2)):
+        _, after = tx.update(gradient(0), state, loss=place)
+        assert after.num_seen.tolist() == [0, 0, 1]
+    updates, after = jax.jit(lambda n: tx.update(gradient(0), state, loss=n))(3)
+    assert after.num_seen.tolist() == [0, 0, 0]
+    assert int(after.inner.num_skipped) == 1
+    assert all(jnp.isnan(x).all() for x in jax.tree.leaves(updates))
+
+
 def test_errors_name_what_is_wrong():
     tx = m_config(NAMES)
     state = tx.init(PARAMS)
@@ -218,6 +226,17 @@ def test_errors_name_what_is_wrong():
         tx.update(gradient(0), state, loss="d")
     with pytest.raises(ValueError, match=r"b1 must be in \[0, 1\)"):
         m_config(b1=1.0)
+    with pytest.raises(TypeError, match="must be a LossWeighting.*got int"):
+        yoto.aggregate_momenta(5, 2)
+    with pytest.raises(ValueError, match="loss 5 is out of range for 3 losses"):
+        tx.update(gradient(0), state, loss=np.int64(5))
+    with pytest.raises(TypeError, match=r"integer scalar, got float32\(\)"):
+        jax.jit(lambda n: tx.update(gradient(0), state, loss=n))(1.0)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), gradient(0))
+    with pytest.raises(ValueError, match=r"gradient of one loss.*must have shape \("):
+        tx.update(stacked, state, loss="a")
+    with pytest.raises(TypeError, match=r"floating-point .*int32 at params\['n'\]"):
+        tx.init({"n": jnp.arange(3)})
     tx = yoto.aggregate_momenta(weightings.famo(), 2)
     state = tx.init(PARAMS)
     with pytest.raises(ValueError, match="needs the losses"):

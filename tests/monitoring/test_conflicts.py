@@ -844,6 +844,8 @@ def test_errors_name_what_is_wrong():
         with pytest.raises(TypeError, match="conflicts must be Conflicts, what"):
             monitoring.plot_conflicts(wrong)
     seen, others = (from_gradients(noisy(AGREEING[:n], 20)) for n in (3, 2))
+    with pytest.raises(TypeError, match="last must be an integer, got 2.5"):
+        monitoring.diagnose(seen, last=2.5)
     with pytest.raises(ValueError, match="last must be positive"):
         monitoring.diagnose(seen, last=0)
     with pytest.raises(ValueError, match="representation must be of the same losses"):

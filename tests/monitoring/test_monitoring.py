@@ -1098,7 +1098,7 @@ def test_what_is_no_history_is_refused(call, history):
         (
             lambda: monitoring.recorded(weightings.famo),
             TypeError,
-            r"must be a LossWeighting, such as yoto.weightings.equal\(\), got <func",
+            r"must be a LossWeighting, such as yoto.weightings.equal\(\), got func",
         ),
         (lambda: monitoring.check(SEEN, last=0), ValueError, "last must be positive"),
         (lambda: monitoring.warn(SEEN, last=-5), ValueError, "last must be positive"),

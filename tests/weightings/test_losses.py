@@ -988,6 +988,21 @@ def test_metabalance_between_plain_gradients_and_equal_ones():
     np.testing.assert_allclose(half, (equal + 1) / 2, rtol=1e-6)
 
 
+def test_metabalance_balances_nothing_before_the_primary_loss_has_been_there():
+    weighting = metabalance("a", relax=1.0)
+    losses = {"a": 1.0, "b": 1.0}
+    state = weighting.init(losses)
+    expected = [(False, 0.0, 1.0), (False, 0.0, 1.0), (True, 1.0, 2.0)]
+    for there, a, b in expected:
+        weights, state = weighting.update(
+            losses,
+            state,
+            norms=jnp.array([4.0, 2.0]),
+            present={"a": there, "b": True},
+        )
+        np.testing.assert_allclose([weights["a"], weights["b"]], [a, b], rtol=1e-6)
+
+
 def test_metabalance_without_the_primary_loss_holds_its_means():
     weighting = metabalance("a", relax=0.5, decay=0.5)
     losses = {"a": 1.0, "b": 1.0, "c": 1.0}

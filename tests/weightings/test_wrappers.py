@@ -54,6 +54,65 @@ def test_hold_updates_in_the_first_steps_alone():
     assert float(state.inner.inner) == 2.0
 
 
+@pytest.mark.parametrize(
+    "wrap", [lambda w: weightings.every(w, 1), lambda w: weightings.hold(w, 5)]
+)
+def test_a_loss_that_is_not_positive_is_an_error_outside_jit(wrap):
+    weighting = wrap(weightings.uw_so())
+    bad = {"a": -1.0, "b": 2.0}
+    state = weighting.init(bad)
+    with pytest.raises(ValueError, match="positive losses, loss 'a' is -1"):
+        weighting.update(bad, state)
+    _, after = jax.jit(weighting.update)(bad, state)
+    assert int(after.num_skipped) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrap", "name"), [(weightings.every, "steps"), (weightings.hold, "after")]
+)
+def test_numbers_of_steps_are_positive_integers(wrap, name):
+    for bad in (0, -1, np.int64(0), jnp.int32(-2)):
+        with pytest.raises(ValueError, match=f"{name} must be positive, got"):
+            wrap(inverse(), bad)
+    for bad in (2.5, -1.0, "2", None, True, np.ones(2, int)):
+        with pytest.raises(TypeError, match=f"{name} must be an integer, got"):
+            wrap(inverse(), bad)
+    with pytest.raises(TypeError, match=f"{name} must be an integer, got float32"):
+        jax.jit(lambda n: wrap(inverse(), n).init(STEPS[0]))(2.0)
+    history, _ = run(wrap(inverse(), np.int64(2)))
+
+    @jax.jit
+    def first(steps):
+        weighting = wrap(inverse(), steps)
+        return weighting.update(STEPS[0], weighting.init(STEPS[0]))[0]
+
+    np.testing.assert_allclose([first(2)["a"], first(2)["b"]], history[0])
+
+
+def test_wrappers_wrap_weightings():
+    for wrap in (
+        lambda w: weightings.every(w, 2),
+        lambda w: weightings.hold(w, 2),
+        weightings.smooth,
+        weightings.normalize,
+        weightings.log,
+        weightings.skip_outliers,
+    ):
+        with pytest.raises(TypeError, match="must be a LossWeighting.*got int"):
+            wrap(5)
+
+
+def test_wide_decays_leave_the_dtype_of_the_state():
+    with jax.enable_x64(True):
+        losses = {name: jnp.float32(x) for name, x in STEPS[0].items()}
+        decay = np.exp(np.float64(-0.01))
+        for wrap in (weightings.normalize, weightings.smooth):
+            weighting = wrap(inverse(), decay=decay)
+            state = weighting.init(losses)
+            after = jax.jit(weighting.update)(losses, state)[1]
+            chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
+
+
 def test_hold_looks_for_so_many_batches_that_are_not_skipped():
     weighting = weightings.hold(weightings.skip_outliers(inverse()), 2)
     state = weighting.init(STEPS[0])

@@ -16,7 +16,12 @@ from yoto_jax._losses import (
     tree_of,
 )
 from yoto_jax._numerics import stacked
-from yoto_jax._weighting import GRADIENT_STATISTICS, LossWeighting, and_present
+from yoto_jax._weighting import (
+    GRADIENT_STATISTICS,
+    LossWeighting,
+    and_present,
+    check_weighting,
+)
 from yoto_jax.gradients._devices import spread_of
 from yoto_jax.gradients._rows import check_rows, combine_rows, present_rows
 from yoto_jax.gradients._statistics import if_due, statistics_of
@@ -69,6 +74,7 @@ def aggregate(
       >>> print(optax.tree.get(state, "loss_weights")["fit"])
       0.5
     """
+    check_weighting(weighting)
     losses = tree_of(losses)
     names = loss_names(jax.tree.structure(losses))
     asked = [name for name in weighting.needs if name in GRADIENT_STATISTICS]

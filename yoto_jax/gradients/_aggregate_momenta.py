@@ -1,5 +1,7 @@
 """Per-loss momenta that are combined, from the gradient of one loss at a time."""
 
+import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +19,7 @@ from yoto_jax._losses import (
 )
 from yoto_jax._numerics import choose
 from yoto_jax._serialization import serializable_state
-from yoto_jax._weighting import LossWeighting
+from yoto_jax._weighting import LossWeighting, check_weighting
 from yoto_jax.gradients._aggregate import aggregate
 from yoto_jax.gradients._devices import spread_of
 from yoto_jax.gradients._statistics import squared_norm
@@ -70,13 +72,15 @@ def aggregate_momenta(
     Returns:
       An ``optax.GradientTransformationExtraArgs``, an optimizer but for the learning
       rate. Its ``update`` takes the gradient of one loss, and which one as keyword
-      ``loss=``: its path, its place in a list, or an integer array. Updates are 0 until
-      each loss has been there once. A gradient that is not finite leaves the state as
-      it is, is counted in ``num_skipped`` of the weighting, and makes updates NaN.
+      ``loss=``: its path, its place in a list, or an integer array, its place in
+      ``jax.tree.leaves(losses)``. Updates are 0 until each loss has been there once. A
+      gradient that is not finite, or a traced place that there is not, leaves the state
+      as it is, is counted in ``num_skipped`` of the weighting, and makes updates NaN.
 
     Raises:
       ValueError: A decay is not in [0, 1). In ``update``: ``loss`` is missing, or
-        unknown.
+        unknown; the gradient has not the shapes of the parameters.
+      TypeError: A parameter is not floating-point. In ``update``: ``loss`` is no name.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, yoto_jax as yoto
@@ -101,6 +105,7 @@ def aggregate_momenta(
       It scales as Adam does: put no Adam behind it. Moments are kept in float32 at
       least.
     """
+    check_weighting(weighting)
     check_decay(b1=b1, b2=b2)
     check_positive(eps=eps)
     losses = tree_of(losses)
@@ -110,6 +115,12 @@ def aggregate_momenta(
     )
 
     def init_fn(params: Params) -> MomentaState:
+        for path, x in jax.tree.leaves_with_path(params):
+            if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+                raise TypeError(
+                    "aggregate_momenta takes floating-point parameters, got "
+                    f"{jnp.result_type(x)} at params{jax.tree_util.keystr(path)}."
+                )
         row = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), _wide(x)), params)
         return MomentaState(
             momenta=jax.tree.map(
@@ -135,9 +146,8 @@ def aggregate_momenta(
                 "aggregate_momenta has to know whose gradient it is: call "
                 "update(updates, state, params, loss=...)."
             )
-        if not _is_array(loss):
-            loss = find_loss("loss", loss, losses, names)
-        place = jnp.asarray(loss)
+        place = jnp.asarray(_place(loss, losses, names))
+        _check_shapes(updates, state.combined)
         ok = jnp.isfinite(squared_norm(updates, spread_of(updates, param_specs)))
         ok &= (place >= 0) & (place < len(names))
 
@@ -185,8 +195,32 @@ def _wide(x: Any) -> Any:
     return dtype if dtype.itemsize >= 4 else jnp.float32
 
 
-def _is_array(loss: Any) -> bool:
-    return hasattr(loss, "dtype") and jnp.issubdtype(loss.dtype, jnp.integer)
+def _place(loss: Any, losses: PyTree, names: Sequence[str]) -> Any:
+    """The place of a loss among all of them; a tracer is one."""
+    if isinstance(loss, jax.core.Tracer):
+        if loss.shape or not jnp.issubdtype(loss.dtype, jnp.integer):
+            raise TypeError(
+                f"loss must be an integer scalar, got {loss.dtype}{loss.shape}."
+            )
+        return loss
+    if hasattr(loss, "dtype") and hasattr(loss, "__index__"):
+        place = operator.index(loss)
+        if not -len(names) <= place < len(names):
+            raise ValueError(f"loss {place} is out of range for {len(names)} losses.")
+        return place % len(names)
+    return find_loss("loss", loss, losses, names)
+
+
+def _check_shapes(updates: Params, like: Params) -> None:
+    """Checks that a gradient is that of one loss, and not stacked."""
+    wanted = jax.tree.leaves_with_path(like)
+    for (path, x), g in zip(wanted, jax.tree.leaves(updates), strict=False):
+        if jnp.shape(g) != x.shape:
+            raise ValueError(
+                "aggregate_momenta takes the gradient of one loss, of the shape of the "
+                f"parameters: updates{jax.tree_util.keystr(path)} must have shape "
+                f"{x.shape}, got {jnp.shape(g)}."
+            )
 
 
 def _mass(decay: Any, count: jax.Array, like: jax.Array) -> jax.Array:

@@ -77,7 +77,7 @@ def grad_drop(
       and summed over the batch; here they are those of parameters, as in TorchJD.
     """
     losses = tree_of(losses)
-    spec = LossSpec(jax.tree.structure(losses), jnp.float32)
+    spec = LossSpec(jax.tree.structure(losses), jnp.result_type(float))
     check_all_fractions(leak=leak)
     leaks = spec.vector("leak", leak)
 

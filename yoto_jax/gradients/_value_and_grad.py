@@ -16,6 +16,7 @@ from yoto_jax._weighting import (
     GRADIENT_STATISTICS,
     LossWeighting,
     and_present,
+    check_weighting,
     mask_weights,
     weights_of,
 )
@@ -324,11 +325,7 @@ class _Step:
 def _check_weighting(
     weighting: Any, statistics: Mapping[str, Callable[..., Any]]
 ) -> LossWeighting:
-    if not isinstance(weighting, LossWeighting):
-        raise TypeError(
-            "weighting must be a LossWeighting, such as yoto.weightings.equal(), got "
-            f"{type(weighting).__name__}."
-        )
+    check_weighting(weighting)
     known = (*GRADIENT_STATISTICS, "losses", "alignment", *statistics)
     for name in weighting.needs:
         if name not in known:

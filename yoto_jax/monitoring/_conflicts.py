@@ -24,6 +24,7 @@ from yoto_jax._weighting import (
     LossWeighting,
     and_present,
     check_state,
+    check_weighting,
     of_inner,
     without_absent,
 )
@@ -39,7 +40,6 @@ from yoto_jax.monitoring._history import (
 from yoto_jax.monitoring._record import (
     Columns,
     check_size,
-    check_weighting,
     columns_of,
     empty_ring,
     is_due,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from yoto_jax._checks import check_positive
+from yoto_jax._checks import check_counts
 from yoto_jax.monitoring._conflicts import Conflicts, check_conflicts
 from yoto_jax.monitoring._findings import FEWEST_ROWS, Finding, nearly_all, some
 
@@ -72,7 +72,7 @@ def diagnose(
       overruled ('b',)
     """
     check_conflicts(conflicts)
-    check_positive(last=last)
+    check_counts(last=last)
     if representation is not None:
         check_conflicts(representation)
         names, others = list(conflicts.loss_weights), list(representation.loss_weights)

@@ -34,7 +34,12 @@ from yoto_jax._numerics import upcast
 from yoto_jax._outliers import count_skipped
 from yoto_jax._serialization import serializable_state
 from yoto_jax._unwrap_loss_logits import unwrap_loss_logits
-from yoto_jax._weighting import LossWeighting, and_present, of_inner
+from yoto_jax._weighting import (
+    LossWeighting,
+    and_present,
+    check_weighting,
+    of_inner,
+)
 from yoto_jax.weightings._wrappers import observing_inner
 
 # Roles of losses. These are empty nodes, part of the tree structure of the state like
@@ -395,14 +400,6 @@ def _check_like(
         raise ValueError(
             f"the history was begun with {known} losses, and the parameters now hold "
             f"LossLogits of {given}."
-        )
-
-
-def check_weighting(weighting: Any) -> None:
-    if not isinstance(weighting, LossWeighting):
-        raise TypeError(
-            "weighting must be a LossWeighting, such as yoto.weightings.equal(), got "
-            f"{weighting!r}."
         )
 
 

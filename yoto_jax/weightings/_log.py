@@ -12,6 +12,7 @@ from yoto_jax._weighting import (
     GRADIENT_STATISTICS,
     LossWeighting,
     check_state,
+    check_weighting,
     mask_weights,
     of_inner,
     weights_of,
@@ -78,6 +79,7 @@ def log(weighting: LossWeighting) -> LossWeighting:
       downstream gradient is divided by the downstream loss of the training batch. Where
       :func:`yoto_jax.weightings.every` inside holds weights, it holds those of losses.
     """
+    check_weighting(weighting)
     if weighting.positive:
         raise ValueError(
             "log shows a weighting the logarithms of the losses, of any sign, and this "

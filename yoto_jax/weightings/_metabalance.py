@@ -73,8 +73,11 @@ def metabalance(
         del losses
         mean = unbiased_mean(inner.average_norms, norms, inner.num_seen, decay)
         mean = spec.of_present(mean, inner.average_norms)
-        some = mean > 0
-        ratio = jnp.where(some, mean[position(spec)] / jnp.where(some, mean, 1), 1)
+        place = position(spec)
+        # Until the primary loss has been there, there is nothing to balance with.
+        seen = spec.of_present(inner.num_seen + 1, inner.num_seen)
+        some = (mean > 0) & (seen[place] > 0)
+        ratio = jnp.where(some, mean[place] / jnp.where(some, mean, 1), 1)
         return relax * ratio + (1 - relax), NormsState(mean, inner.num_seen + 1)
 
     return make_weighting(init, update, needs=("norms",))

@@ -22,6 +22,7 @@ from yoto_jax._weighting import (
     LossWeighting,
     and_present,
     check_state,
+    check_weighting,
     mask_weights,
     weights_of,
     without_absent,
@@ -65,6 +66,7 @@ def skip_outliers(
       4.0 1
       4.0 1
     """
+    check_weighting(weighting)
     rule = as_rule(rule)
 
     def init(losses: Losses) -> SkipOutliersState:

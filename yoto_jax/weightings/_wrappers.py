@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from yoto_jax._checks import check_decay, check_fraction
+from yoto_jax._checks import check_counts, check_decay, check_fraction
 from yoto_jax._losses import (
     Losses,
     Present,
@@ -31,6 +31,7 @@ from yoto_jax._weighting import (
     LossWeighting,
     and_present,
     check_state,
+    check_weighting,
     mask_weights,
     of_inner,
     weights_of,
@@ -64,7 +65,8 @@ def every(weighting: LossWeighting, steps: jax.typing.ArrayLike) -> LossWeightin
       A :class:`yoto_jax.LossWeighting`.
 
     Raises:
-      ValueError: ``steps`` is not positive.
+      TypeError: ``steps`` is no integer.
+      ValueError: It is not positive.
 
     Examples:
       >>> import yoto_jax as yoto
@@ -85,8 +87,8 @@ def every(weighting: LossWeighting, steps: jax.typing.ArrayLike) -> LossWeightin
       held until the next one with it. Under ``vmap`` statistics are computed at the
       steps at which any lane looks at them.
     """
-    if isinstance(steps, int) and steps < 1:
-        raise ValueError(f"steps must be positive, got {steps}.")
+    check_weighting(weighting)
+    check_counts(steps=steps)
     return _at_times(weighting, EveryState, lambda step: step % steps == 0)
 
 
@@ -117,7 +119,8 @@ def hold(weighting: LossWeighting, after: jax.typing.ArrayLike) -> LossWeighting
       A :class:`yoto_jax.LossWeighting`.
 
     Raises:
-      ValueError: ``after`` is not positive.
+      TypeError: ``after`` is no integer.
+      ValueError: It is not positive.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -139,8 +142,8 @@ def hold(weighting: LossWeighting, after: jax.typing.ArrayLike) -> LossWeighting
       is absent from the first steps keeps its weight of the start. Under ``vmap``
       statistics are computed while any lane looks at them.
     """
-    if isinstance(after, int) and after < 1:
-        raise ValueError(f"after must be positive, got {after}.")
+    check_weighting(weighting)
+    check_counts(after=after)
     return _at_times(weighting, HoldState, lambda step: step < after)
 
 
@@ -176,7 +179,11 @@ def _at_times(
             losses, state.inner, **and_present(weighting, statistics, present)
         )
         held = lambda: (mask_weights(weights_of(state.inner), mask), state.inner)
-        weights, inner = lax.cond(now(state.step), update, held)
+        here = now(state.step)
+        if isinstance(here, jax.core.Tracer):
+            weights, inner = lax.cond(here, update, held)
+        else:  # Not in a branch, in which nothing can be raised.
+            weights, inner = update() if here else held()
         counts = 1 - _skipped(state.inner, inner)
         if mask is not None:  # A batch without any loss is no step.
             counts *= jnp.any(mask).astype(jnp.int32)
@@ -228,6 +235,7 @@ def smooth(
       1.25
       1.4375
     """
+    check_weighting(weighting)
     check_decay(decay=decay)
 
     def init(losses: Losses) -> SmoothState:
@@ -321,6 +329,7 @@ def normalize(
       A loss of exactly 0 tells nothing of its scale and leaves it as it was, at 1 if no
       other has come yet.
     """
+    check_weighting(weighting)
     check_fraction(decay=decay)
     known = {*GRADIENT_STATISTICS, "losses", "alignment", "ntk_diagonal"}
     if strange := sorted({*weighting.needs} - known):
@@ -351,7 +360,7 @@ def normalize(
             values = jnp.where(mask, values, 0)
         size = jnp.abs(values)
         running = jnp.where(old > 0, decay * old + (1 - decay) * size, size)
-        running = jnp.where(size == 0, old, running)
+        running = jnp.where(size == 0, old, running).astype(old.dtype)
         scales = jnp.where(running > 0, running, 1)
 
         weights, inner, own, taken = update_rescaled(
