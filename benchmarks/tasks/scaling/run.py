@@ -27,7 +27,7 @@ METHODS = (
     "soak",
 )
 RESUMABLE = True
-QUICK = ("devices", "collectives", "memory", "speed")
+QUICK = ("collectives", "speed")
 
 
 SIZES = {
