@@ -74,8 +74,9 @@ def aggregate_momenta(
       rate. Its ``update`` takes the gradient of one loss, and which one as keyword
       ``loss=``: its path, its place in a list, or an integer array, its place in
       ``jax.tree.leaves(losses)``. Updates are 0 until each loss has been there once. A
-      gradient that is not finite, or a traced place that there is not, leaves the state
-      as it is, is counted in ``num_skipped`` of the weighting, and makes updates NaN.
+      gradient that is not finite, or a traced place that does not exist, leaves the
+      state as it is, is counted in ``num_skipped`` of the weighting, and makes updates
+      NaN.
 
     Raises:
       ValueError: A decay is not in [0, 1). In ``update``: ``loss`` is missing, or
