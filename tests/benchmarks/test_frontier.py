@@ -171,7 +171,7 @@ def test_tables_sentences_and_figure_of_what_is_stored(tmp_path):
 def test_without_a_search_there_is_nothing_to_compare_with(tmp_path, monkeypatch):
     def train_nothing(problem, rule, configs, seeds):
         found = [line("", seed, 70, 60.0 + seed) for seed in seeds]
-        return [{"looks": x["looks"]} for x in found]
+        return [{"looks": x["looks"], "seconds": 1.0} for x in found]
 
     monkeypatch.setattr(run, "train", train_nothing)
     options = Options(
@@ -355,6 +355,30 @@ def test_the_ceiling_trains_the_best_point_of_each_seed(tmp_path, monkeypatch):
     assert rows == own.train.shape[1] + own.validation.shape[1]
     assert configs == [methods.fixed((3.0, 1.0)), methods.fixed((4.0, 1.0))]
     assert seeds == [0, 1]
+
+
+def test_seeds_that_are_stored_are_not_trained_again(tmp_path, monkeypatch):
+    asked = []
+
+    def train_nothing(problem, rule, configs, seeds):
+        asked.append(seeds)
+        return [{"looks": {}} for _ in seeds]
+
+    monkeypatch.setattr(run, "train", train_nothing)
+    known = [line("equal", seed, 5, 1) | {"problem": "digits"} for seed in (0, 2)]
+    options = Options("frontier", preset="quick", out=tmp_path)
+    units = Units(options, "frontier-digits")
+    work = run.Work("digits", make("digits", "quick"), units, known)
+    lines = work.do("equal", range(4))
+    assert [x["seed"] for x in lines] == [0, 2, 1, 3]
+    assert asked == [[1, 3]]
+
+
+def test_a_stored_gaussian_process_stays_without_pytorch(monkeypatch):
+    monkeypatch.setattr(run.searches, "has_gp", lambda: False)
+    problem = digits.make("quick")
+    assert "search, GP" not in run.rows(problem)
+    assert "search, GP" in run.rows(problem, {"search, GP"})
 
 
 def test_a_bayesian_search_is_told_validation_scores(tmp_path, monkeypatch):

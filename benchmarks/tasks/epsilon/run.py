@@ -38,19 +38,23 @@ def main(options: Options) -> None:
         raise UsageError("the problems know their steps: drop --steps")
     names = chosen(options.extra.get("problems"), options.preset)
     lines: list[Line] = []
-    seconds = 0.0
     about = {}
     for name in names:
         problem = make(name, options.preset)
-        found, spent = run(name, problem, options)
+        found = run(name, problem, options)
         lines += found
-        seconds += spent
         if found:
             about[name] = description(name, problem)
     known = references(about, options)
     result = write_json(
         options.out / "epsilon.json",
-        meta(options, seconds=seconds, few=FEW, problems=about, references=known),
+        meta(
+            options,
+            seconds=sum(x["seconds"] for x in lines),
+            few=FEW,
+            problems=about,
+            references=known,
+        ),
         [
             record(
                 x["method"],
@@ -83,8 +87,8 @@ def chosen(names: str | None, preset: str = "cpu") -> tuple[str, ...]:
     return tuple(name for name in PROBLEMS if name in wanted)
 
 
-def run(name: str, problem: Problem, options: Options) -> tuple[list[Line], float]:
-    """All lines of one problem, and the seconds they took."""
+def run(name: str, problem: Problem, options: Options) -> list[Line]:
+    """All lines of one problem."""
     own = Options(
         options.benchmark, preset=options.preset, out=options.out, resume=options.resume
     )
@@ -119,7 +123,7 @@ def run(name: str, problem: Problem, options: Options) -> tuple[list[Line], floa
                 for seed, line in zip(stage, units.do(unit, work), strict=True)
             ]
     lines.sort(key=lambda line: (chosen.index(line["method"]), line["seed"]))
-    return lines, units.seconds
+    return lines
 
 
 def stored(name: str, problem: Problem, options: Options) -> list[Line]:

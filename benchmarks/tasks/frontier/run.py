@@ -1,6 +1,6 @@
 """Every way of weighting losses on every problem, against a search of 15 runs."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,8 @@ def main(options: Options) -> None:
     if asked is None and options.preset == "quick":
         asked = ",".join((*QUICK_PROBLEMS, *(FROM_FOLDER if options.data else ())))
     names = chosen(asked, options.data)
-    lines: list[Line] = []
-    seconds = 0.0
-    for name in names:
-        found, spent = run(name, options)
-        lines += map(kept, found)
-        seconds += spent
+    lines = [kept(line) for name in names for line in run(name, options)]
+    seconds = sum(line["seconds"] for line in lines)  # of earlier results, too
     about = {name: description(name, _made(name, options)) for name in names}
     result = write_json(
         options.out / "frontier.json",
@@ -106,22 +102,24 @@ def description(name: str, problem: Problem) -> dict[str, Any]:
     }
 
 
-def run(name: str, options: Options) -> tuple[list[Line], float]:
-    """All lines of one problem, and the seconds they took."""
+def run(name: str, options: Options) -> list[Line]:
+    """All lines of one problem."""
     problem = _made(name, options)
     own = _without_methods(options, _folder(name, options))
     units = Units(own, f"frontier-{name}", problem=name)
     collect = bool(options.extra.get("collect"))
-    work = Work(name, problem, units, stored(name, options), collect)
+    earlier = stored(name, options)
+    work = Work(name, problem, units, earlier, collect)
     first = range(min(options.seeds, STAGE))
-    every = options.choose(rows(problem), QUICK)
+    known = {line["method"] for line in earlier}
+    every = options.choose(rows(problem, known), QUICK)
     lines = [line for method in every for line in work.do(method, first)]
     if options.seeds > STAGE:
         rest = range(STAGE, options.seeds)
         for method in [*contenders(lines, name), CEILING]:
             if method in every:
                 lines += work.do(method, rest)
-    return lines, units.seconds
+    return lines
 
 
 def _without_methods(options: Options, folder: Path | None) -> Options:
@@ -149,8 +147,11 @@ def stored(name: str, options: Options) -> list[Line]:
     return [line for line in result["runs"] if line["problem"] == name]
 
 
-def rows(problem: Problem) -> tuple[str, ...]:
-    """All methods of a problem, in the order of the table."""
+def rows(problem: Problem, known: Collection[str] = ()) -> tuple[str, ...]:
+    """All methods of a problem, in the order of the table.
+
+    Gaussian processes are there where PyTorch is, or if they are ``known`` already.
+    """
     constants = methods.CONSTANTS + ((methods.PUBLISHED,) if problem.published else ())
     ceiling = (CEILING,) if isinstance(problem.task.data, splits.Data) else ()
     return (
@@ -158,7 +159,11 @@ def rows(problem: Problem) -> tuple[str, ...]:
         methods.SEARCH,
         *methods.LEARNED,
         *methods.every_entry(problem),
-        *(name for name in BAYESIAN if BAYESIAN[name] != "gp" or searches.has_gp()),
+        *(
+            name
+            for name in BAYESIAN
+            if BAYESIAN[name] != "gp" or searches.has_gp() or name in known
+        ),
         *ceiling,
     )
 
@@ -184,8 +189,11 @@ class Work:
 
     def do(self, method: str, seeds: Sequence[int]) -> list[Line]:
         """The lines of a method for these seeds, a line for each run."""
-        if all((method, seed) in self.known for seed in seeds):
-            return [line for seed in seeds for line in self.known[method, seed]]
+        lines = [x for seed in seeds for x in self.known.get((method, seed), ())]
+        left = [seed for seed in seeds if (method, seed) not in self.known]
+        return lines + (self._made(method, left) if left else [])
+
+    def _made(self, method: str, seeds: Sequence[int]) -> list[Line]:
         task = self.problem.task
         if method == methods.SEARCH:
             lines = []
