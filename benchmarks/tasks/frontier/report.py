@@ -33,6 +33,7 @@ RECOMMENDED = (
     "equal",
     "yoto",
     "share 1",
+    "ntk, every 100",
     "aligned_mtl, every 10",
     "aligned_mtl",
     "nash_mtl",
