@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.harness import plots
-from benchmarks.harness.results import Result, values
+from benchmarks.harness.results import Result
 from benchmarks.harness.searches import reach, verdict
 from benchmarks.harness.tables import Table, mean_sd
 from benchmarks.tasks.learning_rate.methods import (
@@ -19,17 +19,16 @@ from benchmarks.tasks.learning_rate.methods import (
     METHODS,
     NO_RATE,
     PROBLEMS,
-    config_of,
 )
 
 
 def _problems(result: Result) -> list[str]:
-    found = {r["domain"] for r in result["records"]}
+    found = {line["problem"] for line in result["runs"]}
     return [problem for problem in PROBLEMS if problem in found]
 
 
 def _methods(result: Result) -> list[str]:
-    found = {r["method"] for r in result["records"]}
+    found = {line["method"] for line in result["runs"]}
     return [method for method in METHODS if method in found]
 
 
@@ -41,9 +40,12 @@ def _scores(
     factor: float,
     metric: str = "test",
 ) -> np.ndarray:
-    config = config_of(arm, factor)
-    wanted: dict[str, Any] = {"method": method, "config": config, "domain": problem}
-    return values(result["records"], metric=metric, **wanted)
+    wanted = problem, method, arm, factor
+    named = ("problem", "method", "arm", "factor")
+    for line in result["runs"]:
+        if tuple(line[name] for name in named) == wanted:
+            return np.array(line[metric])
+    return np.zeros(0)
 
 
 def tuned(result: Result, problem: str, method: str, arm: str) -> float:
@@ -78,8 +80,7 @@ def _table_of(result: Result, problem: str) -> Table:
             rows.append(row)
     meta = result["meta"]
     steps = meta["steps"][problem]
-    records = result["records"]
-    seeds = len({r["seed"] for r in records if r["domain"] == problem})
+    seeds = max(len(x["test"]) for x in result["runs"] if x["problem"] == problem)
     best = ", ".join(
         _tuned(result, problem, method, arm)
         for method in ("constant", "cosine")

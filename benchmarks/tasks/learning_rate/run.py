@@ -32,7 +32,9 @@ from benchmarks.tasks.learning_rate.methods import (
 from benchmarks.tasks.learning_rate.report import conclusions, figure, table
 
 RESUMABLE = True
-POINTS = 20  # of the histories
+POINTS = 20  # stretches that losses and factors are averaged over
+
+Line = dict[str, Any]
 
 
 def main(options: Options) -> None:
@@ -47,27 +49,23 @@ def main(options: Options) -> None:
         for problem in all_problems
     }
     units = Units(options)
-    records: list[Record] = []
-    history: list[dict[str, Any]] = []
+    lines: list[Line] = []
     for problem in all_problems:
         own = [m for m in chosen if m not in GUARDS or problem not in UNGUARDED]
         seeds = min(options.seeds, task.MOST_SEEDS.get(problem, options.seeds))
         work = functools.partial(
             run, problem, own, seeds, steps[problem], options.preset
         )
-        found = units.do(f"{problem}, {','.join(own)}", work)
-        records += found["records"]
-        history += found["history"]
+        lines += units.do(f"{problem}, {','.join(own)}", work)
     settings = {"steps": steps, "seeds": options.seeds, "rates": task.USUAL}
     about = meta(options, **settings | {"seconds": rounded(units.seconds)})
-    result = write_json(
-        options.out / "learning_rate.json", about, records, history=history
-    )
+    path = options.out / "learning_rate.json"
+    result = write_json(path, about, records_of(lines), runs=lines)
     figure(result, options.out / "learning_rate.png")
     show(table(result))
     for sentence in conclusions(result):
         say(f"- {sentence}")
-    say(f"Written: {options.out / 'learning_rate.json'}, learning_rate.png")
+    say(f"Written: {path}, learning_rate.png")
 
 
 Names = list[tuple[str, str, float]]
@@ -102,36 +100,43 @@ def _lane(method: str, arm: str, factor: float, usual: float) -> task.Lanes:
 
 def run(
     problem: str, methods: Sequence[str], seeds: int, steps: int, preset: str
-) -> dict[str, Any]:
-    """Train and measure all lanes of a problem."""
+) -> list[Line]:
+    """Train and measure all lanes of a problem.
+
+    Returns:
+      A line for each lane: its scores, and the logarithm of the factor that it has
+      learned if it learns one, for each seed.
+    """
     started = time.process_time()
     names, groups = lanes_of(methods, task.USUAL[problem])
     outcome = task.train(problem, preset, groups, seeds, steps, POINTS)
-    records, history = [], []
+    lines = []
     for lane, (method, arm, factor) in enumerate(names):
-        config = config_of(arm, factor)
-        of_lane = functools.partial(record, method, config=config, domain=problem)
-        for seed in range(seeds):
-            at = seed, lane
-            measured = {
-                "validation": outcome.scores[VALIDATION][at],
-                "test": outcome.scores[TEST][at],
-                "loss": outcome.loss[at][-1],
-                "log_scale": outcome.log_scale[at][-1],
-            }
-            measured |= {f"weight:{n}": w[at] for n, w in outcome.weights.items()}
-            records += [of_lane(m, x, seed=seed) for m, x in measured.items()]
+        measured = {
+            "validation": outcome.scores[VALIDATION][:, lane],
+            "test": outcome.scores[TEST][:, lane],
+        }
         if np.any(outcome.log_scale[:, lane]):
-            history.append(
-                {
-                    "method": method,
-                    "config": config,
-                    "domain": problem,
-                    "log_scale": [
-                        rounded(x) for x in outcome.log_scale[:, lane].mean(axis=0)
-                    ],
-                }
-            )
+            measured["log_scale"] = outcome.log_scale[:, lane, -1]
+        lane_of = {"problem": problem, "method": method, "arm": arm, "factor": factor}
+        values = {name: list(map(rounded, x)) for name, x in measured.items()}
+        lines.append(lane_of | values)
     took = time.process_time() - started
     say(f"{problem}: {len(names)} lanes of {seeds} seeds, {took:.0f} s of processor")
-    return {"records": records, "history": history}
+    return lines
+
+
+def records_of(lines: Sequence[Line]) -> list[Record]:
+    """The test scores."""
+    return [
+        record(
+            line["method"],
+            "test",
+            score,
+            config=config_of(line["arm"], line["factor"]),
+            seed=seed,
+            domain=line["problem"],
+        )
+        for line in lines
+        for seed, score in enumerate(line["test"])
+    ]
