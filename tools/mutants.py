@@ -113,9 +113,15 @@ MUTANTS = (
     ),
     Mutant(
         "gradients/_statistics.py",
+        "x = lax.psum(x, axes) if axes else x",
+        "x = x",
+        "devices",
+    ),
+    Mutant(
+        "gradients/_statistics.py",
         "[axes]))\n        terms.append(lax.psum(local, axes) if axes else local)",
         "[axes]))\n        terms.append(local)",
-        "devices",
+        "engine/test_per_loss.py",
     ),
     Mutant(
         "_masked_mean.py",

@@ -207,6 +207,29 @@ def test_the_cross_gramian_of_any_arrays(count):
     assert yoto.cross_gramian(half, half).dtype == jnp.float32
 
 
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")
+@pytest.mark.parametrize("count", [3, 7])
+def test_the_cross_gramian_on_eight_devices_that_hold_parts_is_that_on_one(count):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = {"part": jax.P("d"), "whole": jax.P()}
+    rows = {"part": jax.P(None, "d"), "whole": jax.P()}
+    first, second = (
+        {
+            "part": jax.random.normal(jax.random.key(n), (count, 8, 2)),
+            "whole": jax.random.normal(jax.random.key(n), (count, 5)),
+        }
+        for n in range(2)
+    )
+    shard = jax.shard_map(
+        lambda x, y: yoto.cross_gramian(x, y, param_specs=specs),
+        mesh=mesh,
+        in_specs=(rows, rows),
+        out_specs=jax.P(),
+    )
+    got, expected = jax.jit(shard)(first, second), yoto.cross_gramian(first, second)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_of_two_batches_must_be_alike():
     first = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 1))}
     with pytest.raises(ValueError, match="other batch do not match.*missing: 'b'"):
