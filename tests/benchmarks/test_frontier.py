@@ -452,7 +452,7 @@ def test_costs_are_passes():
 @pytest.mark.slow
 def test_momenta_are_the_optimizer_of_the_library_on_one_loss_a_step():
     task = digits.make("quick").task
-    rule = methods.entries(task)["m_config"].rule
+    rule = train.Averaged(methods.entries(task)["m_config"].rule)
     config = rule.configure([{}])
     program = prepare(task, rule, config, lanes=1)
     found = program.init(jnp.arange(1), config)

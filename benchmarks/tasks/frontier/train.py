@@ -42,6 +42,9 @@ class Averaged(Rule):
     def init_model(self, task: Task, key: jax.Array) -> PyTree:
         return self.rule.init_model(task, key)
 
+    def optimizer(self, task: Task) -> optax.GradientTransformation:
+        return self.rule.optimizer(task)
+
     def init(self, task: Task, config: PyTree) -> AveragedState:
         shapes = jax.eval_shape(
             lambda key: self.rule.init_model(task, key), jax.random.key(0)
