@@ -196,6 +196,22 @@ def test_errors_on_the_equation_of_helmholtz():
     assert 1.8 < error(early) < 2.2
 
 
+def test_newer_methods_at_equal_cost():
+    apart = lambda problem, method: round(VERDICTS[problem, method]["difference"], 1)
+    own = ("digits", "missing_labels", "segmentation")
+    assert [apart(problem, "slaw") for problem in own] == [-2.3, -1.9, 0.6]
+    assert [apart(problem, "pcd") for problem in own] == [0.1, -12.7, 0.0]
+    for problem in (*own, "helmholtz"):
+        found = VERDICTS[problem, "m_config"]
+        assert found["runs"] == 1
+        assert found["difference"] < -11 * found["margin"]
+    lines = FRONTIER["runs"]
+    for method in ("slaw", "m_config"):  # errors of u = 0
+        tests = outcomes.outcome(lines, "helmholtz", method).tests.values()
+        assert all(abs(x) < 10 for x in tests)
+    assert apart("digits", "config") > 0
+
+
 def test_errors_on_the_equation():
     error = lambda method: np.exp(-VERDICTS["burgers", method]["difference"] / 100)
     assert 3.5 < error("equal") < 4.5
