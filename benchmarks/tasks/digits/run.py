@@ -49,7 +49,7 @@ RANDOM_DRAWS = len(task.GRID)
 BOUNDS = (0.01, 100.0)  # of random search
 CONDITIONED = ((0.1, 10.0),) * len(task.AUXILIARY)  # those of the grid
 ROUNDS = {"quick": 1, "cpu": 9, "gpu": 9}  # of timing
-QUICK = ("yoto", "equal", "share", CONDITIONAL[0], "portfolio", "grid")
+QUICK = ("yoto", "equal", "share", "grid")
 PAPER_RHO = 20.0
 HISTORY_POINTS = 100
 
