@@ -13,6 +13,11 @@ import numpy as np
 _REAL = (jnp.floating, jnp.integer, jnp.bool_)
 
 
+def is_real(value: Any) -> bool:
+    """Whether a value, or an array of one, is a real number; flags are none."""
+    return not isinstance(value, bool) and hasattr(value, "__float__")
+
+
 def _known(name: str, value: Any, kinds: str) -> float | None:
     """The value of a hyperparameter, or None if it is being traced."""
     if isinstance(value, jax.core.Tracer):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from yoto_jax._checks import is_real
 from yoto_jax._choice_logits import (
     ChoiceLogits,
     check_choice_logits,
@@ -81,8 +82,7 @@ def check_choice_decay(choice_decay: Any) -> None:
     """Checks that a strength is finite; schedules and tracers pass."""
     if callable(choice_decay) or isinstance(choice_decay, jax.core.Tracer):
         return
-    number = hasattr(choice_decay, "__float__") and not jnp.shape(choice_decay)
-    if isinstance(choice_decay, bool) or not number:
+    if not is_real(choice_decay) or jnp.shape(choice_decay):
         raise TypeError(
             "choice_decay must be a number, a scalar array or a schedule, got "
             f"{choice_decay!r}."

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from yoto_jax._checks import is_real
 from yoto_jax._loss_logits import is_loss_logits, show_entry
 from yoto_jax._losses import PyTree, listed
 from yoto_jax._serialization import register_node
@@ -170,8 +171,7 @@ def init_choice_logits(
                 f"options {listed(names)}, got {len(values)}."
             )
     for name, value in zip(names, values, strict=True):
-        number = hasattr(value, "__float__") and not np.ndim(value)
-        if isinstance(value, bool) or not number:
+        if not is_real(value) or np.ndim(value):
             raise TypeError(
                 f"the probability of {name!r} must be a number, got {value!r}."
             )

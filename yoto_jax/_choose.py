@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from yoto_jax._checks import as_key
+from yoto_jax._checks import as_key, is_real
 from yoto_jax._choice_logits import (
     ChoiceLogits,
     ChoiceWeights,
@@ -144,7 +144,7 @@ def _check_temperature(temperature: Any) -> None:
             "temperature must be a number, got a function: of a schedule give its "
             "value at the step, schedule(step)."
         )
-    elif isinstance(temperature, bool) or not hasattr(temperature, "__float__"):
+    elif not is_real(temperature):
         raise TypeError(f"temperature must be a number, got {temperature!r}.")
     else:
         known = temperature

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from yoto_jax._checks import check_positive
+from yoto_jax._checks import check_counts
 from yoto_jax.monitoring._history import History, check_history, weighed
 
 FEWEST_ROWS = 10  # With fewer, nothing is judged.
@@ -80,7 +80,7 @@ def check(history: History, *, last: int = 100) -> list[Finding]:
       collapsed ('camera',)
     """
     check_history(history)
-    check_positive(last=last)
+    check_counts(last=last)
     if len(history.steps) < FEWEST_ROWS:
         return []
     recent = _recent(history, last)

@@ -5,11 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
-from yoto_jax._checks import check_rate
+from yoto_jax._checks import check_counts, check_rate
 from yoto_jax._hyperparameter_decay import (
     Entropy,
     check_entropy,
@@ -409,8 +408,4 @@ def check_size(length: Any, every: Any) -> None:
             f"length must be an integer, got {length!r}; with inject_hyperparams make "
             "it one of the static_args."
         )
-    if not isinstance(every, int | np.integer | jax.Array) or isinstance(every, bool):
-        raise TypeError(f"every must be an integer, got {every!r}.")
-    for name, value in (("length", length), ("every", every)):
-        if isinstance(value, int | np.integer) and value < 1:
-            raise ValueError(f"{name} must be positive, got {value}.")
+    check_counts(length=length, every=every)
