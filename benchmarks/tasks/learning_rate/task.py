@@ -143,7 +143,6 @@ class Outcome(NamedTuple):
     scores: dict[str, np.ndarray]
     log_scale: np.ndarray  # [seeds, runs, points], over the steps; 0 if there is none
     loss: np.ndarray  # [seeds, runs, points], all losses with weight 1
-    weights: dict[str, np.ndarray]
 
 
 class _Runs(NamedTuple):
@@ -176,15 +175,13 @@ def train(
     numbers = jnp.arange(seeds)
     # Not as a dictionary: JAX would sort its keys, and the lanes with them.
     programs, lanes = tuple(groups), tuple(groups.values())
-    models, weights, seen = _train(
-        problem, noise, steps, points, programs, lanes, numbers
-    )
+    models, seen = _train(problem, noise, steps, points, programs, lanes, numbers)
     runs = sum(len(lanes.rate) for lanes in groups.values())
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), models)
     scored = problem.scores(flat, jnp.repeat(numbers, runs))
     scores = {k: np.asarray(x).reshape(-1, runs) for k, x in scored.items()}
     loss, scale = (np.moveaxis(np.asarray(x), 0, -1) for x in seen)
-    return Outcome(scores, scale, loss, jax.tree.map(np.asarray, weights))
+    return Outcome(scores, scale, loss)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -273,7 +270,7 @@ def _train(
         for program, rows in own.items()
     ]
     models = jax.vmap(jax.vmap(as_model))(jnp.concatenate(models, axis=1))
-    return models, jax.vmap(jax.vmap(yoto.loss_weights))(carry.mu), seen
+    return models, seen
 
 
 def _joined(lanes: Iterable[Lanes]) -> Lanes:
