@@ -292,23 +292,18 @@ def test_the_average_of_parameters_leaves_the_training_alone():
 
 def test_a_table_grows_from_a_stored_result(tmp_path):
     name = "digits"
-    about = run.description(name, make(name, "quick"))
+    problem = make(name, "quick")
+    about = run.description(name, problem)
     lines = [line("equal", s, 1, 2) | {"problem": name} for s in range(3)]
     result = {"meta": {"problems": {name: about}}, "records": [], "runs": lines}
     (tmp_path / "frontier.json").write_text(json.dumps(result))
     options = Options("frontier", preset="quick", out=tmp_path, resume=True)
-    assert run.stored(name, options) == lines
+    assert run.stored(name, problem, options) == lines
     units = Units(options, "frontier-digits")
-    work = run.Work(name, make(name, "quick"), units, run.stored(name, options))
+    work = run.Work(name, problem, units, run.stored(name, problem, options))
     assert work.do("equal", range(3)) == lines  # and nothing is trained
-    assert (
-        run.Work(name, make(name, "quick"), units, [], collect=True).do(
-            "equal", range(3)
-        )
-        == []
-    )
-    other = Options("frontier", preset="cpu", out=tmp_path, resume=True)
-    assert run.stored(name, other) == []
+    assert run.Work(name, problem, units, [], collect=True).do("equal", range(3)) == []
+    assert run.stored(name, make(name, "cpu"), options) == []
 
 
 def test_a_problem_of_a_folder_keeps_no_path(street_images, tmp_path):

@@ -13,7 +13,7 @@ from benchmarks.tasks.epsilon.train import train
 from benchmarks.tasks.frontier import outcomes
 from benchmarks.tasks.frontier.problem import SEEDS, Problem
 from benchmarks.tasks.frontier.problems import make
-from benchmarks.tasks.frontier.run import STAGE, description
+from benchmarks.tasks.frontier.run import STAGE, description, stored
 
 RESUMABLE = True
 FEW = 5
@@ -124,17 +124,6 @@ def run(name: str, problem: Problem, options: Options) -> list[Line]:
             ]
     lines.sort(key=lambda line: (chosen.index(line["method"]), line["seed"]))
     return lines
-
-
-def stored(name: str, problem: Problem, options: Options) -> list[Line]:
-    """Lines of an earlier result with ``--resume``, if the problem is the same."""
-    path = options.out / "epsilon.json"
-    if not (options.resume and path.is_file()):
-        return []
-    result = read_json(path)
-    if result["meta"]["problems"].get(name) != description(name, problem):
-        return []
-    return [line for line in result["runs"] if line["problem"] == name]
 
 
 def references(about: dict[str, Any], options: Options) -> dict[str, Any]:

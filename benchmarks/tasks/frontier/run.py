@@ -108,7 +108,7 @@ def run(name: str, options: Options) -> list[Line]:
     own = _without_methods(options, _folder(name, options))
     units = Units(own, f"frontier-{name}", problem=name)
     collect = bool(options.extra.get("collect"))
-    earlier = stored(name, options)
+    earlier = stored(name, problem, options)
     work = Work(name, problem, units, earlier, collect)
     first = range(min(options.seeds, STAGE))
     known = {line["method"] for line in earlier}
@@ -133,16 +133,16 @@ def _without_methods(options: Options, folder: Path | None) -> Options:
     )
 
 
-def stored(name: str, options: Options) -> list[Line]:
+def stored(name: str, problem: Problem, options: Options) -> list[Line]:
     """Lines of an earlier result with ``--resume``, if the problem is the same.
 
     A table that takes many hours grows from one stored result to the next.
     """
-    path = options.out / "frontier.json"
+    path = options.out / f"{options.benchmark}.json"
     if not (options.resume and path.is_file()):
         return []
     result = read_json(path)
-    if result["meta"]["problems"].get(name) != description(name, _made(name, options)):
+    if result["meta"]["problems"].get(name) != description(name, problem):
         return []
     return [line for line in result["runs"] if line["problem"] == name]
 
