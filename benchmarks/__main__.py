@@ -18,7 +18,7 @@ BENCHMARKS = {
     "rho": "what the strength of the regulariser does to the weights",
     "epsilon": "what the initial weights do, and whether to measure them",
     "overhead": "what learning the weights costs per step",
-    "toy": "where every weighting ends up on two objectives in the plane",
+    "toy": "where weightings end up on two objectives in the plane",
     "pinn": "weightings for a physics-informed network",
     "pretraining": "loss weights of self-supervised pretraining, steered downstream",
     "properties": "which weighting has which property, by test",
@@ -29,13 +29,13 @@ BENCHMARKS = {
     "style": "one conditional style transfer against fixed weights",
     "compression": "one conditional image codec against fixed ones and JPEG",
     "pareto": "a Pareto front from one model, against a grid of models",
-    "robustness": "what bad batches do to every weighting",
+    "robustness": "what bad batches do to weightings",
     "scaling": "many devices, many processes: equality, cost, crashes",
     "sweep": "a search for loss weights that several workers share",
     "ppo": "weightings for policy, value and entropy, on CartPole",
     "choices": "choices learned with the model, against all architectures",
     "learning_rate": "whether the learning rate can be learned with the weights",
-    "frontier": "every method on every problem, against a search of 15 runs",
+    "frontier": "nearly every method on eight problems, against a search of 15 runs",
 }
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -336,6 +336,9 @@ def main(arguments: list[str] | None = None) -> None:
             benchmark = load(name)
             if given["resume"] and not getattr(benchmark, "RESUMABLE", False):
                 raise UsageError(f"{name} cannot be resumed: drop --resume")
+            presets = getattr(benchmark, "PRESETS", PRESETS)
+            if given["preset"] not in presets:
+                raise UsageError(f"{name} has the presets {' and '.join(presets)}")
             refuse_miscompiling()
             benchmark.main(Options(name, **given, extra=extra))
     except UsageError as error:

@@ -20,7 +20,7 @@ UNKNOWN = "not known"
 
 PURPOSES = {
     "jax": "arrays, derivatives, compilation",
-    "jaxlib": "the compiler of JAX; one version is excluded, see `pyproject.toml`",
+    "jaxlib": "the compiler of JAX; 0.10 is excluded, see `pyproject.toml`",
     "numpy": "arrays on the host",
     "optax": "the optimizers that loss weights are learned with",
     "flax": "`yoto_jax.linen`, `yoto_jax.nnx`",

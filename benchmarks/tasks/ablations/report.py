@@ -98,11 +98,17 @@ def losses_table(result: Result) -> Table:
         ]
         rows.append([str(k), *cells, ", ".join(weights)])
     return Table(
-        ["K", "YOTO", "equal weights", "softmax alignment", "final weights of YOTO"],
+        [
+            "auxiliary losses",
+            "YOTO",
+            "equal weights",
+            "softmax alignment",
+            "final weights of YOTO",
+        ],
         rows,
-        "delta1 in % on unseen domains. K = 4 adds a loss on gradients of depth and a "
-        "reconstruction of the image; 6 adds two useless losses (noise, a constant), 8 "
-        "two harmful ones (depth of another image, collapse of the features).",
+        "delta1 in % on unseen domains. Four add a loss on gradients of depth and a "
+        "reconstruction of the image, six two useless losses (noise, a constant), "
+        "eight two harmful ones (depth of another image, collapse of the features).",
     )
 
 

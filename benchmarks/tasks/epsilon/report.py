@@ -24,7 +24,6 @@ from benchmarks.tasks.epsilon.methods import (
     raw,
 )
 from benchmarks.tasks.frontier.outcomes import Difference, Outcome, difference, last
-from benchmarks.tasks.frontier.problem import PERCENT
 from yoto_jax._regularizer_range import Range, regularizer_range
 
 SAME = 1.5
@@ -262,9 +261,7 @@ def figure(result: Result, path: Path) -> None:
         column[0].set_title(problem)
         column[1].set_xlabel("epsilon")
         unit = result["meta"]["problems"][problem]["unit"]
-        column[1].set_ylabel(
-            "test accuracy (%)" if unit == PERCENT else f"test: {unit}"
-        )
+        column[1].set_ylabel(f"test: {unit}")
     panels[0, 0].set_ylabel("weight in the end,\nrelative to the primary loss")
     drawing.legend(
         handles=legend(),

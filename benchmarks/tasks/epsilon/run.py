@@ -16,6 +16,7 @@ from benchmarks.tasks.frontier.problems import make
 from benchmarks.tasks.frontier.run import STAGE, description, stored
 
 RESUMABLE = True
+PRESETS = ("quick", "cpu")
 FEW = 5
 """Seeds of the arms that only show where weights end."""
 PROBLEMS = {

@@ -13,6 +13,8 @@ Scores = dict[str, jax.Array]
 
 TRAINING, VALIDATION, TEST = "training", "validation", "test"
 PERCENT = "accuracy in %"
+MEAN_IOU = "mean IoU in %"
+DELTA1 = "delta1 in %"
 LOG_ERROR = "-100 log(relative error)"
 """Five per cent of an error are five units, about."""
 
@@ -30,7 +32,7 @@ class Problem(NamedTuple):
         has levelled off), ``VALIDATION`` (the one number that anything may choose by)
         and ``TEST`` (the one number that is reported); others may be added. It can
         be compiled.
-      unit: ``PERCENT`` or ``LOG_ERROR``.
+      unit: ``PERCENT``, ``MEAN_IOU``, ``DELTA1`` or ``LOG_ERROR``.
       margin: What counts as no worse, in that unit.
       validated_on: Where the validation data come from, in words.
       bounds: The box of ratios to the primary loss that searches look in.

@@ -28,6 +28,7 @@ from benchmarks.tasks.frontier.report import conclusions, figure, summary, table
 from benchmarks.tasks.frontier.train import choosing, train
 
 RESUMABLE = True
+PRESETS = ("quick", "cpu")
 QUICK_PROBLEMS = ("digits", "helmholtz")
 QUICK = ("equal", methods.SEARCH, "yoto", "upgrad", "share 1")
 STAGE = 3

@@ -32,6 +32,7 @@ from benchmarks.tasks.learning_rate.methods import (
 from benchmarks.tasks.learning_rate.report import conclusions, figure, table
 
 RESUMABLE = True
+PRESETS = ("quick", "cpu")
 POINTS = 20  # stretches that losses and factors are averaged over
 
 Line = dict[str, Any]

@@ -21,7 +21,7 @@ from benchmarks.harness.training import PyTree, Task
 from benchmarks.tasks.depth import task as depth
 from benchmarks.tasks.frontier import splits
 from benchmarks.tasks.frontier.problem import (
-    PERCENT,
+    DELTA1,
     TEST,
     TRAINING,
     VALIDATION,
@@ -56,7 +56,7 @@ def make(preset: str) -> Problem:
         scores=functools.partial(
             splits.scores, functools.partial(_measure, model), _data(size)
         ),
-        unit=PERCENT,
+        unit=DELTA1,
         margin=1.0,
         validated_on="other scenes of the training domain",
         bounds=((1e-3, 1e1), (1e-3, 1e1)),

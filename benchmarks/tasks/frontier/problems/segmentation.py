@@ -19,7 +19,7 @@ from benchmarks.data import scenes
 from benchmarks.harness.training import PyTree
 from benchmarks.tasks.frontier import splits
 from benchmarks.tasks.frontier.problem import (
-    PERCENT,
+    MEAN_IOU,
     TEST,
     TRAINING,
     VALIDATION,
@@ -97,7 +97,7 @@ def problem(
     return Problem(
         task=task,
         scores=functools.partial(splits.scores, measure, data),
-        unit=PERCENT,
+        unit=MEAN_IOU,
         margin=1.0,
         validated_on=validated_on,
         bounds=((1e-2, 1e2),),
