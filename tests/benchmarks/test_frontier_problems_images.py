@@ -465,7 +465,7 @@ def test_softmax_weights_without_labels(masked, learn):
 
 def test_losses_are_divided_by_means_of_where_they_were(masked):
     task, _, _, lacking = masked
-    step = Stepper(masked, Softmax(), {"ratios": (1.0,) * 3, "normalize": 1.0})
+    step = Stepper(masked, Softmax(), {"ratios": (1.0,) * 3, "normalize": True})
     first = step(lacking["size"])
     second = step(lacking["class"], first.state)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(first.grads))

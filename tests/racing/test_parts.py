@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import yoto_jax as yoto
@@ -65,10 +66,8 @@ def test_a_lane_touches_no_other_weighting():
     for lane in range(2):
         before, now = (racing.lane(s, lane) for s in (states, after))
         for index in range(2):
-            same = [
-                np.array_equal(x, y)
-                for x, y in zip(before.inner[index], now.inner[index], strict=True)
-            ]
+            own = [jax.tree.leaves(state.inner[index]) for state in (before, now)]
+            same = [np.array_equal(x, y) for x, y in zip(*own, strict=True)]
             assert all(same) == (index != lane)
 
 
@@ -103,6 +102,32 @@ def test_bad_batches_are_counted_in_each_lane():
     bad = {"a": jnp.nan, "b": 1.0}
     update = jax.jit(jax.vmap(lambda s: arms.update(bad, s, gramian=jnp.eye(2))[1]))
     np.testing.assert_array_equal(update(update(states)).num_skipped, [2, 2])
+
+
+def test_the_order_of_the_weightings_is_part_of_their_state():
+    # Their states have the same shapes: another order would exchange the arms.
+    arms = {name: yoto.weightings.static({"a": 1.0, "b": b}) for name, b in ARMS}
+    state = racing.one_of(arms).init(LOSSES)
+    exchanged = dict(reversed(arms.items()))
+    for use in (
+        racing.one_of(exchanged).update,
+        lambda _, s: racing.alone(exchanged, s),
+    ):
+        with pytest.raises(TypeError, match="arm low, arm high, in this order"):
+            use(LOSSES, state)
+    of_others = jax.tree.structure(racing.one_of(exchanged).init(LOSSES))
+    assert jax.tree.structure(state) != of_others
+
+
+ARMS = (("low", 0.1), ("high", 10.0))
+
+
+def test_names_of_arms_are_not_those_of_fields():
+    names = ("loss_weights", "num_updates", "num_skipped", "arm", "inner")
+    arms = racing.one_of(dict.fromkeys(names, EQUAL))
+    state = arms.update(LOSSES, arms.init(LOSSES))[1]
+    assert optax.tree.get(state, "num_updates") == 1
+    assert optax.tree.get(state, "loss_weights") == state.loss_weights
 
 
 @pytest.mark.parametrize(

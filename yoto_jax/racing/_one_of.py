@@ -27,6 +27,9 @@ from yoto_jax._weighting import (
     mask_weights,
 )
 
+Named = dict[str, tuple[jax.Array, ...]]
+"""The leaves of one weighting by its name: names and their order are structure."""
+
 
 @serializable_state
 class OneOfState(NamedTuple):
@@ -34,7 +37,7 @@ class OneOfState(NamedTuple):
 
     loss_weights: Weights  # scalars, a tree like the losses: the weights used last
     arm: jax.Array  # int32 scalar, which weighting this lane has
-    inner: tuple[tuple[jax.Array, ...], ...]  # states of all, without the two counters
+    inner: tuple[Named, ...]  # states of all, without the two counters
     num_updates: jax.Array  # int32 scalar, of that weighting, as in its own state
     num_skipped: jax.Array  # int32 scalar, bad batches of that weighting
 
@@ -80,7 +83,7 @@ def one_of(weightings: Mapping[str, LossWeighting]) -> LossWeighting:
       gradients. :func:`alone` takes the winner out of it.
     """
     _check(weightings)
-    arms = _Arms(tuple(weightings.values()))
+    arms = _Arms(dict(weightings))
     every = arms.every
     return LossWeighting(
         arms.init,
@@ -120,7 +123,11 @@ def _check(weightings: Mapping[str, LossWeighting]) -> None:
 class _Arms:
     """The functions of :func:`one_of`."""
 
-    every: tuple[LossWeighting, ...]
+    weightings: dict[str, LossWeighting]
+
+    @property
+    def every(self) -> tuple[LossWeighting, ...]:
+        return tuple(self.weightings.values())
 
     def init(self, losses: Losses) -> OneOfState:
         states = [one.init(losses) for one in self.every]
@@ -134,8 +141,8 @@ class _Arms:
             jax.tree.map(jnp.copy, optax.tree.get(states[0], "loss_weights")),
             jnp.zeros((), jnp.int32),
             tuple(
-                _Kind(one, losses).pack(x)
-                for one, x in zip(self.every, states, strict=True)
+                {_key(name): _Kind(one, losses).pack(x)}
+                for (name, one), x in zip(self.weightings.items(), states, strict=True)
             ),
             *_counts(states[0]),
         )
@@ -159,7 +166,7 @@ class _Arms:
     def due(self, state: OneOfState) -> jax.Array:
         """Whether the weighting of this lane looks at statistics now."""
         check_state(state, OneOfState)
-        _check_arms(self.every, state)
+        _check_arms(self.weightings, state)
 
         def branch(index: int) -> Callable[[], jax.Array]:
             def run() -> jax.Array:
@@ -199,15 +206,16 @@ class _Arms:
         check_state(state, OneOfState)
         if jnp.ndim(state.arm):
             raise ValueError("state is that of several lanes: update under jax.vmap.")
-        _check_arms(self.every, state)
+        _check_arms(self.weightings, state)
 
         def branch(index: int) -> Callable[[], OneOfState]:
             def run() -> OneOfState:
                 kind = _Kind(self.every[index], state.loss_weights)
                 new = act(self.every[index], kind.unpack(state, index))
-                packed = zip(kind.pack(new), state.inner[index], strict=True)
+                ((key, before),) = state.inner[index].items()
+                packed = zip(kind.pack(new), before, strict=True)
                 inner = list(state.inner)
-                inner[index] = tuple(_as(x, old) for x, old in packed)
+                inner[index] = {key: tuple(_as(x, old) for x, old in packed)}
                 used = optax.tree.get(new, "loss_weights")
                 weights = jax.tree.map(_as, used, state.loss_weights)
                 updates, skipped = _counts(new, state.num_updates + batches)
@@ -245,7 +253,7 @@ def alone(
     check_state(state, OneOfState)
     if jnp.ndim(state.arm):
         raise ValueError("state is that of several lanes: take one, by racing.lane.")
-    _check_arms(tuple(weightings.values()), state)
+    _check_arms(weightings, state)
     index = int(state.arm)
     name, weighting = list(weightings.items())[index]
     kind = _Kind(weighting, state.loss_weights)
@@ -271,11 +279,21 @@ def numbered(lanes: PyTree, arms: int) -> PyTree:
     return jax.tree.map(number, lanes, is_leaf=lambda x: isinstance(x, OneOfState))
 
 
-def _check_arms(weightings: tuple[LossWeighting, ...], state: OneOfState) -> None:
-    """Raise unless these weightings have such states."""
-    kinds = [_Kind(one, state.loss_weights) for one in weightings]
-    wanted = [kind.types for kind in kinds]
-    got = [[x.dtype for x in leaves] for leaves in state.inner]
+def _key(name: str) -> str:
+    """Never that of a field, which states are searched for."""
+    return f"arm {name}"
+
+
+def _check_arms(weightings: Mapping[str, LossWeighting], state: OneOfState) -> None:
+    """Raise unless these weightings, in this order, have such states."""
+    names = [key for one in state.inner for key in one]
+    if names != [_key(name) for name in weightings]:
+        raise TypeError(
+            f"state is that of another one_of: it has {', '.join(names)}, in this "
+            f"order, and the weightings given are {', '.join(map(str, weightings))}."
+        )
+    wanted = [_Kind(one, state.loss_weights).types for one in weightings.values()]
+    got = [[x.dtype for x in leaves] for one in state.inner for leaves in one.values()]
     if wanted != got:
         raise TypeError(
             "state is that of another one_of: its weightings remember "
@@ -305,7 +323,8 @@ class _Kind:
 
     def unpack(self, state: OneOfState, index: int) -> Any:
         """The state of the weighting of this lane, the one at ``index``."""
-        rest = iter(state.inner[index])
+        (leaves,) = state.inner[index].values()
+        rest = iter(leaves)
         return self._structure.unflatten(
             getattr(state, self._counters[i]) if i in self._counters else next(rest)
             for i in range(self._structure.num_leaves)
