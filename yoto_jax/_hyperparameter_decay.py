@@ -125,6 +125,17 @@ def regularizer_gradient(
     return slope if there is None else jnp.where(there, slope, 0)
 
 
+def decay_gradient(
+    mu: LossLogits, entropy: Entropy, present: Present | None
+) -> jax.Array:
+    """What the decay pulls the logits by, before rho."""
+    return regularizer_gradient(
+        entropy_spans_primary(mu, entropy),
+        upcast(mu.learned),
+        *_masks(mu, entropy, present_in_order(present, mu)),
+    )
+
+
 def _masks(
     mu: LossLogits, entropy: Entropy, present: jax.Array | None
 ) -> tuple[jax.Array | None, jax.Array | None]:
@@ -246,11 +257,7 @@ def add_hyperparameter_decay(
                     "the updates hold LossLogits where the parameters hold a "
                     f"{type(param).__name__}."
                 )
-            slope = regularizer_gradient(
-                entropy_spans_primary(param, entropy),
-                upcast(param.learned),
-                *_masks(param, entropy, present_in_order(present, param)),
-            )
+            slope = decay_gradient(param, entropy, present)
             learned = (upcast(update.learned) + rho * slope).astype(
                 update.learned.dtype
             )

@@ -192,8 +192,13 @@ def loss_weights(mu: LossLogits | Any) -> PyTree:
     References:
       Sakaridis, `You Only Train Once <https://arxiv.org/abs/2506.04349>`_, 2025, Eq. 5.
     """
-    check_loss_logits(mu)
-    weights = softmax(upcast(mu.learned), mu.primary is not None)
+    return weights_of_present(mu, None)
+
+
+def weights_of_present(mu: LossLogits, present: Present | None) -> PyTree:
+    """The weights of a batch: those of absent losses are 0."""
+    mask = present_in_order(present, mu)
+    weights = softmax(upcast(mu.learned), mu.primary is not None, mask)
     order = primary_first(range(mu.structure.num_leaves), mu.primary)
     by_position = {position: weights[..., k] for k, position in enumerate(order)}
     return mu.structure.unflatten(by_position[k] for k in sorted(by_position))

@@ -1,6 +1,7 @@
 """Which batches have absurd losses: the rule of both ``skip_outliers``."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,9 @@ class LossScales(NamedTuple):
     streaks: jax.Array  # int32 (K,), batches in a row far above; negative: far below
 
 
+Columns = tuple[dict[str, optax.EmptyState], ...]  # Of one name each, in order.
+
+
 @serializable_state
 class SkipOutliersState(NamedTuple):
     """State of :func:`skip_outliers`, of an optimizer or of a weighting."""
@@ -34,6 +38,7 @@ class SkipOutliersState(NamedTuple):
     accepted: jax.Array  # bool scalar, whether the last batch was good
     loss_scales: LossScales
     inner: Any
+    columns: Columns = ()  # no arrays: names of the losses, if they are known
 
     loss_weights = of_inner("loss_weights")
     num_updates = of_inner("num_updates")
@@ -90,12 +95,18 @@ class OutlierRule:
         check_not_negative(patience=self.patience, floor=self.floor)
         check_flag(positive=self.positive)
 
-    def init(self, count: int, dtype: Any, inner: Any) -> SkipOutliersState:
+    def init(
+        self, count: int, dtype: Any, inner: Any, names: Sequence[str] = ()
+    ) -> SkipOutliersState:
         """The state of a wrapper: nothing is known of ``count`` losses yet."""
         zeros = lambda dtype: jnp.zeros((count,), dtype)
         scales = LossScales(zeros(dtype), zeros(jnp.int32), zeros(jnp.int32))
         return SkipOutliersState(
-            jnp.zeros((), jnp.int32), jnp.ones((), jnp.bool_), scales, inner
+            jnp.zeros((), jnp.int32),
+            jnp.ones((), jnp.bool_),
+            scales,
+            inner,
+            tuple({name: optax.EmptyState()} for name in names),
         )
 
     def step(
@@ -107,9 +118,8 @@ class OutlierRule:
     ) -> SkipOutliersState:
         """The state after a batch, but for what is inside; see :meth:`judge`."""
         ok, scales = self.judge(losses, state.loss_scales, sound, present)
-        return SkipOutliersState(
-            state.num_skipped + (~ok).astype(jnp.int32), ok, scales, state.inner
-        )
+        skipped = state.num_skipped + (~ok).astype(jnp.int32)
+        return state._replace(num_skipped=skipped, accepted=ok, loss_scales=scales)
 
     def judge(
         self,

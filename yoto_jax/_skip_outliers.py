@@ -15,13 +15,14 @@ from yoto_jax._losses import (
     PyTree,
     State,
     check_structure,
+    listed,
+    loss_names,
     loss_vector,
     scalar_losses,
     stack_present,
 )
 from yoto_jax._numerics import all_finite, choose, upcast
 from yoto_jax._outliers import (
-    LossScales,
     OutlierRule,
     SkipOutliersState,
     as_rule,
@@ -90,13 +91,12 @@ def skip_outliers(
         expected = int(losses)
 
     def init_fn(params: Params) -> SkipOutliersState:
-        if isinstance(expected, int):
-            count = expected
-        else:
-            # Not known: an error in update. Optax calls init with placeholders, too.
-            structure = _structure(expected, params)
-            count = 0 if structure is None else structure.num_leaves
-        return rule.init(count, jnp.float32, inner.init(params))
+        names: tuple[str, ...] = ()
+        count = expected if isinstance(expected, int) else 0
+        # Not known: an error in update. Optax calls init with placeholders, too.
+        if (structure := _structure(expected, params)) is not None:
+            names, count = loss_names(structure), structure.num_leaves
+        return rule.init(count, jnp.float32, inner.init(params), names)
 
     def update_fn(
         updates: Params,
@@ -108,7 +108,7 @@ def skip_outliers(
         **extra_args: Any,
     ) -> tuple[PyTree, SkipOutliersState]:
         structure = _structure(expected, params)
-        values = _values(losses, structure, state.loss_scales)
+        values = _values(losses, structure, state)
         mask = stack_present(present, jax.tree.structure(losses))
         if present is not None:
             extra_args = extra_args | {"present": present}
@@ -140,9 +140,12 @@ def _structure(losses: Losses | None, params: Params) -> Any:
     return found.pop() if found else None
 
 
-def _values(losses: Losses | None, structure: Any, scales: LossScales) -> jax.Array:
+def _values(
+    losses: Losses | None, structure: Any, state: SkipOutliersState
+) -> jax.Array:
     """The losses of a batch as a vector, checked against those of ``init``."""
-    count = scales.means.shape[-1]
+    means = state.loss_scales.means
+    count = means.shape[-1]
     if losses is None:
         raise ValueError(
             "skip_outliers needs the losses: call update(updates, state, params, "
@@ -159,7 +162,13 @@ def _values(losses: Losses | None, structure: Any, scales: LossScales) -> jax.Ar
         raise ValueError(
             f"skip_outliers was made for {count} losses, got {len(leaves)}."
         )
-    return loss_vector(losses, given, scales.means.dtype)
+    known, names = [name for one in state.columns for name in one], loss_names(given)
+    if known and known != list(names):
+        raise ValueError(
+            f"the state of skip_outliers is that of the losses {listed(known)}, got "
+            f"{listed(names)}."
+        )
+    return loss_vector(losses, given, means.dtype)
 
 
 def _squared(update: Any) -> Any:

@@ -17,6 +17,7 @@ import optax
 import pytest
 
 import yoto_jax as yoto
+from yoto_jax import conditional
 from yoto_jax._digests import digests
 
 ocp = pytest.importorskip("orbax.checkpoint")
@@ -516,6 +517,49 @@ def test_weighting_states_know_their_losses(tmp_path):
     others = weighting.init({"a": 0.0, "b": 0.0, "z": 0.0})
     refused(tmp_path, "inner is for other losses; missing: 'z'; unexpec.* 'c'", others)
     refused(tmp_path, "inner has its losses in ano", weighting.init(Reversed()))
+
+
+def test_scales_of_losses_know_them(tmp_path):
+    of = lambda losses: yoto.skip_outliers(optax.sgd(0.1), losses=losses)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, of({"a": 0.0, "b": 0.0}).init(jnp.zeros(2)))
+    others = of({"b": 0.0, "c": 0.0}).init(jnp.zeros(2))
+    refused(tmp_path, "for other losses; missing: 'c'; unexpected: 'a'", others)
+
+
+def test_a_race_knows_its_weightings(tmp_path):
+    arms = {name: yoto.weightings.static({"a": 1.0, "b": b}) for name, b in ARMS}
+    of = lambda arms: yoto.racing.one_of(arms).init({"a": 0.0, "b": 0.0})
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, of(arms))
+    refused(tmp_path, "inner/0/arm high", of(dict(reversed(arms.items()))))
+
+
+ARMS = (("low", 0.1), ("high", 10.0))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ((conditional.LogUniform, {"gan": 0.1, "rec": 0.1}), "missing: 'gan'"),
+        (
+            (conditional.Uniform, {"kl": 0.1, "rec": 0.1}),
+            "another kind of distribution: 'LogU",
+        ),
+        (
+            (conditional.LogUniform, {"kl": 0.1, "rec": 10.0}),
+            "another set of free weights",
+        ),
+    ],
+)
+def test_distributions_know_their_losses(other, message, tmp_path):
+    high = {"kl": 10.0, "rec": 10.0}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(
+            1, {"s": conditional.LogUniform({"kl": 0.1, "rec": 0.1}, high)}
+        )
+    kind, low = other
+    refused(tmp_path, message, {"s": kind(low, dict.fromkeys(low, 10.0))})
 
 
 def test_there_is_no_such_checkpoint(saved, tmp_path):

@@ -463,7 +463,7 @@ KL = conditional.LogUniform({"fit": 1.0, "kl": 0.1}, {"fit": 1.0, "kl": 10.0})
                 KL,
                 {"fit": 1.0, "kl": 1.0},
                 0.5,
-                support=conditional.Uniform(0.0, {"kl": 1.0}),
+                support=conditional.LogUniform(0.1, {"kl": 1.0}),
             ),
             "unexpected: 'fit'",
         ),
@@ -483,6 +483,12 @@ def test_a_dirichlet_has_no_ranges_to_narrow():
     preferences: Any = conditional.Dirichlet((1.0, 1.0))
     with pytest.raises(TypeError, match="got Dirichlet"):
         conditional.narrow(preferences, (0.5, 0.5), 0.5)
+    ranges = conditional.LogUniform({"a": 0.01}, {"a": 100.0})
+    even = conditional.Uniform({"a": 0.0}, {"a": 100.0})
+    with pytest.raises(
+        TypeError, match="support must be a LogUniform .* got a Uniform"
+    ):
+        conditional.narrow(ranges, {"a": 1.0}, 0.5, support=even)
 
 
 # Encoding.
@@ -992,6 +998,21 @@ def test_an_example_that_cannot_be_wrong_has_no_focal_loss():
     for gamma in (0.0, 2.0):
         loss = conditional.focal_loss(logits, jnp.array([0]), gamma)
         np.testing.assert_array_equal(loss, [0.0])
+
+
+@pytest.mark.parametrize("classes", [2, 3, 40])
+def test_an_example_that_cannot_be_wrong_has_no_slope(classes):
+    masked = jnp.full(classes, -jnp.inf).at[0].set(0.0)
+    logits = jnp.stack([masked, jnp.linspace(0.0, 1.0, classes)])
+    labels = jnp.array([0, 0])
+    total = lambda x, gamma: conditional.focal_loss(x, labels, gamma).sum()
+    for gamma in (0.0, 0.5, 2.0):
+        slopes, by_gamma = jax.grad(total, argnums=(0, 1))(logits, gamma)
+        np.testing.assert_array_equal(slopes[0], np.zeros(classes))
+        alone = lambda x, g: conditional.focal_loss(x, labels[1:], g).sum()
+        wanted = jax.grad(alone, argnums=(0, 1))(logits[1:], gamma)
+        np.testing.assert_allclose(slopes[1:], wanted[0], rtol=1e-6)
+        np.testing.assert_allclose(by_gamma, wanted[1], rtol=1e-6)
 
 
 def test_a_seed_stands_for_its_key():

@@ -165,3 +165,9 @@ def test_an_encoding_of_another_size_is_refused(params):
             conditional.modulated(params, made, jnp.ones(3))
         with pytest.raises(ValueError, match="for encodings of size 2, got 0"):
             conditional.modulated(params, made, jnp.ones(0))
+
+
+def test_two_parameters_of_one_path_are_refused():
+    params = {"a/b": jnp.ones((2, 3)), "a": {"b": jnp.ones((2, 3))}}
+    with pytest.raises(ValueError, match="two parameters have the same path 'a/b'"):
+        conditional.init_modulation(0, 1, params)

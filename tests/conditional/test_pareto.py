@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from yoto_jax.conditional._objective import conditional_loss
 from yoto_jax.conditional._pareto import hypervolume, pareto_front
 from yoto_jax.conditional._sweep import (
     concavity_violations,
@@ -508,3 +509,13 @@ def test_select_refuses_what_is_nan_everywhere_or_not_known():
         select(metrics, minimize="b", at_least={"a": 1})
     with pytest.raises(TypeError, match="outside of jit"):
         jax.jit(lambda m: select(m, minimize="psnr"))(METRICS)
+
+
+def test_lists_have_concavity_violations_too():
+    np.testing.assert_allclose(concavity_violations([0, -1, 0], [0, 1, 2]), [1])
+
+
+def test_a_scalarization_of_a_number_is_refused():
+    losses = weights = {"a": jnp.ones(3), "b": jnp.ones(3)}
+    with pytest.raises(ValueError, match=r"scalarization must give one value per exam"):
+        conditional_loss(losses, weights, scalarization=lambda losses, weights: 1.0)

@@ -786,3 +786,15 @@ def test_a_loss_of_zero_does_not_end_a_streak():
         False,
         False,
     ]
+
+
+def test_the_state_knows_its_losses():
+    losses = {"a": jnp.float32(1.0), "b": jnp.float32(1e6)}
+    tx = skip_outliers(optax.sgd(1.0), losses=losses)
+    state = tx.init(PARAMS)
+    other = skip_outliers(optax.sgd(1.0), losses={"b": 0.0, "c": 0.0})
+    with pytest.raises(ValueError, match="that of the losses 'a', 'b', got 'b', 'c'"):
+        other.update(PARAMS, state, PARAMS, losses={"b": 1e6, "c": 1.0})
+    assert jax.tree.structure(state) != jax.tree.structure(other.init(PARAMS))
+    counted = skip_outliers(optax.sgd(1.0), losses=2)  # Of these, no name is known.
+    counted.update(PARAMS, counted.init(PARAMS), PARAMS, losses=losses)

@@ -719,7 +719,8 @@ def test_the_last_looks_count():
     seen = from_gradients(g)
     assert set(kinds(seen, last=20)) == {"no conflict"}
     assert "conflict" in kinds(seen._replace(gramian=seen.gramian[::-1]), last=30)
-    assert kinds(seen, last=9) == {}
+    with pytest.raises(ValueError, match="last must be 10 or more, got 9"):
+        kinds(seen, last=9)
 
 
 @pytest.mark.parametrize("count", [2, 3, 40])

@@ -5,6 +5,7 @@ import importlib
 import itertools
 import re
 import sys
+import types
 import warnings
 from typing import Any
 
@@ -124,7 +125,7 @@ def test_rows_equal_plain_lists_and_the_run_is_the_same(plain):
         assert all(x.is_deleted() for x in jax.tree.leaves(given))
     assert [jax.typeof(x) for x in jax.tree.leaves(state)] == kinds
     # Written in place: the ring is still where it was.
-    (ring,) = [x for x in jax.tree.leaves(state) if x.shape == (9, 9)]
+    (ring,) = [x for x in jax.tree.leaves(state) if x.shape == (9, 12)]
     assert ring.unsafe_buffer_pointer() in pointers
     chex.assert_trees_all_close(params, plain["last"], rtol=1e-6)
 
@@ -1116,3 +1117,84 @@ def test_losses_of_one_path_are_refused():
     weighting = monitoring.recorded(yoto.weightings.equal(), length=4)
     with pytest.raises(ValueError, match="two losses have the same path 'a/b'"):
         weighting.init(losses)
+
+
+# Losses that are absent from batches.
+
+
+def rarely(history_of):
+    """A history in which `rare` is there in every fourth of forty batches."""
+    weighting = monitoring.recorded(yoto.weightings.equal(), length=40)
+    state = weighting.init({"common": 0.0, "rare": 0.0})
+    update = jax.jit(
+        lambda state, present: weighting.update(
+            {"common": 1.0, "rare": history_of(present)}, state, present=present
+        )[1]
+    )
+    for step in range(40):
+        present = {"common": jnp.asarray(True), "rare": jnp.asarray(step % 4 == 0)}
+        state = update(state, present)
+    return monitoring.history(state)
+
+
+@pytest.mark.parametrize("absent", [0.0, np.nan])
+def test_absent_losses_are_not_taken_for_bad_ones(absent):
+    seen = rarely(lambda present: jnp.where(present["rare"], 2.0, absent))
+    there = np.arange(40) % 4 == 0
+    np.testing.assert_array_equal(seen.present["rare"], there)
+    assert seen.present["common"].all()
+    for known in (seen.losses, seen.loss_weights):
+        np.testing.assert_array_equal(np.isfinite(known["rare"]), there)
+    np.testing.assert_allclose(seen.losses["rare"][there], 2.0)
+    np.testing.assert_allclose(seen.loss_weights["rare"][there], 0.5)
+    assert monitoring.check(seen) == []
+
+
+def test_bad_rare_losses_are_found_among_the_batches_that_have_them():
+    seen = rarely(lambda present: jnp.nan)
+    (finding,) = [x for x in monitoring.check(seen) if x.kind == "not finite"]
+    assert finding.losses == ("rare",)
+    assert "'rare' in 10" in finding.message
+    small = np.where(seen.present["rare"], 1e-6, np.nan)
+    weights = {"common": np.ones(40), "rare": small}
+    fading = seen._replace(loss_weights=weights, losses={}, num_skipped=None)
+    assert kinds(fading) == ["collapsed"]
+    assert kinds(fading, last=30) == []  # Eight rows with it: too few to judge.
+
+
+def test_record_has_the_weights_of_the_losses_that_are_there():
+    losses = {"a": 1.0, "b": 2.0, "c": 3.0}
+    params = {"mu": yoto.init_loss_logits(losses, "a", epsilon=0.25)}
+    tx = optax.chain(monitoring.record(hyperparameter_decay=10.0), yoto.adamw(0.1))
+    state = tx.init(params)
+    present = {"a": jnp.asarray(True), "b": jnp.asarray(False), "c": jnp.asarray(True)}
+    loss = lambda p: yoto.composite_loss(losses, p["mu"], present=present)
+    grads = jax.grad(loss)(params)
+    _, state = tx.update(grads, state, params, losses=losses, present=present)
+    seen = monitoring.history(state)
+    np.testing.assert_allclose(seen.loss_weights["a"], 0.8, rtol=1e-6)
+    np.testing.assert_allclose(seen.loss_weights["c"], 0.2, rtol=1e-6)
+    assert np.isnan(seen.loss_weights["b"]).all()
+    assert np.isnan(seen.losses["b"]).all()
+    mu = params["mu"]
+    slope = jax.grad(lambda mu: yoto.regularizer(mu, present=present))(mu)
+    wanted = 10 * jnp.linalg.norm(slope.learned)
+    np.testing.assert_allclose(seen.prior_gradient, wanted, rtol=1e-5)
+    written = []
+    writer = types.SimpleNamespace(add_scalar=lambda tag, *_: written.append(tag))
+    monitoring.write_scalars(seen, writer)
+    assert "loss_weights/a" in written
+    assert "loss_weights/b" not in written
+
+
+def test_weights_that_are_all_zero_are_drawn():
+    weighting = monitoring.recorded(yoto.weightings.equal())
+    losses = {"a": 1.0, "b": 1.0}
+    nothing = dict.fromkeys(losses, jnp.asarray(False))
+    _, state = weighting.update(losses, weighting.init(losses), present=nothing)
+    _, state = weighting.update(losses, state)
+    assert (
+        monitoring.plot_loss_weights(monitoring.history(state)).get_yscale() == "linear"
+    )
+    zeros = made({"a": 0.0, "b": 0.0})
+    assert monitoring.plot_loss_weights(zeros).get_yscale() == "linear"

@@ -269,7 +269,7 @@ def test_a_weighting_without_counters_is_counted_and_smoothed():
         (lambda: racing.spread(jnp.ones(2), []), "at least one"),
         (lambda: racing.keep(jnp.arange(3), jnp.ones(2), 1), "leading axis of 2 lanes"),
         (lambda: racing.keep({"x": 1.0}, jnp.ones(2), 1), r"'x' has shape \(\)"),
-        (lambda: racing.keep(jnp.arange(2), jnp.ones(2), 0), "from 1 to 2, got 0"),
+        (lambda: racing.keep(jnp.arange(2), jnp.ones(2), 0), "at least 1, got 0"),
         (lambda: racing.keep(jnp.arange(2), jnp.ones(2), 3), "from 1 to 2, got 3"),
         (lambda: racing.keep(jnp.arange(2), jnp.ones((2, 1)), 1), r"of shape \(2, 1\)"),
         (
@@ -333,6 +333,9 @@ def test_weighted_gradients_have_the_length_that_was_asked_for():
     np.testing.assert_allclose(
         [lengths[name] for name in ("p", "a", "b")], [1.0, 0.1, 3.0], rtol=1e-6
     )
+    for whatever in (-1.0, np.nan):  # The share of the primary loss does not matter.
+        other = racing.weights_by_norms(norms, "p", shares | {"p": whatever})
+        np.testing.assert_array_equal(list(other.values()), list(weights.values()))
     alike = racing.weights_by_norms(norms, "p", 0.5)
     np.testing.assert_allclose(alike["a"], 100.0, rtol=1e-6)
     assert alike["p"] == 1

@@ -90,6 +90,9 @@ def test_bytes_of_all_lanes():
     assert race.lanes_bytes({"w": lane["w"]}) == lanes["w"].nbytes
 
 
+LANES = {"w": jnp.zeros(2)}
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -125,6 +128,18 @@ def test_bytes_of_all_lanes():
             ValueError,
             "step must be at least 0",
         ),
+        (lambda: racing.start(LANES, 2.0), TypeError, "arms must be an integer"),
+        (
+            lambda: racing.keep(LANES, [1.0, 2.0], 1.0),
+            TypeError,
+            "number must be an in",
+        ),
+        (
+            lambda: racing.keep(LANES, [1.0, 2.0], True),
+            TypeError,
+            "number must be an in",
+        ),
+        (lambda: racing.keep(LANES, [1.0, 2.0], 3), ValueError, "from 1 to 2, got 3"),
         (
             lambda: racing.plan(9, 3, []).after(10),
             ValueError,

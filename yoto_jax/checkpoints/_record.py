@@ -16,8 +16,10 @@ from yoto_jax._choice_logits import ChoiceLogits, HardChoice
 from yoto_jax._digests import digests
 from yoto_jax._loss_logits import LossLogits
 from yoto_jax._losses import PyTree, State, loss_names
+from yoto_jax._outliers import SkipOutliersState
 from yoto_jax._weighting import WeightingState
 from yoto_jax.checkpoints._errors import CheckpointError, reason_of, some_of
+from yoto_jax.conditional._distributions import Distribution
 
 FORMAT = "yoto_jax checkpoint"
 VERSION = 1
@@ -90,9 +92,10 @@ def with_entries(arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def losses_of(tree: PyTree, place: str = "") -> dict[str, dict[str, Any]]:
-    """Loss names of all loss logits and weighting states in a tree, in order.
+    """What arrays without names are of, by their place in a tree.
 
-    Of choices, their options; of a hardened one, the option that is left.
+    Loss names of loss logits, weighting states, scales and distributions, in order; of
+    choices, their options; of a hardened one, the option that is left.
     """
     if isinstance(tree, LossLogits):
         primary = None if tree.primary is None else tree.names[tree.primary]
@@ -103,6 +106,14 @@ def losses_of(tree: PyTree, place: str = "") -> dict[str, dict[str, Any]]:
         static = isinstance(tree.index, int)
         names = [tree.option] if static else list(tree.options)
         return {place: {"names": names, "what": "options"}}
+    if isinstance(tree, Distribution):
+        free = [name for name, x in zip(tree.names, tree.free, strict=True) if x]
+        kind = type(tree).__name__
+        return {place: {"names": list(tree.names), "kind": kind, "free": free}}
+    if isinstance(tree, SkipOutliersState):
+        names = [name for one in tree.columns for name in one]
+        inner = losses_of(tree.inner, f"{place}/inner".strip("/"))
+        return {place: {"names": names}, **inner} if names else inner
     if isinstance(tree, WeightingState):
         names = loss_names(jax.tree.structure(tree.loss_weights))
         return {
@@ -111,7 +122,13 @@ def losses_of(tree: PyTree, place: str = "") -> dict[str, dict[str, Any]]:
         }
     found: dict[str, dict[str, Any]] = {}
     ours = lambda x: isinstance(
-        x, LossLogits | WeightingState | ChoiceLogits | HardChoice
+        x,
+        LossLogits
+        | WeightingState
+        | SkipOutliersState
+        | Distribution
+        | ChoiceLogits
+        | HardChoice,
     )
     for path, x in jax.tree.leaves_with_path(tree, is_leaf=ours):
         if ours(x):

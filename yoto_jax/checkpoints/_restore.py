@@ -113,6 +113,15 @@ def _compare_losses(place: str, here: dict[str, Any], there: dict[str, Any]) -> 
             f"{place} has another primary loss: {there.get('primary')!r}, not "
             f"{here.get('primary')!r}."
         )
+    for key, what in (
+        ("kind", "kind of distribution"),
+        ("free", "set of free weights"),
+    ):
+        if here.get(key) != there.get(key):
+            raise Unfit(
+                f"{place} has another {what}: {there.get(key)!r}, not "
+                f"{here.get(key)!r}."
+            )
 
 
 def _fits(saved: Kind, kind: Kind, like: Any) -> bool:

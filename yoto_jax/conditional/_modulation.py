@@ -153,5 +153,9 @@ def _chosen(params: Params, where: Where | None) -> dict[str, Any]:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             continue
         if where is None or where(path, leaf):
-            chosen[path_name(path)] = leaf
+            if (name := path_name(path)) in chosen:
+                raise ValueError(
+                    f"two parameters have the same path {name!r}: rename one."
+                )
+            chosen[name] = leaf
     return chosen

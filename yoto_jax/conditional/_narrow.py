@@ -37,7 +37,8 @@ def narrow(
       A distribution of the same type. A free weight stays free, however narrow.
 
     Raises:
-      TypeError: The distribution has no ranges (:class:`Dirichlet`).
+      TypeError: The distribution has no ranges (:class:`Dirichlet`), or ``support`` is
+        one of another type.
       ValueError: The trees do not match, ``center`` is not made of finite scalars, or
         ``factor`` is not between 0 and 1. Under ``jit``, where values are not known, a
         ``center`` of NaN makes bounds of NaN.
@@ -58,6 +59,11 @@ def narrow(
                 "only LogUniform and Uniform have ranges that can be narrowed, got "
                 f"{type(given).__name__}."
             )
+    if type(support) is not type(distribution):
+        raise TypeError(
+            f"support must be a {type(distribution).__name__} as distribution is, got "
+            f"a {type(support).__name__}."
+        )
     if not isinstance(factor, jax.core.Tracer) and not 0 <= float(factor) <= 1:
         raise ValueError(f"factor must be between 0 and 1, got {factor}.")
     check_structure(

@@ -80,7 +80,7 @@ def conditional_loss(
     if groups is not None:
         losses, weights = group_mean(losses, groups), group_mean(weights, groups)
     scalarize = weighted_sum if scalarization is None else scalarization
-    values = scalarize(losses, weights)
+    values = jnp.asarray(scalarize(losses, weights))
     divisor = _divisor(normalize, weights)
     n = jnp.shape(jax.tree.leaves(losses)[0])
     for what, given in (("scalarization", values), ("normalization", divisor)):
@@ -414,11 +414,13 @@ def focal_loss(
     right = jax.nn.one_hot(labels, log_p.shape[-1], dtype=bool)
     log_right = jnp.sum(jnp.where(right, log_p, 0), axis=-1)
     # log(1 - p) from the other classes: 1 - p itself loses all digits as p nears 1.
-    log_wrong = jax.nn.logsumexp(jnp.where(right, -jnp.inf, log_p), axis=-1)
+    others = jnp.where(right, -jnp.inf, log_p)
     focus = _per_example("gamma", gamma, log_right)
-    # An example that cannot be wrong has log(1 - p) = -inf, and 0 times that is NaN.
-    log_wrong = jnp.where(focus > 0, log_wrong, 0)
-    loss = -jnp.exp(focus * log_wrong) * log_right
+    # An example that cannot be wrong has log(1 - p) = -inf, and no slope.
+    sure = jnp.all(others == -jnp.inf, axis=-1)
+    log_wrong = jax.nn.logsumexp(jnp.where(sure[:, None], 0, others), axis=-1)
+    factor = jnp.exp(focus * jnp.where(sure, 0, log_wrong))
+    loss = -jnp.where(sure & (focus > 0), 0, factor) * log_right
     return jnp.where(jnp.any(right, axis=-1) & (focus >= 0), loss, jnp.nan)
 
 

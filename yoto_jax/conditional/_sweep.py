@@ -227,6 +227,7 @@ def concavity_violations(values: jax.Array, positions: jax.Array) -> jax.Array:
         raise ValueError(
             f"concavity needs at least 3 values, got {np.size(values)} of them."
         )
+    leaves = {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
     x, v = arrays("", leaves)
     if not isinstance(x, jax.core.Tracer):
         steps = np.diff(np.asarray(x))

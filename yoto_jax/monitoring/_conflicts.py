@@ -122,7 +122,8 @@ def watched(
       who watch cosines in training.
 
     .. note::
-      A batch whose gradients or weights are not finite leaves no row. All statistics of
+      A batch whose gradients or weights are not finite leaves no row, nor does one with
+      inner products of gradients beyond float32, which rows are in. All statistics of
       a weighting come at the same steps: one that looks at other statistics at every
       step has the Gramian computed at every step too. Under ``vmap`` all lanes look at
       the steps at which any does.
@@ -394,7 +395,8 @@ def measure_conflicts(
         :func:`yoto_jax.of_representation`.
 
     Returns:
-      :class:`Conflicts` with a row for each batch whose gradients are finite.
+      :class:`Conflicts` with a row for each batch whose gradients are finite, and
+      their inner products too, in float32.
 
     Raises:
       TypeError: A batch is not a tuple.

@@ -6,9 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from yoto_jax._checks import check_counts
 from yoto_jax.monitoring._conflicts import Conflicts, check_conflicts
-from yoto_jax.monitoring._findings import FEWEST_ROWS, Finding, nearly_all, some
+from yoto_jax.monitoring._findings import (
+    FEWEST_ROWS,
+    Finding,
+    check_last,
+    nearly_all,
+    some,
+)
 
 _OPPOSED = -0.1  # Mean cosine: what points away less is of no consequence.
 _BY_CHANCE = 0.01  # Probability of one false alarm among all pairs of a kind.
@@ -55,7 +60,7 @@ def diagnose(
     Raises:
       TypeError: ``conflicts`` or ``representation`` is something else, such as the
         state.
-      ValueError: ``last`` is not positive, or ``representation`` has other losses.
+      ValueError: ``last`` is below ten, or ``representation`` has other losses.
 
     Examples:
       >>> import numpy as np
@@ -72,7 +77,7 @@ def diagnose(
       overruled ('b',)
     """
     check_conflicts(conflicts)
-    check_counts(last=last)
+    check_last(last)
     if representation is not None:
         check_conflicts(representation)
         names, others = list(conflicts.loss_weights), list(representation.loss_weights)

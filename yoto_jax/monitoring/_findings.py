@@ -42,7 +42,8 @@ class LossWeightWarning(UserWarning):
 def check(history: History, *, last: int = 100) -> list[Finding]:
     """Finds problems with recorded loss weights, and names remedies.
 
-    The last rows are judged together, at least ten. A downstream loss is left out.
+    The last rows are judged together, at least ten. A downstream loss is left out, and
+    so are rows of batches that lack a loss, in what is said of it.
 
     - ``"not finite"``: a loss was NaN or infinite in more than one of ten rows, or a
       weight is now.
@@ -67,7 +68,7 @@ def check(history: History, *, last: int = 100) -> list[Finding]:
 
     Raises:
       TypeError: ``history`` is something else, such as the state.
-      ValueError: ``last`` is not positive.
+      ValueError: ``last`` is below ten.
 
     Examples:
       >>> import numpy as np
@@ -80,7 +81,7 @@ def check(history: History, *, last: int = 100) -> list[Finding]:
       collapsed ('camera',)
     """
     check_history(history)
-    check_counts(last=last)
+    check_last(last)
     if len(history.steps) < FEWEST_ROWS:
         return []
     recent = _recent(history, last)
@@ -93,6 +94,12 @@ def check(history: History, *, last: int = 100) -> list[Finding]:
             *_unlike_scales(recent),
             *_another_gradient(recent),
         ]
+
+
+def check_last(last: Any) -> None:
+    check_counts(last=last)
+    if last < FEWEST_ROWS:
+        raise ValueError(f"last must be {FEWEST_ROWS} or more, got {last}.")
 
 
 def warn(
@@ -145,12 +152,23 @@ def _recent(history: History, last: int) -> History:
         data_gradient=cut(history.data_gradient),
         prior_gradient=cut(history.prior_gradient),
         num_skipped=cut(history.num_skipped),
+        present=None if history.present is None else each(history.present),
     )
 
 
+def _there(seen: History, name: str) -> np.ndarray:
+    """(n,) whether the batch of a row had this loss."""
+    whole = np.ones(len(seen.steps), bool)
+    return whole if seen.present is None else seen.present[name]
+
+
 def _not_finite(seen: History) -> Iterator[Finding]:
-    bad = {name: int(np.sum(~np.isfinite(x))) for name, x in seen.losses.items()}
-    bad = {name: n for name, n in bad.items() if n > len(seen.steps) * _SELDOM}
+    there = {name: _there(seen, name) for name in seen.loss_weights}
+    bad = {
+        name: int(np.sum(~np.isfinite(x[there[name]])))
+        for name, x in seen.losses.items()
+    }
+    bad = {name: n for name, n in bad.items() if n > np.sum(there[name]) * _SELDOM}
     if bad:
         counts = ", ".join(f"{name!r} in {n}" for name, n in bad.items())
         yield Finding(
@@ -161,9 +179,10 @@ def _not_finite(seen: History) -> Iterator[Finding]:
             "learning rate, compute these losses in float32, or skip such batches "
             "(yoto.skip_outliers).",
         )
-    bad = tuple(n for n, x in seen.loss_weights.items() if not np.isfinite(x[-1]))
+    sound = {n: np.isfinite(x) | ~there[n] for n, x in seen.loss_weights.items()}
+    bad = tuple(name for name, x in sound.items() if not x[-1])
     if bad:
-        finite = np.isfinite([seen.loss_weights[name] for name in bad]).all(axis=0)
+        finite = np.all([sound[name] for name in bad], axis=0)
         since = seen.steps[np.max(np.flatnonzero(finite), initial=-1) + 1]
         yield Finding(
             "not finite",
@@ -200,7 +219,10 @@ def _skipped(seen: History) -> Iterator[Finding]:
     held = np.flatnonzero(np.diff(seen.num_skipped)) + 1
     about, advice = {}, ""
     for what, is_bad, cure in _CAUSES:
-        counts = {name: np.sum(is_bad(x[held])) for name, x in seen.losses.items()}
+        counts = {
+            name: np.sum(is_bad(x[held]) & _there(seen, name)[held])
+            for name, x in seen.losses.items()
+        }
         if bad := {name: n for name, n in counts.items() if n}:
             about |= bad
             listing = some(f"{name!r} in {n}" for name, n in bad.items())
@@ -224,14 +246,19 @@ def _skipped(seen: History) -> Iterator[Finding]:
 
 def _collapsed(seen: History) -> Iterator[Finding]:
     names = weighed(seen)
+    there = np.array([_there(seen, name) for name in names])
+    known = lambda named: np.where(there, [named[name] for name in names], 0.0)
     shares_of = lambda sizes: sizes / np.sum(sizes, axis=0)
-    weights = np.abs([seen.loss_weights[name] for name in names])
+    weights = np.abs(known(seen.loss_weights))
     shares = felt = shares_of(weights)
     if seen.losses:
-        losses = np.abs([seen.losses[name] for name in names])
-        felt = np.fmax(shares, shares_of(weights * losses))
-    low = np.flatnonzero(nearly_all(felt) < _SMALLEST_SHARE)
-    if not len(low):
+        felt = np.fmax(shares, shares_of(weights * np.abs(known(seen.losses))))
+    low = [
+        k
+        for k, rows in enumerate(there)
+        if np.sum(rows) >= FEWEST_ROWS and nearly_all(felt[k, rows]) < _SMALLEST_SHARE
+    ]
+    if not low:
         return
     cure = (
         "Raise hyperparameter_decay (rho), start from a larger epsilon, or bring the "
@@ -243,7 +270,7 @@ def _collapsed(seen: History) -> Iterator[Finding]:
         "yoto.weightings.scale_invariant), or choose a method that keeps every loss in "
         "play, such as yoto.weightings.upgrad."
     )
-    numbers = some(f"{names[k]!r} {np.nanmedian(shares[k]):.1e}" for k in low)
+    numbers = some(f"{names[k]!r} {np.nanmedian(shares[k, there[k]]):.1e}" for k in low)
     yield Finding(
         "collapsed",
         tuple(names[k] for k in low),
@@ -257,7 +284,11 @@ def _prior_alone(seen: History) -> Iterator[Finding]:
         if len(alone) < 2:
             continue
         ratios = [seen.loss_weights[name] / weight for name, weight in alone.items()]
-        distance = np.max(np.abs(np.log(ratios)), axis=0)
+        # Of batches that lack a loss, the weights are those of fewer losses.
+        whole = np.all([_there(seen, name) for name in alone], axis=0)
+        distance = np.max(np.abs(np.log(ratios)), axis=0)[whole]
+        if len(distance) < FEWEST_ROWS:
+            continue
         if not nearly_all(distance) < np.log1p(_NEAR_PRIOR):
             continue
         weights = some(f"{name!r} {weight:.3f}" for name, weight in alone.items())
@@ -315,10 +346,12 @@ def _unlike_scales(seen: History) -> Iterator[Finding]:
 
 
 def _another_gradient(seen: History) -> Iterator[Finding]:
-    weights = np.array(list(seen.loss_weights.values()))
+    there = np.array([_there(seen, name) for name in seen.loss_weights])
+    weights = np.where(there, list(seen.loss_weights.values()), 0.0)
     if seen.data_gradient is None or not seen.losses or np.any(weights.sum(0) > 1.1):
         return  # Not known, or of several LossLogits together.
-    terms = weights * np.array([seen.losses[name] for name in seen.loss_weights])
+    losses = [seen.losses[name] for name in seen.loss_weights]
+    terms = weights * np.where(there, losses, 0.0)
     slopes = terms - weights * terms.sum(axis=0)
     squares = slopes**2
     # The primary loss, which is not known here, has no slope of its own.

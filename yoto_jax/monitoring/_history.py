@@ -31,8 +31,9 @@ class History(NamedTuple):
 
     Attributes:
       steps: (n,) number of the step of each row; the first step is 0.
-      loss_weights: (n,) weights by name of the loss.
-      losses: (n,) losses by name, unweighted; empty if they were never given.
+      loss_weights: (n,) weights by name of the loss; NaN where the batch lacks it.
+      losses: (n,) losses by name, unweighted; NaN where the batch lacks them, empty if
+        they were never given.
       data_gradient: (n,) norm of the gradient of the logits, or None if there are none.
       prior_gradient: (n,) norm of rho times the gradient of the regulariser, or None.
       prior_weights: For each ``LossLogits``, the weights by name that the regulariser
@@ -40,6 +41,7 @@ class History(NamedTuple):
       downstream: The loss that steers the weights without one of its own, or None.
       num_skipped: (n,) batches that changed nothing, up to and with that of the row, or
         None if the weighting does not count them.
+      present: (n,) whether the batch had the loss, by name; None if all had all.
     """
 
     steps: np.ndarray
@@ -50,6 +52,7 @@ class History(NamedTuple):
     prior_weights: tuple[dict[str, float], ...] = ()
     downstream: str | None = None
     num_skipped: np.ndarray | None = None
+    present: dict[str, np.ndarray] | None = None
 
 
 def history(state: State, *, index: int | tuple[int, ...] | None = None) -> History:
@@ -202,7 +205,10 @@ def _as_history(
     names = names_of(columns)
     by_name = lambda values: dict(zip(names, values, strict=True))
     each, count = rows.T.copy(), len(names)
-    weights, losses, rest = each[:count], each[count : 2 * count], each[2 * count :]
+    weights, losses, there = each[: 3 * count].reshape(3, count, -1)
+    weights, losses = np.where(there > 0, [weights, losses], np.nan)
+    present = None if there.all() else by_name(there > 0)
+    rest = each[3 * count :]
     if len(rest) < 2:  # Of a weighting.
         counted = len(rest) and (rest[0] >= 0).all()
         return History(
@@ -211,6 +217,7 @@ def _as_history(
             by_name(losses),
             downstream=downstream_of(columns),
             num_skipped=rest[0].astype(int) if counted else None,
+            present=present,
         )
     given, data, *prior = rest
     return History(
@@ -220,6 +227,7 @@ def _as_history(
         data,
         prior[0] if prior else None,
         tuple(filter(None, map(_prior_weights, columns))),
+        present=present,
     )
 
 

@@ -66,13 +66,20 @@ def plot_loss_weights(history: History, *, ax: Any = None) -> Any:
     values = np.concatenate(list(curves.values()))
     values = values[np.isfinite(values)]
     positive = values[values > 0]
-    logarithmic = values.min() >= 0 and np.ptp(np.log10(positive)) > 2
+    wide = positive.size and np.ptp(np.log10(positive)) > 2
+    logarithmic = wide and values.min() >= 0
     marker = "o" if len(history.steps) == 1 else None
     for k, (name, y) in enumerate(curves.items()):
         shown = np.where(y > 0, y, np.nan) if logarithmic else y
         style = STYLES[k // 10 % len(STYLES)]
+        there = slice(None) if history.present is None else history.present[name]
         ax.plot(
-            history.steps, shown, style, color=f"C{k % 10}", marker=marker, label=name
+            history.steps[there],
+            shown[there],
+            style,
+            color=f"C{k % 10}",
+            marker=marker,
+            label=name,
         )
     if logarithmic:
         ax.set_yscale("log")

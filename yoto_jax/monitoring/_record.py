@@ -12,10 +12,9 @@ from yoto_jax._checks import check_counts, check_rate
 from yoto_jax._hyperparameter_decay import (
     Entropy,
     check_entropy,
-    entropy_spans_primary,
-    regularizer_gradient,
+    decay_gradient,
 )
-from yoto_jax._loss_logits import LossLogits, loss_weights
+from yoto_jax._loss_logits import LossLogits, weights_of_present
 from yoto_jax._losses import (
     Losses,
     Params,
@@ -28,8 +27,8 @@ from yoto_jax._losses import (
     loss_names,
     path_name,
     scalar_losses,
+    stack_present,
 )
-from yoto_jax._numerics import upcast
 from yoto_jax._outliers import count_skipped
 from yoto_jax._serialization import serializable_state
 from yoto_jax._unwrap_loss_logits import unwrap_loss_logits
@@ -75,9 +74,10 @@ class HistoryState(NamedTuple):
 
     calls: jax.Array  # int32 scalar
     row_steps: jax.Array  # int32 (length + 1,), -1 where nothing has been written
-    rows: jax.Array  # float32 (length + 1, columns): weights, losses; with logits, too,
-    # whether losses were given, the data's gradient, the prior's if rho is known; of a
-    # weighting, how many batches it has skipped, -1 if it does not count them
+    rows: jax.Array  # float32 (length + 1, columns): weights, losses, which losses the
+    # batch had; with logits, whether losses were given, the data's gradient, and the
+    # prior's if rho is known; of a weighting, how many batches it has skipped, -1 if it
+    # does not count them
     columns: tuple[Columns, ...]  # no arrays: names, by LossLogits
 
 
@@ -116,7 +116,8 @@ def record(
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``, and
       takes ``losses=``, a tree like the losses of the :class:`yoto_jax.LossLogits`
-      (a sequence of trees if ``params`` hold several).
+      (a sequence of trees if ``params`` hold several), and ``present=``, which losses
+      the batch had.
 
     Raises:
       TypeError: ``length`` (static under ``optax.inject_hyperparams``) or ``every`` is
@@ -174,7 +175,7 @@ def record(
             )
             for path, mu in found
         )
-        width = 2 * sum(map(len, columns)) + (2 if rho is None else 3)
+        width = 3 * sum(map(len, columns)) + (2 if rho is None else 3)
         return HistoryState(*empty_ring(length, width), columns)
 
     def update_fn(
@@ -183,6 +184,7 @@ def record(
         params: Params | None = None,
         *,
         losses: Losses | None = None,
+        present: Present | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, Any]:
         del extra_args
@@ -195,20 +197,22 @@ def record(
             return updates, state
         logits = [mu for _, mu in _with_logits(params)]
         slopes = [mu for _, mu in _with_logits(updates)]
-        weights = jax.tree.leaves([loss_weights(mu) for mu in logits])
         _check_like(logits, slopes, state)
+        masks = _of_each("present", present, logits)
+        weights = [
+            weights_of_present(mu, mask) for mu, mask in zip(logits, masks, strict=True)
+        ]
         row = [
-            *weights,
+            *jax.tree.leaves(weights),
             *_given_losses(losses, logits),
+            *_there(masks, [mu.structure for mu in logits]),
             losses is not None,
             _norm([mu.learned for mu in slopes]),
         ]
         if rho is not None:
             pulls = [
-                regularizer_gradient(
-                    entropy_spans_primary(mu, entropy), upcast(mu.learned)
-                )
-                for mu in logits
+                decay_gradient(mu, entropy, mask)
+                for mu, mask in zip(logits, masks, strict=True)
             ]
             strength = rho(state.calls) if callable(rho) else rho
             row.append(_as_float32(strength) * _norm(pulls))
@@ -259,7 +263,7 @@ def recorded(
 
     def init(losses: Losses) -> RecordedState:
         columns = (columns_of(weighting, losses),)
-        history = HistoryState(*empty_ring(length, 2 * len(columns[0]) + 1), columns)
+        history = HistoryState(*empty_ring(length, 3 * len(columns[0]) + 1), columns)
         return RecordedState(history, weighting.init(losses))
 
     def update(
@@ -273,7 +277,9 @@ def recorded(
         weights, inner = weighting.update(losses, state.inner, **seen)
         skipped = count_skipped(inner)
         skipped = -1 if skipped is None else skipped
-        row = [*jax.tree.leaves(weights), *jax.tree.leaves(losses), skipped]
+        there = _there([present], [jax.tree.structure(losses)])
+        values = [*jax.tree.leaves(weights), *jax.tree.leaves(losses)]
+        row = [*values, *there, skipped]
         return weights, RecordedState(write_row(state.history, row, every), inner)
 
     return observing_inner(weighting)._replace(
@@ -365,18 +371,35 @@ def _given_losses(losses: Losses, logits: Sequence[LossLogits]) -> list[Any]:
     """Losses in the order of the weights, 0 if none are given."""
     if losses is None:
         return [0.0] * sum(mu.structure.num_leaves for mu in logits)
-    trees = [losses] if len(logits) == 1 else losses
-    if not isinstance(trees, list | tuple) or len(trees) != len(logits):
-        raise ValueError(
-            f"the parameters hold {len(logits)} LossLogits: losses= must be a sequence "
-            f"of {len(logits)} trees of losses, in their order."
-        )
     leaves = []
-    for tree, mu in zip(trees, logits, strict=True):
+    for tree, mu in zip(_of_each("losses", losses, logits), logits, strict=True):
         _, values, structure = scalar_losses(tree)
         check_structure(structure, mu.structure, "the loss logits")
         leaves += values
     return leaves
+
+
+def _of_each(what: str, given: Any, logits: Sequence[LossLogits]) -> list[Any]:
+    """One tree for each of the logits, or None for each."""
+    trees = [given] * len(logits) if given is None or len(logits) == 1 else given
+    if not isinstance(trees, list | tuple) or len(trees) != len(logits):
+        raise ValueError(
+            f"the parameters hold {len(logits)} LossLogits: {what}= must be a sequence "
+            f"of {len(logits)} trees like their losses, in their order."
+        )
+    return list(trees)
+
+
+def _there(
+    present: Sequence[Present | None],
+    structures: Sequence[jax.tree_util.PyTreeDef],
+) -> list[Any]:
+    """Which losses the batch has, all unless it is told."""
+    there: list[Any] = []
+    for each, structure in zip(present, structures, strict=True):
+        mask = stack_present(each, structure)
+        there += [1.0] * structure.num_leaves if mask is None else list(mask)
+    return there
 
 
 def _check_like(

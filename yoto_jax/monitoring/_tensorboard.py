@@ -70,8 +70,14 @@ def write_scalars(
         for name, values in named.items()
         if values is not None
     }
+    absent = {
+        f"{group}/{name}": ~there
+        for group in (prefix, f"{prefix}_losses")
+        for name, there in (history.present or {}).items()
+    }
     for row, step in enumerate(history.steps):
         if step > since:
             for tag, values in curves.items():
-                writer.add_scalar(tag, float(values[row]), int(step))
+                if not (tag in absent and absent[tag][row]):
+                    writer.add_scalar(tag, float(values[row]), int(step))
     return max([since, *map(int, history.steps[-1:])])

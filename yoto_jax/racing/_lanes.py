@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from yoto_jax._losses import PyTree, path_name
 from yoto_jax.racing._one_of import numbered
+from yoto_jax.racing._plan import integer
 
 
 class Kept(NamedTuple):
@@ -40,6 +41,7 @@ def start(lane: PyTree, arms: int) -> PyTree:
       The same tree, every array with a new leading axis.
 
     Raises:
+      TypeError: ``arms`` is no integer.
       ValueError: ``arms`` is not positive, or not the number of weightings of a
         :func:`one_of`.
 
@@ -48,8 +50,7 @@ def start(lane: PyTree, arms: int) -> PyTree:
       >>> print(yoto.racing.start({"w": jnp.array([1.0, 2.0])}, 3)["w"].shape)
       (3, 2)
     """
-    if arms < 1:
-        raise ValueError(f"arms must be at least 1, got {arms}.")
+    arms = integer("arms", arms, 1)
 
     def widen(x: Any) -> jax.Array:
         # New arrays: lanes can be donated while the one they came from lives on.
@@ -96,6 +97,7 @@ def keep(lanes: PyTree, scores: Any, number: int) -> Kept:
       A :class:`Kept`.
 
     Raises:
+      TypeError: ``number`` is no integer.
       ValueError: ``scores`` and ``lanes`` do not fit, ``number`` is not among 1 to the
         number of lanes, or, outside ``jit``, all scores are NaN.
 
@@ -114,7 +116,8 @@ def keep(lanes: PyTree, scores: Any, number: int) -> Kept:
         )
     count = len(scores)
     _check_lanes(lanes, count)
-    if not 1 <= number <= count:
+    number = integer("number", number, 1)
+    if number > count:
         raise ValueError(f"number must be from 1 to {count}, got {number}.")
     if not isinstance(scores, jax.core.Tracer) and bool(jnp.all(jnp.isnan(scores))):
         raise ValueError("all scores are NaN: no lane can be kept.")

@@ -62,7 +62,7 @@ class Plan(NamedTuple):
         left: a rung of no steps. A state that was saved after the cut loses nothing by
         being cut to the same number again.
         """
-        step = _integer("step", step, 0)
+        step = integer("step", step, 0)
         if step > self.steps:
             raise ValueError(f"step must be at most {self.steps}, got {step}.")
         left = [rung for rung in self.rungs if rung.stop >= step]
@@ -118,13 +118,13 @@ def plan(steps: int, arms: int, cuts: Sequence[tuple[float, int]]) -> Plan:
       steps 1000 to 2000: 1 lane
       cost: 3.20 runs of 2000 steps
     """
-    steps, lanes = _integer("steps", steps, 1), _integer("arms", arms, 1)
+    steps, lanes = integer("steps", steps, 1), integer("arms", arms, 1)
     rungs: list[Rung] = []
     before = 0
     for share, wanted in cuts:
         if not 0 < share < 1:
             raise ValueError(f"a cut must be at a share in (0, 1), got {share}.")
-        stop, left = round(share * steps), _integer("keep", wanted, 1)
+        stop, left = round(share * steps), integer("keep", wanted, 1)
         if stop <= before:
             raise ValueError(
                 f"cuts must be at least a step apart, in order: that at {share} is at "
@@ -183,7 +183,7 @@ def successive_halving(
       Optimization <https://arxiv.org/abs/1502.07943>`_, 2016; Li et al., `Hyperband
       <https://arxiv.org/abs/1603.06560>`_, 2018, where eta is 3.
     """
-    steps, arms = _integer("steps", steps, 1), _integer("arms", arms, 1)
+    steps, arms = integer("steps", steps, 1), integer("arms", arms, 1)
     if not 1 < eta < math.inf:
         raise ValueError(f"eta must be above 1 and finite, got {eta}.")
     if first is not None and not 0 < first < 1:
@@ -205,11 +205,14 @@ def successive_halving(
     return plan(steps, arms, cuts)
 
 
-def _integer(name: str, value: Any, least: int) -> int:
+def integer(name: str, value: Any, least: int) -> int:
+    wrong = TypeError(f"{name} must be an integer, got {value!r}.")
+    if isinstance(value, bool):
+        raise wrong
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}.") from None
+        raise wrong from None
     if number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}.")
     return number

@@ -105,7 +105,7 @@ def weights_by_norms(
                 "average over batches first."
             )
     vector = jnp.stack([jnp.asarray(x, jnp.float32) for x in leaves])
-    shares = _shares(share, structure, names)
+    shares = _shares(share, structure, names, position)
     if not isinstance(vector, jax.core.Tracer):
         _check_norms(vector, names, position)
     ratio = vector[position] / jnp.where(vector > 0, vector, 1.0)
@@ -117,7 +117,10 @@ def weights_by_norms(
 
 
 def _shares(
-    share: PyTree, structure: jax.tree_util.PyTreeDef, names: tuple[str, ...]
+    share: PyTree,
+    structure: jax.tree_util.PyTreeDef,
+    names: tuple[str, ...],
+    primary: int,
 ) -> jax.Array:
     given = jax.tree.structure(share)
     scalars = all(jnp.ndim(x) == 0 for x in jax.tree.leaves(share))
@@ -127,6 +130,8 @@ def _shares(
             f"got {share!r}."
         )
     shares = jnp.stack([jnp.asarray(x, jnp.float32) for x in jax.tree.leaves(share)])
+    if given == structure:
+        shares = shares.at[primary].set(1.0)
     if not isinstance(shares, jax.core.Tracer) and not bool(jnp.all(shares >= 0)):
         raise ValueError(f"share must not be negative, got {share!r}.")
     return jnp.broadcast_to(shares, (structure.num_leaves,))
