@@ -244,7 +244,7 @@ def claims(seen: View) -> Table:
         )
         outcome = {
             1: "ahead (95 %): held",
-            0: "not told apart by these seeds",
+            0: "no significant difference",
             -1: "behind (95 %): did not hold",
         }[verdict(difference)]
         rows.append([claim, mean_sd(difference), outcome])
@@ -362,9 +362,7 @@ def _steadiness(seen: View) -> list[list[str]]:
             [
                 f"YOTO hardly depends on rho: best against worst of {len(family)}",
                 mean_sd(high - low),
-                "told apart: did not hold"
-                if apart
-                else "not told apart by these seeds",
+                "significant: did not hold" if apart else "no significant difference",
             ]
         )
     if seen.of("paper"):

@@ -167,7 +167,7 @@ def test_ends_that_are_near_are_one_and_differences_are_paired():
         "0.1, 1, 10; one each from 0.01."
     )
     assert "from epsilon 0.01 it scores 1.5, from epsilon 10 9.0" in second
-    assert "not told apart from epsilon 0.1 (+1.1 ± 1.3, 2 seeds)" in third
+    assert "not significantly different from epsilon 0.1 (+1.1 ± 1.3, 2 seeds)" in third
     assert "-1.4 ±" in third
 
 

@@ -263,7 +263,7 @@ def _verdicts(
     better, same, worse = (", ".join(groups[k]) or "none" for k in (-1, 0, 1))
     return (
         f"logits on the {source} loss, against random search of {RUNS[source]} runs: "
-        f"less regret {better}; not told apart {same}; more regret {worse}."
+        f"less regret {better}; no significant difference {same}; more regret {worse}."
     )
 
 

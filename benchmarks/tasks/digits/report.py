@@ -108,7 +108,7 @@ def _comparison(
     mine, theirs = _of(result, ours), _of(result, method, config)
     difference = _unseen(mine) - _unseen(theirs)
     outcome = {
-        0: "not told apart by these seeds (within 95 %)",
+        0: "no significant difference (within 95 %)",
         1: f"{name} is ahead",
         -1: f"{name} is behind",
     }[verdict(difference)]

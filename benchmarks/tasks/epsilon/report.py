@@ -220,7 +220,7 @@ def _of_balance(result: Result, problem: str) -> list[str]:
         apart = to_default(result, problem, method)
         theirs = outcome(result, problem, SEARCH)
         searched = difference(outcome(result, problem, method), theirs)
-        told = "not told apart from"
+        told = "not significantly different from"
         if abs(apart.mean) > apart.reach:
             told = "better than" if apart.mean > 0 else "worse than"
         sentence = (

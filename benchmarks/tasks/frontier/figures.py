@@ -110,7 +110,7 @@ def against_runs(result: Result, path: Path) -> None:
 def _draw_search(
     panel: Axes, lines: Sequence[Line], problem: str, margin: float
 ) -> None:
-    """What others are held against: the best of n points, and one margin below all."""
+    """What others are compared with: the best of n points, and one margin below all."""
     panel.axhline(0.0, color="0.7", linewidth=1)
     panel.axhspan(-1.0, 0.0, color="0.93")
     for search, (label, style, color) in SEARCHES.items():

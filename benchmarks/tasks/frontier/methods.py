@@ -18,7 +18,7 @@ from benchmarks.tasks.frontier.problem import Problem
 from yoto_jax.racing._portfolio import WARMUP
 
 BUDGET = 15
-"""Runs of the search that all others are held against."""
+"""Runs of the search that all others are compared with."""
 
 SEARCH = "search"
 CONSTANTS = ("primary alone", "equal")

@@ -228,7 +228,7 @@ def conclusions(result: Result) -> list[str]:
     for problem in (name for name in problems if name not in without):
         apart = separation(lines, problem)
         if not apart.mean - apart.reach > 0:
-            sentences.append(f"{problem}: the constants are not told apart.")
+            sentences.append(f"{problem}: the constants do not differ significantly.")
     return sentences
 
 

@@ -126,7 +126,9 @@ def _against_tuned(result: Result, problem: str, method: str, arm: str) -> str:
     parts = []
     for factor in METHODS[method].factors:
         difference = _scores(result, problem, method, arm, factor) - best
-        sign = {1: "better", 0: "not told apart", -1: "worse"}[verdict(difference)]
+        sign = {1: "better", 0: "no significant difference", -1: "worse"}[
+            verdict(difference)
+        ]
         parts.append(
             f"{factor:g} x {difference.mean():+.1f} ± {reach(difference):.1f} ({sign})"
         )

@@ -146,7 +146,7 @@ def _against(
 ) -> str:
     """Hypervolumes beside that of a rival, perhaps with another budget."""
     theirs = _of(result, rival, of_rival, "hypervolume")
-    outcomes = {0: "not told apart", 1: "ahead", -1: "behind"}
+    outcomes = {0: "no significant difference", 1: "ahead", -1: "behind"}
 
     def one(method: str) -> str:
         ours = _of(result, method, runs, "hypervolume")

@@ -129,7 +129,7 @@ def conclusions(result: Result) -> list[str]:
         better, same, worse = (", ".join(groups[k]) or "none" for k in (1, 0, -1))
         sentences.append(
             f"Against {_name(*rival)} (paired by seed, 95 % interval of the log "
-            f"error): better {better}; not told apart {same}; worse {worse}."
+            f"error): better {better}; no significant difference {same}; worse {worse}."
         )
     return sentences
 

@@ -100,7 +100,7 @@ def _comparison(result: Result, ours: str, theirs: tuple[str, str | None]) -> st
     difference = _probe(result, ours) - _probe(result, *theirs)
     outcome = {
         1: "ahead (95 %)",
-        0: "not told apart by these seeds (within 95 %)",
+        0: "no significant difference (within 95 %)",
         -1: "behind (95 %)",
     }[verdict(difference)]
     return (
