@@ -43,6 +43,7 @@ SIZES = {
     "cpu": task.Size(2000, 1000, 4000, 1000, 64, 32, 2, 1e-2, 20),
     "gpu": task.Size(4000, 2000, 8000, 10_000, 128, 64, 3, 1e-2, 20),
 }
+QUICK = (name_of("training", "softmax"), name_of("held-out", "straight_through"))
 TWICE = 2  # seeds of which the architectures are trained for twice the steps, too
 
 
@@ -53,7 +54,7 @@ def main(options: Options) -> None:
         steps = options.steps
         points = next(n for n in range(size.points, 0, -1) if steps % n == 0)
         size = size._replace(steps=steps, points=points)
-    methods = options.choose(METHODS)
+    methods = options.choose(METHODS, QUICK)
     units = Units(options, size=list(size))
     data = task.data_of(size)
     alone = _alone(size, data, options.seeds, units)
