@@ -1187,6 +1187,23 @@ def test_record_has_the_weights_of_the_losses_that_are_there():
     assert "loss_weights/b" not in written
 
 
+def test_several_logits_are_told_alike_what_is_there():
+    losses = {"a": 1.0, "b": 2.0}
+    mu = yoto.init_loss_logits(losses, "a")
+    params = {"one": mu, "two": mu}
+    tx = optax.chain(monitoring.record(), yoto.adamw(0.1))
+    present = {"a": jnp.asarray(True), "b": jnp.asarray(False)}
+    given = {"losses": [losses, losses], "present": present}
+    _, state = tx.update(params, tx.init(params), params, **given)
+    seen = monitoring.history(state)
+    assert {name: x.item() for name, x in seen.present.items()} == {
+        "one/a": True,
+        "one/b": False,
+        "two/a": True,
+        "two/b": False,
+    }
+
+
 def test_weights_that_are_all_zero_are_drawn():
     weighting = monitoring.recorded(yoto.weightings.equal())
     losses = {"a": 1.0, "b": 1.0}

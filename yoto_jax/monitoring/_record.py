@@ -117,7 +117,7 @@ def record(
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``, and
       takes ``losses=``, a tree like the losses of the :class:`yoto_jax.LossLogits`
       (a sequence of trees if ``params`` hold several), and ``present=``, which losses
-      the batch had.
+      the batch had (a tree for all of them, as of :func:`yoto_jax.adamw`).
 
     Raises:
       TypeError: ``length`` (static under ``optax.inject_hyperparams``) or ``every`` is
@@ -198,22 +198,16 @@ def record(
         logits = [mu for _, mu in _with_logits(params)]
         slopes = [mu for _, mu in _with_logits(updates)]
         _check_like(logits, slopes, state)
-        masks = _of_each("present", present, logits)
-        weights = [
-            weights_of_present(mu, mask) for mu, mask in zip(logits, masks, strict=True)
-        ]
+        weights = [weights_of_present(mu, present) for mu in logits]
         row = [
             *jax.tree.leaves(weights),
             *_given_losses(losses, logits),
-            *_there(masks, [mu.structure for mu in logits]),
+            *[x for mu in logits for x in _there(present, mu.structure)],
             losses is not None,
             _norm([mu.learned for mu in slopes]),
         ]
         if rho is not None:
-            pulls = [
-                decay_gradient(mu, entropy, mask)
-                for mu, mask in zip(logits, masks, strict=True)
-            ]
+            pulls = [decay_gradient(mu, entropy, present) for mu in logits]
             strength = rho(state.calls) if callable(rho) else rho
             row.append(_as_float32(strength) * _norm(pulls))
         return updates, write_row(state, row, every)
@@ -277,7 +271,7 @@ def recorded(
         weights, inner = weighting.update(losses, state.inner, **seen)
         skipped = count_skipped(inner)
         skipped = -1 if skipped is None else skipped
-        there = _there([present], [jax.tree.structure(losses)])
+        there = _there(present, jax.tree.structure(losses))
         values = [*jax.tree.leaves(weights), *jax.tree.leaves(losses)]
         row = [*values, *there, skipped]
         return weights, RecordedState(write_row(state.history, row, every), inner)
@@ -371,35 +365,24 @@ def _given_losses(losses: Losses, logits: Sequence[LossLogits]) -> list[Any]:
     """Losses in the order of the weights, 0 if none are given."""
     if losses is None:
         return [0.0] * sum(mu.structure.num_leaves for mu in logits)
+    trees = [losses] if len(logits) == 1 else losses
+    if not isinstance(trees, list | tuple) or len(trees) != len(logits):
+        raise ValueError(
+            f"the parameters hold {len(logits)} LossLogits: losses= must be a sequence "
+            f"of {len(logits)} trees of losses, in their order."
+        )
     leaves = []
-    for tree, mu in zip(_of_each("losses", losses, logits), logits, strict=True):
+    for tree, mu in zip(trees, logits, strict=True):
         _, values, structure = scalar_losses(tree)
         check_structure(structure, mu.structure, "the loss logits")
         leaves += values
     return leaves
 
 
-def _of_each(what: str, given: Any, logits: Sequence[LossLogits]) -> list[Any]:
-    """One tree for each of the logits, or None for each."""
-    trees = [given] * len(logits) if given is None or len(logits) == 1 else given
-    if not isinstance(trees, list | tuple) or len(trees) != len(logits):
-        raise ValueError(
-            f"the parameters hold {len(logits)} LossLogits: {what}= must be a sequence "
-            f"of {len(logits)} trees like their losses, in their order."
-        )
-    return list(trees)
-
-
-def _there(
-    present: Sequence[Present | None],
-    structures: Sequence[jax.tree_util.PyTreeDef],
-) -> list[Any]:
+def _there(present: Present | None, structure: jax.tree_util.PyTreeDef) -> list[Any]:
     """Which losses the batch has, all unless it is told."""
-    there: list[Any] = []
-    for each, structure in zip(present, structures, strict=True):
-        mask = stack_present(each, structure)
-        there += [1.0] * structure.num_leaves if mask is None else list(mask)
-    return there
+    mask = stack_present(present, structure)
+    return [1.0] * structure.num_leaves if mask is None else list(mask)
 
 
 def _check_like(

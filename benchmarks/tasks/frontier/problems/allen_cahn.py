@@ -33,7 +33,7 @@ SIZES = {
     "quick": physics.QUICK,
     "cpu": physics.Size(15_000, 32, 4, (12, 24), 48, 256, 4),
 }
-LEARNING_RATE = 5e-3
+LEARNING_RATE = 1.5e-2
 BOUNDS = ((1e-1, 1e4), (1e-3, 1e2))
 PUBLISHED = (100.0, 1.0)
 
