@@ -21,7 +21,7 @@ class HypergradientState(NamedTuple):
 
     log_scale: jax.Array  # float32 scalar, log of the factor of the updates
     num_skipped: jax.Array  # int32 scalar, steps that were not finite
-    direction: Params  # the update before, its largest entry brought to 1
+    direction: Params  # the update before, its largest entry 1; 0 of what is left out
     inner: Any
 
 
@@ -94,7 +94,7 @@ def by_hypergradient(
         return HypergradientState(
             jnp.zeros((), float_type(jax.tree.leaves(learned))),
             jnp.zeros((), jnp.int32),
-            optax.tree.zeros_like(learned),
+            optax.tree.zeros_like(params),
             inner.init(params),
         )
 
@@ -102,7 +102,8 @@ def by_hypergradient(
         updates: Params, state: State, params: Params | None = None, **extra_args: Any
     ) -> tuple[PyTree, HypergradientState]:
         gradient = part(updates)
-        cosine = _cosine(_brought_to_1(gradient), state.direction)
+        before = part(state.direction)
+        cosine = _cosine(_brought_to_1(gradient), before)
         made, inner_state = inner.update(updates, state.inner, params, **extra_args)
         direction = _brought_to_1(part(made))
         ok = jnp.isfinite(cosine) & all_finite(_reals(direction))
@@ -110,10 +111,13 @@ def by_hypergradient(
         moved = jnp.clip(state.log_scale - rate * cosine, -limit, limit)
         log_scale = jnp.where(ok, moved.astype(state.log_scale.dtype), state.log_scale)
         skipped = state.num_skipped + (~ok).astype(jnp.int32)
+        direction = jax.tree.map(lambda x, old: x.astype(old.dtype), direction, before)
         direction = jax.tree.map(
-            lambda x, old: x.astype(old.dtype), direction, state.direction
+            lambda old, new: old if new is None else new,
+            state.direction,
+            choose(ok, direction, before),
+            is_leaf=is_hyperparameter,
         )
-        direction = choose(ok, direction, state.direction)
         scale = jnp.exp(log_scale)
         made = jax.tree.map(
             lambda x: x if _is_left(x, scale_logits) else _scaled(scale, x),

@@ -81,6 +81,14 @@ def scalar_losses(
     return [path_name(path) for path, _ in flat], [leaf for _, leaf in flat], structure
 
 
+def present_of(present: Any, structure: jax.tree_util.PyTreeDef) -> Present | None:
+    """The tree for these losses, of one or of a sequence of them."""
+    if isinstance(present, list | tuple) and jax.tree.structure(present) != structure:
+        fitting = [x for x in present if jax.tree.structure(x) == structure]
+        return fitting[0] if fitting else present
+    return present
+
+
 def stack_present(
     present: Present | None, structure: jax.tree_util.PyTreeDef
 ) -> jax.Array | None:

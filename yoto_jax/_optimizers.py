@@ -91,7 +91,8 @@ def sgdw(
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``, and
-      takes ``present=`` to hold the logits of absent losses and their moments.
+      takes ``present=`` to hold the logits of absent losses and their moments: a tree
+      of booleans like the losses, or a sequence of them if there are logits of several.
 
     Raises:
       TypeError: A rate, a dtype or ``mask`` is of another kind.
@@ -172,7 +173,8 @@ def adamw(
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``, and
-      takes ``present=`` to hold the logits of absent losses and their moments.
+      takes ``present=`` to hold the logits of absent losses and their moments: a tree
+      of booleans like the losses, or a sequence of them if there are logits of several.
 
     Raises:
       TypeError: A rate, a dtype or ``mask`` is of another kind.
@@ -222,7 +224,7 @@ def adamw(
 def _hold_absent(
     inner: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
-    """Holds logits of absent losses and their moments, given ``present=``."""
+    """Keeps dtypes of updates and, given ``present=``, logits of absent losses."""
 
     def update_fn(
         updates: Params,
@@ -233,12 +235,18 @@ def _hold_absent(
         **extra_args: Any,
     ) -> tuple[PyTree, Any]:
         new, after = inner.update(updates, state, params, present=present, **extra_args)
+        new = jax.tree.map(_in_dtype, new, updates)  # A schedule of a decay is float32.
         if present is None:
             return new, after
         still = optax.tree.zeros_like(updates)
         return choose_present(present, (new, after), (still, state))
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def _in_dtype(new: Any, old: Any) -> Any:
+    same = jax.dtypes.result_type(new) == jax.dtypes.result_type(old)
+    return new if same else jnp.asarray(new, old.dtype)
 
 
 def _decays(

@@ -96,7 +96,11 @@ def skip_outliers(
         # Not known: an error in update. Optax calls init with placeholders, too.
         if (structure := _structure(expected, params)) is not None:
             names, count = loss_names(structure), structure.num_leaves
-        return rule.init(count, jnp.float32, inner.init(params), names)
+        state = rule.init(count, jnp.float32, inner.init(params), names)
+        if names or jax.tree.leaves(params):
+            return state
+        placeholder: Any = jnp.zeros((), jnp.int32)  # Of optax.tree.map_params.
+        return state._replace(columns=placeholder)
 
     def update_fn(
         updates: Params,

@@ -14,7 +14,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from yoto_jax._composite_loss import composite_loss
-from yoto_jax._loss_logits import init_loss_logits, loss_weights
+from yoto_jax._loss_logits import init_loss_logits, weights_of_present
 from yoto_jax._losses import Losses, Present, PyTree
 from yoto_jax.conditional._film import (
     SLOPE,
@@ -70,7 +70,8 @@ class CompositeLoss(nn.Module):
                 "loss_logits",
                 lambda _: init_loss_logits(losses, self.primary, epsilon=self.epsilon),
             )
-        self.sow("intermediates", "loss_weights", loss_weights(mu))
+        weights = weights_of_present(mu, present)
+        self.sow("intermediates", "loss_weights", weights)
         return composite_loss(losses, mu, present=present)
 
 

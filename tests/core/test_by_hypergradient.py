@@ -504,3 +504,14 @@ def test_numbers_may_be_traced():
     )[-1][1]
     state = jax.jit(state_of)(0.5, 2.0)
     np.testing.assert_allclose(jnp.exp(state.log_scale), 2.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale_logits", [False, True])
+def test_optax_maps_over_what_is_like_the_parameters(scale_logits):
+    params = {"w": jnp.ones(2), "mu": MU}
+    tx = yoto.by_hypergradient(yoto.adamw(1e-2), scale_logits=scale_logits)
+    state = tx.init(params)
+    mapped = optax.tree.map_params(tx, lambda x, like: x + like, state, params)
+    chex.assert_trees_all_equal(mapped.direction, params)
+    _, state = tx.update(params, state, params)
+    assert bool(jnp.any(state.direction["mu"].learned)) == scale_logits

@@ -403,3 +403,35 @@ def test_errors(factory):
     tx = factory(0.1)
     with pytest.raises(ValueError, match="needs the current loss logits"):
         tx.update(params, tx.init(params))
+
+
+@pytest.mark.parametrize("optimizer", [yoto.adamw, yoto.sgdw])
+def test_a_schedule_of_the_decay_keeps_the_dtype_of_updates(optimizer):
+    params = {"w": jnp.ones(2, jnp.bfloat16), "mu": MU_AB}
+    tx = optimizer(1e-2, weight_decay=optax.linear_schedule(0.1, 0.01, 10))
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    kinds = lambda tree: [x.dtype for x in jax.tree.leaves(tree)]
+    assert kinds(updates) == kinds(params)
+
+
+MU_AB = yoto.init_loss_logits({"a": 0.0, "b": 0.0}, "a")
+
+
+@pytest.mark.parametrize("optimizer", [yoto.adamw, yoto.sgdw])
+def test_logits_of_other_losses_have_a_tree_each_of_what_is_there(optimizer):
+    params = {
+        "one": MU_AB,
+        "two": yoto.init_loss_logits({"c": 0.0, "d": 0.0}, "c"),
+        "again": MU_AB,
+    }
+    grads = jax.tree.map(jnp.ones_like, params)
+    tx = optimizer(1e-2)
+    state = tx.init(params)
+    there = [{"c": True, "d": True}, {"a": True, "b": False}]
+    present = jax.tree.map(jnp.asarray, there)
+    updates, _ = tx.update(grads, state, params, present=present)
+    assert not updates["one"].learned.any()
+    assert not updates["again"].learned.any()
+    assert updates["two"].learned.all()
+    with pytest.raises(ValueError, match="present do not match those of the losses"):
+        tx.update(grads, state, params, present=present[:1])

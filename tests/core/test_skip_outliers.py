@@ -798,3 +798,13 @@ def test_the_state_knows_its_losses():
     assert jax.tree.structure(state) != jax.tree.structure(other.init(PARAMS))
     counted = skip_outliers(optax.sgd(1.0), losses=2)  # Of these, no name is known.
     counted.update(PARAMS, counted.init(PARAMS), PARAMS, losses=losses)
+
+
+@pytest.mark.parametrize("losses", [None, {"a": 0.0, "b": 0.0}, 2])
+def test_optax_maps_over_what_is_like_the_parameters(losses):
+    tx = skip_outliers(yoto.adamw(1e-2), losses=losses)
+    state = tx.init(PARAMS)
+    mapped = optax.tree.map_params(tx, lambda x, like: x + like, state, PARAMS)
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
+    (adam,) = (s for s in mapped.inner if isinstance(s, optax.ScaleByAdamState))
+    chex.assert_trees_all_equal(adam.mu, PARAMS)

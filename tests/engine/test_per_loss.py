@@ -1,5 +1,7 @@
 """Gradients with a memory, one for each loss, and the methods that are made of it."""
 
+from typing import NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -401,3 +403,21 @@ def test_eight_devices_that_hold_parts_equal_one(check):
     chex.assert_trees_all_close(state, expected, rtol=1e-4, atol=1e-5)
     assert int(state[1].num_skipped) == 1
     assert state[0].count.tolist() == [3, 3]
+
+
+def test_losses_draw_numbers_of_their_own():
+    class Noise(NamedTuple):
+        key: jax.Array
+
+    def update(updates, state, params=None):
+        key, own = jax.random.split(state.key)
+        return jax.tree.map(
+            lambda u: u + jax.random.normal(own, u.shape), updates
+        ), Noise(key)
+
+    inner = optax.GradientTransformation(lambda _: Noise(jax.random.key(0)), update)
+    tx = yoto.per_loss(inner, 3)
+    state = tx.init(jnp.zeros(4))
+    for _ in range(2):
+        drawn, state = tx.update(jnp.zeros((3, 4)), state)
+        assert len(np.unique(drawn)) == 12

@@ -209,3 +209,16 @@ def test_layers_report_wrong_losses(primary):
         layer.apply(variables, {"fit": 1.0})
     with pytest.raises(ValueError, match="missing: 'size'"):
         yoto_nnx.CompositeLoss({"fit": 1.0, "size": 2.0}, primary)({"fit": 1.0})
+
+
+def test_weights_that_are_sown_are_those_of_the_batch():
+    layer = yoto_linen.CompositeLoss(primary="a", epsilon=0.25)
+    losses = {"a": 1.0, "b": 2.0, "c": 3.0}
+    present = {"a": jnp.asarray(True), "b": jnp.asarray(False), "c": jnp.asarray(True)}
+    variables = layer.init(jax.random.key(0), losses)
+    loss, logs = layer.apply(
+        variables, losses, present=present, mutable="intermediates"
+    )
+    (weights,) = logs["intermediates"]["loss_weights"]
+    np.testing.assert_allclose(list(weights.values()), [0.8, 0.0, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(loss, 0.8 * 1.0 + 0.2 * 3.0, rtol=1e-6)

@@ -1215,3 +1215,30 @@ def test_weights_that_are_all_zero_are_drawn():
     )
     zeros = made({"a": 0.0, "b": 0.0})
     assert monitoring.plot_loss_weights(zeros).get_yscale() == "linear"
+
+
+def test_losses_that_were_not_given_are_no_bad_ones():
+    losses = {"a": 1.0, "b": 2.0}
+    params = {"mu": yoto.init_loss_logits(losses, "a")}
+    tx = optax.chain(monitoring.record(), yoto.adamw(0.1))
+    update = jax.jit(tx.update)
+    state = tx.init(params)
+    for step in range(40):
+        given = {"losses": losses} if step >= 20 else {}
+        _, state = update(params, state, params, **given)
+    seen = monitoring.history(state)
+    np.testing.assert_array_equal(seen.given, np.arange(40) >= 20)
+    np.testing.assert_array_equal(np.isnan(seen.losses["a"]), ~seen.given)
+    assert "not finite" not in kinds(seen)
+    bad = {
+        name: np.where(np.arange(40) < 25, np.nan, x) for name, x in seen.losses.items()
+    }
+    assert "not finite" in kinds(seen._replace(losses=bad))  # Five of twenty.
+
+
+def test_a_history_without_any_loss_says_so():
+    seen = made(
+        {"a": np.nan, "b": np.nan}, present=dict.fromkeys("ab", np.zeros(50, bool))
+    )
+    with pytest.raises(ValueError, match="no row has any of the losses"):
+        monitoring.plot_loss_weights(seen)

@@ -444,6 +444,8 @@ def test_a_claim_that_does_not_hold_is_named():
 
 
 def test_unknown_properties_are_an_error():
+    with pytest.raises(TypeError, match="must be a sequence of names, got 'non-conf"):
+        check_gramian_properties(weightings.mgda(), "non-conflicting")
     with pytest.raises(ValueError, match="unknown properties 'brave'; there are"):
         check_gramian_properties(weightings.equal(), ["brave"])
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from yoto_jax._checks import is_key
 from yoto_jax._losses import (
     Losses,
     Params,
@@ -39,7 +40,9 @@ def per_loss(
     clips each of them.
 
     Args:
-      inner: Any transformation. Schedules count the batches that a loss was in.
+      inner: Any transformation. Schedules count the batches that a loss was in. Random
+        keys in its state are folded with the position of the loss; of keys that are
+        bare integers, as of ``jax.random.PRNGKey``, all losses have the same.
       losses: A tree of losses, or of anything with their shape; or just their number K.
       param_specs: ``PartitionSpec`` of the parameters where ``shard_map`` spreads them
         over devices, so that all devices find the same batches bad.
@@ -82,7 +85,10 @@ def per_loss(
     names = loss_names(structure)
 
     def init_fn(params: Params) -> Any:
-        each = lambda _: inner.init(params)
+        def each(row: jax.Array) -> Any:
+            own = lambda x: jax.random.fold_in(x, row) if is_key(x) else x
+            return jax.tree.map(own, inner.init(params))
+
         return jax.vmap(each)(jnp.arange(len(names)))
 
     def update_fn(

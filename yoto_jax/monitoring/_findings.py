@@ -153,6 +153,7 @@ def _recent(history: History, last: int) -> History:
         prior_gradient=cut(history.prior_gradient),
         num_skipped=cut(history.num_skipped),
         present=None if history.present is None else each(history.present),
+        given=cut(history.given),
     )
 
 
@@ -164,11 +165,10 @@ def _there(seen: History, name: str) -> np.ndarray:
 
 def _not_finite(seen: History) -> Iterator[Finding]:
     there = {name: _there(seen, name) for name in seen.loss_weights}
-    bad = {
-        name: int(np.sum(~np.isfinite(x[there[name]])))
-        for name, x in seen.losses.items()
-    }
-    bad = {name: n for name, n in bad.items() if n > np.sum(there[name]) * _SELDOM}
+    given = True if seen.given is None else seen.given
+    known = {name: x[there[name] & given] for name, x in seen.losses.items()}
+    bad = {name: int(np.sum(~np.isfinite(x))) for name, x in known.items()}
+    bad = {name: n for name, n in bad.items() if n > len(known[name]) * _SELDOM}
     if bad:
         counts = ", ".join(f"{name!r} in {n}" for name, n in bad.items())
         yield Finding(

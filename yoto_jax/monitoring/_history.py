@@ -42,6 +42,7 @@ class History(NamedTuple):
       num_skipped: (n,) batches that changed nothing, up to and with that of the row, or
         None if the weighting does not count them.
       present: (n,) whether the batch had the loss, by name; None if all had all.
+      given: (n,) whether losses were given, which are NaN if not; None if always.
     """
 
     steps: np.ndarray
@@ -53,6 +54,7 @@ class History(NamedTuple):
     downstream: str | None = None
     num_skipped: np.ndarray | None = None
     present: dict[str, np.ndarray] | None = None
+    given: np.ndarray | None = None
 
 
 def history(state: State, *, index: int | tuple[int, ...] | None = None) -> History:
@@ -228,6 +230,7 @@ def _as_history(
         prior[0] if prior else None,
         tuple(filter(None, map(_prior_weights, columns))),
         present=present,
+        given=None if given.all() else given > 0,
     )
 
 

@@ -60,7 +60,12 @@ def plot_loss_weights(history: History, *, ax: Any = None) -> Any:
     curves = {name: history.loss_weights[name] for name in weighed(history)}
     curves = {name: y for name, y in curves.items() if np.isfinite(y).any()}
     if not curves:
-        raise ValueError("nothing to draw: no loss weights have been recorded yet.")
+        why = (
+            "no row has any of the losses"
+            if len(history.steps)
+            else "no loss weights have been recorded yet"
+        )
+        raise ValueError(f"nothing to draw: {why}.")
     if ax is None:
         _, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     values = np.concatenate(list(curves.values()))

@@ -26,6 +26,7 @@ from yoto_jax._losses import (
     listed,
     loss_names,
     path_name,
+    present_of,
     scalar_losses,
     stack_present,
 )
@@ -117,7 +118,7 @@ def record(
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``, and
       takes ``losses=``, a tree like the losses of the :class:`yoto_jax.LossLogits`
       (a sequence of trees if ``params`` hold several), and ``present=``, which losses
-      the batch had (a tree for all of them, as of :func:`yoto_jax.adamw`).
+      the batch had, as :func:`yoto_jax.adamw` takes it.
 
     Raises:
       TypeError: ``length`` (static under ``optax.inject_hyperparams``) or ``every`` is
@@ -381,7 +382,7 @@ def _given_losses(losses: Losses, logits: Sequence[LossLogits]) -> list[Any]:
 
 def _there(present: Present | None, structure: jax.tree_util.PyTreeDef) -> list[Any]:
     """Which losses the batch has, all unless it is told."""
-    mask = stack_present(present, structure)
+    mask = stack_present(present_of(present, structure), structure)
     return [1.0] * structure.num_leaves if mask is None else list(mask)
 
 

@@ -222,6 +222,7 @@ def check_gramian_properties(weighting: LossWeighting, claimed: Iterable[str]) -
       None.
 
     Raises:
+      TypeError: ``claimed`` is one name alone.
       ValueError: An unknown name.
       AssertionError: A sample contradicts a property; the message says which.
 
@@ -230,6 +231,8 @@ def check_gramian_properties(weighting: LossWeighting, claimed: Iterable[str]) -
       >>> from yoto_jax.testing import check_gramian_properties
       >>> check_gramian_properties(yoto.weightings.equal(), ["non-negative weights"])
     """
+    if isinstance(claimed, str):
+        raise TypeError(f"claimed must be a sequence of names, got {claimed!r}.")
     claimed = list(claimed)
     if unknown := sorted(set(claimed) - set(PROPERTIES)):
         raise ValueError(
