@@ -379,6 +379,23 @@ def test_what_a_measured_start_is_worth():
     assert found("missing_labels", held)[0] == 13.3
 
 
+def test_no_start_helps_on_the_equation():
+    scores = lambda name: of_starts.outcome(EPSILON, "burgers", name).tests
+    mean = lambda name: round(np.mean(list(scores(name).values())))
+    names = [starts.raw(x) for x in (1e-4, 0.1, 10.0)] + ["equal", "search"]
+    assert [mean(name) for name in names] == [5, 77, 114, 334, 476]
+    ends = [of_starts.end(EPSILON, "burgers", starts.raw(x))[0] for x in (0.1, 10.0)]
+    assert [round(float(x), 3) for x in ends] == [0.004, 0.021]
+    held = starts.HELD_FROM["start"]
+    assert [round(x) for x in scores(held).values()] == [106, 182, 476]
+    lines = of_starts.lines_of(EPSILON, "burgers", held)
+    measured = [line["start"]["initial"] for line in lines]
+    assert round(max(measured) / min(measured), -1) == 270
+    assert all(
+        abs(found("burgers", x)[0]) < found("burgers", x)[1] for x in starts.BALANCED
+    )
+
+
 @pytest.mark.parametrize(
     ("problem", "expected"),
     [
