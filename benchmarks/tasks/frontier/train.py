@@ -81,6 +81,12 @@ class Averaged(Rule):
         return carry.rule.average
 
 
+@functools.cache
+def _averaged(rule: Rule) -> Averaged:
+    """One for each rule: programs are compiled for rules, once."""
+    return Averaged(rule)
+
+
 def of_seeds(problem: Problem, seeds: jax.Array) -> Task:
     """The task of lanes with these seeds, for what looks at validation data."""
     validate = jax.jit(lambda models: problem.scores(models, seeds)[VALIDATION])
@@ -142,7 +148,7 @@ def train(
       For each lane: ``looks``, each score at every look; final ``weights``;
       ``seconds``, its share of the training.
     """
-    averaged = Averaged(rule)
+    averaged = _averaged(rule)
     config = averaged.configure(list(configs))
     numbers = jnp.asarray(list(seeds))
     task = of_seeds(problem, numbers)
