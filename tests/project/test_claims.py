@@ -37,10 +37,10 @@ def test_one_run_of_aligned_mtl_beats_a_search_of_fifteen(problem):
     assert found["lower"] > 0
 
 
-@pytest.mark.parametrize("problem", TEN_SEEDS)
+@pytest.mark.parametrize("problem", [*TEN_SEEDS, "mnist1d"])
 def test_one_run_of_held_gradient_norms_is_no_worse_than_the_search(problem):
     found = VERDICTS[problem, "share 1"]
-    assert found["seeds"] == 10
+    assert found["seeds"] == (6 if problem == "mnist1d" else 10)
     assert found["runs"] < 1.05
     assert found["lower"] > -found["margin"]
 

@@ -131,11 +131,15 @@ def _caption(result: Result) -> str:
         name: len(outcome(lines, name, SEARCH).tests)
         for name in result["meta"]["problems"]
     }
-    more = [name for name in seeds if seeds[name] > stage]
+    more: dict[int, list[str]] = {}
+    for name, count in seeds.items():
+        if count > stage:
+            more.setdefault(count, []).append(name)
+    known = [f"{n} on {', '.join(more[n])}" for n in sorted(more, reverse=True)]
     others = (
-        f"; on {', '.join(more)} the search has {max(seeds.values())}, and so have "
-        "most methods that came near it"
-        if more
+        f"; the search has {' and '.join(known)}, and so have most methods that came "
+        "near it"
+        if known
         else ""
     )
     alone = (
