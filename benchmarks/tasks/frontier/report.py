@@ -28,6 +28,7 @@ from benchmarks.tasks.frontier.outcomes import (
     so_far,
     verdicts,
 )
+from benchmarks.tasks.frontier.problem import DELTA1, MEAN_IOU
 
 RECOMMENDED = (
     "equal",
@@ -150,12 +151,23 @@ def _caption(result: Result) -> str:
     return (
         "Search: the best by validation of 15 random constants, its score. Others: "
         "mean difference to it over paired seeds (more is better), with Student's 95 % "
-        "interval. Accuracy in % (segmentation: mean IoU, depth: delta1); for "
-        "equations -100 times the logarithm of the error, so that 5 is 5 %. "
+        f"interval. Accuracy in %{_other_units(result)}; for equations -100 times the "
+        "logarithm of the error, so that 5 is 5 %. "
         f"Every method has {stage} seeds{others}. "
         "Runs: gradient evaluations, in those of one run with constant weights. Lost: "
         f"seeds that end below all 15 constants.{alone}"
     )
+
+
+def _other_units(result: Result) -> str:
+    """Problems whose per cents are of something else, in brackets."""
+    units = {name: about["unit"] for name, about in problems_of(result).items()}
+    others = [
+        f"{name}: {unit.removesuffix(' in %')}"
+        for name, unit in units.items()
+        if unit in (MEAN_IOU, DELTA1)
+    ]
+    return f" ({', '.join(others)})" if others else ""
 
 
 def unsearched(lines: Sequence[Line], problems: Problems) -> list[str]:
