@@ -105,6 +105,17 @@ def check_rate(name: str, value: Any, below: float = math.inf) -> None:
         raise ValueError(f"{name} must be non-negative and {limit}, got {value}.")
 
 
+def as_integer(name: str, value: Any) -> int:
+    """An integer, or an array of one, as Python's; flags are none."""
+    wrong = TypeError(f"{name} must be an integer, got {value!r}.")
+    if isinstance(value, bool):
+        raise wrong
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise wrong from None
+
+
 def check_counts(**values: Any) -> None:
     """Checks that numbers of steps are positive integers; tracers of integers pass."""
     for name, value in values.items():
@@ -114,13 +125,7 @@ def check_counts(**values: Any) -> None:
                     f"{name} must be an integer, got {value.dtype}{value.shape}."
                 )
             continue
-        try:
-            number = None if isinstance(value, bool) else operator.index(value)
-        except TypeError:
-            number = None
-        if number is None:
-            raise TypeError(f"{name} must be an integer, got {value!r}.")
-        if number < 1:
+        if as_integer(name, value) < 1:
             raise ValueError(f"{name} must be positive, got {value}.")
 
 

@@ -1,12 +1,12 @@
 """How many lanes train for how long, and what that costs."""
 
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 
+from yoto_jax._checks import as_integer
 from yoto_jax._losses import PyTree
 
 
@@ -206,13 +206,7 @@ def successive_halving(
 
 
 def integer(name: str, value: Any, least: int) -> int:
-    wrong = TypeError(f"{name} must be an integer, got {value!r}.")
-    if isinstance(value, bool):
-        raise wrong
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise wrong from None
+    number = as_integer(name, value)
     if number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}.")
     return number
