@@ -111,7 +111,7 @@ def by_hypergradient(
         moved = jnp.clip(state.log_scale - rate * cosine, -limit, limit)
         log_scale = jnp.where(ok, moved.astype(state.log_scale.dtype), state.log_scale)
         skipped = state.num_skipped + (~ok).astype(jnp.int32)
-        direction = jax.tree.map(lambda x, old: x.astype(old.dtype), direction, before)
+        direction = optax.tree.cast_like(direction, before)
         direction = jax.tree.map(
             lambda old, new: old if new is None else new,
             state.direction,

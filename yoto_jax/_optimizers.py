@@ -235,18 +235,13 @@ def _hold_absent(
         **extra_args: Any,
     ) -> tuple[PyTree, Any]:
         new, after = inner.update(updates, state, params, present=present, **extra_args)
-        new = jax.tree.map(_in_dtype, new, updates)  # A schedule of a decay is float32.
+        new = optax.tree.cast_like(new, updates)  # A schedule of a decay is float32.
         if present is None:
             return new, after
         still = optax.tree.zeros_like(updates)
         return choose_present(present, (new, after), (still, state))
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
-
-
-def _in_dtype(new: Any, old: Any) -> Any:
-    same = jax.dtypes.result_type(new) == jax.dtypes.result_type(old)
-    return new if same else jnp.asarray(new, old.dtype)
 
 
 def _decays(
