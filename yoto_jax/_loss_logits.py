@@ -17,10 +17,9 @@ from yoto_jax._losses import (
     listed,
     loss_names,
     path_name,
-    present_of,
     scalar_losses,
     shape_and_dtype,
-    stack_present,
+    stack_fitting,
 )
 from yoto_jax._numerics import softmax, upcast
 from yoto_jax._serialization import register_node
@@ -256,7 +255,7 @@ def check_loss_logits(mu: Any) -> None:
 def present_in_order(present: Present | None, mu: LossLogits) -> jax.Array | None:
     """Mask of the present losses, the primary loss first; None for all."""
     check_loss_logits(mu)
-    mask = stack_present(present_of(present, mu.structure), mu.structure)
+    mask = stack_fitting(present, mu.structure)
     if mask is None:
         return None
     return jnp.stack(primary_first(list(mask), mu.primary))

@@ -81,14 +81,6 @@ def scalar_losses(
     return [path_name(path) for path, _ in flat], [leaf for _, leaf in flat], structure
 
 
-def present_of(present: Any, structure: jax.tree_util.PyTreeDef) -> Present | None:
-    """The tree for these losses, of one or of a sequence of them."""
-    if isinstance(present, list | tuple) and jax.tree.structure(present) != structure:
-        fitting = [x for x in present if jax.tree.structure(x) == structure]
-        return fitting[0] if fitting else present
-    return present
-
-
 def stack_present(
     present: Present | None, structure: jax.tree_util.PyTreeDef
 ) -> jax.Array | None:
@@ -106,6 +98,14 @@ def stack_present(
                 f"dtype {dtype} for {name!r}. Of a mask over examples take jnp.any."
             )
     return jnp.stack([jnp.asarray(leaf) for _, leaf in flat])
+
+
+def stack_fitting(present: Any, structure: jax.tree_util.PyTreeDef) -> jax.Array | None:
+    """As :func:`stack_present`, of the tree among several that is for these losses."""
+    if isinstance(present, list | tuple) and jax.tree.structure(present) != structure:
+        fitting = (x for x in present if jax.tree.structure(x) == structure)
+        present = next(fitting, present)
+    return stack_present(present, structure)
 
 
 def split(vector: jax.Array, structure: jax.tree_util.PyTreeDef) -> PyTree:

@@ -43,6 +43,11 @@ class SkipOutliersState(NamedTuple):
     loss_weights = of_inner("loss_weights")
     num_updates = of_inner("num_updates")
 
+    @property
+    def names(self) -> list[str]:
+        """Of the losses, in order; empty if they are not known."""
+        return [name for one in self.columns for name in one]
+
 
 @dataclasses.dataclass(frozen=True)
 class OutlierRule:

@@ -166,11 +166,10 @@ def _values(
         raise ValueError(
             f"skip_outliers was made for {count} losses, got {len(leaves)}."
         )
-    known, names = [name for one in state.columns for name in one], loss_names(given)
-    if known and known != list(names):
+    if state.names and state.names != list(loss_names(given)):
         raise ValueError(
-            f"the state of skip_outliers is that of the losses {listed(known)}, got "
-            f"{listed(names)}."
+            f"the state of skip_outliers is that of the losses {listed(state.names)}, "
+            f"got {listed(loss_names(given))}."
         )
     return loss_vector(losses, given, means.dtype)
 

@@ -111,9 +111,8 @@ def losses_of(tree: PyTree, place: str = "") -> dict[str, dict[str, Any]]:
         kind = type(tree).__name__
         return {place: {"names": list(tree.names), "kind": kind, "free": free}}
     if isinstance(tree, SkipOutliersState):
-        names = [name for one in tree.columns for name in one]
         inner = losses_of(tree.inner, f"{place}/inner".strip("/"))
-        return {place: {"names": names}, **inner} if names else inner
+        return {place: {"names": tree.names}, **inner} if tree.names else inner
     if isinstance(tree, WeightingState):
         names = loss_names(jax.tree.structure(tree.loss_weights))
         return {

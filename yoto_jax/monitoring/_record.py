@@ -26,9 +26,8 @@ from yoto_jax._losses import (
     listed,
     loss_names,
     path_name,
-    present_of,
     scalar_losses,
-    stack_present,
+    stack_fitting,
 )
 from yoto_jax._outliers import count_skipped
 from yoto_jax._serialization import serializable_state
@@ -382,7 +381,7 @@ def _given_losses(losses: Losses, logits: Sequence[LossLogits]) -> list[Any]:
 
 def _there(present: Present | None, structure: jax.tree_util.PyTreeDef) -> list[Any]:
     """Which losses the batch has, all unless it is told."""
-    mask = stack_present(present_of(present, structure), structure)
+    mask = stack_fitting(present, structure)
     return [1.0] * structure.num_leaves if mask is None else list(mask)
 
 
