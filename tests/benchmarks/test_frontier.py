@@ -105,8 +105,37 @@ def test_a_run_that_diverged_is_the_worst_not_the_best():
     assert set(found.tests.values()) == {-math.inf}
     (verdict,) = [v for v in outcomes.verdicts(lines, ABOUT) if v["method"] == "famo"]
     assert verdict["difference"] is verdict["lower"] is None
-    ranks = outcomes.mean_ranks(lines, ABOUT)
-    assert ranks["famo"] == max(x for x in ranks.values() if math.isfinite(x))
+    assert outcomes.ordered(lines, ABOUT)[-1] == "famo"
+
+
+def test_ranks_are_among_the_rows_of_all_problems_whose_constants_differ():
+    about = dict.fromkeys(("p", "q", "alike"), ABOUT["p"])
+    scores = {"p": {"a": 5.0, "b": 3.0, "c": 9.0}, "q": {"a": 2.0, "b": 1.0}}
+    lines = [
+        line(method, seed, 70, test) | {"problem": problem}
+        for seed in range(3)
+        for problem, tests in (scores | {"alike": {"a": 0.0}}).items()
+        for method, test in tests.items()
+    ]
+    for problem, worst in (("p", 0.0), ("q", 0.0), ("alike", 4.0)):
+        for seed in range(3):
+            both = points(seed, [80, 70], [4.0, worst])
+            lines += [x | {"problem": problem} for x in both]
+    found = outcomes.ranks(lines, about)
+    # On p: a 5, search 4, b 3; on q: search 4, a 2, b 1.
+    assert {name: rank.mean for name, rank in found.items()} == {
+        "search": 1.5,
+        "a": 1.5,
+        "b": 3.0,
+    }
+    assert found["a"].reach == pytest.approx(12.706205 * 0.5)
+    assert found["b"].reach == 0.0
+    # "c" has no rank, for one problem does not have it, though it is the best on p.
+    assert outcomes.ordered(lines, about) == ["search", "a", "b", "c"]
+    result = {"meta": {"problems": about, "stage": 3}, "runs": lines}
+    table = report.table(result)
+    assert [row[-1] for row in table.rows][-2:] == ["3.0 ± 0.0", ""]
+    assert "all problems but alike (there no constants differ" in table.caption
 
 
 def test_contenders_reach_the_best_mean():
@@ -186,7 +215,7 @@ def test_without_a_search_there_is_nothing_to_compare_with(tmp_path, monkeypatch
         assert (tmp_path / name).stat().st_size > 5000
     result = json.loads((tmp_path / "frontier.json").read_text())
     table = report.table(result)
-    assert [list(row) for row in table.rows] == [["equal", "1", "[61.0]", "1.0"]]
+    assert [list(row) for row in table.rows] == [["equal", "1", "[61.0]", ""]]
     assert "No search of helmholtz to compare with" in table.caption
     (row,) = report.summary(result).rows
     assert row == ["helmholtz", "held out", "0", "", "", "", ""]
@@ -240,7 +269,7 @@ def test_of_what_is_stored_come_the_same_reports():
     )
     for made in (report.table, report.tables, report.summary, report.conclusions):
         assert made(whole) == made(stored)
-    for made in (outcomes.records_of, outcomes.verdicts, outcomes.mean_ranks):
+    for made in (outcomes.records_of, outcomes.verdicts, outcomes.ordered):
         assert made(lines, ABOUT) == made(thin, ABOUT)
     assert outcomes.contenders(lines, "p") == outcomes.contenders(thin, "p")
 

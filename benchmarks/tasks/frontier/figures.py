@@ -15,8 +15,7 @@ from benchmarks.tasks.frontier.outcomes import (
     SEARCH,
     Line,
     difference,
-    mean_ranks,
-    methods_of,
+    ordered,
     outcome,
     problems_of,
     so_far,
@@ -133,12 +132,7 @@ def search_curve(
 def heatmap(result: Result, path: Path) -> None:
     """Methods against problems, in margins away from the search."""
     lines, problems = result["runs"], problems_of(result)
-    ranks = mean_ranks(lines, problems)
-    names = [
-        name
-        for name in sorted(methods_of(lines), key=lambda name: ranks[name])
-        if name != SEARCH and np.isfinite(ranks[name])
-    ]
+    names = [name for name in ordered(lines, problems) if name != SEARCH]
     margins = np.full((len(names), len(problems)), np.nan)
     lost = np.zeros_like(margins, bool)
     for column, (problem, about) in enumerate(problems.items()):

@@ -60,6 +60,13 @@ class Outcome(NamedTuple):
     collapsed: int
 
 
+class Rank(NamedTuple):
+    """Mean rank over problems, with Student's 95 % interval."""
+
+    mean: float
+    reach: float  # two-sided, to either side
+
+
 class Difference(NamedTuple):
     """Mean difference to the search over paired seeds, with its 95 % bounds."""
 
@@ -279,23 +286,50 @@ def verdicts(lines: Sequence[Line], problems: Problems) -> list[dict[str, Any]]:
     return found
 
 
-def mean_ranks(lines: Sequence[Line], problems: Problems) -> dict[str, float]:
-    """Rank of each row by its mean score, averaged over the problems that it has."""
-    names = methods_of(lines)
-    ranks: dict[str, list[float]] = {name: [] for name in names}
-    for problem in problems:
-        means = {
-            name: float(np.mean(list(found.tests.values())))
-            for name in names
-            if (found := outcome(lines, problem, name)).tests
-        }
-        order = scipy.stats.rankdata([-x for x in means.values()])
-        for name, rank in zip(means, order, strict=True):
-            ranks[name].append(float(rank))
+def ranks(lines: Sequence[Line], problems: Problems) -> dict[str, Rank]:
+    """Mean ranks of the rows that all problems have whose constants differ.
+
+    They are ranked among each other: a rank says the same on each problem.
+    """
+    separating = [name for name in problems if separates(lines, name)]
+    means = [mean_tests(lines, name) for name in separating]
+    shared = [n for n in methods_of(lines) if means and all(n in x for x in means)]
+    found = np.array([_ranked([x[n] for n in shared]) for x in means])
     return {
-        name: float(np.mean(found)) if found else math.inf
-        for name, found in ranks.items()
+        name: Rank(float(own.mean()), reach(own))
+        for name, own in zip(shared, found.T, strict=True)
     }
+
+
+def ordered(lines: Sequence[Line], problems: Problems) -> list[str]:
+    """All rows that are there: those with a rank by it, then others.
+
+    The others are in the order of the share of the rows of a problem that they are
+    above, averaged over the problems that they have.
+    """
+    places: dict[str, list[float]] = {name: [] for name in methods_of(lines)}
+    for problem in problems:
+        means = mean_tests(lines, problem)
+        for name, rank in zip(means, _ranked([*means.values()]), strict=True):
+            places[name].append(rank / len(means))
+    first = {name: rank.mean for name, rank in ranks(lines, problems).items()}
+    there = [name for name, found in places.items() if found]
+    place = lambda name: (first.get(name, math.inf), float(np.mean(places[name])))
+    return sorted(there, key=place)
+
+
+def mean_tests(lines: Sequence[Line], problem: str) -> dict[str, float]:
+    """The mean score of each row that a problem has."""
+    return {
+        name: float(np.mean(list(found.tests.values())))
+        for name in methods_of(lines)
+        if (found := outcome(lines, problem, name)).tests
+    }
+
+
+def _ranked(means: Sequence[float]) -> np.ndarray:
+    """Ranks, the best one's is 1."""
+    return scipy.stats.rankdata([-x for x in means])
 
 
 def levelled(lines: Sequence[Line], problem: str) -> float:
@@ -309,6 +343,12 @@ def separation(lines: Sequence[Line], problem: str) -> Difference:
     """Best and worst constants by validation, on the test."""
     best, worst = (searched(lines, problem, pick) for pick in (max, min))
     return difference(best, worst)
+
+
+def separates(lines: Sequence[Line], problem: str) -> bool:
+    """Whether the weights matter: the two differ significantly."""
+    apart = separation(lines, problem)
+    return apart.mean - apart.reach > 0
 
 
 def ceiling(lines: Sequence[Line], problem: str) -> Difference:

@@ -20,10 +20,12 @@ from benchmarks.tasks.frontier.outcomes import (
     ceiling,
     difference,
     levelled,
-    mean_ranks,
     methods_of,
+    ordered,
     outcome,
     problems_of,
+    ranks,
+    separates,
     separation,
     so_far,
     verdicts,
@@ -52,12 +54,27 @@ STOPS = (3, 5, 9, 15)
 def table(result: Result) -> Table:
     """Difference to the search by method and problem."""
     lines, problems = result["runs"], problems_of(result)
-    ranks = mean_ranks(lines, problems)
-    found = [name for name in methods_of(lines) if math.isfinite(ranks[name])]
-    names = sorted(found, key=lambda name: ranks[name])
-    rows = [[*_row(lines, problems, name), f"{ranks[name]:.1f}"] for name in names]
-    caption = f"{_caption(result)} Mean rank: over the problems that a row has."
+    found = ranks(lines, problems)
+    shown = {
+        name: f"{rank.mean:.1f} ± {rank.reach:.1f}" for name, rank in found.items()
+    }
+    rows = [
+        [*_row(lines, problems, name), shown.get(name, "")]
+        for name in ordered(lines, problems)
+    ]
+    caption = _caption(result) + (_about_ranks(lines, problems) if found else "")
     return Table(["method", "runs", *problems, "mean rank"], rows, caption)
+
+
+def _about_ranks(lines: Sequence[Line], problems: Problems) -> str:
+    alike = [name for name in problems if not separates(lines, name)]
+    but = f" but {', '.join(alike)}" if alike else ""
+    why = " (there no constants differ significantly)" if alike else ""
+    return (
+        f" Mean rank: among the rows that all problems{but}{why} have, with Student's "
+        "95 % interval over these problems; the other rows are in the order of their "
+        "mean place on the problems that they have."
+    )
 
 
 def tables(result: Result) -> dict[str, Table]:
@@ -242,8 +259,7 @@ def conclusions(result: Result) -> list[str]:
         )
     sentences += [f"{problem}: no search to compare with." for problem in without]
     for problem in (name for name in problems if name not in without):
-        apart = separation(lines, problem)
-        if not apart.mean - apart.reach > 0:
+        if not separates(lines, problem):
             sentences.append(f"{problem}: the constants do not differ significantly.")
     return sentences
 
