@@ -35,6 +35,8 @@ def structure_difference(
 ) -> str:
     """Names missing and unexpected leaves, or else the containers that differ."""
     got, wanted = set(loss_names(structure)), set(loss_names(expected))
+    if got == {""}:  # A single leaf, which has no path.
+        return f"expected a tree of {listed(sorted(wanted))}, got one value without it"
     difference = "; ".join(
         f"{word}: {listed(sorted(which))}"
         for word, which in (("missing", wanted - got), ("unexpected", got - wanted))
@@ -66,6 +68,11 @@ def scalar_losses(
     flat, structure = jax.tree.flatten_with_path(losses)
     for path, leaf in flat:
         name = path_name(path)
+        if isinstance(leaf, str):
+            raise TypeError(
+                f"loss {name!r} is the string {leaf!r}, not a number; for losses that "
+                "have no values yet give dict.fromkeys(names, 0.0)."
+            )
         shape, dtype = shape_and_dtype(f"loss {name!r}", leaf)
         if shape:
             raise ValueError(
@@ -75,7 +82,8 @@ def scalar_losses(
             )
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"loss {name!r} must be a floating-point number, got dtype {dtype}."
+                f"loss {name!r} must be a floating-point number, such as 0.0, got "
+                f"dtype {dtype}."
                 + (" Of MaskedLosses give the losses." if dtype == jnp.bool_ else "")
             )
     return [path_name(path) for path, _ in flat], [leaf for _, leaf in flat], structure

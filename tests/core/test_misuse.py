@@ -169,3 +169,42 @@ def test_keys():
     assert raw.inner.key == typed.inner.key
     with pytest.raises(TypeError, match="key must be"):
         weightings.random(key=0.5).init(losses)
+
+
+# Losses that are no tree of numbers.
+
+
+@pytest.mark.parametrize(
+    ("losses", "error", "message"),
+    [
+        (1.0, ValueError, "expected a tree of 'a', 'b', got one value without it"),
+        (["a", "b"], TypeError, r"is the string 'a', .* dict\.fromkeys"),
+        ({"a": 1, "b": 2}, TypeError, r"floating-point number, such as 0\.0"),
+    ],
+)
+def test_losses_of_another_kind(losses, error, message):
+    weighting = weightings.equal()
+    with pytest.raises(error, match=message):
+        weighting.update(losses, weighting.init(LOSSES))
+
+
+# Gradients that are not stacked.
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        yoto.aggregate(weightings.upgrad(), LOSSES),
+        yoto.grad_drop(LOSSES),
+        yoto.per_loss(optax.sgd(0.1), LOSSES),
+    ],
+    ids=["aggregate", "grad_drop", "per_loss"],
+)
+def test_a_gradient_whose_first_axis_happens_to_have_a_row_for_each_loss(link):
+    params = {"w": jnp.ones((2, 3))}
+    state = link.init(params)
+    with pytest.raises(ValueError, match=r"value_and_jacobian .* \(2, 2, 3\), got"):
+        link.update(params, state, params)
+    rows = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+    link.update(rows, state, params)
+    link.update(rows, state)  # Without parameters there is nothing to compare with.

@@ -190,6 +190,11 @@ def test_names_of_arms_are_not_those_of_fields():
             "made by one_of itself",
         ),
         (lambda: racing.one_of(cast("Any", [EQUAL])), TypeError, "must be a mapping"),
+        (
+            lambda: racing.one_of(cast("Any", {"a": {"fit": 1.0}})),
+            TypeError,
+            r"of constant weights make yoto\.weightings\.static",
+        ),
         (lambda: racing.start(jnp.ones(2), 0), ValueError, "arms must be at least 1"),
     ],
 )

@@ -1,5 +1,7 @@
 """What a race costs, told before it starts."""
 
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,6 +115,16 @@ LANES = {"w": jnp.zeros(2)}
             "leaves no step of 9 after it",
         ),
         (lambda: racing.plan(9, 3, [(0.01, 1)]), ValueError, "is at step 0 of 9"),
+        (
+            lambda: racing.plan(9, 3, cast("Any", (0.2, 1))),
+            TypeError,
+            r"must be pairs \(share, keep\)",
+        ),
+        (
+            lambda: racing.keep(LANES, {"score": [1.0, 2.0]}, 1),
+            TypeError,
+            "got a dict",
+        ),
         (
             lambda: racing.successive_halving(9, 3, eta=1.0),
             ValueError,

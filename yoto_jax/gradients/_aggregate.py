@@ -34,7 +34,7 @@ def aggregate(
     *,
     param_specs: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Combine per-loss gradients, stacked on a leading axis, into one gradient.
+    r"""Combines per-loss gradients, stacked on a leading axis, into one gradient.
 
     .. math::
       u \leftarrow \sum_k w_k u_k, \qquad w = \mathrm{weighting}(L, J J^T).
@@ -59,7 +59,7 @@ def aggregate(
 
     Raises:
       ValueError: In ``update``: ``losses`` is missing although the weighting needs
-        them, or an array has no leading axis of length K.
+        them, or an array is not K gradients of a parameter.
 
     Examples:
       >>> import jax.numpy as jnp, optax, yoto_jax as yoto
@@ -93,8 +93,7 @@ def aggregate(
         present: Present | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, Any]:
-        del params
-        check_rows(updates, names)
+        check_rows(updates, names, params)
         if losses is None:
             if "losses" in weighting.needs:
                 raise ValueError(

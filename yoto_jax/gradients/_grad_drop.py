@@ -31,15 +31,15 @@ def grad_drop(
     key: jax.Array | int = 0,
     param_specs: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Sum per-loss gradients, where each entry keeps one sign, drawn at random.
+    r"""Sums per-loss gradients, keeping one sign, drawn at random, for each entry.
 
     .. math::
       u \leftarrow \sum_k \bigl(\ell_k + (1 - \ell_k) M_k\bigr) u_k, \qquad
       M_k = [u_k > 0][U < P] + [u_k < 0][U \ge P], \qquad
       P = \frac12 \Bigl(1 + \frac{\sum_k u_k}{\sum_k |u_k|}\Bigr).
 
-    U is uniform on [0, 1), one draw for each entry. No weights of losses do that, so
-    this takes the place of :func:`aggregate` in a chain. With one leak for all losses,
+    U is uniform on [0, 1), one draw for each entry. Loss weights cannot do that,
+    so it takes the place of :func:`aggregate` in a chain. With one leak for all losses,
     its mean is the plain sum of the gradients; where they agree it is that sum.
 
     Args:
@@ -94,8 +94,8 @@ def grad_drop(
         present: Present | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, GradDropState]:
-        del params, extra_args
-        check_rows(updates, spec.names)
+        del extra_args
+        check_rows(updates, spec.names, params)
         updates = present_rows(updates, stack_present(present, spec.structure))
         after, draw = jax.random.split(state.key)
         rows, structure = jax.tree.flatten(updates)

@@ -30,7 +30,7 @@ def per_loss(
     *,
     param_specs: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Give every loss's gradient a transformation, and a state, of its own.
+    r"""Applies a transformation to each loss's gradient, with a state of its own.
 
     .. math::
       u_k \leftarrow \mathrm{inner}(u_k), \qquad k = 1, \ldots, K.
@@ -99,7 +99,7 @@ def per_loss(
         present: Present | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, Any]:
-        check_rows(updates, names)
+        check_rows(updates, names, params)
         there = stack_present(present, structure)
         updates = present_rows(updates, there)
         spread = spread_of(updates, param_specs)

@@ -92,14 +92,27 @@ def rows_of(
     return lax.map(pull, basis, batch_size=chunk_size)
 
 
-def check_rows(rows: PyTree, names: Sequence[str]) -> None:
-    """Raise unless every array has one row for each loss."""
-    for path, leaf in jax.tree.leaves_with_path(rows):
+def check_rows(
+    rows: PyTree, names: Sequence[str], params: Params | None = None
+) -> None:
+    """Raise unless every array has one row for each loss, of a parameter's shape."""
+    leaves = jax.tree.leaves_with_path(rows)
+    for path, leaf in leaves:
         if leaf.shape[:1] != (len(names),):
             raise ValueError(
                 f"update{jax.tree_util.keystr(path)} must have a leading axis of "
                 f"length {len(names)}, one entry for each of the losses "
                 f"{listed(names)}, got shape {leaf.shape}."
+            )
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(params)]
+    if len(shapes) != len(leaves):
+        return
+    for (path, leaf), shape in zip(leaves, shapes, strict=True):
+        if leaf.shape[1:] != shape:
+            raise ValueError(
+                f"update{jax.tree_util.keystr(path)} must stack the gradients of the "
+                f"losses {listed(names)}, as value_and_jacobian returns them: shape "
+                f"{(len(names), *shape)}, got {leaf.shape}."
             )
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from yoto_jax.racing._plan import integer
 
 
 class Kept(NamedTuple):
-    """What a cut leaves.
+    """Result of :func:`keep`.
 
     Attributes:
       lanes: The lanes that go on, in their old order.
@@ -30,7 +30,7 @@ class Kept(NamedTuple):
 
 
 def start(lane: PyTree, arms: int) -> PyTree:
-    """So many lanes that start from the same point.
+    """Copies one run into several lanes, which start from the same point.
 
     Args:
       lane: What one run carries from step to step: parameters, states, random keys.
@@ -61,7 +61,7 @@ def start(lane: PyTree, arms: int) -> PyTree:
 
 
 def stack(trees: Sequence[PyTree]) -> PyTree:
-    """Trees of the same structure as lanes of one: weights of one arm each, say.
+    """Stacks trees of one structure into lanes, such as the loss weights of arms.
 
     Args:
       trees: One for each lane.
@@ -84,7 +84,7 @@ def stack(trees: Sequence[PyTree]) -> PyTree:
 
 
 def keep(lanes: PyTree, scores: Any, number: int) -> Kept:
-    """The lanes with the best scores.
+    """Keeps the lanes with the best scores.
 
     Args:
       lanes: What they carry; every array has the leading axis of lanes. Put in what
@@ -97,7 +97,7 @@ def keep(lanes: PyTree, scores: Any, number: int) -> Kept:
       A :class:`Kept`.
 
     Raises:
-      TypeError: ``number`` is no integer.
+      TypeError: ``number`` is no integer, or ``scores`` a mapping.
       ValueError: ``scores`` and ``lanes`` do not fit, ``number`` is not among 1 to the
         number of lanes, or, outside ``jit``, all scores are NaN.
 
@@ -108,6 +108,10 @@ def keep(lanes: PyTree, scores: Any, number: int) -> Kept:
       >>> print(kept.lanes["number"], kept.scores)
       [2 3] [0.9 0.5]
     """
+    if isinstance(scores, Mapping):
+        raise TypeError(
+            f"scores must be an array of shape [lanes], got a {type(scores).__name__}."
+        )
     scores = jnp.asarray(scores)
     if scores.ndim != 1 or jnp.issubdtype(scores.dtype, jnp.complexfloating):
         raise ValueError(
@@ -137,7 +141,7 @@ def _keep(lanes: PyTree, scores: jax.Array, number: int) -> Kept:
 
 
 def lane(lanes: PyTree, index: int) -> PyTree:
-    """One lane, without the axis: what a run alone would carry.
+    """Takes out one lane, without the leading axis.
 
     Args:
       lanes: What all of them carry.
@@ -168,7 +172,7 @@ def _take(lanes: PyTree, index: jax.Array) -> PyTree:
 
 
 def spread(lanes: PyTree, devices: Sequence[jax.Device] | None = None) -> PyTree:
-    """Put lanes on devices, as many on each, as far as their number has it.
+    """Distributes lanes evenly over devices, as far as their number divides.
 
     With more devices than lanes, or numbers that do not divide, some devices do the
     same work: the axis is cut into the greatest common divisor of both numbers. Call it

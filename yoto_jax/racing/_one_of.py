@@ -43,7 +43,7 @@ class OneOfState(NamedTuple):
 
 
 def one_of(weightings: Mapping[str, LossWeighting]) -> LossWeighting:
-    """A weighting that is one of several, another one in each lane of a race.
+    """Packs several weightings into one; each lane of a race runs a different one.
 
     Args:
       weightings: By name, none of them steered by a downstream loss. Lane i of
@@ -75,8 +75,8 @@ def one_of(weightings: Mapping[str, LossWeighting]) -> LossWeighting:
       [0.5 1. ] [0.5 0.5]
 
     .. note::
-      A lane costs what the dearest weighting needs: one that looks at gradients makes
-      all lanes compute them, at the steps at which any of them looks: with
+      Each lane costs what the most expensive weighting needs: one that looks at
+      gradients makes all lanes compute them, at the steps at which any looks. With
       :func:`yoto_jax.weightings.hold` or :func:`yoto_jax.weightings.every` around
       those, most steps cost what they cost with fixed weights. Under ``vmap`` the
       arithmetic of every weighting is done in every lane, which is little beside the
@@ -110,7 +110,8 @@ def _check(weightings: Mapping[str, LossWeighting]) -> None:
         if not isinstance(weighting, LossWeighting):
             raise TypeError(
                 f"weightings[{name!r}] must be a LossWeighting, got a "
-                f"{type(weighting).__name__}."
+                f"{type(weighting).__name__}; of constant weights make "
+                "yoto.weightings.static(weights)."
             )
         if weighting.downstream is not None:
             raise ValueError(
@@ -229,7 +230,7 @@ class _Arms:
 def alone(
     weightings: Mapping[str, LossWeighting], state: OneOfState
 ) -> tuple[str, LossWeighting, Any]:
-    """The weighting of one lane, and its own state: it goes on at its own price.
+    """Takes the weighting of one lane, and its state, out of :func:`one_of`.
 
     Args:
       weightings: What :func:`one_of` was given.

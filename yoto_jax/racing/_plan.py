@@ -93,7 +93,7 @@ class Plan(NamedTuple):
 
 
 def plan(steps: int, arms: int, cuts: Sequence[tuple[float, int]]) -> Plan:
-    """A race with cuts where they are wanted.
+    """Plans a race with cuts at given shares of the steps.
 
     Args:
       steps: Of the lane that wins, as many as of a run alone.
@@ -107,6 +107,7 @@ def plan(steps: int, arms: int, cuts: Sequence[tuple[float, int]]) -> Plan:
 
     Raises:
       TypeError: A number of steps or lanes is not an integer.
+      TypeError: The cuts are no pairs, or a count is no integer.
       ValueError: A number is out of its range, or the cuts are not in order.
 
     Examples:
@@ -121,7 +122,13 @@ def plan(steps: int, arms: int, cuts: Sequence[tuple[float, int]]) -> Plan:
     steps, lanes = integer("steps", steps, 1), integer("arms", arms, 1)
     rungs: list[Rung] = []
     before = 0
-    for share, wanted in cuts:
+    for cut in cuts:
+        try:
+            share, wanted = cut
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"cuts must be pairs (share, keep), as [(0.2, 1)], got {cuts!r}."
+            ) from None
         if not 0 < share < 1:
             raise ValueError(f"a cut must be at a share in (0, 1), got {share}.")
         stop, left = round(share * steps), integer("keep", wanted, 1)
@@ -144,14 +151,14 @@ def plan(steps: int, arms: int, cuts: Sequence[tuple[float, int]]) -> Plan:
 def successive_halving(
     steps: int, arms: int, *, eta: float = 3.0, first: float | None = None
 ) -> Plan:
-    r"""A race by successive halving: the same factor at every cut.
+    r"""Plans a race by successive halving: the same factor at every cut.
 
     .. math::
       n_i = \lfloor n \eta^{-i} \rfloor \text{ lanes until step } r_0 \eta^i,
       \qquad i = 0, 1, \dots
 
-    A cut drops a lane at least, whatever the factor. Lanes go on where they were:
-    unlike in the papers' form, no step is done twice.
+    Every cut drops at least one lane, whatever the factor. Lanes continue from where
+    they are: unlike in the papers, no step is repeated.
 
     Args:
       steps: Of the lane that wins, as many as of a run alone.
