@@ -32,7 +32,7 @@ def by_hypergradient(
     bound: jax.typing.ArrayLike = 1e3,
     scale_logits: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales the updates of an optimizer by a factor that is learned on the way.
+    r"""Scales the updates of an optimizer by a factor learned during training.
 
     .. math::
       \log s_t = \log s_{t-1} - \beta \cos(g_t, u_{t-1}), \qquad

@@ -1,4 +1,4 @@
-"""What is known of the losses before they have values."""
+"""Description of the losses without their values."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from yoto_jax._numerics import where_rows
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LossSpec:
-    """What is known of K losses before they have values.
+    """Describes K losses without their values: structure, dtype, presence.
 
-    :func:`make_weighting` shows it to a method. Reductions over losses go through it:
-    they leave out the losses that are absent. A loss has a *position*, that of its leaf
+    :func:`make_weighting` passes it to a method. Its reductions over losses leave out
+    those that are absent. A loss has a *position*, that of its leaf
     in ``jax.tree.leaves(losses)``, and so have its entries of vectors (K,).
 
     Attributes:

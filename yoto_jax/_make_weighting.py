@@ -45,7 +45,7 @@ def make_weighting(
     observe: Callable[..., Any] | None = None,
     observe_step: Callable[..., Any] | None = None,
 ) -> LossWeighting:
-    r"""A weighting from the arithmetic of a method, on vectors of K losses.
+    r"""Makes a weighting from a method's arithmetic on vectors of K losses.
 
     .. math::
       (L, s, G) \mapsto (w, s'), \qquad

@@ -1,4 +1,4 @@
-"""Which batches have absurd losses: the rule of both ``skip_outliers``."""
+"""The rule for batches with outlying losses, of both ``skip_outliers``."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -36,7 +36,7 @@ def skip_outliers(
     *,
     losses: Losses | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Take no step on a batch that is not finite, or whose loss is absurd.
+    """Skips the step on batches that are not finite or have an outlying loss.
 
     A batch is bad if the rule says so of its losses, or if an update is not finite (or
     its square). Then the updates are zero, the state of ``inner`` stays what it was,
@@ -45,7 +45,7 @@ def skip_outliers(
 
     Args:
       inner: Any transformation. Wrap the whole chain, and ``optax.MultiSteps`` too.
-      rule: Which losses are absurd; ``yoto_jax.OutlierRule()`` if none is given.
+      rule: Which losses are outliers; ``yoto_jax.OutlierRule()`` if none is given.
       losses: A tree of the losses, or of anything with their shape; or just their
         number. May be left out if the parameters hold :class:`yoto_jax.LossLogits`.
 

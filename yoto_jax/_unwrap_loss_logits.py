@@ -16,15 +16,16 @@ def unwrap_loss_logits(
 
     ``nnx.Optimizer`` initialises a transformation with variables and updates it with
     their values: one that keeps a copy of loss logits fails in its second step.
-    :func:`yoto_jax.adamw` and :func:`yoto_jax.sgdw` unwrap them; an optimizer of your
-    own needs it around all of it, and so does a wrapper that accumulates or averages,
-    such as ``optax.MultiSteps``, even with ours inside.
+    :func:`yoto_jax.adamw` and :func:`yoto_jax.sgdw` unwrap them; put it
+    around any other optimizer, and around a wrapper that accumulates or averages, such
+    as ``optax.MultiSteps``, even with ours inside. Without it the update fails with
+    a "node type mismatch".
 
     Args:
       inner: Any transformation.
 
     Returns:
-      The same transformation; without NNX variables, in every respect.
+      The same transformation; it changes nothing without NNX variables.
 
     Examples:
       >>> import optax, yoto_jax as yoto

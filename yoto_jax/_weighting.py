@@ -1,4 +1,4 @@
-"""What a loss weighting is: the protocol, and what all who use one have in common."""
+"""The protocol of loss weightings, and helpers of the code that uses one."""
 
 import inspect
 from collections.abc import Callable
@@ -20,7 +20,7 @@ MATRICES = ("gramian", "cross_gramian")
 
 
 class LossWeighting(NamedTuple):
-    """A rule that turns what losses, and their gradients, say into loss weights.
+    """A rule that computes loss weights from losses and statistics of gradients.
 
     A pair of pure functions, like ``optax.GradientTransformation``. The functions of
     :mod:`yoto_jax.weightings` make them; :func:`yoto_jax.value_and_grad` and
@@ -46,10 +46,10 @@ class LossWeighting(NamedTuple):
         that they need not be computed if it does not. None if it always does.
       observe: ``observe(state, *, cotangent_norm, gradient_norm) -> state``: shown the
         norm of the weighted gradient of the shared representation, and that of the
-        encoder's parameters which it became. None if of no interest.
+        encoder's parameters which it became. None if not needed.
       observe_step: ``observe_step(losses, state) -> state``: shown the losses of the
         same batch after the step, and ``present=`` as ``update`` is. To be called by
-        the user. None if of no interest.
+        the user. None if not needed.
       positive: Whether losses must be positive, or at least not negative: others are an
         error, and inside ``jit`` a batch that is skipped.
 

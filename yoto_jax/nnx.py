@@ -88,7 +88,7 @@ class CompositeLoss(nnx.Module):
 
 
 class FiLM(nnx.Module):
-    r"""Scale and shift every feature by what the loss weights say.
+    r"""FiLM: scales and shifts every feature by functions of the loss weights.
 
     .. math::
       y = (1 + s(c))\, x + t(c)
@@ -160,7 +160,7 @@ class FiLM(nnx.Module):
 
 
 class Gate(nnx.Module):
-    r"""Multiply every feature by a gate that the loss weights open and close.
+    r"""Multiplies every feature by a gate, a function of the loss weights.
 
     .. math::
       y = 2\, \sigma(W c + b)\, x

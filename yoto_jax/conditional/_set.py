@@ -1,4 +1,4 @@
-"""A few models for many losses: each loss is some model's business."""
+"""An objective for a few models that share many losses."""
 
 import jax
 import jax.numpy as jnp

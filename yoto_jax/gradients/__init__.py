@@ -1,14 +1,14 @@
-"""Per-loss gradients: where they come from, what is told of them, one update.
+"""Per-loss gradients: their sources, their statistics and the combined update.
 
-Data flows through the rooms in this order::
+Data flows through the modules in this order::
 
     _value_and_grad  asks a source for a pass, a weighting for weights
     _output          reads losses off what the loss function returns
     _pass            what a source of gradients is, and what it gives
     _parameters      the source: gradients of the parameters
     _representation  the source: gradients of a representation
-    _steering        where a downstream loss is looked at
-    _statistics      what a weighting is told of the gradients
+    _steering        the batch that a downstream gradient is taken on
+    _statistics      statistics of the gradients, for the weighting
     _cross_gramian   the same of two batches
     _rows            arithmetic on the gradients
     _devices         axes of pmap and shard_map that they are averaged over

@@ -46,7 +46,7 @@ def aggregate_momenta(
     eps: jax.typing.ArrayLike = 1e-8,
     param_specs: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Combine momenta of all losses, one of which is renewed in each step.
+    r"""Combines the momenta of all losses, and updates one of them in each step.
 
     .. math::
       m_k \leftarrow \beta_1 m_k + (1 - \beta_1) g_k, \qquad

@@ -68,7 +68,8 @@ def of_representation(
       \sum_k w_k J_k + \sum_k \nabla_\theta L_k(\theta, z).
 
     The heads are differentiated once, with a copy of z for each loss, and the encoder
-    once. For a deep encoder that costs hardly more than a plain step, whatever K.
+    once. With a deep encoder and small heads that costs hardly more than a plain step:
+    K multiplies the cost of the heads alone.
 
     Args:
       encoder: ``encoder(params, *args) -> z``, any tree of arrays that carry the batch

@@ -64,7 +64,7 @@ class Steering:
 
 
 def on_training(*, lookahead: jax.typing.ArrayLike = 0.0) -> Steering:
-    r"""Looks at the downstream loss on the training batch: the default.
+    r"""Takes the downstream gradient on the training batch: the default.
 
     .. math::
       d = \nabla L_\text{down}\Bigl(\theta - \eta \sum_k w_k \nabla L_k(\theta)\Bigr)
@@ -101,7 +101,7 @@ def on_training(*, lookahead: jax.typing.ArrayLike = 0.0) -> Steering:
 def on_validation(
     *, all_losses: bool = False, lookahead: jax.typing.ArrayLike = 0.0
 ) -> Steering:
-    r"""Looks at the downstream loss on a batch of its own.
+    r"""Takes the downstream gradient on a separate validation batch.
 
     The function that :func:`yoto_jax.value_and_grad` returns then takes the arguments
     of that batch, a tuple, after the state: ``fn(params, state, (held_out,), batch)``.

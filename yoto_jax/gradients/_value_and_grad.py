@@ -1,4 +1,4 @@
-"""The engine: losses, their gradients as far as a weighting asks, one update."""
+"""The engine: losses, the gradients that a weighting needs, and one update."""
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping
@@ -122,8 +122,8 @@ def value_and_grad(
 
     Raises:
       TypeError: A loss is not a floating-point number.
-      ValueError: Losses are not scalars or do not match the state, or nobody provides
-        what the weighting needs.
+      ValueError: Losses are not scalars or do not match the state, or a
+        statistic that the weighting needs is not provided.
 
     Examples:
       >>> import jax, jax.numpy as jnp, yoto_jax as yoto

@@ -74,7 +74,7 @@ def watched(
     every: jax.typing.ArrayLike = 100,
     length: int = 100,
 ) -> LossWeighting:
-    r"""Looks at the Gramian of the gradients now and then, whatever the weighting.
+    r"""Records the Gramian of the gradients every few updates, for any weighting.
 
     .. math::
       G_{ij} = \langle g_i, g_j \rangle, \qquad g_k = \nabla L_k,
@@ -172,7 +172,7 @@ def watched(
 
 
 class Conflicts(NamedTuple):
-    r"""What looks at the gradients of losses have seen, as NumPy arrays.
+    r"""Recorded Gramians of the gradients, and loss weights, as NumPy arrays.
 
     With :math:`g_k` the gradient of a loss, :math:`w_k` its weight, and the update
     :math:`d = \sum_k w_k g_k`, as the weighting gives it to the optimizer. What is not
@@ -323,7 +323,7 @@ class Conflicts(NamedTuple):
 
 
 def conflicts(state: State, *, index: int | tuple[int, ...] | None = None) -> Conflicts:
-    """Fetches what :func:`watched` has seen, in one transfer.
+    """Fetches the rows of :func:`watched` in one transfer.
 
     It waits for the step that made ``state``.
 
@@ -375,7 +375,7 @@ def measure_conflicts(
     has_aux: bool = False,
     gradients: GradientSource | None = None,
 ) -> Conflicts:
-    """Looks at the gradients of some batches, before any training or between.
+    """Measures the conflicts of gradients on some batches, without training.
 
     Each batch costs a forward pass and K backward passes, (1 + 2K) / 3 plain steps.
     Nothing is trained. Ten batches or more tell a conflict from noise. Losses that

@@ -1,4 +1,4 @@
-"""What looks at the gradients say of the losses, in words."""
+"""Findings from recorded gradients, in words."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ def diagnose(
     representation: Conflicts | None = None,
     last: int = 100,
 ) -> list[Finding]:
-    """Says whether losses conflict, which ones, and who has a say in the update.
+    """Finds losses that conflict, and losses that the update neglects.
 
     The last looks are judged together, at least ten. A cosine counts as negative
     throughout if its mean is below -0.1 and it is negative more often than a fair coin

@@ -20,7 +20,7 @@ _SAID: set[tuple[str, tuple[str, ...]]] = set()  # Warned of in this process.
 
 
 class Finding(NamedTuple):
-    """What :func:`check` or :func:`diagnose` has found.
+    """A finding of :func:`check` or :func:`diagnose`.
 
     Attributes:
       kind: ``"not finite"``, ``"skipped"``, ``"collapsed"``, ``"prior"``, ``"scale"``

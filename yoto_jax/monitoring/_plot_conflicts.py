@@ -1,4 +1,4 @@
-"""Figure of what looks at the gradients have seen."""
+"""Figure of recorded conflicts between gradients."""
 
 import warnings
 from collections.abc import Sequence

@@ -5,7 +5,7 @@ arrays have a leading axis of lanes, and the step of one run becomes that of all
 ``jax.vmap``. At a few rungs the lanes that validate worst are dropped. Everything here
 is a pure function on pytrees: the loop, the step and the validation stay the user's.
 
-Data flows through the rooms in this order::
+Data flows through the modules in this order::
 
     _plan       how many lanes train for how long, and what that costs
     _units      loss weights in units of gradient norms

@@ -15,7 +15,7 @@ WARMUP, LEAST = 0.02, 10
 def portfolio(
     primary: str | int, steps: int, *, shares: Sequence[float] = (0.1, 1.0, 10.0)
 ) -> dict[str, LossWeighting]:
-    r"""Equal weights, and weights by gradient norms: arms for unknown losses.
+    r"""Makes arms for unknown losses: equal weights, and weights by gradient norms.
 
     For each share c the weights make the gradient of every auxiliary loss c times as
     long as that of the primary one, in the first two per cent of the steps (ten at

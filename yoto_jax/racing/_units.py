@@ -64,7 +64,7 @@ def gradient_norms(
 def weights_by_norms(
     norms: PyTree, primary: str | int, share: PyTree = 1.0, *, most: float = 1e6
 ) -> Losses:
-    r"""Weights with which auxiliary gradients are a share as long as the primary one's.
+    r"""Weights that make auxiliary gradients a given share as long as the primary one.
 
     .. math:: w_k = \min(c_k \, n_p / n_k, m), \qquad w_p = 1.
 
@@ -76,7 +76,7 @@ def weights_by_norms(
       primary: p, the path of one loss, or its index in a sequence of losses.
       share: c, one number for all auxiliary losses, or a tree like the norms, in which
         the primary's does not matter. 0 leaves a loss out.
-      most: m, positive: the weight of a loss that has no gradient yet, too.
+      most: m, the largest weight (positive); also that of a loss without a gradient.
 
     Returns:
       float32 weights, a tree like the norms. Under ``jit`` they are NaN for a loss

@@ -1,4 +1,4 @@
-"""What every weighting promises, as checks for whoever writes one.
+"""Checks of the contract of a weighting, for authors of new ones.
 
 :func:`check_weighting` runs all of :func:`checks`; those of weightings that need the
 Gramian may also have some of the properties of :func:`gramian_properties`.

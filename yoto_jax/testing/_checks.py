@@ -35,7 +35,7 @@ def check_weighting(
     statistics: Mapping[str, Callable[..., Any]] | None = None,
     order_matters: bool = False,
 ) -> None:
-    """Check all that a weighting promises, on a small problem.
+    """Checks the whole contract of a weighting on a small problem.
 
     Types that never change, one trace, the same under ``scan`` and ``vmap``, the
     gradient of the weighted sum, batches that are not finite, absent losses, low
@@ -44,7 +44,7 @@ def check_weighting(
     Args:
       weighting: What is checked.
       losses: A tree whose structure the losses have, see :class:`Trial`.
-      about: The loss that it is about, if it is about one, see :class:`Trial`.
+      about: The loss that it singles out, such as a primary one, see :class:`Trial`.
       statistics: Functions for statistics of its own, see :class:`Trial`.
       order_matters: Whether weights may depend on the place of a loss among the others.
 

@@ -42,7 +42,7 @@ class Trial:
     Args:
       weighting: What is tried.
       losses: A tree whose structure the losses have. ``{"a", "b", "c"}`` unless given.
-      about: The loss that the weighting is about, if it is about one: by its path or
+      about: The loss that the weighting singles out, such as a primary one: its path or
         its index. That of ``weighting.downstream`` unless given.
       statistics: For statistics of the weighting's own, functions ``f(params, x)`` as
         :func:`yoto_jax.value_and_grad` takes them, of a dict of ``w`` (4, 3) and ``b``

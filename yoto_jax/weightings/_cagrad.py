@@ -21,8 +21,8 @@ from yoto_jax._weighting import LossWeighting
 def cagrad(*, c: float = 0.5) -> LossWeighting:
     r"""The mean gradient, turned towards the loss that gains least from it.
 
-    Within a ball of radius c times its norm around the mean gradient :math:`g_0` it is
-    the direction whose worst local improvement :math:`\min_k g_k \cdot d` is best:
+    Of all directions within c times its norm from the mean gradient :math:`g_0`, it is
+    the one with the largest worst local improvement :math:`\min_k g_k \cdot d`:
 
     .. math::
       d = g_0 + \frac{c \|g_0\|}{\|g_w\|} g_w, \qquad g_w = \sum_k w_k g_k, \qquad

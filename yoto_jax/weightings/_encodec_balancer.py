@@ -24,8 +24,8 @@ def encodec_balancer(
     .. math::
       w_i = \frac{p_i}{\sum_j p_j}\, \frac{R}{\varepsilon + \bar n_i},
 
-    with running means :math:`\bar n` of the gradient norms, the present batch among
-    them, freed of the start at 0. The norms are to be those at the model's output:
+    with bias-corrected running means :math:`\bar n` of the gradient norms, which
+    include the present batch. The norms are to be those at the model's output:
     :func:`yoto_jax.of_representation` with the whole decoder as the encoder.
 
     Args:

@@ -18,7 +18,7 @@ def inverse_dirichlet(*, decay: float = 0.5, eps: float = 1e-6) -> LossWeighting
       w_i \leftarrow \beta w_i + (1 - \beta) \hat w_i,
 
     with standard deviations over all entries of a gradient. The average starts at 1 and
-    takes the gradients of an update in before the update uses it.
+    includes the gradients of the present update.
 
     Args:
       decay: :math:`\beta` of the moving average, in [0, 1); :math:`\alpha` in the

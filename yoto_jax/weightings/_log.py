@@ -33,7 +33,7 @@ class LogState(NamedTuple):
 
 
 def log(weighting: LossWeighting) -> LossWeighting:
-    r"""Weigh the logarithms of the losses.
+    r"""Applies a weighting to the logarithms of the losses.
 
     .. math::
       w_k = \frac{1}{L_k}\, \mathrm{weighting}(\log L)_k, \qquad

@@ -24,7 +24,7 @@ def lr_annealing(
       \qquad w_i \leftarrow \beta w_i + (1 - \beta) \hat w_i, \qquad w_r = 1,
 
     with the largest and the mean absolute entry of the gradients. The average starts at
-    1 and takes the gradients of an update in before the update uses it.
+    1 and includes the gradients of the present update.
 
     Args:
       reference: r, the residual of the equation in the paper: the path of one loss, or

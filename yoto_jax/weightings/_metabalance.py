@@ -19,8 +19,8 @@ def metabalance(
     .. math::
       w_i = r \frac{\bar n_q}{\bar n_i} + (1 - r),
 
-    with running means :math:`\bar n` of the gradient norms, the present batch among
-    them, freed of the start at 0.
+    with bias-corrected running means :math:`\bar n` of the gradient norms, which
+    include the present batch.
 
     Args:
       primary: q, the path of one loss, or its index in a sequence of losses.

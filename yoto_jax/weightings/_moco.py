@@ -87,9 +87,8 @@ def modo(
 
     with gradients :math:`J_1` and :math:`J_2` of two independent batches, so that the
     step is right in the mean; :math:`\Pi_\Delta` projects onto non-negative weights of
-    sum 1. :func:`yoto_jax.cross_gramian` makes the product, which is the caller's to
-    provide: the engine knows no second batch, and one statistic is less than a link for
-    pairs.
+    sum 1. The caller provides the product, by :func:`yoto_jax.cross_gramian`: the
+    engine has no second batch.
 
     Args:
       learning_rate: :math:`\gamma > 0`, in units of one over a squared gradient norm.

@@ -90,7 +90,7 @@ def ntk_surrogate(*, decay: float = 0.9, eps: float = 1e-6) -> LossWeighting:
       w \leftarrow \beta w + (1 - \beta) \hat w,
 
     where :math:`n_i` is the gradient norm of the loss without its weight. The average
-    starts at 1 and takes the gradients of an update in before the update uses it.
+    starts at 1 and includes the gradients of the present update.
 
     Args:
       decay: :math:`\beta` of the moving average, in [0, 1).

@@ -37,8 +37,8 @@ def pcd(
       \tilde g_j \cdot d \ge \tau_j \|\tilde g_j\|^2 \text{ for } j \ne q, \qquad
       \tilde g_i = \frac{g_i}{\sqrt{v_i + \varepsilon}},
 
-    with running means v of the squared gradient norms, the present batch among them,
-    freed of the start at 0. The solution,
+    with bias-corrected running means v of the squared gradient norms, which include the
+    present batch. The solution,
     :math:`\tilde g_q + \sum_j \mu_j \tilde g_j` with multipliers :math:`\mu \ge 0`, is
     that of a quadratic programme in the Gramian. It is made as long as :math:`g_q`. If
     the demands contradict each other, they are dropped.

@@ -32,7 +32,7 @@ from yoto_jax._weighting import (
 def skip_outliers(
     weighting: LossWeighting, rule: OutlierRule | None = None
 ) -> LossWeighting:
-    """Learn nothing from a batch with a loss far larger than usual.
+    """Holds weights and state on a batch with a loss far larger than usual.
 
     A batch that is not finite leaves every weighting as it was; this wrapper holds
     weights and state also if the rule calls the losses bad. It is the rule of
@@ -43,7 +43,7 @@ def skip_outliers(
       weighting: Any :class:`yoto_jax.LossWeighting`. Of several wrappers this should be
         the outermost: inside :func:`yoto_jax.weightings.normalize` it would see losses
         that are divided by the outlier already.
-      rule: Which losses are absurd; ``yoto_jax.OutlierRule()`` if none is given.
+      rule: Which losses are outliers; ``yoto_jax.OutlierRule()`` if none is given.
 
     Returns:
       A :class:`yoto_jax.LossWeighting`, which counts the batches that it skips in

@@ -51,7 +51,7 @@ class EveryState(NamedTuple):
 
 
 def every(weighting: LossWeighting, steps: jax.typing.ArrayLike) -> LossWeighting:
-    """Update the weights every so many steps, and hold them in between.
+    """Updates the weights every few steps, and holds them in between.
 
     In between, :func:`yoto_jax.value_and_grad` computes none of the statistics that the
     weighting needs: a step then costs what it costs with fixed weights.
@@ -105,7 +105,7 @@ class HoldState(NamedTuple):
 
 
 def hold(weighting: LossWeighting, after: jax.typing.ArrayLike) -> LossWeighting:
-    """Update the weights in the first steps, and hold them from then on.
+    """Updates the weights in the first steps, and holds them from then on.
 
     After these steps :func:`yoto_jax.value_and_grad` computes none of the statistics
     that the weighting needs: a step then costs what it costs with fixed weights.
@@ -296,7 +296,7 @@ class NormalizeState(NamedTuple):
 def normalize(
     weighting: LossWeighting, *, decay: jax.typing.ArrayLike = 0.99
 ) -> LossWeighting:
-    r"""Show a weighting losses of a common scale: each over its own running mean.
+    r"""Divides each loss by its running mean before the weighting sees it.
 
     .. math::
       s_{k,t} = \beta s_{k,t-1} + (1 - \beta) |L_{k,t}|, \quad s_{k,1} = |L_{k,1}|,

@@ -30,7 +30,7 @@ def yoto(
     epsilon: PyTree = 0.1,
     optimizer: optax.GradientTransformation | None = None,
 ) -> LossWeighting:
-    r"""Softmax weights that descend the composite loss, as layer 1 has them.
+    r"""Softmax weights that descend the composite loss (YOTO), kept in the state.
 
     .. math::
       \lambda = \mathrm{Softmax}(\mu), \qquad
