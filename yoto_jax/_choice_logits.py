@@ -40,6 +40,11 @@ class ChoiceLogits:
     logits: jax.Array
     options: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the logits, as libraries ask parameters for it."""
+        return self.logits.shape
+
     def __repr__(self) -> str:
         return f"ChoiceLogits({_entries(self.options, self.logits)})"
 

@@ -70,6 +70,11 @@ class LossLogits:
         values["primary"] = primary
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the logits that are learned, as libraries ask parameters for it."""
+        return self.learned.shape
+
+    @property
     def logits(self) -> PyTree:
         """The logits as a tree like the losses, with ``None`` at the primary loss."""
         learned = iter(range(self.structure.num_leaves))

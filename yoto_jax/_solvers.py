@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from yoto_jax._varying import varying_like
+
 HIGHEST = lax.Precision.HIGHEST  # float32 products on accelerators are float32
 
 
@@ -126,7 +128,7 @@ def solve_bounded_qp(
         ok = jnp.all((new_x > 0) & (new_z > 0) & jnp.isfinite(new_x + new_z))
         return jnp.where(ok, new_x, x), jnp.where(ok, new_z, z)
 
-    x = jnp.ones((size,), dtype)
+    x = varying_like(jnp.ones((size,), dtype), b)
     z = jnp.maximum(dot(a, x) - b, 1)
     x, z = lax.fori_loop(0, steps, step, (x, z))
 
@@ -179,7 +181,9 @@ def solve_axis_qps(matrix: jax.Array, lengths: jax.Array) -> jax.Array:
     v, exact = _axis_qps_together(matrix, lengths)
     # A loop, for under vmap a condition would always solve one by one as well.
     return lax.while_loop(
-        lambda carry: ~carry[1], lambda _: (one_by_one(), jnp.array(True)), (v, exact)
+        lambda carry: ~carry[1],
+        lambda carry: (one_by_one(), jnp.ones_like(carry[1])),
+        (v, exact),
     )[0]
 
 
@@ -230,8 +234,9 @@ def _axis_qps_together(
         d = jnp.where(moving, d, 0)
         return count + 1, jnp.any(moving), x, g, d, ~(release | project)
 
-    x, d = jnp.zeros_like(a), jnp.minimum(a, 0)
-    start = (0, jnp.any(d < 0), x, a, d, jnp.zeros((size, 1), bool))
+    d = jnp.minimum(a, 0)
+    x, conjugate = varying_like((jnp.zeros_like(a), jnp.zeros((size, 1), bool)), a)
+    start = (0, jnp.any(d < 0), x, a, d, conjugate)
     more = lambda carry: (carry[0] < 8 * size) & carry[1]
     _, going, x, *_ = lax.while_loop(more, step, start)
     wrong = jnp.max(jnp.abs(push(x, dot(x, a) + a)), axis=1)
@@ -332,6 +337,7 @@ def minimise_on_simplex(
         )
 
     w = ones / size
+    w = varying_like(w, *derivatives(w))
     value, gradient, _ = derivatives(w)
     y = jnp.min(gradient) - 1
     start = (w, gradient - y, y, w, value)
@@ -497,13 +503,16 @@ def projection_weights(cosine: jax.Array, targets: jax.Array) -> jax.Array:
     return dot(vectors, inverse * jnp.where(jnp.abs(sums) <= noise, 0, sums))
 
 
-def surgery(alter: Callable[..., Any], rows: Any, key: jax.Array) -> Any:
+def surgery(
+    alter: Callable[..., Any], rows: Any, key: jax.Array, gramian: jax.Array
+) -> Any:
     """Let every loss go through all losses, in a random order of its own.
 
     Args:
       alter: ``alter(row, i, j) -> row``: what becomes of the row of loss i at loss j.
       rows: A tree of arrays with a leading axis of size K, one row per loss.
       key: Typed key of the orders.
+      gramian: What ``alter`` looks at comes from it.
 
     Returns:
       The rows in the end.
@@ -517,6 +526,7 @@ def surgery(alter: Callable[..., Any], rows: Any, key: jax.Array) -> Any:
     def visit(rows: Any, others: jax.Array) -> tuple[Any, None]:
         return jax.vmap(alter)(rows, places, others), None
 
+    rows = varying_like(rows, orders, gramian, *jax.tree.leaves(rows))
     return lax.scan(visit, rows, orders.T)[0]
 
 

@@ -246,7 +246,8 @@ def value_and_grad(
         With ``yoto.of_representation(encoder)``, ``encoder(model, *args) -> z`` and
         ``loss_fn(model, z, *args)``, which sees the module as the encoder left it.
         Batch statistics are passed on as they are; any other variable that the encoder
-        changes, such as an ``nnx.Cache``, is part of z.
+        changes, such as an ``nnx.Cache``, is part of z, and so is what it sows: methods
+        that count entries see it. To watch an encoder, take ``nnx.capture``.
       steering: As in :func:`yoto_jax.value_and_grad`.
       statistics: Functions ``(model, *args) -> (K,)``, by name.
       axis_name: As in :func:`yoto_jax.value_and_grad`.

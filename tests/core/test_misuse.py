@@ -116,9 +116,9 @@ def test_chunk_sizes(chunk_size):
 def test_an_axis_that_is_not_there():
     weighting = weightings.equal()
     step = yoto.value_and_grad(loss_fn, weighting, axis_name="d")
-    with pytest.raises(ValueError, match="axis_name='d' is no axis"):
+    with pytest.raises(ValueError, match="axis_name: 'd' is no axis"):
         jax.jit(step)(W, weighting.init(LOSSES))
-    with pytest.raises(ValueError, match="axis_name='d' is no axis"):
+    with pytest.raises(ValueError, match="axis_name: 'd' is no axis"):
         yoto.value_and_jacobian(loss_fn, axis_name="d")(W)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import yoto_jax as yoto
 
 DEVICES = 8
+AUTO = jax.sharding.AxisType.Auto
 STEPS = 20
 OPTIMIZERS = {
     "sgdw": yoto.sgdw(0.02, weight_decay=0.01, hyperparameter_decay=0.3),
@@ -168,3 +170,56 @@ def test_jit_with_sharded_batches(tx, axis_type):
     assert jax.tree.leaves(before) == jax.tree.leaves(after)
     assert params["mu"].learned.sharding.is_fully_replicated
     assert_same(params, one_device(tx))
+
+
+# Runs side by side, each on a device of its own.
+
+WITH_LOOPS = [
+    *("mgda", "pcgrad", "gradvac", "cagrad", "nash_mtl", "fair_grad", "upgrad"),
+    *("dual_proj", "pcd", "epo", "grap_closed_form"),
+]
+
+
+@pytest.mark.parametrize("name", WITH_LOOPS)
+def test_solvers_can_be_traced_in_runs_side_by_side(name):
+    """Their loops start from constants, and end with what varies over the runs."""
+    method = yoto.weightings.methods()[name]
+    steered = method.requires == "downstream"
+    weighting = method.example("smooth" if steered else "fit")
+    params, batches = data()
+    batch = jax.tree.map(lambda leaf: leaf[0], batches)
+    step = yoto.value_and_grad(loss_fn, weighting)
+
+    def run(w, state):
+        out = step(*jax.tree.map(lambda leaf: leaf[0], (w, state)), batch)
+        return jax.tree.map(lambda leaf: leaf[None], out)
+
+    state = weighting.init(dict.fromkeys(("fit", "size", "smooth"), 0.0))
+    start = yoto.racing.start((params["w"], state), DEVICES)
+    mesh = jax.make_mesh((DEVICES,), ("runs",), axis_types=(AUTO,))
+    mapped = jax.shard_map(
+        run, mesh=mesh, in_specs=jax.P("runs"), out_specs=jax.P("runs")
+    )
+    _, grads, _ = jax.eval_shape(mapped, *start)
+    assert grads.shape == start[0].shape
+
+
+def test_solutions_in_runs_side_by_side_are_those_alone():
+    key = jax.random.key(0)
+    rows = jax.random.normal(key, (DEVICES, 3, 4))
+    gramians = jnp.einsum("rki,rli->rkl", rows, rows)
+    losses = dict.fromkeys("abc", 1.0)
+    mesh = jax.make_mesh((DEVICES,), ("runs",), axis_types=(AUTO,))
+    for name in ("upgrad", "cagrad", "gradvac"):
+        weighting = yoto.weightings.methods()[name].example("a")
+        state = weighting.init(losses)
+
+        def weigh(gramian, weighting=weighting, state=state):
+            return weighting.update(losses, state, gramian=gramian)[0]
+
+        run = lambda g, weigh=weigh: jax.tree.map(lambda x: x[None], weigh(g[0]))
+        spec = jax.P("runs")
+        found = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec))
+        expected = jax.jit(jax.vmap(weigh))(gramians)
+        close = dict(rtol=1e-4, atol=1e-5)
+        chex.assert_trees_all_close(found(gramians), expected, **close)

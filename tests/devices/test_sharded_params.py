@@ -155,6 +155,50 @@ def test_layers_cut_up_over_a_second_axis(name, by_encoder):
     check(name, by_encoder, mesh, specs, jax.P("d"), True, step)
 
 
+@cases("gradnorm, encoder", "lr_annealing, encoder", "upgrad")
+def test_layers_cut_up_where_every_device_has_the_whole_batch(name, by_encoder):
+    mesh = mesh_of((8,), ("m",))
+    specs = {"w1": jax.P(None, "m"), "w2": jax.P("m", None), "b": jax.P()}
+    total = lambda y: lax.psum(y, "m")
+    step = make(WEIGHTINGS[name], by_encoder, total=total, param_specs=specs)
+    check(name, by_encoder, mesh, specs, jax.P(), True, step)
+
+
+@cases("gradnorm, encoder", "inverse_dirichlet, encoder", "upgrad")
+def test_runs_side_by_side_whose_layers_are_cut_up(name, by_encoder):
+    """An axis of runs is none of the representation: each is as if it were alone."""
+    mesh = mesh_of((2, 4), ("runs", "m"))
+    specs = {"w1": jax.P(None, "m"), "w2": jax.P("m", None), "b": jax.P()}
+    weighting = WEIGHTINGS[name]
+    total = lambda y: lax.psum(y, "m")
+    step = make(weighting, by_encoder, total=total, param_specs=specs)
+
+    def run_of_device(params, state, x):
+        out = step(*jax.tree.map(lambda leaf: leaf[0], (params, state)), x)
+        return jax.tree.map(lambda leaf: leaf[None], out)
+
+    def of_runs(tree):
+        return jax.tree.map(lambda spec: jax.P("runs", *spec), tree)
+
+    runs = [PARAMS, jax.tree.map(lambda w: -2.0 * w, PARAMS)]
+    state = weighting.init(dict.fromkeys(NAMES, 0.0))
+    stack = lambda *leaves: jnp.stack(leaves)
+    side_by_side = jax.jit(
+        jax.shard_map(
+            run_of_device,
+            mesh=mesh,
+            in_specs=(of_runs(specs), jax.P("runs"), jax.P()),
+            out_specs=(jax.P("runs"), of_runs(specs), jax.P("runs")),
+        )
+    )
+    params = put_on(mesh, jax.tree.map(stack, *runs), of_runs(specs))
+    found = side_by_side(params, jax.tree.map(stack, state, state), BATCHES[0])
+    alone = jax.jit(make(weighting, by_encoder))
+    expected = [alone(params, state, BATCHES[0]) for params in runs]
+    expected = jax.device_get(jax.tree.map(stack, *expected))
+    chex.assert_trees_all_close(jax.device_get(found), expected, rtol=2e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "source"),
     [
@@ -233,6 +277,7 @@ def test_stacked_gradients_in_parts():
     [
         ({"w1": jax.P()}, ValueError, "param_specs must be a tree of PartitionSpec"),
         ({"w1": "d", "w2": jax.P(), "b": jax.P()}, TypeError, "got a str in it"),
+        (jax.P("typo"), ValueError, "param_specs: 'typo' is no axis of a pmap or sh"),
     ],
 )
 def test_specs_that_do_not_fit(specs, error, message):

@@ -274,6 +274,23 @@ def test_loss_logits_among_the_parameters():
     assert old["size"] != new["size"]
 
 
+def test_shardings_of_flax_know_the_logits():
+    """They ask variables for a shape, and leave out what has none."""
+    loss = yoto_nnx.CompositeLoss(LOSSES, "fit")
+    choice = nnx.Param(yoto.init_choice_logits(("relu", "tanh")))
+    model = nnx.Dict(loss=loss, choice=choice, out=nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
+    optimizer = nnx.Optimizer(model, yoto.adamw(1e-2), wrt=nnx.Param)
+    mesh = jax.make_mesh((1,), ("d",), devices=jax.devices()[:1])
+    for state in (nnx.state(model), nnx.state(optimizer)):
+        is_spec = lambda x: x is None or isinstance(x, jax.P)
+        specs = jax.tree.leaves(nnx.get_partition_spec(state), is_leaf=is_spec)
+        assert set(specs) == {jax.P()}
+        placed = jax.device_put(state, nnx.get_named_sharding(state, mesh))
+        assert all(x.sharding.mesh == mesh for x in jax.tree.leaves(placed))
+    assert loss.loss_logits.get_value().shape == (2,)
+    assert choice.get_value().shape == (2,)
+
+
 def test_a_statistic_sees_the_module_and_leaves_it_as_it_is():
     seen = []
 

@@ -33,23 +33,26 @@ def main(port, process, processes):
     value_and_grad = yoto.value_and_grad(loss_fn, weighting)
 
     def step(lane):
-        w, opt_state, state = lane
-        _, grads, state = value_and_grad(w, state, x)
+        w, opt_state, state, key = lane
+        key, of_noise = jax.random.split(key)
+        noise = 0.1 * jax.random.normal(of_noise, x.shape)
+        _, grads, state = value_and_grad(w, state, x + noise)
         updates, opt_state = tx.update(grads, opt_state)
-        return optax.apply_updates(w, updates), opt_state, state
+        return optax.apply_updates(w, updates), opt_state, state, key
 
     step_all = jax.jit(jax.vmap(step), donate_argnums=0)
     score_all = jax.jit(jax.vmap(lambda w: -loss_fn(w, x)["fit"]))
     w = jnp.ones(3)
     losses = {"fit": 0.0, "size": 0.0}
-    lanes = racing.start((w, tx.init(w), weighting.init(losses)), LANES)
+    key = jax.random.key(2)
+    lanes = racing.start((w, tx.init(w), weighting.init(losses), key), LANES)
     lanes = racing.spread(lanes)
     for rung in race.rungs:
         for _ in range(rung.steps):
             lanes = step_all(lanes)
         kept = racing.keep(lanes, score_all(lanes[0]), rung.keep)
         lanes = racing.spread(kept.lanes)
-    w, _, state = racing.lane(lanes, 0)
+    w, _, state, _ = racing.lane(lanes, 0)
     arm = state.arm
     if processes > 1:
         w, arm = multihost_utils.process_allgather((w, arm), tiled=True)

@@ -9,6 +9,7 @@ from jax import lax
 
 from yoto_jax._losses import Losses, Params, PyTree, path_name
 from yoto_jax._numerics import stacked
+from yoto_jax._varying import vary_over, varying_axes
 
 Axes = tuple[Hashable, ...]
 
@@ -60,6 +61,7 @@ def spread_of(
     for path, x, own in zip(paths, leaves, found, strict=True):
         for axis in own:
             if axes is not None and axis not in (*axes, *varying_axes(x)):
+                check_axes((axis,), "param_specs")
                 raise ValueError(
                     f"parameter {path!r} is spread over axis {axis!r}, which the batch "
                     "is not: that needs shard_map with check_vma=True, its default. "
@@ -71,39 +73,17 @@ def spread_of(
 def named_axes(axis_name: Any) -> Axes:
     if axis_name is None:
         return ()
-    return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
-
-
-def vary_over(tree: PyTree, axes: Sequence[Hashable]) -> PyTree:
-    """Parameters as each device's own, so that gradients are those of its own losses.
-
-    Inside ``shard_map`` that checks varying axes, the gradient with respect to a value
-    that is the same everywhere is summed over the devices on its own accord.
-    """
-
-    def vary(x: Any) -> Any:
-        if getattr(x, "dtype", None) == jax.dtypes.float0:
-            return x
-        missing = tuple(axis for axis in axes if axis not in varying_axes(x))
-        return _to_varying(x, missing) if missing else x
-
-    return jax.tree.map(vary, tree) if axes else tree
+    several = isinstance(axis_name, tuple | list)
+    axes = tuple(axis_name) if several else (axis_name,)
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"axis_name must not repeat an axis, got {axis_name!r}.")
+    return axes
 
 
 def checks_axes(params: Params, axes: Axes) -> bool:
     """Whether ``shard_map`` knows what varies, told by parameters made to vary."""
     leaves = jax.tree.leaves(params)
     return bool(leaves) and bool(axes) and varying_axes(leaves[0]) >= set(axes)
-
-
-def varying_axes(x: Any) -> frozenset[Hashable]:
-    """The axes of ``shard_map`` along which a value may differ."""
-    kind = jax.typeof(x)
-    return kind.mat.varying if hasattr(kind, "mat") else kind.vma
-
-
-def _to_varying(x: jax.Array, axes: Axes) -> jax.Array:
-    return lax.pcast(x, axes, to="varying")
 
 
 def axis_size(axes: Axes) -> int:
@@ -143,13 +123,13 @@ def mean_losses(losses: Losses, axes: Axes) -> PyTree:
     )
 
 
-def check_axes(axes: Axes) -> None:
+def check_axes(axes: Axes, option: str = "axis_name") -> None:
     """Raise unless a ``pmap`` or ``shard_map`` around this has these axes."""
     for axis in axes:
         try:
             axis_size((axis,))
         except NameError:
             raise ValueError(
-                f"axis_name={axis!r} is no axis of a pmap or shard_map around this "
-                "call. On one device, and under jit alone, leave axis_name out."
+                f"{option}: {axis!r} is no axis of a pmap or shard_map around this "
+                f"call. On one device, and under jit alone, leave {option} out."
             ) from None

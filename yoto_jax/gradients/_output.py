@@ -9,7 +9,8 @@ from jax import lax
 
 from yoto_jax._losses import Losses, PyTree, scalar_losses, stack_present
 from yoto_jax._masked_mean import MaskedLosses
-from yoto_jax.gradients._devices import Axes, axis_size, vary_over
+from yoto_jax._varying import vary_over
+from yoto_jax.gradients._devices import Axes, axis_size
 
 
 def read_output(

@@ -12,8 +12,9 @@ from yoto_jax._checks import check_flag
 from yoto_jax._jaxlib import check_jaxlib
 from yoto_jax._losses import Params, PyTree, State, Weights
 from yoto_jax._numerics import stacked
+from yoto_jax._varying import vary_over
 from yoto_jax._weighting import LossWeighting
-from yoto_jax.gradients._devices import mean_losses, mean_over, vary_over
+from yoto_jax.gradients._devices import mean_losses, mean_over
 from yoto_jax.gradients._pass import Batch, Pass
 from yoto_jax.gradients._rows import (
     add_axis,

@@ -19,6 +19,7 @@ from yoto_jax._losses import (
     loss_names,
 )
 from yoto_jax._numerics import stacked
+from yoto_jax._varying import vary_over, varying_axes, varying_like
 from yoto_jax._weighting import LossWeighting
 from yoto_jax.gradients._devices import (
     Axes,
@@ -27,15 +28,12 @@ from yoto_jax.gradients._devices import (
     checks_axes,
     mean_losses,
     mean_over,
-    vary_over,
-    varying_axes,
 )
 from yoto_jax.gradients._pass import Batch, Pass
 from yoto_jax.gradients._rows import (
     add_leaf,
     cotangents_of,
     tangent_of,
-    varying_like,
     weighted_sum_of,
 )
 from yoto_jax.gradients._statistics import (
@@ -250,14 +248,19 @@ class _Traced:
 
 
 def _spread_z(x: jax.Array, devices: Devices, checked: bool) -> Axes:
-    """The axes that one array of the representation is cut up over."""
+    """The axes that one array of the representation is cut up over.
+
+    They are among those of the batch and of ``param_specs``: what varies along others
+    belongs to other runs.
+    """
     batch, spread = devices
-    if not checked:
+    if batch and not checked:
         return batch
     varying = varying_axes(x)
     # An array that the encoder has averaged over the devices is whole on each.
     own = tuple(axis for axis in batch if axis in varying)
-    return (*own, *sorted(varying - set(batch), key=str)) if any(spread) else own
+    of_layers = {axis for axes in spread for axis in axes} - set(batch)
+    return (*own, *sorted(varying & of_layers, key=str))
 
 
 def _replace_downstream(weights: Weights, weighting: LossWeighting) -> PyTree:

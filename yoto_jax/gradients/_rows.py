@@ -19,7 +19,7 @@ from yoto_jax._losses import (
     scalar_losses,
 )
 from yoto_jax._numerics import upcast, where_rows
-from yoto_jax.gradients._devices import vary_over, varying_axes
+from yoto_jax._varying import varying_like
 
 MANY = 16
 """Gradients from which on sums over them are products of arrays, not written out.
@@ -56,11 +56,6 @@ def cotangents_of(weights: Weights, losses: Losses) -> PyTree:
     return jax.tree.map(
         lambda w, x: varying_like(w.astype(x.dtype), x), weights, losses
     )
-
-
-def varying_like(x: Any, like: Any) -> Any:
-    """``x`` varying over the same axes as ``like``, as pullbacks insist."""
-    return vary_over(x, tuple(varying_axes(like)))
 
 
 def one_hot(losses: Losses, position: int) -> PyTree:

@@ -12,6 +12,7 @@ from yoto_jax._jaxlib import warn_of_jaxlib
 from yoto_jax._losses import Params, PyTree, State, split
 from yoto_jax._masked_mean import MaskedLosses
 from yoto_jax._params import check_params
+from yoto_jax._varying import vary_over
 from yoto_jax._weighting import (
     GRADIENT_STATISTICS,
     LossWeighting,
@@ -27,7 +28,6 @@ from yoto_jax.gradients._devices import (
     mean_over,
     named_axes,
     spread_of,
-    vary_over,
 )
 from yoto_jax.gradients._parameters import OfParameters
 from yoto_jax.gradients._pass import Batch, GradientSource, Pass

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from yoto_jax._checks import is_key
 from yoto_jax._losses import PyTree, path_name
 from yoto_jax.racing._one_of import numbered
 from yoto_jax.racing._plan import integer
@@ -202,7 +203,15 @@ def spread(lanes: PyTree, devices: Sequence[jax.Device] | None = None) -> PyTree
     parts = math.gcd(count, len(devices))
     mesh = Mesh(np.array(devices).reshape(parts, -1), ("lanes", "copies"))
     sharding = NamedSharding(mesh, PartitionSpec("lanes"))
-    return jax.device_put(lanes, sharding)
+    return jax.tree.map(lambda x: _put(x, sharding), lanes)
+
+
+def _put(x: Any, sharding: NamedSharding) -> jax.Array:
+    """The array on devices of all processes, where typed keys cannot be put as such."""
+    if not is_key(x):
+        return jax.device_put(x, sharding)
+    data = jax.device_put(jax.random.key_data(x), sharding)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
 
 
 def _count(lanes: PyTree) -> int:

@@ -10,6 +10,7 @@ from yoto_jax._loss_spec import LossSpec
 from yoto_jax._make_weighting import make_weighting
 from yoto_jax._serialization import serializable_state
 from yoto_jax._solvers import dot, safe_divide, solve_bounded_qp
+from yoto_jax._varying import varying_like
 from yoto_jax._weighting import LossWeighting
 from yoto_jax.weightings._grap_statistics import (
     Alignment,
@@ -127,7 +128,7 @@ def _solve(
     best = lax.cond(
         aligned,
         lambda: maximise_alignment(cosines, alignments),
-        lambda: jnp.zeros_like(inner.solution),
+        lambda: varying_like(jnp.zeros_like(inner.solution), cosines, alignments),
     )
     solved = jnp.linalg.norm(best) >= 1e-8
     solution = jnp.where(solved & there, best, inner.solution)

@@ -73,7 +73,9 @@ def pcgrad(*, key: jax.Array | int = 0) -> LossWeighting:
             along = jnp.minimum(jnp.vdot(cosine[j], row, precision=HIGHEST), 0)
             return row.at[j].add(jnp.where(i == j, 0, -along))
 
-        rows = surgery(project, jnp.eye(spec.size, dtype=spec.dtype), order_key)
+        rows = surgery(
+            project, jnp.eye(spec.size, dtype=spec.dtype), order_key, gramian
+        )
         return weights_of_rows(rows, norms), PCGradState(following)
 
     return make_weighting(lambda spec: PCGradState(key), update, needs=("gramian",))

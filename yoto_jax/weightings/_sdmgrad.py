@@ -9,6 +9,7 @@ from yoto_jax._loss_spec import LossSpec
 from yoto_jax._losses import PyTree
 from yoto_jax._make_weighting import make_weighting
 from yoto_jax._solvers import dot, safe_divide
+from yoto_jax._varying import varying_like
 from yoto_jax._weighting import LossWeighting
 from yoto_jax.weightings._moco import MocoState, project, shares_of
 
@@ -93,7 +94,9 @@ def sdmgrad(
             return project(shares - rate * velocity, spec), velocity
 
         start = shares_of(inner, spec)
-        shares, _ = lax.fori_loop(0, _STEPS, step, (start, jnp.zeros_like(start)))
+        shares, _ = lax.fori_loop(
+            0, _STEPS, step, varying_like((start, jnp.zeros_like(start)), start, matrix)
+        )
         return (shares + drawn) / (1 + strength), MocoState(shares)
 
     return make_weighting(

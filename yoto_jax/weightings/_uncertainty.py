@@ -128,4 +128,4 @@ def _factors(kind: Any, spec: LossSpec) -> jax.Array:
             "kind must be 'regression' or 'classification', or one of them for each "
             f"loss ({listed(spec.names)}), got {kind!r}."
         )
-    return jnp.asarray([_FACTORS[k] for k in kinds], spec.dtype)
+    return jnp.stack([jnp.full((), _FACTORS[k], spec.dtype) for k in kinds])
