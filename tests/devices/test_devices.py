@@ -223,3 +223,51 @@ def test_solutions_in_runs_side_by_side_are_those_alone():
         expected = jax.jit(jax.vmap(weigh))(gramians)
         close = dict(rtol=1e-4, atol=1e-5)
         chex.assert_trees_all_close(found(gramians), expected, **close)
+
+
+def test_axes_that_were_not_named():
+    params, batches = data()
+    batch = jax.tree.map(lambda leaf: leaf[0], batches)
+    weighting = yoto.weightings.famo()
+    state = weighting.init(dict.fromkeys(("fit", "size", "smooth"), 0.0))
+    mesh = jax.make_mesh((DEVICES,), ("d",), axis_types=(AUTO,))
+    step = yoto.value_and_grad(loss_fn, weighting)
+    forgotten = jax.shard_map(
+        step, mesh=mesh, in_specs=(jax.P(), jax.P(), jax.P("d")), out_specs=jax.P("d")
+    )
+    with pytest.raises(ValueError, match="'fit' differs .* with axis_name='d' losses"):
+        jax.eval_shape(forgotten, params["w"], state, batch)
+
+    # Layers in parts, and a loss that is not summed over them.
+    specs = {"axis_name": None, "param_specs": jax.P(None, "d")}
+    in_parts = jax.shard_map(
+        yoto.value_and_grad(lambda w: {"size": jnp.sum(w**2)}, weighting, **specs),
+        mesh=mesh,
+        in_specs=(jax.P(None, "d"), jax.P()),
+        out_specs=jax.P("d"),
+    )
+    state = weighting.init({"size": 0.0})
+    with pytest.raises(ValueError, match="'size' differs .* sum it over that axis"):
+        jax.eval_shape(in_parts, jnp.ones((5, DEVICES)), state)
+
+
+def test_a_constant_loss_of_runs_side_by_side():
+    def with_constant(w):
+        return {"size": jnp.sum(w**2), "none": jnp.ones(())}
+
+    weighting = yoto.weightings.upgrad()
+    step = yoto.value_and_grad(with_constant, weighting)
+
+    def run(w, state):
+        out = step(*jax.tree.map(lambda leaf: leaf[0], (w, state)))
+        return jax.tree.map(lambda leaf: leaf[None], out)
+
+    w = jnp.arange(2.0 * DEVICES).reshape(DEVICES, 2)
+    state = weighting.init({"size": 0.0, "none": 0.0})
+    states = yoto.racing.start(state, DEVICES)
+    mesh = jax.make_mesh((DEVICES,), ("runs",), axis_types=(AUTO,))
+    spec = jax.P("runs")
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec)
+    found = jax.jit(mapped)(w, states)
+    expected = jax.jit(jax.vmap(step))(w, states)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5)

@@ -7,10 +7,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from yoto_jax._losses import Losses, PyTree, scalar_losses, stack_present
+from yoto_jax._losses import (
+    Losses,
+    Params,
+    PyTree,
+    path_name,
+    scalar_losses,
+    stack_present,
+)
 from yoto_jax._masked_mean import MaskedLosses
-from yoto_jax._varying import vary_over
-from yoto_jax.gradients._devices import Axes, axis_size
+from yoto_jax._varying import vary_over, varying_axes, varying_like
+from yoto_jax.gradients._devices import Axes, Devices, axis_size
 
 
 def read_output(
@@ -27,11 +34,34 @@ def read_output(
         losses, own = losses
     scalar_losses(losses)
     losses = vary_over(jax.tree.map(jnp.asarray, losses), axes)
+    losses = varying_like(losses, *jax.tree.leaves(losses))  # One may be a constant.
     there = stack_present(own, jax.tree.structure(losses))
     if there is None:
         return losses, (aux, None)
     losses, there = _mask_losses(losses, there, axes)
     return losses, (aux, there)
+
+
+def check_losses(losses: Losses, params: Params, devices: Devices) -> None:
+    """Raise if losses differ between devices that should have the same ones.
+
+    Along other axes, over which the parameters vary too, lie other runs.
+    """
+    of_layers = {axis for axes in devices.spread for axis in axes}
+    of_params = frozenset().union(*map(varying_axes, jax.tree.leaves(params)))
+    for path, x in jax.tree.leaves_with_path(losses):
+        for axis in sorted(varying_axes(x) - set(devices.axes), key=str):
+            differs = f"loss {path_name(path)!r} differs between devices of {axis!r}"
+            if axis in of_layers:
+                raise ValueError(
+                    f"{differs}, which have parts of the parameters: sum it over that "
+                    "axis in loss_fn, or average it."
+                )
+            if axis not in of_params:
+                raise ValueError(
+                    f"{differs}, and the parameters do not: with axis_name={axis!r} "
+                    "losses and gradients are averaged."
+                )
 
 
 def _mask_losses(

@@ -10,7 +10,7 @@ import jax
 from yoto_jax._losses import Losses, Params, PyTree, State, Weights
 from yoto_jax._weighting import LossWeighting
 from yoto_jax.gradients._devices import Devices
-from yoto_jax.gradients._output import read_output
+from yoto_jax.gradients._output import check_losses, read_output
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,7 +29,9 @@ class Batch:
     def losses(self, *leading: Any) -> tuple[PyTree, tuple[Any, jax.Array | None]]:
         """Losses, and ``(aux, present)``, of ``leading`` before the arguments."""
         out = self.loss_fn(*leading, *self.args, **self.kwargs)
-        return read_output(out, self.has_aux, self.devices.axes)
+        losses, told = read_output(out, self.has_aux, self.devices.axes)
+        check_losses(losses, self.params, self.devices)
+        return losses, told
 
 
 class Pass(abc.ABC):
