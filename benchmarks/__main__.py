@@ -35,7 +35,7 @@ BENCHMARKS = {
     "ppo": "weightings for policy, value and entropy, on CartPole",
     "choices": "choices learned with the model, against all architectures",
     "learning_rate": "whether the learning rate can be learned with the weights",
-    "frontier": "nearly every method on eight problems, against a search of 15 runs",
+    "frontier": "nearly every method on nine problems, against a search of 15 runs",
 }
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
