@@ -288,7 +288,7 @@ def test_structure_survives_tree_operations_and_copies():
         ({"a": 0.0, "b": 1}, "a", 0.1, TypeError, "'b'.*int"),
         ({"a": 0.0, "b": True}, "a", 0.1, TypeError, "'b'.*bool"),
         ({"a": 0.0, "b": 1j}, "a", 0.1, TypeError, "'b'.*complex"),
-        ({"a": 0.0, "b": "text"}, "a", 0.1, TypeError, "'b' is a str"),
+        ({"a": 0.0, "b": "text"}, "a", 0.1, TypeError, "'b' is the string 'text'"),
         ({"a": 0.0, "b": 0.0}, "a", 0.0, ValueError, "'b' must be positive"),
         ({"a": 0.0, "b": 0.0}, "a", -1, ValueError, "'b' must be positive"),
         ({"a": 0.0, "b": 0.0}, "a", float("nan"), ValueError, "'b' must be positive"),

@@ -10,7 +10,7 @@ import yoto_jax
 ROOT = Path(yoto_jax.__file__).parent
 LAYERS = (
     ("_jaxlib", "_serialization", "_digests"),
-    ("_checks", "_losses", "_numerics"),
+    ("_checks", "_losses", "_numerics", "_varying"),
     ("_params", "_masked_mean", "_group_advantages", "_loss_logits", "_solvers"),
     ("_choice_logits",),
     (
