@@ -337,10 +337,9 @@ def minimise_on_simplex(
         )
 
     w = ones / size
-    w = varying_like(w, *derivatives(w))
-    value, gradient, _ = derivatives(w)
+    found = value, gradient, _ = derivatives(w)
     y = jnp.min(gradient) - 1
-    start = (w, gradient - y, y, w, value)
+    start = varying_like((w, gradient - y, y, w, value), *found)
     w, _, _, best, least = lax.fori_loop(0, steps, step, start)
     return jnp.where(derivatives(w)[0] <= least, w, best)
 
@@ -503,16 +502,14 @@ def projection_weights(cosine: jax.Array, targets: jax.Array) -> jax.Array:
     return dot(vectors, inverse * jnp.where(jnp.abs(sums) <= noise, 0, sums))
 
 
-def surgery(
-    alter: Callable[..., Any], rows: Any, key: jax.Array, gramian: jax.Array
-) -> Any:
+def surgery(alter: Callable[..., Any], rows: Any, key: jax.Array) -> Any:
     """Let every loss go through all losses, in a random order of its own.
 
     Args:
       alter: ``alter(row, i, j) -> row``: what becomes of the row of loss i at loss j.
-      rows: A tree of arrays with a leading axis of size K, one row per loss.
+      rows: A tree of arrays with a leading axis of size K, one row per loss. One of
+        them varies under ``shard_map`` as what ``alter`` looks at.
       key: Typed key of the orders.
-      gramian: What ``alter`` looks at comes from it.
 
     Returns:
       The rows in the end.
@@ -526,7 +523,7 @@ def surgery(
     def visit(rows: Any, others: jax.Array) -> tuple[Any, None]:
         return jax.vmap(alter)(rows, places, others), None
 
-    rows = varying_like(rows, orders, gramian, *jax.tree.leaves(rows))
+    rows = varying_like(rows, orders, *jax.tree.leaves(rows))
     return lax.scan(visit, rows, orders.T)[0]
 
 

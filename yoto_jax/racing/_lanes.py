@@ -203,15 +203,17 @@ def spread(lanes: PyTree, devices: Sequence[jax.Device] | None = None) -> PyTree
     parts = math.gcd(count, len(devices))
     mesh = Mesh(np.array(devices).reshape(parts, -1), ("lanes", "copies"))
     sharding = NamedSharding(mesh, PartitionSpec("lanes"))
-    return jax.tree.map(lambda x: _put(x, sharding), lanes)
+    # Typed keys cannot be put on devices of other processes, but their data can.
+    data = lambda x: jax.random.key_data(x) if is_key(x) else x
+    placed = jax.device_put(jax.tree.map(data, lanes), sharding)
+    return jax.tree.map(_as_before, lanes, placed)
 
 
-def _put(x: Any, sharding: NamedSharding) -> jax.Array:
-    """The array on devices of all processes, where typed keys cannot be put as such."""
+def _as_before(x: Any, placed: jax.Array) -> jax.Array:
+    """The array, or the typed keys whose data it is."""
     if not is_key(x):
-        return jax.device_put(x, sharding)
-    data = jax.device_put(jax.random.key_data(x), sharding)
-    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        return placed
+    return jax.random.wrap_key_data(placed, impl=jax.random.key_impl(x))
 
 
 def _count(lanes: PyTree) -> int:

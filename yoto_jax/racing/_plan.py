@@ -106,8 +106,7 @@ def plan(steps: int, arms: int, cuts: Sequence[tuple[float, int]]) -> Plan:
       A :class:`Plan`.
 
     Raises:
-      TypeError: A number of steps or lanes is not an integer.
-      TypeError: The cuts are no pairs, or a count is no integer.
+      TypeError: A number of steps or lanes is not an integer, or a cut is no pair.
       ValueError: A number is out of its range, or the cuts are not in order.
 
     Examples:

@@ -102,7 +102,7 @@ def gradvac(*, decay: float = 0.99, key: jax.Array | int = 0) -> LossWeighting:
 
         eye = jnp.eye(spec.size, dtype=spec.dtype)
         start = (eye, cosine, inner.cosine_targets)
-        rows, _, targets = surgery(turn, start, order_key, gramian)
+        rows, _, targets = surgery(turn, start, order_key)
         weights = weights_of_rows(rows, norms)
         return weights, GradVacState(jnp.asarray(targets, spec.dtype), following)
 

@@ -10,6 +10,7 @@ from yoto_jax._loss_spec import LossSpec
 from yoto_jax._make_weighting import make_weighting
 from yoto_jax._serialization import serializable_state
 from yoto_jax._solvers import HIGHEST, cosines, surgery, weights_of_rows
+from yoto_jax._varying import varying_like
 from yoto_jax._weighting import LossWeighting
 
 
@@ -73,9 +74,8 @@ def pcgrad(*, key: jax.Array | int = 0) -> LossWeighting:
             along = jnp.minimum(jnp.vdot(cosine[j], row, precision=HIGHEST), 0)
             return row.at[j].add(jnp.where(i == j, 0, -along))
 
-        rows = surgery(
-            project, jnp.eye(spec.size, dtype=spec.dtype), order_key, gramian
-        )
+        start = varying_like(jnp.eye(spec.size, dtype=spec.dtype), cosine)
+        rows = surgery(project, start, order_key)
         return weights_of_rows(rows, norms), PCGradState(following)
 
     return make_weighting(lambda spec: PCGradState(key), update, needs=("gramian",))
