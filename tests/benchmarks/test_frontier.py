@@ -105,7 +105,7 @@ def test_a_run_that_diverged_is_the_worst_not_the_best():
     assert set(found.tests.values()) == {-math.inf}
     (verdict,) = [v for v in outcomes.verdicts(lines, ABOUT) if v["method"] == "famo"]
     assert verdict["difference"] is verdict["lower"] is None
-    assert outcomes.ordered(lines, ABOUT)[-1] == "famo"
+    assert list(outcomes.standings(lines, ABOUT))[-1] == "famo"
 
 
 def test_ranks_are_among_the_rows_of_all_problems_whose_constants_differ():
@@ -121,7 +121,8 @@ def test_ranks_are_among_the_rows_of_all_problems_whose_constants_differ():
         for seed in range(3):
             both = points(seed, [80, 70], [4.0, worst])
             lines += [x | {"problem": problem} for x in both]
-    found = outcomes.ranks(lines, about)
+    standings = outcomes.standings(lines, about)
+    found = {name: rank for name, rank in standings.items() if rank}
     # On p: a 5, search 4, b 3; on q: search 4, a 2, b 1.
     assert {name: rank.mean for name, rank in found.items()} == {
         "search": 1.5,
@@ -131,7 +132,7 @@ def test_ranks_are_among_the_rows_of_all_problems_whose_constants_differ():
     assert found["a"].reach == pytest.approx(12.706205 * 0.5)
     assert found["b"].reach == 0.0
     # "c" has no rank, for one problem does not have it, though it is the best on p.
-    assert outcomes.ordered(lines, about) == ["search", "a", "b", "c"]
+    assert list(standings) == ["search", "a", "b", "c"]
     result = {"meta": {"problems": about, "stage": 3}, "runs": lines}
     table = report.table(result)
     assert [row[-1] for row in table.rows][-2:] == ["3.0 ± 0.0", ""]
@@ -269,7 +270,7 @@ def test_of_what_is_stored_come_the_same_reports():
     )
     for made in (report.table, report.tables, report.summary, report.conclusions):
         assert made(whole) == made(stored)
-    for made in (outcomes.records_of, outcomes.verdicts, outcomes.ordered):
+    for made in (outcomes.records_of, outcomes.verdicts, outcomes.standings):
         assert made(lines, ABOUT) == made(thin, ABOUT)
     assert outcomes.contenders(lines, "p") == outcomes.contenders(thin, "p")
 

@@ -180,6 +180,18 @@ WITH_LOOPS = [
 ]
 
 
+def side_by_side(step):
+    """The step of one run, as that of all of them."""
+
+    def run(*args):
+        out = step(*jax.tree.map(lambda leaf: leaf[0], args))
+        return jax.tree.map(lambda leaf: leaf[None], out)
+
+    mesh = jax.make_mesh((DEVICES,), ("runs",), axis_types=(AUTO,))
+    spec = jax.P("runs")
+    return jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec)
+
+
 @pytest.mark.parametrize("name", WITH_LOOPS)
 def test_solvers_can_be_traced_in_runs_side_by_side(name):
     """Their loops start from constants, and end with what varies over the runs."""
@@ -189,40 +201,24 @@ def test_solvers_can_be_traced_in_runs_side_by_side(name):
     params, batches = data()
     batch = jax.tree.map(lambda leaf: leaf[0], batches)
     step = yoto.value_and_grad(loss_fn, weighting)
-
-    def run(w, state):
-        out = step(*jax.tree.map(lambda leaf: leaf[0], (w, state)), batch)
-        return jax.tree.map(lambda leaf: leaf[None], out)
-
     state = weighting.init(dict.fromkeys(("fit", "size", "smooth"), 0.0))
     start = yoto.racing.start((params["w"], state), DEVICES)
-    mesh = jax.make_mesh((DEVICES,), ("runs",), axis_types=(AUTO,))
-    mapped = jax.shard_map(
-        run, mesh=mesh, in_specs=jax.P("runs"), out_specs=jax.P("runs")
-    )
-    _, grads, _ = jax.eval_shape(mapped, *start)
+    runs = side_by_side(lambda w, state: step(w, state, batch))
+    _, grads, _ = jax.eval_shape(runs, *start)
     assert grads.shape == start[0].shape
 
 
-def test_solutions_in_runs_side_by_side_are_those_alone():
-    key = jax.random.key(0)
-    rows = jax.random.normal(key, (DEVICES, 3, 4))
+@pytest.mark.parametrize("name", ["upgrad", "cagrad", "gradvac"])
+def test_solutions_in_runs_side_by_side_are_those_alone(name):
+    rows = jax.random.normal(jax.random.key(0), (DEVICES, 3, 4))
     gramians = jnp.einsum("rki,rli->rkl", rows, rows)
     losses = dict.fromkeys("abc", 1.0)
-    mesh = jax.make_mesh((DEVICES,), ("runs",), axis_types=(AUTO,))
-    for name in ("upgrad", "cagrad", "gradvac"):
-        weighting = yoto.weightings.methods()[name].example("a")
-        state = weighting.init(losses)
-
-        def weigh(gramian, weighting=weighting, state=state):
-            return weighting.update(losses, state, gramian=gramian)[0]
-
-        run = lambda g, weigh=weigh: jax.tree.map(lambda x: x[None], weigh(g[0]))
-        spec = jax.P("runs")
-        found = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec))
-        expected = jax.jit(jax.vmap(weigh))(gramians)
-        close = dict(rtol=1e-4, atol=1e-5)
-        chex.assert_trees_all_close(found(gramians), expected, **close)
+    weighting = yoto.weightings.methods()[name].example("a")
+    state = weighting.init(losses)
+    weigh = lambda gramian: weighting.update(losses, state, gramian=gramian)[0]
+    found = jax.jit(side_by_side(weigh))(gramians)
+    expected = jax.jit(jax.vmap(weigh))(gramians)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_axes_that_were_not_named():
@@ -257,17 +253,9 @@ def test_a_constant_loss_of_runs_side_by_side():
 
     weighting = yoto.weightings.upgrad()
     step = yoto.value_and_grad(with_constant, weighting)
-
-    def run(w, state):
-        out = step(*jax.tree.map(lambda leaf: leaf[0], (w, state)))
-        return jax.tree.map(lambda leaf: leaf[None], out)
-
     w = jnp.arange(2.0 * DEVICES).reshape(DEVICES, 2)
     state = weighting.init({"size": 0.0, "none": 0.0})
     states = yoto.racing.start(state, DEVICES)
-    mesh = jax.make_mesh((DEVICES,), ("runs",), axis_types=(AUTO,))
-    spec = jax.P("runs")
-    mapped = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec)
-    found = jax.jit(mapped)(w, states)
+    found = jax.jit(side_by_side(step))(w, states)
     expected = jax.jit(jax.vmap(step))(w, states)
     chex.assert_trees_all_close(found, expected, rtol=1e-5)

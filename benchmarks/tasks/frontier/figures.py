@@ -15,10 +15,10 @@ from benchmarks.tasks.frontier.outcomes import (
     SEARCH,
     Line,
     difference,
-    ordered,
     outcome,
     problems_of,
     so_far,
+    standings,
 )
 
 SHOWN = {
@@ -132,7 +132,7 @@ def search_curve(
 def heatmap(result: Result, path: Path) -> None:
     """Methods against problems, in margins away from the search."""
     lines, problems = result["runs"], problems_of(result)
-    names = [name for name in ordered(lines, problems) if name != SEARCH]
+    names = [name for name in standings(lines, problems) if name != SEARCH]
     margins = np.full((len(names), len(problems)), np.nan)
     lost = np.zeros_like(margins, bool)
     for column, (problem, about) in enumerate(problems.items()):

@@ -286,36 +286,29 @@ def verdicts(lines: Sequence[Line], problems: Problems) -> list[dict[str, Any]]:
     return found
 
 
-def ranks(lines: Sequence[Line], problems: Problems) -> dict[str, Rank]:
-    """Mean ranks of the rows that all problems have whose constants differ.
+def standings(lines: Sequence[Line], problems: Problems) -> dict[str, Rank | None]:
+    """All rows that are there, in order, with the mean ranks of some.
 
-    They are ranked among each other: a rank says the same on each problem.
+    Rows that all problems have whose constants differ are ranked among each other, so
+    that a rank says the same on each problem. They come first; the others follow by
+    their mean place on the problems that they have, in shares of its rows.
     """
-    separating = [name for name in problems if separates(lines, name)]
-    means = [mean_tests(lines, name) for name in separating]
-    shared = [n for n in methods_of(lines) if means and all(n in x for x in means)]
-    found = np.array([_ranked([x[n] for n in shared]) for x in means])
-    return {
+    means = {problem: mean_tests(lines, problem) for problem in problems}
+    places: dict[str, list[float]] = {name: [] for name in methods_of(lines)}
+    for tests in means.values():
+        for name, rank in zip(tests, _ranked([*tests.values()]), strict=True):
+            places[name].append(rank / len(tests))
+    there = [name for name, found in places.items() if found]
+    separating = [means[name] for name in problems if separates(lines, name)]
+    shared = [n for n in there if separating and all(n in x for x in separating)]
+    found = np.array([_ranked([x[n] for n in shared]) for x in separating])
+    ranks = {
         name: Rank(float(own.mean()), reach(own))
         for name, own in zip(shared, found.T, strict=True)
     }
-
-
-def ordered(lines: Sequence[Line], problems: Problems) -> list[str]:
-    """All rows that are there: those with a rank by it, then others.
-
-    The others are in the order of the share of the rows of a problem that they are
-    above, averaged over the problems that they have.
-    """
-    places: dict[str, list[float]] = {name: [] for name in methods_of(lines)}
-    for problem in problems:
-        means = mean_tests(lines, problem)
-        for name, rank in zip(means, _ranked([*means.values()]), strict=True):
-            places[name].append(rank / len(means))
-    first = {name: rank.mean for name, rank in ranks(lines, problems).items()}
-    there = [name for name, found in places.items() if found]
-    place = lambda name: (first.get(name, math.inf), float(np.mean(places[name])))
-    return sorted(there, key=place)
+    first = lambda name: ranks[name].mean if name in ranks else math.inf
+    order = sorted(there, key=lambda name: (first(name), float(np.mean(places[name]))))
+    return {name: ranks.get(name) for name in order}
 
 
 def mean_tests(lines: Sequence[Line], problem: str) -> dict[str, float]:

@@ -21,13 +21,12 @@ from benchmarks.tasks.frontier.outcomes import (
     difference,
     levelled,
     methods_of,
-    ordered,
     outcome,
     problems_of,
-    ranks,
     separates,
     separation,
     so_far,
+    standings,
     verdicts,
 )
 from benchmarks.tasks.frontier.problem import DELTA1, MEAN_IOU
@@ -54,15 +53,16 @@ STOPS = (3, 5, 9, 15)
 def table(result: Result) -> Table:
     """Difference to the search by method and problem."""
     lines, problems = result["runs"], problems_of(result)
-    found = ranks(lines, problems)
-    shown = {
-        name: f"{rank.mean:.1f} ± {rank.reach:.1f}" for name, rank in found.items()
-    }
+    found = standings(lines, problems)
     rows = [
-        [*_row(lines, problems, name), shown.get(name, "")]
-        for name in ordered(lines, problems)
+        [
+            *_row(lines, problems, name),
+            f"{rank.mean:.1f} ± {rank.reach:.1f}" if rank else "",
+        ]
+        for name, rank in found.items()
     ]
-    caption = _caption(result) + (_about_ranks(lines, problems) if found else "")
+    ranked = any(found.values())
+    caption = _caption(result) + (_about_ranks(lines, problems) if ranked else "")
     return Table(["method", "runs", *problems, "mean rank"], rows, caption)
 
 
