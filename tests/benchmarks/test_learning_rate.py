@@ -74,7 +74,7 @@ def test_lanes_are_runs_of_optax():
     }
     names, groups = run.lanes_of(made, 3e-3)
     assert noise
-    outcome = task.train("digits", "quick", groups, 2, 20, 20)
+    outcome = task.train("digits", "quick", groups, range(2), 20, 20)
     one = problem.task
     data = one.of_seed(one.data, jnp.int32(1))
     for method, tx in made.items():
@@ -103,6 +103,17 @@ def test_lanes_are_runs_of_optax():
         _, totals = jax.jit(lambda c, s=step: jax.lax.scan(s, c, jnp.arange(20)))(carry)
         lane = names.index((method, "learned", 1.0))
         np.testing.assert_allclose(outcome.loss[1, lane], totals, rtol=1e-3)
+
+
+def test_blocks_of_seeds_become_one_line_for_each_lane():
+    assert run.blocks(10, None) == [range(10)]
+    assert run.blocks(7, 3) == [range(0, 3), range(3, 6), range(6, 7)]
+    one = {"problem": "mnist1d", "factor": 0.1, "test": [1.0, 2.0], "log_scale": [0.5]}
+    two = one | {"test": [3.0], "log_scale": [-0.5]}
+    both = one | {"test": [1.0, 2.0, 3.0], "log_scale": [0.5, -0.5]}
+    assert run.joined([[one, two], [two, two]])[0] == both
+    with pytest.raises(ValueError, match="shorter"):
+        run.joined([[one, two], [two]])
 
 
 def test_the_quick_preset_writes_what_its_report_reads(tmp_path):

@@ -295,7 +295,7 @@ def draw_ends(panel: Axes, result: Result, problem: str) -> None:
 
 def draw_scores(panel: Axes, result: Result, problem: str) -> None:
     """Test scores against the start, and levels, over the first seeds."""
-    seeds = set(range(result["meta"]["few"]))
+    seeds = set(range(result["meta"]["few"][problem]))
     for xs, named, color, marker in (
         (EPSILONS, raw, plots.BLACK, "o"),
         (SHARES, in_norms, plots.BLUE, "s"),

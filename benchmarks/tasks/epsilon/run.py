@@ -18,14 +18,14 @@ from benchmarks.tasks.frontier.run import STAGE, description, stored
 RESUMABLE = True
 PRESETS = ("quick", "cpu")
 FEW = 5
-"""Seeds of the arms that only show where weights end."""
 PROBLEMS = {
-    "digits": SEEDS,
-    "missing_labels": SEEDS,
-    "segmentation": FEW,
-    "burgers": STAGE,
+    "digits": (FEW, SEEDS),
+    "missing_labels": (FEW, SEEDS),
+    "segmentation": (FEW, FEW),
+    "burgers": (STAGE, SEEDS),
 }
-"""The problems, of the frontier, and how many seeds each is worth."""
+"""The problems, of the frontier; how many seeds of each the arms are worth that only
+show where weights end, and the contenders."""
 GRIDS = ("digits",)
 REFERENCES = ("equal", "share 1")
 """Methods of the frontier that are shown beside, with its search."""
@@ -52,7 +52,7 @@ def main(options: Options) -> None:
         meta(
             options,
             seconds=sum(x["seconds"] for x in lines),
-            few=FEW,
+            few={name: PROBLEMS[name][0] for name in about},
             problems=about,
             references=known,
         ),
@@ -95,13 +95,13 @@ def run(name: str, problem: Problem, options: Options) -> list[Line]:
     )
     units = Units(own, f"epsilon-{name}", problem=name)
     arms = methods.arms(problem.task, grid=name in GRIDS)
-    seeds = min(options.seeds, PROBLEMS[name])
+    few, seeds = (min(options.seeds, most) for most in PROBLEMS[name])
     chosen = options.choose(tuple(arms))
     contenders = [method for method in chosen if not arms[method].few]
     others = [method for method in chosen if arms[method].few]
-    stages = [(range(min(seeds, FEW)), [*contenders, *others])]
-    if seeds > FEW:
-        stages.append((range(FEW, seeds), contenders))
+    stages = [(range(few), [*contenders, *others])]
+    if seeds > few:
+        stages.append((range(few, seeds), contenders))
     known = {(x["method"], x["seed"]): x for x in stored(name, problem, options)}
     lines: list[Line] = []
     for stage, names in stages:

@@ -53,11 +53,14 @@ def main(options: Options) -> None:
     lines: list[Line] = []
     for problem in all_problems:
         own = [m for m in chosen if m not in GUARDS or problem not in UNGUARDED]
-        seeds = min(options.seeds, task.MOST_SEEDS.get(problem, options.seeds))
-        work = functools.partial(
-            run, problem, own, seeds, steps[problem], options.preset
-        )
-        lines += units.do(f"{problem}, {','.join(own)}", work)
+        parts = []
+        for seeds in blocks(options.seeds, task.AT_ONCE.get(problem)):
+            work = functools.partial(
+                run, problem, own, seeds, steps[problem], options.preset
+            )
+            unit = f"{problem}, {','.join(own)}, seeds {seeds[0]} to {seeds[-1]}"
+            parts.append(units.do(unit, work))
+        lines += joined(parts)
     settings = {"steps": steps, "seeds": options.seeds, "rates": task.USUAL}
     about = meta(options, **settings | {"seconds": rounded(units.seconds)})
     path = options.out / "learning_rate.json"
@@ -67,6 +70,24 @@ def main(options: Options) -> None:
     for sentence in conclusions(result):
         say(f"- {sentence}")
     say(f"Written: {path}, learning_rate.png")
+
+
+def blocks(seeds: int, at_once: int | None) -> list[range]:
+    """The seeds, those that train in one program together."""
+    size = at_once or seeds
+    return [range(k, min(k + size, seeds)) for k in range(0, seeds, size)]
+
+
+def joined(parts: Sequence[Sequence[Line]]) -> list[Line]:
+    """The same lanes with the seeds of all parts, in their order."""
+    made = []
+    for lines in zip(*parts, strict=True):
+        line = dict(lines[0])
+        for name, value in line.items():
+            if isinstance(value, list):
+                line[name] = [score for part in lines for score in part[name]]
+        made.append(line)
+    return made
 
 
 Names = list[tuple[str, str, float]]
@@ -100,7 +121,11 @@ def _lane(method: str, arm: str, factor: float, usual: float) -> task.Lanes:
 
 
 def run(
-    problem: str, methods: Sequence[str], seeds: int, steps: int, preset: str
+    problem: str,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    preset: str,
 ) -> list[Line]:
     """Train and measure all lanes of a problem.
 
@@ -123,7 +148,8 @@ def run(
         values = {name: list(map(rounded, x)) for name, x in measured.items()}
         lines.append(lane_of | values)
     took = time.process_time() - started
-    say(f"{problem}: {len(names)} lanes of {seeds} seeds, {took:.0f} s of processor")
+    count = len(names) * len(seeds)
+    say(f"{problem}: {count} runs, {took:.0f} s of processor")
     return lines
 
 
