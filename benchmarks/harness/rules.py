@@ -81,6 +81,69 @@ class Weighted(Rule):
         return Step(pick(losses), pick(used), grads, state)
 
 
+def without_scaling(task: Task) -> optax.GradientTransformation:
+    """AdamW without Adam's scaling, for rules that scale gradients of their own."""
+    return optax.chain(
+        optax.add_decayed_weights(task.weight_decay),
+        optax.scale_by_learning_rate(task.schedule),
+    )
+
+
+class Combined(Rule):
+    """The gradients of all losses, combined by a link of an Optax chain."""
+
+    def __init__(
+        self,
+        link: Callable[[PyTree], optax.GradientTransformationExtraArgs],
+        *,
+        scales: bool = False,
+        two_batches: bool = False,
+    ):
+        """A rule from a link.
+
+        Args:
+          link: Makes it, from a tree of losses.
+          scales: Whether the link scales gradients as Adam does.
+          two_batches: Whether a step takes two batches: the link gets the mean of
+            their gradients, and their cross-Gramian. A loss counts as absent if one
+            of the batches lacks it.
+        """
+        self.link, self.scales, self.two_batches = link, scales, two_batches
+
+    def _link(self, task: Task) -> optax.GradientTransformationExtraArgs:
+        return self.link(dict.fromkeys(task.names, 0.0))
+
+    def init(self, task: Task, config: PyTree) -> Any:
+        del config
+        model = jax.eval_shape(task.init, jax.random.key(0))
+        return self._link(task).init(optax.tree.zeros_like(model))
+
+    def optimizer(self, task: Task) -> optax.GradientTransformation:
+        return without_scaling(task) if self.scales else task.optimizer()
+
+    def step(
+        self, task: Task, data: PyTree, carry: Carry, config: PyTree, key: jax.Array
+    ) -> Step:
+        del config
+        jacobian_of = yoto.value_and_jacobian(task.losses_of_batch)
+        found, rows = jacobian_of(carry.model, task.draw(data, key))
+        losses, present = values_and_present(found)
+        extra: dict[str, Any] = {}
+        if self.two_batches:
+            other = task.draw(data, jax.random.fold_in(key, 2))
+            found, second = jacobian_of(carry.model, other)
+            extra["cross_gramian"] = yoto.cross_gramian(rows, second)
+            rows = jax.tree.map(lambda a, b: (a + b) / 2, rows, second)
+            _, there = values_and_present(found)
+            if present is not None:
+                present = jax.tree.map(jnp.logical_and, present, there)
+        grads, state = self._link(task).update(
+            rows, carry.rule, carry.model, losses=losses, present=present, **extra
+        )
+        used = optax.tree.get(state, "loss_weights", dict.fromkeys(task.names, 1.0))
+        return Step(losses, used, grads, state)
+
+
 class Momenta(Rule):
     """Running means of all gradients combined, with the gradient of one loss a step."""
 
@@ -97,11 +160,7 @@ class Momenta(Rule):
         return self._momenta(task).init(optax.tree.zeros_like(model))
 
     def optimizer(self, task: Task) -> optax.GradientTransformation:
-        """AdamW without Adam's scaling, which the momenta have of their own."""
-        return optax.chain(
-            optax.add_decayed_weights(task.weight_decay),
-            optax.scale_by_learning_rate(task.schedule),
-        )
+        return without_scaling(task)
 
     def step(
         self, task: Task, data: PyTree, carry: Carry, config: PyTree, key: jax.Array

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -504,6 +505,73 @@ def test_momenta_are_the_optimizer_of_the_library_on_one_loss_a_step():
         jax.tree.leaves(found.model), jax.tree.leaves(model), strict=True
     ):
         np.testing.assert_allclose(ours[0], theirs, rtol=1e-3, atol=1e-4)
+
+
+# Links of a chain.
+
+NOISY = SimpleNamespace(
+    names=("p", "a"),
+    init=lambda key: jnp.ones(3),
+    draw=lambda data, key: jax.random.normal(key, (4, 3)),
+    losses_of_batch=lambda w, x: {
+        "p": jnp.mean((x @ w - 1) ** 2),
+        "a": jnp.sum(jnp.abs(w - x)),
+    },
+)
+KEY = jax.random.key(1)
+
+
+def one_step(rule):
+    state = rule.init(NOISY, {})
+    carry = SimpleNamespace(model=jnp.ones(3), rule=state)
+    return jax.jit(lambda: rule.step(NOISY, None, carry, {}, KEY))()
+
+
+def gradients(key):
+    rows = jax.jacobian(NOISY.losses_of_batch)(jnp.ones(3), NOISY.draw(None, key))
+    return np.stack([rows["a"], rows["p"]])
+
+
+def test_grad_drop_keeps_one_sign_of_each_entry():
+    rows = gradients(KEY)
+    kept = np.asarray(one_step(methods.COMBINED["grad_drop"]).grads)
+    above, below = np.maximum(rows, 0).sum(0), np.minimum(rows, 0).sum(0)
+    assert np.all(np.isclose(kept, above) | np.isclose(kept, below))
+
+
+def test_adatask_adds_the_steps_of_adam_of_each_loss():
+    adatask = methods.COMBINED["adatask"]
+    step = one_step(adatask)
+    np.testing.assert_allclose(step.grads, np.sign(gradients(KEY)).sum(0), rtol=1e-4)
+    assert step.weights == {"a": 1.0, "p": 1.0}
+
+
+@pytest.mark.parametrize("name", ["modo", "sdmgrad"])
+def test_two_batches_have_the_mean_gradients_and_their_product(name):
+    first, second = gradients(KEY), gradients(jax.random.fold_in(KEY, 2))
+    step = one_step(methods.COMBINED[name])
+    weighting = getattr(yoto.weightings, name)()
+    losses = {"a": 0.0, "p": 0.0}
+    weights, _ = weighting.update(
+        losses, weighting.init(losses), cross_gramian=jnp.asarray(first @ second.T)
+    )
+    w = np.array([weights["a"], weights["p"]])
+    np.testing.assert_allclose(list(step.weights.values()), w, rtol=1e-5)
+    np.testing.assert_allclose(step.grads, w @ (first + second) / 2, rtol=1e-5)
+
+
+def test_a_loss_that_one_of_two_batches_lacks_is_absent():
+    def masked(w, x):
+        losses = {"p": jnp.mean((x @ w - 1) ** 2), "a": jnp.sum(jnp.abs(w - x))}
+        return yoto.MaskedLosses(losses, {"p": True, "a": x[0, 0] == first[0, 0]})
+
+    first = NOISY.draw(None, KEY)
+    rule = methods.COMBINED["modo"]
+    task = SimpleNamespace(**vars(NOISY) | {"losses_of_batch": masked})
+    carry = SimpleNamespace(model=jnp.ones(3), rule=rule.init(task, {}))
+    step = rule.step(task, None, carry, {}, KEY)
+    mean = (gradients(KEY) + gradients(jax.random.fold_in(KEY, 2)))[1] / 2
+    np.testing.assert_allclose(step.grads, mean * step.weights["p"], rtol=1e-5)
 
 
 # Candidates.

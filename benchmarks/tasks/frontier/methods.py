@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 import yoto_jax as yoto
 from benchmarks.harness import conditional
 from benchmarks.harness.contest import NONE, STEERED_EVERY
-from benchmarks.harness.rules import Momenta, Weighted
-from benchmarks.harness.training import DOWNSTREAM, Rule, Task
+from benchmarks.harness.rules import Combined, Momenta, Weighted
+from benchmarks.harness.training import DOWNSTREAM, PyTree, Rule, Task
 from benchmarks.harness.variations import Softmax
 from benchmarks.tasks.frontier.candidates import capped, in_units
 from benchmarks.tasks.frontier.physics import KERNEL
@@ -28,8 +29,6 @@ LEFT_OUT = {
     "equal": "a constant row",
     "ntk": "is a row of equations, every 100 steps",
     "causal": "is for losses that are stretches of time",
-    "modo": "needs two batches a step",
-    "sdmgrad": "needs two batches a step",
     "encodec_balancer": "is grad_norm_balance with a step that no unit changes",
     "inverse_dirichlet": "is grad_norm_balance but for a factor that all weights share",
 }
@@ -47,6 +46,24 @@ RARELY = 100
 """Steps between two looks at the tangent kernel."""
 OF_FEATURES = ("grad_norm_balance", "nash_mtl", "aligned_mtl")
 """Methods that are also tried looking at the gradients of features alone."""
+
+
+def _adatask(losses: PyTree) -> optax.GradientTransformationExtraArgs:
+    adam = yoto.per_loss(optax.scale_by_adam(), losses)
+    return optax.chain(adam, yoto.aggregate(weightings.static(1.0), losses))
+
+
+COMBINED = {
+    "grad_drop": Combined(yoto.grad_drop),
+    "adatask": Combined(_adatask, scales=True),
+    "modo": Combined(
+        lambda losses: yoto.aggregate(weightings.modo(), losses), two_batches=True
+    ),
+    "sdmgrad": Combined(
+        lambda losses: yoto.aggregate(weightings.sdmgrad(), losses), two_batches=True
+    ),
+}
+"""Links that combine the gradients of all losses, of one batch or of two."""
 
 SHARES = ("share 0.1", "share 1", "share 10")
 """Arms of the library's portfolio: auxiliary gradients so long, in primary ones."""
@@ -111,11 +128,12 @@ def entries(task: Task) -> dict[str, Entry]:
     """All rows that are one weighting each, by name."""
     found = {}
     for name, method in weightings.methods().items():
-        if name in LEFT_OUT or name == "yoto":  # YOTO is layer 1 here.
+        if name in (*LEFT_OUT, *COMBINED, "yoto"):  # YOTO is layer 1 here.
             continue
         found[name] = _entry(task, method)
     # One loss a step: its backward pass costs what that of their sum does, at most.
     found["m_config"] = Entry(Momenta(weightings.config), "library", 1.0)
+    found |= {name: Entry(rule, "library", None) for name, rule in COMBINED.items()}
     made = candidates(task)
     found |= {
         name: Entry(Weighted(make), "candidate", cost(task, make(task)))
