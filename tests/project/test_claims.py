@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import pathlib
 
 import numpy as np
@@ -73,6 +74,45 @@ def test_learned_weights_lose(problem):
     found = VERDICTS[problem, "yoto"]
     margins = -1 if problem == "segmentation" else -5
     assert found["difference"] < margins * found["margin"]
+
+
+@pytest.mark.parametrize("problem", [*LOST, "mnist1d"])
+def test_learned_weights_are_nowhere_better_than_equal_ones(problem):
+    of = lambda method: outcomes.outcome(FRONTIER["runs"], problem, method)
+    found = outcomes.difference(of("yoto"), of("equal"))
+    assert found.seeds >= 3
+    assert found.mean < 0
+
+
+@pytest.mark.parametrize("problem", [*LOST, "mnist1d"])
+def test_the_race_is_nowhere_better_than_its_arm_of_equal_norms(problem):
+    of = lambda method: outcomes.outcome(FRONTIER["runs"], problem, method)
+    race = of("race: equal and shares, cut at 20 %")
+    found = outcomes.difference(race, of("share 1"))
+    assert found.mean <= found.reach
+
+
+@pytest.mark.parametrize("problem", [*LOST, "mnist1d"])
+def test_upgrad_is_nowhere_better_than_equal_weights(problem):
+    of = lambda method: outcomes.outcome(FRONTIER["runs"], problem, method)
+    if not of("upgrad").tests:
+        pytest.skip("upgrad was not run")
+    found = outcomes.difference(of("upgrad"), of("equal"))
+    assert found.mean < found.reach
+
+
+@pytest.mark.parametrize("problem", [*LOST, "mnist1d", "depth"])
+def test_held_gradient_norms_beside_equal_weights(problem):
+    of = lambda method: outcomes.outcome(FRONTIER["runs"], problem, method)
+    found = outcomes.difference(of("share 1"), of("equal"))
+    assert found.mean > -found.reach
+    better = {"digits": 1.5, "missing_labels": 7.9, "pretraining": 2.7}
+    if problem in better:
+        assert found.seeds == 10
+        assert round(found.mean, 1) == better[problem]
+    if problem == "helmholtz":
+        assert round(math.exp(found.mean / 100)) == 13
+    assert (found.mean > found.reach) == (problem in better or problem == "helmholtz")
 
 
 def test_a_gaussian_process_is_better_than_random_draws_on_the_digits_alone():
