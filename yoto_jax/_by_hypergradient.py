@@ -10,7 +10,7 @@ import optax
 from yoto_jax._checks import check_flag, check_hyperparameter, check_rate
 from yoto_jax._choice_logits import is_hyperparameter
 from yoto_jax._losses import Params, PyTree, State
-from yoto_jax._numerics import all_finite, choose, float_type, upcast
+from yoto_jax._numerics import all_finite, float_type, select, upcast
 from yoto_jax._serialization import serializable_state
 from yoto_jax._unwrap_loss_logits import unwrap_loss_logits
 
@@ -115,7 +115,7 @@ def by_hypergradient(
         direction = jax.tree.map(
             lambda old, new: old if new is None else new,
             state.direction,
-            choose(ok, direction, before),
+            select(ok, direction, before),
             is_leaf=is_hyperparameter,
         )
         scale = jnp.exp(log_scale)

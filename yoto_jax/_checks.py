@@ -107,7 +107,8 @@ def check_rate(name: str, value: Any, below: float = math.inf) -> None:
 
 def as_integer(name: str, value: Any) -> int:
     """An integer, or an array of one, as Python's; flags are none."""
-    wrong = TypeError(f"{name} must be an integer, got {value!r}.")
+    shown = f"a {type(value).__name__}" if hasattr(value, "__len__") else repr(value)
+    wrong = TypeError(f"{name} must be an integer, got {shown}.")
     if isinstance(value, bool):
         raise wrong
     try:

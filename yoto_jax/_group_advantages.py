@@ -10,6 +10,7 @@ from jax import lax
 from yoto_jax._checks import check_positive
 from yoto_jax._losses import PyTree, check_structure, path_name
 from yoto_jax._numerics import float_type
+from yoto_jax._varying import Axes, check_axes, named_axes
 
 
 def group_advantages(
@@ -77,6 +78,8 @@ def group_advantages(
     check_positive(eps=eps)
     if normalize not in ("each", "sum"):
         raise ValueError(f"normalize must be 'each' or 'sum', got {normalize!r}.")
+    axes = named_axes(axis_name)
+    check_axes(axes)
     values, structure = _stacked(rewards)
     mask = _mask(present, values, structure)
     some = jnp.any(mask, axis=0)
@@ -86,7 +89,7 @@ def group_advantages(
         total = jnp.sum(scale * jnp.where(mask, values, 0), axis=0)
         return lax.stop_gradient(_normalized_in_groups(total, some, eps))
     total = jnp.sum(scale * _normalized_in_groups(values, mask, eps), axis=0)
-    return lax.stop_gradient(_normalized(total, some, eps, axis_name=axis_name))
+    return lax.stop_gradient(_normalized(total, some, eps, axes=axes))
 
 
 def _normalized_in_groups(x: jax.Array, mask: jax.Array, eps: float) -> jax.Array:
@@ -100,13 +103,13 @@ def _normalized(
     mask: jax.Array,
     eps: float,
     axis: int | None = None,
-    axis_name: Hashable | tuple[Hashable, ...] | None = None,
+    axes: Axes = (),
 ) -> jax.Array:
     """Without its mean and in units of its deviation, 0 where the mask is not set."""
 
     def add(y: jax.Array) -> jax.Array:
         total = jnp.sum(jnp.where(mask, y, 0), axis=axis, keepdims=True)
-        return total if axis_name is None else lax.psum(total, axis_name)
+        return lax.psum(total, axes) if axes else total
 
     count = add(jnp.ones_like(x))
     centred = x - add(x) / jnp.maximum(count, 1)

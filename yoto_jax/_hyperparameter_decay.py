@@ -187,7 +187,8 @@ def add_hyperparameter_decay(
     The counterpart of ``optax.add_decayed_weights`` for every :class:`LossLogits` in
     the parameters; all else passes unchanged. After the scaling by momentum or Adam and
     before that by the learning rate, the decay is decoupled, as in the paper; before
-    both, it is coupled.
+    both, it is coupled. Behind the learning rate, as after ``optax.adam(1e-2)``,
+    its sign is wrong and the weights run away.
 
     Args:
       hyperparameter_decay: rho, the strength of the regulariser (non-negative; in units

@@ -158,7 +158,7 @@ def init_loss_logits(
     names, leaves, structure = scalar_losses(losses)
     if not leaves:
         raise ValueError("losses has no leaves: there is nothing to weigh.")
-    position = None if primary is None else find_loss("primary", primary, losses, names)
+    position = None if primary is None else find_loss("primary", primary, losses)
     auxiliary = [name for k, name in enumerate(names) if k != position]
     values = number_per_loss("epsilon", epsilon, auxiliary)
     if any(isinstance(value, jax.core.Tracer) for value in values):
@@ -235,6 +235,7 @@ def check_loss_logits(mu: Any) -> None:
         raise TypeError(
             f"mu must be a LossLogits (see init_loss_logits), got {type(mu).__name__}"
             f"{_where(mu)}."
+            + (" Take its get_value()." if hasattr(mu, "get_value") else "")
         )
     if not hasattr(mu.learned, "shape"):
         raise TypeError(
@@ -269,7 +270,7 @@ def present_in_order(present: Present | None, mu: LossLogits) -> jax.Array | Non
 def choose_present(present: Present, new: PyTree, old: PyTree) -> PyTree:
     """Takes the logits of absent losses from ``old``, all else from ``new``."""
 
-    def choose(new: Any, old: Any) -> Any:
+    def select(new: Any, old: Any) -> Any:
         if not is_loss_logits(new) or not jax.tree.leaves(new):
             return new
         mask = present_in_order(present, new)
@@ -278,7 +279,7 @@ def choose_present(present: Present, new: PyTree, old: PyTree) -> PyTree:
         learned = jnp.where(there, new.learned, old.learned)
         return LossLogits(learned, new.structure, new.primary)
 
-    return jax.tree.map(choose, new, old, is_leaf=is_loss_logits)
+    return jax.tree.map(select, new, old, is_leaf=is_loss_logits)
 
 
 register_node(

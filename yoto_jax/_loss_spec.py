@@ -90,7 +90,7 @@ class LossSpec:
     def position(self, role: str, chosen: Any) -> int:
         """Position of the loss that ``chosen`` names; ``role`` is for the messages."""
         tree = self.structure.unflatten(range(self.size))
-        return find_loss(role, chosen, tree, self.names)
+        return find_loss(role, chosen, tree)
 
     def apart(self, downstream: Any) -> tuple[int, np.ndarray]:
         """Position of the loss that steers, and those of the others."""

@@ -1,7 +1,7 @@
 """Trees of losses: names, lookup and checks of structure."""
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -10,12 +10,12 @@ import numpy as np
 from jax import lax
 
 PyTree = Any
+"""Any nesting of containers registered with JAX."""
 Losses = PyTree  # scalars, one for each loss
 Weights = PyTree  # scalars, a tree like the losses
 Present = PyTree  # booleans, a tree like the losses
 Params = PyTree  # arrays, those that are trained
 State = PyTree  # arrays, of a weighting or of an optimizer
-"""Any nesting of containers registered with JAX."""
 
 
 def check_structure(
@@ -72,6 +72,10 @@ def scalar_losses(
             raise TypeError(
                 f"loss {name!r} is the string {leaf!r}, not a number; for losses that "
                 "have no values yet give dict.fromkeys(names, 0.0)."
+            )
+        if isinstance(leaf, set | frozenset):
+            raise TypeError(
+                "a set of losses has no order: give dict.fromkeys(names, 0.0)."
             )
         shape, dtype = shape_and_dtype(f"loss {name!r}", leaf)
         if shape:
@@ -138,8 +142,9 @@ def loss_vector(
     return lax.stop_gradient(jnp.stack([jnp.asarray(x, dtype) for x in leaves]))
 
 
-def find_loss(role: str, chosen: Any, losses: Losses, names: Sequence[str]) -> int:
+def find_loss(role: str, chosen: Any, losses: Losses) -> int:
     """Position of the loss that ``chosen`` names; ``role`` is for messages."""
+    names = loss_names(jax.tree.structure(losses))
     if hasattr(chosen, "__index__") and not isinstance(chosen, bool):
         chosen = operator.index(chosen)
     elif not isinstance(chosen, str):

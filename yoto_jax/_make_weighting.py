@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from yoto_jax._checks import is_key
@@ -22,7 +23,7 @@ from yoto_jax._losses import (
     split,
     stack_present,
 )
-from yoto_jax._numerics import all_finite, choose, float_type
+from yoto_jax._numerics import all_finite, float_type, select
 from yoto_jax._weighting import (
     GRADIENT_STATISTICS,
     MATRICES,
@@ -32,6 +33,9 @@ from yoto_jax._weighting import (
     mask_weights,
     without_absent,
 )
+
+RESERVED = frozenset(("loss_weights", "num_updates", "num_skipped"))
+"""Fields that states are searched for by name: weights are in them by loss."""
 
 
 def make_weighting(
@@ -185,9 +189,15 @@ def _state_check(init: Callable[[LossSpec], Any]) -> Callable[[Any], None]:
 
 
 def _spec(losses: Losses) -> LossSpec:
-    _, leaves, structure = scalar_losses(losses)
+    names, leaves, structure = scalar_losses(losses)
     if not leaves:
         raise ValueError("losses has no leaves: there is nothing to weigh.")
+    for name in names:
+        if taken := RESERVED.intersection(name.split("/")):
+            raise ValueError(
+                f"a loss cannot be named {min(taken)!r}: states are searched for the "
+                "field of this name."
+            )
     return LossSpec(structure, jnp.dtype(float_type(leaves)))
 
 
@@ -249,7 +259,7 @@ def refuse_losses(
     times as slow, and keeps ``jax.export`` from writing it.
     """
     bad = spec.of_present(bad & jnp.isfinite(values), False)
-    if isinstance(bad, jax.core.Tracer):
+    if isinstance(bad, jax.core.Tracer) or not np.any(bad):
         return
     for name, value, is_bad in zip(spec.names, values, bad, strict=True):
         if is_bad:
@@ -319,7 +329,7 @@ def _hold_absent(new: PyTree, old: PyTree, spec: LossSpec) -> PyTree:
 def _select(ok: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     """``new`` if ``ok`` else ``old``, in the dtypes of ``old``."""
     cast = lambda x, y: x if is_key(y) else x.astype(y.dtype)
-    return choose(ok, jax.tree.map(cast, new, old), old)
+    return select(ok, jax.tree.map(cast, new, old), old)
 
 
 def _constant(x: Any, dtype: Any) -> jax.Array:

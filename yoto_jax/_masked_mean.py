@@ -10,6 +10,7 @@ from jax import lax
 from yoto_jax._jaxlib import warn_of_jaxlib
 from yoto_jax._losses import Losses, Present, PyTree, check_structure, path_name
 from yoto_jax._numerics import upcast
+from yoto_jax._varying import check_axes, named_axes
 
 
 class MaskedLosses(NamedTuple):
@@ -70,10 +71,11 @@ def masked_mean(
     sums = []
     for (path, x), mask in zip(flat, jax.tree.leaves(masks), strict=True):
         sums.append(_sum_and_count(path_name(path), jnp.asarray(x), jnp.asarray(mask)))
-    if axis_name is not None:
+    if axes := named_axes(axis_name):
+        check_axes(axes)
         dtype = jnp.result_type(*[total for total, _ in sums])
         stacked = lax.psum(
-            jnp.stack([jnp.stack(pair).astype(dtype) for pair in sums]), axis_name
+            jnp.stack([jnp.stack(pair).astype(dtype) for pair in sums]), axes
         )
         sums = [
             (x.astype(total.dtype), count)

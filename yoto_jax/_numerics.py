@@ -128,7 +128,7 @@ def running_mean(
     mean: jax.Array, x: jax.Array, count: jax.Array, warmup: Any, decay: Any
 ) -> jax.Array:
     """Updates a running mean: plain during the warmup, exponential afterwards."""
-    number = count.astype(x.dtype)
+    number, decay = count.astype(x.dtype), jnp.asarray(decay, x.dtype)
     early = (count == 0) | (number < warmup)
     return jnp.where(
         early, (mean * number + x) / (number + 1), decay * mean + (1 - decay) * x
@@ -145,18 +145,11 @@ def unbiased_mean(
     return mean + rate / total * (x - mean)
 
 
-def chebyshev_distances(
-    losses: jax.Array, weights: jax.Array, ideal: jax.Array
-) -> jax.Array:
-    """What a Chebyshev scalarization takes the largest of, on the axis of losses."""
-    return weights * (losses - ideal)
-
-
 def stacked(tree: PyTree) -> jax.Array:
     return jnp.stack([upcast(jnp.asarray(x)) for x in jax.tree.leaves(tree)])
 
 
-def choose(ok: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+def select(ok: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     """``new`` if ``ok`` else ``old``, leaf by leaf: no branch, no wait for the device.
 
     The old state is read in any case, so that the selection is free.

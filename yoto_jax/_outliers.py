@@ -10,7 +10,7 @@ import optax
 
 from yoto_jax._checks import check_flag, check_hyperparameter, check_not_negative
 from yoto_jax._losses import State
-from yoto_jax._numerics import choose, running_mean
+from yoto_jax._numerics import running_mean, select
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import of_inner
 
@@ -175,7 +175,7 @@ class OutlierRule:
             jnp.where(restart, 1, num_seen + usual.astype(jnp.int32)),
             jnp.where(restart, 0, jnp.where(sound, streaks, scales.streaks)),
         )
-        return ok, new if present is None else choose(present, new, scales)
+        return ok, new if present is None else select(present, new, scales)
 
 
 def as_rule(rule: OutlierRule | None) -> OutlierRule:

@@ -21,7 +21,7 @@ from yoto_jax._losses import (
     scalar_losses,
     stack_present,
 )
-from yoto_jax._numerics import all_finite, choose, upcast
+from yoto_jax._numerics import all_finite, select, upcast
 from yoto_jax._outliers import (
     OutlierRule,
     SkipOutliersState,
@@ -125,7 +125,7 @@ def skip_outliers(
         new = jax.tree.map(
             lambda u: u if _is_float0(u) else jnp.where(ok, u, jnp.zeros_like(u)), new
         )
-        return new, after._replace(inner=choose(ok, inner_state, state.inner))
+        return new, after._replace(inner=select(ok, inner_state, state.inner))
 
     return unwrap_loss_logits(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 

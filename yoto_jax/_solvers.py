@@ -76,7 +76,7 @@ def _accept(ok: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
 
 
 def solve_bounded_qp(
-    matrix: jax.Array, linear: jax.Array, lower: jax.Array, *, steps: int = 16
+    matrix: jax.Array, linear: jax.Array, lower: jax.Array
 ) -> jax.Array:
     r"""Minimise :math:`\frac12 v^\top A v - q^\top v` subject to :math:`v \ge u`.
 
@@ -89,7 +89,6 @@ def solve_bounded_qp(
       linear: (K,) q. For a singular A it must be in its range, or the minimum may be at
         infinity and the result is large but finite.
       lower: (K,) u.
-      steps: The number of interior point steps.
 
     Returns:
       (K,) v. For several q or u with one A use ``jax.vmap``.
@@ -130,7 +129,7 @@ def solve_bounded_qp(
 
     x = varying_like(jnp.ones((size,), dtype), b)
     z = jnp.maximum(dot(a, x) - b, 1)
-    x, z = lax.fori_loop(0, steps, step, (x, z))
+    x, z = lax.fori_loop(0, 16, step, (x, z))
 
     free = x > z
     eye = jnp.eye(size, dtype=dtype)
@@ -284,8 +283,6 @@ def minimise_on_simplex(
     derivatives: Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]],
     size: int,
     dtype: jnp.dtype,
-    *,
-    steps: int = 20,
 ) -> jax.Array:
     r"""Minimise a smooth convex f(w) subject to :math:`w \ge 0`, :math:`\sum w = 1`.
 
@@ -297,7 +294,6 @@ def minimise_on_simplex(
         order 1.
       size: K.
       dtype: Of w.
-      steps: The number of interior point steps.
 
     Returns:
       (K,) w.
@@ -340,7 +336,7 @@ def minimise_on_simplex(
     found = value, gradient, _ = derivatives(w)
     y = jnp.min(gradient) - 1
     start = varying_like((w, gradient - y, y, w, value), *found)
-    w, _, _, best, least = lax.fori_loop(0, steps, step, start)
+    w, _, _, best, least = lax.fori_loop(0, 20, step, start)
     return jnp.where(derivatives(w)[0] <= least, w, best)
 
 

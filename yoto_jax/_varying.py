@@ -1,4 +1,4 @@
-"""What may differ along the axes of a ``shard_map``, and is typed so."""
+"""Axes of ``pmap`` and ``shard_map``: their names, and what varies along them."""
 
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -7,6 +7,36 @@ import jax
 from jax import lax
 
 from yoto_jax._losses import PyTree
+
+Axes = tuple[Hashable, ...]
+
+
+def named_axes(axis_name: Any) -> Axes:
+    """The axes that an argument names."""
+    if axis_name is None:
+        return ()
+    several = isinstance(axis_name, tuple | list)
+    axes = tuple(axis_name) if several else (axis_name,)
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"axis_name must not repeat an axis, got {axis_name!r}.")
+    return axes
+
+
+def axis_size(axes: Axes) -> int:
+    """The number of devices along some axes."""
+    return lax.psum(1, axes) if axes else 1
+
+
+def check_axes(axes: Axes, option: str = "axis_name") -> None:
+    """Raise unless a ``pmap`` or ``shard_map`` around this has these axes."""
+    for axis in axes:
+        try:
+            axis_size((axis,))
+        except NameError:
+            raise ValueError(
+                f"{option}: {axis!r} is no axis of a pmap or shard_map around this "
+                f"call. On one device, and under jit alone, leave {option} out."
+            ) from None
 
 
 def varying_axes(x: Any) -> frozenset[Hashable]:

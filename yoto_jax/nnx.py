@@ -331,7 +331,10 @@ def value_and_grad(
     ) -> tuple[Any, nnx.State, Any]:
         graphdef, params, others = nnx.split(model, wrt, ...)
         if not jax.tree.leaves(params):
-            raise ValueError(f"wrt={wrt} finds no variable in {type(model).__name__}.")
+            raise ValueError(
+                f"wrt={wrt} finds no variable in {type(model).__name__}: the model is "
+                "the first argument, fn(model, state, ...)."
+            )
         rest = _Rest(graphdef, others)
         if steering is not None and steering.validation:
             validation, args = steering.take(args)

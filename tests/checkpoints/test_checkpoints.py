@@ -213,6 +213,17 @@ def test_steps_that_are_due_are_saved_and_the_latest_kept(tmp_path):
         assert_same(checkpoints.restore(small(), step=6).state, small(6))
 
 
+def test_outside_of_its_statement_a_checkpoint_is_complete_when_saved(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.save(1, small(1))
+    assert Checkpoints(tmp_path).steps() == [1]
+    with checkpoints:
+        assert checkpoints.save(2, small(2))
+    assert checkpoints.save(3, small(3))
+    assert Checkpoints(tmp_path).steps() == [1, 2, 3]
+    assert_same(checkpoints.restore(small()).state, small(3))
+
+
 def test_starting_and_resuming_are_the_same_line(tmp_path):
     state = small()
     for run in range(2):
@@ -727,17 +738,16 @@ def large(step):
 
 
 def test_a_checkpoint_that_cannot_be_written(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(1, large(1))
-    checkpoints.wait()
-    message = f"{tmp_path}/2: the checkpoint could not be written.*Complete: 1."
-    with no_file_larger_than(1 << 16):
-        checkpoints.save(2, large(2))
-        with pytest.raises(CheckpointError, match=message):  # at the next save
-            checkpoints.save(3, large(2))
-    assert_same(checkpoints.restore(large(0)).state, large(1))
-    assert checkpoints.save(4, large(4))
-    checkpoints.close()
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, large(1))
+        checkpoints.wait()
+        message = f"{tmp_path}/2: the checkpoint could not be written.*Complete: 1."
+        with no_file_larger_than(1 << 16):
+            checkpoints.save(2, large(2))
+            with pytest.raises(CheckpointError, match=message):  # at the next save
+                checkpoints.save(3, large(2))
+        assert_same(checkpoints.restore(large(0)).state, large(1))
+        assert checkpoints.save(4, large(4))
     assert checkpoints.steps() == [4]
     assert not [*tmp_path.glob("*tmp*")]
 
@@ -752,10 +762,9 @@ def test_what_went_wrong_in_training_is_not_hidden(tmp_path):
         train()
     assert "could not be written" in caught.value.__notes__[0]
     checkpoints = Checkpoints(tmp_path)
-    with no_file_larger_than(1 << 16):
+    with no_file_larger_than(1 << 16), pytest.raises(CheckpointError):
         checkpoints.save(1, large(1))
-        with pytest.raises(CheckpointError):
-            checkpoints.close()
+    assert checkpoints.save(1, large(1))
 
 
 @pytest.fixture

@@ -221,6 +221,30 @@ def test_solutions_in_runs_side_by_side_are_those_alone(name):
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["equal", "upgrad"])
+def test_integer_parameters(name):
+    weighting = getattr(yoto.weightings, name)()
+    losses = {"a": 0.0, "b": 0.0}
+
+    def loss_fn(p, x):
+        return {"a": jnp.mean((x @ p["w"]) ** 2), "b": jnp.sum(p["w"] * p["i"])}
+
+    step = yoto.value_and_grad(loss_fn, weighting, axis_name="d")
+    params = {"w": jnp.ones(3), "i": jnp.arange(3)}
+    x = jax.random.normal(jax.random.key(0), (DEVICES, 3))
+    spread = jax.shard_map(
+        lambda p, s, x: step(p, s, x)[1],
+        mesh=jax.make_mesh((DEVICES,), ("d",), axis_types=(AUTO,)),
+        in_specs=(jax.P(), jax.P(), jax.P("d")),
+        out_specs=jax.P(),
+    )
+    grads = jax.jit(spread)(params, weighting.init(losses), x)
+    one = yoto.value_and_grad(loss_fn, weighting)
+    _, expected, _ = one(params, weighting.init(losses), x)
+    assert grads["i"].dtype == jax.dtypes.float0
+    np.testing.assert_allclose(grads["w"], expected["w"], rtol=1e-5)
+
+
 def test_axes_that_were_not_named():
     params, batches = data()
     batch = jax.tree.map(lambda leaf: leaf[0], batches)

@@ -206,6 +206,24 @@ def test_misuse_of_weightings(make, error, message):
 # Cuts.
 
 
+def test_lanes_that_were_not_started():
+    arms = {"equal": yoto.weightings.equal(), "dwa": yoto.weightings.dwa()}
+    state = racing.one_of(arms).init(LOSSES)
+    lanes = racing.stack([state, state])
+    with pytest.raises(ValueError, match="not made by racing.start: all run 'equal'"):
+        racing.keep(lanes, jnp.array([1.0, 2.0]), 1)
+    with pytest.raises(ValueError, match="not made by racing.start: all run 'equal'"):
+        racing.alone(arms, state)
+    weights, _ = racing.one_of(arms).update(LOSSES, state)  # As the first arm.
+    assert len(set(map(float, jax.tree.leaves(weights)))) == 1
+    racing.keep(racing.start(state, 2), jnp.array([1.0, 2.0]), 1)
+
+
+def test_more_scores_than_lanes():
+    with pytest.raises(ValueError, match="there are 5 scores for 6 lanes"):
+        racing.keep({"w": jnp.ones((6, 2)), "b": jnp.ones(6)}, jnp.arange(5.0), 1)
+
+
 @pytest.mark.parametrize("jit", [False, True])
 def test_ties_go_to_the_first_and_nan_to_nobody(jit):
     keep = lambda scores: racing.keep({"x": jnp.arange(6)}, scores, 3)
@@ -272,7 +290,11 @@ def test_a_weighting_without_counters_is_counted_and_smoothed():
         ),
         (lambda: racing.lane({"x": jnp.ones((2, 1)), "y": jnp.ones(3)}, 0), "2 lanes"),
         (lambda: racing.spread(jnp.ones(2), []), "at least one"),
-        (lambda: racing.keep(jnp.arange(3), jnp.ones(2), 1), "leading axis of 2 lanes"),
+        (lambda: racing.keep(jnp.arange(3), jnp.ones(2), 1), "2 scores for 3 lanes"),
+        (
+            lambda: racing.keep((jnp.ones(3), jnp.ones(2)), jnp.ones(2), 1),
+            "leading axis of 2 lanes",
+        ),
         (lambda: racing.keep({"x": 1.0}, jnp.ones(2), 1), r"'x' has shape \(\)"),
         (lambda: racing.keep(jnp.arange(2), jnp.ones(2), 0), "at least 1, got 0"),
         (lambda: racing.keep(jnp.arange(2), jnp.ones(2), 3), "from 1 to 2, got 3"),

@@ -450,6 +450,29 @@ def test_unknown_properties_are_an_error():
         check_gramian_properties(weightings.equal(), ["brave"])
 
 
+@pytest.mark.parametrize("ratio", [1e-2, 1e-3, 1e-5, 1e-7])
+def test_cagrad_of_a_short_gradient_is_no_stationary_point(ratio):
+    """Two orthogonal gradients; with the shorter one alone, closed in the limit."""
+    weighting = cagrad(c=0.5)
+    gramian = jnp.diag(jnp.array([1.0, ratio**2]))
+    state = weighting.init([0.0, 0.0])
+    weights, _ = jax.jit(weighting.update)([0.0, 0.0], state, gramian=gramian)
+    direction = np.array([weights[0], weights[1] * ratio])
+    mean = np.array([0.5, 0.5 * ratio])
+    np.testing.assert_allclose(np.linalg.norm(direction - mean), 0.25, rtol=1e-3)
+    np.testing.assert_allclose(weights[1], 0.5 + 0.25 / ratio, rtol=2e-2)
+
+
+@pytest.mark.parametrize("count", [100, 110, 160])
+def test_cagrad_of_many_orthogonal_gradients(count):
+    weighting = cagrad(c=0.5)
+    losses = [0.0] * count
+    weights, _ = weighting.update(
+        losses, weighting.init(losses), gramian=jnp.eye(count)
+    )
+    np.testing.assert_allclose(sum(map(float, weights)), 1.5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("c", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("count", [2, 3, 10, 40])
 def test_cagrad_at_pareto_stationary_gradients_is_the_mean(c, count):

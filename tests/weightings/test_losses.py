@@ -1264,7 +1264,8 @@ def test_a_single_loss_has_the_weight_that_the_convention_gives(make, weight):
     ("make", "message"),
     [
         (lambda: dwa(temperature=0.0), "temperature must be positive, got 0.0"),
-        (lambda: dwa(window=0), "window must be at least 1, got 0"),
+        (lambda: dwa(window=0), "window must be positive, got 0"),
+        (lambda: gradnorm(alpha=-1.0), "alpha must not be negative, got -1.0"),
         (lambda: softadapt(form="log"), "form must be.*'log'"),
         (lambda: relobralo(alpha=1.1), "alpha must be in .*, got 1.1"),
         (lambda: relobralo(beta=-0.1), "beta must be in .*, got -0.1"),

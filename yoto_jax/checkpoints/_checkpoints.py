@@ -38,8 +38,9 @@ class Restored(NamedTuple):
 class Checkpoints:
     """Checkpoints of one training run, in one folder.
 
-    Leaving its ``with`` statement waits for unfinished writes. With several processes,
-    all of them make the same calls, with a folder that all see.
+    Inside its ``with`` statement writes go on in the background, and leaving it waits
+    for them; outside, :meth:`save` returns when the checkpoint is complete. With
+    several processes, all of them make the same calls, with a folder that all see.
 
     Args:
       folder: Path, with one subfolder for each step. Created if missing.
@@ -93,6 +94,7 @@ class Checkpoints:
             raise ValueError("folder must be the path of a folder, got an empty one.")
         self.folder = epath.Path(place if "://" in place else os.path.abspath(place))
         self._every, self._keep = every, keep
+        self._in_background = False  # whether somebody will wait: a with statement
         self._manager: ocp.CheckpointManager | None = None
         self._last = -1  # the latest step in the folder when saving began, or since
         self._known: int | None = None  # the step last saved or restored here
@@ -104,6 +106,7 @@ class Checkpoints:
             ) from error
 
     def __enter__(self) -> "Checkpoints":
+        self._in_background = True
         return self
 
     def __exit__(
@@ -112,6 +115,7 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._in_background = False
         try:
             self.close()
         except CheckpointError as failure:
@@ -196,6 +200,8 @@ class Checkpoints:
                 force=True,
             )
         self._known = self._last = step
+        if not self._in_background:
+            self.wait()
         return True
 
     def restore(

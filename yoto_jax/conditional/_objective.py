@@ -11,7 +11,7 @@ import numpy as np
 from yoto_jax._checks import check_integers, check_not_negative, check_positive
 from yoto_jax._loss_spec import LossSpec
 from yoto_jax._losses import Losses, PyTree, Weights, check_structure, loss_names
-from yoto_jax._numerics import chebyshev_distances, float_type, upcast
+from yoto_jax._numerics import float_type, upcast
 
 Normalization = Literal["sum", "geometric", "max"] | Callable[[PyTree], jax.Array]
 
@@ -261,7 +261,7 @@ def smooth_chebyshev(
     """
     check_positive(smoothing=smoothing)
     values, w = _pair(losses, weights)
-    distances = chebyshev_distances(values, w, _ideal(ideal, losses, values))
+    distances = w * (values - _ideal(ideal, losses, values))
     return smooth_maximum(distances, smoothing, axis=-1)
 
 

@@ -11,6 +11,7 @@ from yoto_jax._losses import (
     Present,
     PyTree,
     State,
+    find_loss,
     loss_names,
     stack_present,
     tree_of,
@@ -21,11 +22,11 @@ from yoto_jax._weighting import (
     LossWeighting,
     and_present,
     check_weighting,
+    weights_of,
 )
 from yoto_jax.gradients._devices import spread_of
 from yoto_jax.gradients._rows import check_rows, combine_rows, present_rows
 from yoto_jax.gradients._statistics import if_due, statistics_of
-from yoto_jax.gradients._steering import position_of
 
 
 def aggregate(
@@ -100,7 +101,7 @@ def aggregate(
                     "this weighting needs the losses: call update(updates, state, "
                     "params, losses=losses)."
                 )
-            losses = optax.tree.ones_like(optax.tree.get(state, "loss_weights"))
+            losses = optax.tree.ones_like(weights_of(state))
         mask = stack_present(present, jax.tree.structure(losses))
         updates = present_rows(updates, mask)
         extra_args = and_present(weighting, extra_args, present)
@@ -113,7 +114,7 @@ def aggregate(
         if not aligned:
             return statistics_of(rows, asked, spread)
         found = statistics_of(rows, [*asked, "gramian"], spread)
-        position = position_of(weighting.downstream, optax.tree.ones_like(losses))
+        position = find_loss("downstream", weighting.downstream, losses)
         return found | {"alignment": found["gramian"][position]}
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

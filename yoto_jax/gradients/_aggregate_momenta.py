@@ -17,7 +17,7 @@ from yoto_jax._losses import (
     loss_names,
     tree_of,
 )
-from yoto_jax._numerics import choose
+from yoto_jax._numerics import select
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import LossWeighting, check_weighting
 from yoto_jax.gradients._aggregate import aggregate
@@ -184,8 +184,8 @@ def aggregate_momenta(
         return jax.tree.map(scaled, combination, second, updates), MomentaState(
             momenta,
             num_seen,
-            *choose(ok & every, after, before),
-            inner=choose(every | ~ok, inner, state.inner),
+            *select(ok & every, after, before),
+            inner=select(every | ~ok, inner, state.inner),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -209,7 +209,7 @@ def _place(loss: Any, losses: PyTree, names: Sequence[str]) -> Any:
         if not -len(names) <= place < len(names):
             raise ValueError(f"loss {place} is out of range for {len(names)} losses.")
         return place % len(names)
-    return find_loss("loss", loss, losses, names)
+    return find_loss("loss", loss, losses)
 
 
 def _check_shapes(updates: Params, like: Params) -> None:

@@ -20,7 +20,8 @@ from yoto_jax._losses import (
 from yoto_jax._masked_mean import MaskedLosses
 from yoto_jax._numerics import stacked
 from yoto_jax._regularizer_range import Range, regularizer_range
-from yoto_jax.gradients._devices import mean_losses, named_axes
+from yoto_jax._varying import named_axes
+from yoto_jax.gradients._devices import mean_losses
 from yoto_jax.gradients._jacobian import value_and_jacobian
 from yoto_jax.gradients._output import read_output
 from yoto_jax.gradients._statistics import statistics_of
@@ -134,7 +135,7 @@ def balanced_epsilon(
     names = loss_names(structure)
     if primary is None:
         raise TypeError("primary must name the loss to measure by, got None.")
-    position = find_loss("primary", primary, losses, names)
+    position = find_loss("primary", primary, losses)
     auxiliary = [name for k, name in enumerate(names) if k != position]
     shares = number_per_loss("share", share, auxiliary)
     means = _means(sizes)

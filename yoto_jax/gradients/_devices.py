@@ -1,17 +1,16 @@
 """Axes of ``pmap`` and ``shard_map``: what varies, what is cut up, means over them."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from yoto_jax._losses import Losses, Params, PyTree, path_name
 from yoto_jax._numerics import stacked
-from yoto_jax._varying import vary_over, varying_axes
-
-Axes = tuple[Hashable, ...]
+from yoto_jax._varying import Axes, axis_size, check_axes, vary_over, varying_axes
 
 
 class Devices(NamedTuple):
@@ -70,24 +69,10 @@ def spread_of(
     return found
 
 
-def named_axes(axis_name: Any) -> Axes:
-    if axis_name is None:
-        return ()
-    several = isinstance(axis_name, tuple | list)
-    axes = tuple(axis_name) if several else (axis_name,)
-    if len(set(axes)) < len(axes):
-        raise ValueError(f"axis_name must not repeat an axis, got {axis_name!r}.")
-    return axes
-
-
 def checks_axes(params: Params, axes: Axes) -> bool:
     """Whether ``shard_map`` knows what varies, told by parameters made to vary."""
     leaves = jax.tree.leaves(params)
     return bool(leaves) and bool(axes) and varying_axes(leaves[0]) >= set(axes)
-
-
-def axis_size(axes: Axes) -> int:
-    return lax.psum(1, axes) if axes else 1
 
 
 def mean_over(tree: PyTree, axes: Axes, spread: Sequence[Axes] | None = None) -> PyTree:
@@ -102,7 +87,7 @@ def mean_over(tree: PyTree, axes: Axes, spread: Sequence[Axes] | None = None) ->
 
     def mean(x: Any, own: Axes) -> Any:
         if x.dtype == jax.dtypes.float0:
-            return x
+            return np.zeros(x.shape, x.dtype)  # of no device's own
         if summed := tuple(axis for axis in axes if axis in own):
             x = x / axis_size(summed)
         others = tuple(axis for axis in axes if axis not in own)
@@ -121,15 +106,3 @@ def mean_losses(losses: Losses, axes: Axes) -> PyTree:
     return structure.unflatten(
         means[k].astype(x.dtype) for k, x in enumerate(map(jnp.asarray, leaves))
     )
-
-
-def check_axes(axes: Axes, option: str = "axis_name") -> None:
-    """Raise unless a ``pmap`` or ``shard_map`` around this has these axes."""
-    for axis in axes:
-        try:
-            axis_size((axis,))
-        except NameError:
-            raise ValueError(
-                f"{option}: {axis!r} is no axis of a pmap or shard_map around this "
-                f"call. On one device, and under jit alone, leave {option} out."
-            ) from None

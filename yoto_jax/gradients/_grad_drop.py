@@ -13,7 +13,8 @@ from yoto_jax._losses import Losses, Params, Present, PyTree, stack_present, tre
 from yoto_jax._numerics import upcast
 from yoto_jax._serialization import serializable_state
 from yoto_jax._solvers import safe_divide
-from yoto_jax.gradients._devices import Axes, spread_of
+from yoto_jax._varying import Axes
+from yoto_jax.gradients._devices import spread_of
 from yoto_jax.gradients._rows import check_rows, present_rows
 
 

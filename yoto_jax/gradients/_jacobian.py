@@ -9,14 +9,8 @@ from yoto_jax._jaxlib import warn_of_jaxlib
 from yoto_jax._losses import Params, PyTree, split
 from yoto_jax._masked_mean import MaskedLosses
 from yoto_jax._params import check_params
-from yoto_jax._varying import vary_over
-from yoto_jax.gradients._devices import (
-    check_axes,
-    mean_losses,
-    mean_over,
-    named_axes,
-    spread_of,
-)
+from yoto_jax._varying import check_axes, named_axes, vary_over
+from yoto_jax.gradients._devices import mean_losses, mean_over, spread_of
 from yoto_jax.gradients._output import read_output
 from yoto_jax.gradients._parameters import check_chunk_size
 from yoto_jax.gradients._rows import rows_of

@@ -1,6 +1,6 @@
 """What a loss function returns, checked."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,8 +16,8 @@ from yoto_jax._losses import (
     stack_present,
 )
 from yoto_jax._masked_mean import MaskedLosses
-from yoto_jax._varying import vary_over, varying_axes, varying_like
-from yoto_jax.gradients._devices import Axes, Devices, axis_size
+from yoto_jax._varying import Axes, axis_size, vary_over, varying_axes, varying_like
+from yoto_jax.gradients._devices import Devices
 
 
 def read_output(
@@ -40,6 +40,23 @@ def read_output(
         return losses, (aux, None)
     losses, there = _mask_losses(losses, there, axes)
     return losses, (aux, there)
+
+
+def without_effect(
+    jaxpr: Any, inputs: Iterable[int], names: Sequence[str]
+) -> list[str]:
+    """The losses, the first outputs of a program, that some inputs do not reach."""
+    is_literal = lambda x: hasattr(x, "val")
+    reached = {jaxpr.invars[index] for index in inputs}
+    for equation in jaxpr.eqns:
+        if any(x in reached for x in equation.invars if not is_literal(x)):
+            reached.update(equation.outvars)
+    outputs = jaxpr.outvars[: len(names)]
+    return [
+        name
+        for name, x in zip(names, outputs, strict=True)
+        if is_literal(x) or x not in reached
+    ]
 
 
 def check_losses(losses: Losses, params: Params, devices: Devices) -> None:

@@ -10,11 +10,20 @@ from jax import lax
 
 from yoto_jax._checks import check_flag
 from yoto_jax._jaxlib import check_jaxlib
-from yoto_jax._losses import Params, PyTree, State, Weights
+from yoto_jax._losses import (
+    Params,
+    PyTree,
+    State,
+    Weights,
+    listed,
+    loss_names,
+    path_name,
+)
 from yoto_jax._numerics import stacked
 from yoto_jax._varying import vary_over
 from yoto_jax._weighting import LossWeighting
 from yoto_jax.gradients._devices import mean_losses, mean_over
+from yoto_jax.gradients._output import without_effect
 from yoto_jax.gradients._pass import Batch, Pass
 from yoto_jax.gradients._rows import (
     add_axis,
@@ -75,7 +84,8 @@ def of_parameters(
 
     Raises:
       ValueError: ``chunk_size`` is not a positive integer. In the call: ``select`` or
-        ``unweighted`` returns something else than a part of the parameters.
+        ``unweighted`` returns something else than a part of the parameters, or the
+        selected part has no effect on one of the losses.
 
     Examples:
       >>> import jax.numpy as jnp, yoto_jax as yoto
@@ -93,6 +103,12 @@ def of_parameters(
     """
     check_chunk_size(chunk_size)
     check_flag(keep=keep)
+    for name, part in (("select", select), ("unweighted", unweighted)):
+        if part is not None and not callable(part):
+            raise TypeError(
+                f"{name} must be a function of the parameters, such as "
+                f"lambda params: params['encoder'], got {part!r}."
+            )
     return OfParameters(select, unweighted, chunk_size, keep)
 
 
@@ -121,11 +137,28 @@ class _ParametersPass(Pass):
         if source.select is None:
             self.pull_seen = lambda ct: _at(self.seen, self.pull(ct))
         else:
+            self._check_effect()
             self.pull_seen = _pull_part(self.loss_fn, params, self.seen)
         # What is computed in a branch of a cond cannot be kept beyond it.
         due = batch.weighting.due is None
         self.keeps = source.keep and source.select is None and due
         self.kept: PyTree | None = None
+
+    def _check_effect(self) -> None:
+        """Raise for a loss without the selected part, unless it may be absent."""
+        if self.present is not None:
+            return
+        part = _at(self.seen, self.params)
+        jaxpr = jax.make_jaxpr(_of_part(self.loss_fn, self.params))(part).jaxpr
+        names = loss_names(jax.tree.structure(self.losses))
+        without = without_effect(jaxpr, range(len(jaxpr.invars)), names)
+        if without:
+            raise ValueError(
+                f"the parameters that select= returns have no effect on "
+                f"{listed(without)}: a gradient that is zero there means nothing to a "
+                "weighting. Add such a loss to one that they have an effect on, or "
+                "select parameters that all losses depend on."
+            )
 
     def statistics(self, names: Sequence[str]) -> dict[str, jax.Array]:
         leaves = _at(self.seen, self.params).values()
@@ -264,6 +297,12 @@ def _leaf_indices(params: Params, part: Part) -> list[int]:
         found = jax.tree.leaves(part(structure.unflatten(marks)))
     except TypeError:  # such as for an index into an array
         found = []
+    except (KeyError, AttributeError) as error:
+        names = [path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+        raise ValueError(
+            f"select and unweighted must return a part of the parameters: there is no "
+            f"{error} in them; their arrays are {', '.join(names)}."
+        ) from error
     indices = [mark.index for mark in found if isinstance(mark, _Mark)]
     if not indices or len(indices) != len(found):
         raise ValueError(

@@ -15,20 +15,15 @@ from yoto_jax._losses import (
     PyTree,
     State,
     Weights,
+    find_loss,
     listed,
     loss_names,
 )
 from yoto_jax._numerics import stacked
-from yoto_jax._varying import vary_over, varying_axes, varying_like
+from yoto_jax._varying import Axes, axis_size, vary_over, varying_axes, varying_like
 from yoto_jax._weighting import LossWeighting
-from yoto_jax.gradients._devices import (
-    Axes,
-    Devices,
-    axis_size,
-    checks_axes,
-    mean_losses,
-    mean_over,
-)
+from yoto_jax.gradients._devices import Devices, checks_axes, mean_losses, mean_over
+from yoto_jax.gradients._output import without_effect
 from yoto_jax.gradients._pass import Batch, Pass
 from yoto_jax.gradients._rows import (
     add_leaf,
@@ -41,7 +36,6 @@ from yoto_jax.gradients._statistics import (
     squared_norm,
     statistics_of_list,
 )
-from yoto_jax.gradients._steering import position_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -226,24 +220,14 @@ class _Traced:
         """Raise for a loss without z, unless it may be absent: it is constant then."""
         if self.present is not None:
             return
-        jaxpr = self.traced.jaxpr
-        is_literal = lambda x: hasattr(x, "val")
-        reached = set(jaxpr.invars[self.num_params :])
-        for equation in jaxpr.eqns:
-            if any(x in reached for x in equation.invars if not is_literal(x)):
-                reached.update(equation.outvars)
-        names = loss_names(self.structure)
-        outputs = jaxpr.outvars[: len(names)]
-        unmoved = [
-            name
-            for name, x in zip(names, outputs, strict=True)
-            if is_literal(x) or x not in reached
-        ]
-        if unmoved:
+        z = range(self.num_params, len(self.traced.jaxpr.invars))
+        without = without_effect(self.traced.jaxpr, z, loss_names(self.structure))
+        if without:
             raise ValueError(
-                f"{listed(unmoved)} do not depend on z, the output of the encoder: "
-                "their gradients are zero there and mean nothing to a weighting. "
-                "Compute every loss from z, or take gradients=yoto.of_parameters()."
+                f"z, the output of the encoder, has no effect on {listed(without)}: a "
+                "gradient that is zero there means nothing to a weighting. Compute "
+                "every loss from z, add such a loss to one that depends on z, or take "
+                "gradients=yoto.of_parameters()."
             )
 
 
@@ -267,7 +251,7 @@ def _replace_downstream(weights: Weights, weighting: LossWeighting) -> PyTree:
     """The weights, with 1 for the downstream loss if there is one."""
     if weighting.downstream is None:
         return weights
-    position = position_of(weighting.downstream, weights)
+    position = find_loss("downstream", weighting.downstream, weights)
     leaves, structure = jax.tree.flatten(weights)
     leaves[position] = jnp.ones_like(leaves[position])
     return structure.unflatten(leaves)

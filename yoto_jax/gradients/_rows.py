@@ -92,6 +92,10 @@ def check_rows(
 ) -> None:
     """Raise unless every array has one row for each loss, of a parameter's shape."""
     leaves = jax.tree.leaves_with_path(rows)
+    if not leaves:
+        raise ValueError(
+            "the updates hold no arrays: there are no gradients of losses."
+        )
     for path, leaf in leaves:
         if leaf.shape[:1] != (len(names),):
             raise ValueError(
@@ -131,7 +135,7 @@ def combine_rows(rows: PyTree, weights: jax.Array) -> PyTree:
 
 
 def weighted_sum_of(weights: jax.Array, terms: Sequence[jax.Array]) -> jax.Array:
-    """Weights times gradients, added in float32 at least; a weight of 0 is none."""
+    """Weights times gradients, added in float32 at least."""
     dtype = terms[0].dtype
     if dtype == jax.dtypes.float0:
         return terms[0]

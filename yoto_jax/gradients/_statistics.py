@@ -11,8 +11,8 @@ from jax import lax
 
 from yoto_jax._losses import PyTree, State
 from yoto_jax._numerics import upcast
+from yoto_jax._varying import Axes, axis_size
 from yoto_jax._weighting import LossWeighting
-from yoto_jax.gradients._devices import Axes, axis_size
 from yoto_jax.gradients._rows import MANY, add_axis, add_up, dot_leaves
 
 _FEW = 4  # losses for which inner products are taken pair by pair

@@ -5,8 +5,7 @@ from typing import Any
 
 import jax
 
-from yoto_jax._checks import check_not_negative
-from yoto_jax._losses import Losses, find_loss, loss_names
+from yoto_jax._checks import check_flag, check_not_negative
 from yoto_jax._weighting import LossWeighting
 
 
@@ -20,7 +19,7 @@ class Steering:
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether a virtual step is computed: a traced or scheduled one may be."""
+        """Whether a virtual step is computed: one of traced length may be."""
         at_once = isinstance(self.lookahead, int | float) and self.lookahead == 0
         return not at_once
 
@@ -135,10 +134,5 @@ def on_validation(
       2026.
     """
     check_not_negative(lookahead=lookahead)
+    check_flag(all_losses=all_losses)
     return Steering(validation=True, all_losses=all_losses, lookahead=lookahead)
-
-
-def position_of(downstream: Any, losses: Losses) -> int:
-    """Position of the downstream loss among the losses."""
-    structure = jax.tree.structure(losses)
-    return find_loss("downstream", downstream, losses, loss_names(structure))

@@ -6,13 +6,12 @@ from typing import Any, Concatenate, Literal, Protocol, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from yoto_jax._jaxlib import warn_of_jaxlib
-from yoto_jax._losses import Params, PyTree, State, split
+from yoto_jax._losses import Params, PyTree, State, find_loss, split
 from yoto_jax._masked_mean import MaskedLosses
 from yoto_jax._params import check_params
-from yoto_jax._varying import vary_over
+from yoto_jax._varying import Axes, check_axes, named_axes, vary_over
 from yoto_jax._weighting import (
     GRADIENT_STATISTICS,
     LossWeighting,
@@ -21,18 +20,11 @@ from yoto_jax._weighting import (
     mask_weights,
     weights_of,
 )
-from yoto_jax.gradients._devices import (
-    Axes,
-    Devices,
-    check_axes,
-    mean_over,
-    named_axes,
-    spread_of,
-)
+from yoto_jax.gradients._devices import Devices, mean_over, spread_of
 from yoto_jax.gradients._parameters import OfParameters
 from yoto_jax.gradients._pass import Batch, GradientSource, Pass
 from yoto_jax.gradients._statistics import if_due, replace_row
-from yoto_jax.gradients._steering import Steering, position_of
+from yoto_jax.gradients._steering import Steering
 
 P = TypeVar("P")  # parameters
 L = TypeVar("L")  # losses
@@ -247,7 +239,7 @@ class _Step:
         if present is None:  # Of a training batch that has all, but does not steer.
             present = jnp.ones((structure.num_leaves,), jnp.bool_)
         if steers is not None:
-            position = position_of(weighting.downstream, training.losses)
+            position = find_loss("downstream", weighting.downstream, training.losses)
             due = True if weighting.due is None else weighting.due(self.state)
             before = present[position]
             present = present.at[position].set(jnp.where(due, steers, before))
@@ -256,7 +248,7 @@ class _Step:
         weights, state = weighting.update(watched.losses, self.state, **seen)
         if steers is not None or self.engine.steering.all_losses:
             # With what it holds for losses that the training batch alone has.
-            weights = optax.tree.get(state, "loss_weights")
+            weights = weights_of(state)
         return weights, state
 
     def _look(
@@ -270,7 +262,7 @@ class _Step:
         aligned = "alignment" in weighting.needs
         if not aligned and not steering.moves:
             return seen, None
-        position = position_of(weighting.downstream, training.losses)
+        position = find_loss("downstream", weighting.downstream, training.losses)
         shown = self._pass_of_downstream(training, watched)
         derivatives, squared = watched.along(shown.direction(position))
         if aligned:
@@ -294,7 +286,7 @@ class _Step:
 
     def _ahead(self, training: Pass) -> PyTree:
         """The parameters after a virtual step with the weights used last."""
-        weights = optax.tree.get(self.state, "loss_weights")
+        weights = weights_of(self.state)
         weights = mask_weights(weights, training.present)
         silent = self.engine.weighting._replace(observe=None)
         descent, _ = training.combine(weights, self.state, silent)

@@ -297,7 +297,7 @@ def columns_of(weighting: LossWeighting, losses: Losses) -> Columns:
     structure = jax.tree.structure(losses)
     special: dict[int | None, Role] = {}
     if (name := weighting.downstream) is not None:
-        place = find_loss("downstream", name, losses, loss_names(structure))
+        place = find_loss("downstream", name, losses)
         special[place] = Downstream()
     return _columns(structure, Weighed(), special)
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from yoto_jax._checks import is_key
 from yoto_jax._losses import PyTree, path_name
-from yoto_jax.racing._one_of import numbered
+from yoto_jax.racing._one_of import check_started, numbered
 from yoto_jax.racing._plan import integer
 
 
@@ -100,7 +100,8 @@ def keep(lanes: PyTree, scores: Any, number: int) -> Kept:
     Raises:
       TypeError: ``number`` is no integer, or ``scores`` a mapping.
       ValueError: ``scores`` and ``lanes`` do not fit, ``number`` is not among 1 to the
-        number of lanes, or, outside ``jit``, all scores are NaN.
+        number of lanes, or, outside ``jit``, all scores are NaN, or lanes with a
+        :func:`one_of` were not made by :func:`start`.
 
     Examples:
       >>> import jax.numpy as jnp, yoto_jax as yoto
@@ -120,7 +121,12 @@ def keep(lanes: PyTree, scores: Any, number: int) -> Kept:
             f"shape {scores.shape}."
         )
     count = len(scores)
+    sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(lanes)}
+    if len(sizes) == 1 and sizes not in ({()}, {(count,)}):
+        ((own,),) = sizes
+        raise ValueError(f"there are {count} scores for {own} lanes.")
     _check_lanes(lanes, count)
+    check_started(lanes)
     number = integer("number", number, 1)
     if number > count:
         raise ValueError(f"number must be from 1 to {count}, got {number}.")

@@ -25,8 +25,10 @@ from yoto_jax._weighting import (
     and_present,
     check_state,
     mask_weights,
+    weights_of,
 )
 
+NOT_STARTED = -1
 Named = dict[str, tuple[jax.Array, ...]]
 """The leaves of one weighting by its name: names and their order are structure."""
 
@@ -36,7 +38,7 @@ class OneOfState(NamedTuple):
     """State of :func:`one_of`."""
 
     loss_weights: Weights  # scalars, a tree like the losses: the weights used last
-    arm: jax.Array  # int32 scalar, which weighting this lane has
+    arm: jax.Array  # int32 scalar, which weighting this lane has; -1: not started
     inner: tuple[Named, ...]  # states of all, without the two counters
     num_updates: jax.Array  # int32 scalar, of that weighting, as in its own state
     num_skipped: jax.Array  # int32 scalar, bad batches of that weighting
@@ -51,8 +53,9 @@ def one_of(weightings: Mapping[str, LossWeighting]) -> LossWeighting:
         :func:`yoto_jax.weightings.static`.
 
     Returns:
-      A :class:`yoto_jax.LossWeighting` that needs what any of them needs. ``init``
-      gives the first weighting; :func:`start` numbers the lanes.
+      A :class:`yoto_jax.LossWeighting` that needs what any of them needs.
+      :func:`start` numbers the lanes; without it all have the first weighting, and
+      :func:`keep` and :func:`alone` raise an error.
 
     Raises:
       TypeError: One of them is no weighting. In ``update``: the state of another one.
@@ -139,8 +142,8 @@ class _Arms:
                 "one."
             )
         return OneOfState(
-            jax.tree.map(jnp.copy, optax.tree.get(states[0], "loss_weights")),
-            jnp.zeros((), jnp.int32),
+            jax.tree.map(jnp.copy, weights_of(states[0])),
+            jnp.full((), NOT_STARTED, jnp.int32),
             tuple(
                 {_key(name): _Kind(one, losses).pack(x)}
                 for (name, one), x in zip(self.weightings.items(), states, strict=True)
@@ -179,7 +182,7 @@ class _Arms:
 
             return run
 
-        return lax.switch(state.arm, [branch(i) for i in range(len(self.every))])
+        return self._switch(state.arm, branch)
 
     def observe(self, state: OneOfState, **seen: Any) -> OneOfState:
         return self._change(
@@ -217,14 +220,18 @@ class _Arms:
                 packed = zip(kind.pack(new), before, strict=True)
                 inner = list(state.inner)
                 inner[index] = {key: tuple(_as(x, old) for x, old in packed)}
-                used = optax.tree.get(new, "loss_weights")
+                used = weights_of(new)
                 weights = jax.tree.map(_as, used, state.loss_weights)
                 updates, skipped = _counts(new, state.num_updates + batches)
                 return OneOfState(weights, state.arm, tuple(inner), updates, skipped)
 
             return run
 
-        return lax.switch(state.arm, [branch(i) for i in range(len(self.every))])
+        return self._switch(state.arm, branch)
+
+    def _switch(self, arm: jax.Array, branch: Callable[[int], Any]) -> Any:
+        branches = [branch(index) for index in range(len(self.every))]
+        return lax.switch(jnp.maximum(arm, 0), branches)
 
 
 def alone(
@@ -241,7 +248,7 @@ def alone(
 
     Raises:
       TypeError: ``state`` is that of other weightings; their order counts, too.
-      ValueError: ``state`` is that of several lanes.
+      ValueError: ``state`` is that of several lanes, or was not made by :func:`start`.
 
     Examples:
       >>> import yoto_jax as yoto
@@ -255,10 +262,24 @@ def alone(
     if jnp.ndim(state.arm):
         raise ValueError("state is that of several lanes: take one, by racing.lane.")
     _check_arms(weightings, state)
+    check_started(state)
     index = int(state.arm)
     name, weighting = list(weightings.items())[index]
     kind = _Kind(weighting, state.loss_weights)
     return name, weighting, kind.unpack(state, index)
+
+
+def check_started(lanes: PyTree) -> None:
+    """Raise if the lanes have a :func:`one_of` that is the first arm in each."""
+    is_own = lambda x: isinstance(x, OneOfState)
+    for node in filter(is_own, jax.tree.leaves(lanes, is_leaf=is_own)):
+        arm = node.arm
+        if not isinstance(arm, jax.core.Tracer) and bool(jnp.any(arm == NOT_STARTED)):
+            first = next(iter(node.inner[0])).removeprefix(_key(""))
+            raise ValueError(
+                f"the lanes were not made by racing.start: all run {first!r}, the "
+                "first weighting of one_of."
+            )
 
 
 def numbered(lanes: PyTree, arms: int) -> PyTree:

@@ -96,7 +96,7 @@ def weights_by_norms(
     """
     leaves, structure = jax.tree.flatten(norms)
     names = loss_names(structure)
-    position = find_loss("primary", primary, norms, names)
+    position = find_loss("primary", primary, norms)
     check_positive(most=most)
     for name, leaf in zip(names, leaves, strict=True):
         if jnp.ndim(leaf):

@@ -85,7 +85,7 @@ class Trial:
         about = weighting.downstream if about is None else about
         self.position: int | None = None
         if about is not None:
-            self.position = find_loss("about", about, losses, self.names)
+            self.position = find_loss("about", about, losses)
         known = ("losses", "alignment", *GRADIENT_STATISTICS)
         own = [name for name in weighting.needs if name not in known]
         self.statistics = {name: self.some_numbers for name in own}

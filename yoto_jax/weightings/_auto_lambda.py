@@ -11,7 +11,7 @@ from yoto_jax._losses import PyTree
 from yoto_jax._make_weighting import make_weighting
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import LossWeighting
-from yoto_jax.weightings._inner_optimizer import descend, init_each
+from yoto_jax.weightings._inner_optimizer import chosen, descend, init_each
 
 
 @serializable_state
@@ -82,13 +82,14 @@ def auto_lambda(
       A weight may become negative, as in the authors' code. Unlike there, the
       derivative is exact, and the step ahead has neither momentum nor weight decay.
     """
-    tx = optax.adam(1e-4) if optimizer is None else optimizer
+    tx = chosen(optimizer, optax.adam(1e-4))
 
     def current(meta_weights: jax.Array, spec: LossSpec) -> jax.Array:
         if downstream_weight is None:
             return meta_weights
         position = spec.position("downstream", downstream)
-        return meta_weights.at[position].set(downstream_weight)
+        own = jnp.asarray(downstream_weight, spec.dtype)
+        return meta_weights.at[position].set(own)
 
     def init(spec: LossSpec) -> AutoLambdaState:
         spec.position("downstream", downstream)

@@ -1,7 +1,7 @@
 """Moving averages of weights, for methods that balance gradients."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,21 +26,17 @@ def averaged(
     needs: tuple[str, ...],
     *,
     positive: bool = False,
-    reference: Callable[[LossSpec], int] | None = None,
-    check: Callable[[LossSpec], None] | None = None,
+    check: Callable[[LossSpec], Any] | None = None,
     learns: Callable[..., jax.Array] | None = None,
 ) -> LossWeighting:
     """A moving average, from 1, of ``target(losses, spec, **statistics)``.
 
-    ``reference(spec)`` is the loss without which nothing is learned. What it raises,
-    it raises in ``init``, and so does ``check(spec)``. ``learns(spec, **statistics)``
-    tells whether a batch says anything; if not, the average is held.
+    What ``check(spec)`` raises, ``init`` raises. ``learns(spec, **statistics)`` tells
+    whether a batch says anything; if not, the average is held.
     """
     check_decay(decay=decay)
 
     def init(spec: LossSpec) -> AverageState:
-        if reference is not None:
-            reference(spec)
         if check is not None:
             check(spec)
         return AverageState(spec.full(1.0))
@@ -53,9 +49,6 @@ def averaged(
     ) -> tuple[jax.Array, AverageState]:
         latest = target(losses, spec, **statistics)
         average = decay * inner.average_weights + (1.0 - decay) * latest
-        if reference is not None and spec.present is not None:
-            there = spec.present[reference(spec)]
-            average = jnp.where(there, average, inner.average_weights)
         if learns is not None:
             told = learns(spec, **statistics)
             average = jnp.where(told, average, inner.average_weights)

@@ -68,7 +68,7 @@ def cagrad(*, c: float = 0.5) -> LossWeighting:
         eps = jnp.finfo(spec.dtype).eps
         g = unit_trace(gramian)
         mean = spec.equal()
-        radius = c * combined_norm(g, mean)
+        radius = jnp.asarray(c, spec.dtype) * combined_norm(g, mean)
         basis = None
         if spec.present is not None:
             # In the place of an absent gradient the mean one, which lies between the
@@ -92,8 +92,11 @@ def cagrad(*, c: float = 0.5) -> LossWeighting:
         shortest = smallest_convex_combination(g)
         w = jnp.where(derivatives(shortest)[0] < derivatives(w)[0], shortest, w)
         pull = safe_divide(radius, combined_norm(g, w))
-        # Some combination of the gradients is zero, up to the rounding of the Gramian.
-        stationary = combined_norm(g, shortest) <= jnp.sqrt(8 * spec.size * eps)
+        # Some combination of the gradients is zero, up to the rounding of their sum.
+        summed = jnp.vdot(shortest, jnp.sqrt(jnp.diagonal(g)))
+        stationary = combined_norm(g, shortest) <= summed * jnp.sqrt(
+            8 * spec.size * eps
+        )
         w = w if basis is None else dot(w, basis)
         return mean + jnp.where(stationary, 0, pull) * w, inner
 

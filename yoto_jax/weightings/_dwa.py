@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from yoto_jax._checks import check_hyperparameter, check_positive
+from yoto_jax._checks import check_counts, check_positive
 from yoto_jax._loss_spec import LossSpec
 from yoto_jax._make_weighting import make_weighting
 from yoto_jax._serialization import serializable_state
@@ -63,7 +63,7 @@ def dwa(*, temperature: float = 2.0, window: int = 1) -> LossWeighting:
       <https://arxiv.org/abs/1803.10704>`_, 2019, Eq. 7.
     """
     check_positive(temperature=temperature)
-    check_hyperparameter("window", window, lambda x: x >= 1, "be at least 1")
+    check_counts(window=window)
 
     def init(spec: LossSpec) -> DwaState:
         zero = jnp.zeros((spec.size,), jnp.int32)

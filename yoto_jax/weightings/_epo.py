@@ -7,7 +7,6 @@ from yoto_jax._checks import check_all_positive, check_positive
 from yoto_jax._loss_spec import LossSpec
 from yoto_jax._losses import PyTree
 from yoto_jax._make_weighting import make_weighting
-from yoto_jax._numerics import chebyshev_distances
 from yoto_jax._solvers import safe_divide, solve_simplex_qp
 from yoto_jax._weighting import LossWeighting
 
@@ -74,7 +73,7 @@ def epo(
     ) -> tuple[jax.Array, tuple[()]]:
         p = spec.of_present(spec.ratios(preference))
         p = p / jnp.maximum(jnp.max(p), jnp.finfo(p.dtype).tiny)  # no overflow
-        distances = chebyshev_distances(losses, p, spec.vector("ideal", ideal))
+        distances = p * (losses - spec.vector("ideal", ideal))
         products = p[:, None] * gramian * p[None, :]
         shares = solve_simplex_qp(
             horizon * safe_divide(products, spec.mean(jnp.diagonal(products))),

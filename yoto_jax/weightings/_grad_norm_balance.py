@@ -124,11 +124,8 @@ def grad_norm_balance(
 
     if average == "norms":
         return _of_average_norms(target, decay, check=check)
-    if primary is None:
-        return averaged(target, decay, ("norms",), check=check)
-    return averaged(
-        target, decay, ("norms",), reference=position, check=check, learns=learns
-    )
+    teaches = None if primary is None else learns
+    return averaged(target, decay, ("norms",), check=check, learns=teaches)
 
 
 def _check_ratios(share: PyTree, preference: PyTree, primary: str | int | None) -> None:

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from yoto_jax._checks import check_all_positive
+from yoto_jax._checks import check_all_positive, check_not_negative
 from yoto_jax._loss_spec import LossSpec
 from yoto_jax._losses import PyTree
 from yoto_jax._make_weighting import make_weighting
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import LossWeighting
 from yoto_jax.weightings._bounds import LARGEST_RATIO
-from yoto_jax.weightings._inner_optimizer import descend, init_each
+from yoto_jax.weightings._inner_optimizer import chosen, descend, init_each
 
 
 @serializable_state
@@ -53,13 +53,13 @@ def gradnorm(
 
     Returns:
       A :class:`yoto_jax.LossWeighting` for positive losses, which needs the gradient
-      norms; its weights start at 1, are not negative and sum to K. Those of an update
-      are the ones before its step.
+      norms; its weights start at 1, are not negative (one that would be changes its
+      sign) and sum to K. Those of an update are the ones before its step.
 
     Raises:
-      ValueError: ``preference`` is not positive. In ``init``: it does not fit the
-        losses. In ``update`` outside ``jit``: a loss is not positive. Inside ``jit``
-        such a batch leaves the weights as they were.
+      ValueError: ``preference`` is not positive, or ``alpha`` negative. In ``init``:
+        ``preference`` does not fit the losses. In ``update`` outside ``jit``: a loss is
+        not positive. Inside ``jit`` such a batch leaves the weights as they were.
 
     Examples:
       >>> import jax
@@ -84,7 +84,8 @@ def gradnorm(
       parameters, or the representation, that the gradients are taken of.
     """
     check_all_positive(preference=preference)
-    tx = optax.adam(0.025) if optimizer is None else optimizer
+    check_not_negative(alpha=alpha)
+    tx = chosen(optimizer, optax.adam(0.025))
 
     def init(spec: LossSpec) -> GradNormState:
         spec.ratios(preference)  # It has to fit the losses.

@@ -81,6 +81,7 @@ def gradvac(*, decay: float = 0.99, key: jax.Array | int = 0) -> LossWeighting:
         cosine, norms = cosines(gramian)
         following, order_key = jax.random.split(inner.key)
         nearly_one = 1 - 4 * jnp.finfo(spec.dtype).eps
+        kept = jnp.asarray(decay, spec.dtype)
         sine = lambda x: jnp.sqrt(1 - x**2)
 
         # Rows are coefficients of the gradients at unit length: row i is what g_i
@@ -96,7 +97,7 @@ def gradvac(*, decay: float = 0.99, key: jax.Array | int = 0) -> LossWeighting:
             change = length * (target * sine(seen) / sine(target) - seen)
             other = (i != j) & (norms[i] > 0) & (norms[j] > 0)
             change = jnp.where(other & (seen < target), change, 0)
-            new = decay * targets[j] + (1 - decay) * seen
+            new = kept * targets[j] + (1 - kept) * seen
             targets = targets.at[j].set(jnp.where(other, new, targets[j]))
             return row.at[j].add(change), products + change * cosine[j], targets
 

@@ -19,7 +19,7 @@ from yoto_jax.weightings._grap_statistics import (
     GrapStatistics,
     to_ellipsoid,
 )
-from yoto_jax.weightings._inner_optimizer import descend, init_each
+from yoto_jax.weightings._inner_optimizer import chosen, descend, init_each
 
 
 @serializable_state
@@ -89,7 +89,7 @@ def grap(
     """
     alignment = Alignment(downstream, gramian_decay, norm_decay, warmup)
     check_not_negative(regularization=regularization)
-    tx = optax.adam(0.01, b1=0.0, b2=0.99) if optimizer is None else optimizer
+    tx = chosen(optimizer, optax.adam(0.01, b1=0.0, b2=0.99))
 
     def init(spec: LossSpec) -> GrapState:
         spec.check_others("grap")
@@ -137,4 +137,5 @@ def _objective(
     w = to_ellipsoid(u, statistics.cosines)
     # Nothing else depends on the norm of u: without this term it drifts.
     pull = jnp.square(optax.safe_norm(u, jnp.finfo(u.dtype).tiny) - 1)
-    return regularization * pull - dot(statistics.alignments, w), w
+    aligned = dot(statistics.alignments, w)
+    return jnp.asarray(regularization, u.dtype) * pull - aligned, w

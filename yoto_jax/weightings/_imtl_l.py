@@ -11,7 +11,7 @@ from yoto_jax._make_weighting import make_weighting
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import LossWeighting
 from yoto_jax.weightings._bounds import LOG_LIMIT
-from yoto_jax.weightings._inner_optimizer import descend, init_each
+from yoto_jax.weightings._inner_optimizer import chosen, descend, init_each
 
 
 @serializable_state
@@ -67,7 +67,7 @@ def imtl_l(*, optimizer: optax.GradientTransformation | None = None) -> LossWeig
       The log-scales are clipped to [-20, 20] after every step. In the paper they are
       not, and the weight of a loss that goes to 0 grows without bound.
     """
-    tx = optax.adam(0.025) if optimizer is None else optimizer
+    tx = chosen(optimizer, optax.adam(0.025))
 
     def init(spec: LossSpec) -> ImtlLState:
         log_scales = spec.full(0.0)

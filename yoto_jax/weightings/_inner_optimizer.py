@@ -12,6 +12,21 @@ from yoto_jax._losses import State
 from yoto_jax._numerics import where_rows
 
 
+def chosen(
+    optimizer: optax.GradientTransformation | None,
+    default: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """The optimizer that was given, checked, or the default."""
+    if optimizer is None:
+        return default
+    if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
+        raise TypeError(
+            "optimizer must be an Optax transformation, such as optax.adam(0.025), got "
+            f"{optimizer!r}."
+        )
+    return optimizer
+
+
 def init_each(tx: optax.GradientTransformation, params: Any) -> Any:
     """The state of an optimizer of a vector, with counters of its own for each entry.
 

@@ -1,6 +1,6 @@
 """Learning rate annealing for physics-informed networks."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -77,4 +77,7 @@ def lr_annealing(
         size = rest["max_abs"][r] if statistic == "max" else mean_abs[r]
         return bounded_ratio(size, mean_abs, eps).at[r].set(1.0)
 
-    return averaged(target, decay, needs, reference=position)
+    def learns(spec: LossSpec, **statistics: jax.Array) -> Any:
+        return True if spec.present is None else spec.present[position(spec)]
+
+    return averaged(target, decay, needs, check=position, learns=learns)

@@ -53,7 +53,6 @@ def random(*, key: jax.Array | int = 0) -> LossWeighting:
     """
 
     def init(spec: LossSpec) -> RandomState:
-        # A key of its own: the caller's may be donated with the state otherwise.
         return RandomState(jax.random.fold_in(as_key(key), 0))
 
     def update(

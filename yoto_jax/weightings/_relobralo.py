@@ -85,7 +85,6 @@ def relobralo(
             first_losses=spec.full(1.0),
             last_losses=spec.full(1.0),
             num_seen=jnp.zeros((spec.size,), jnp.int32),
-            # A key of its own: the caller's may be donated with the state otherwise.
             key=jax.random.fold_in(as_key(key), 0),
         )
 

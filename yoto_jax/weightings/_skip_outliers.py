@@ -12,7 +12,7 @@ from yoto_jax._losses import (
     loss_vector,
     stack_present,
 )
-from yoto_jax._numerics import all_finite, choose
+from yoto_jax._numerics import all_finite, select
 from yoto_jax._outliers import (
     OutlierRule,
     SkipOutliersState,
@@ -100,13 +100,13 @@ def skip_outliers(
         seen = and_present(weighting, statistics, present)
         weights, inner = weighting.update(tame, state.inner, **seen)
         unused = mask_weights(held, mask), state.inner
-        weights, inner = choose(ok, (weights, inner), unused)
+        weights, inner = select(ok, (weights, inner), unused)
         return weights, after._replace(inner=inner)
 
     def observe(state: SkipOutliersState, **seen: Any) -> SkipOutliersState:
         assert weighting.observe is not None
         inner = weighting.observe(state.inner, **seen)
-        return state._replace(inner=choose(state.accepted, inner, state.inner))
+        return state._replace(inner=select(state.accepted, inner, state.inner))
 
     def observe_step(
         losses: Losses, state: SkipOutliersState, **kwargs: Any
@@ -117,7 +117,7 @@ def skip_outliers(
         mask = stack_present(kwargs.get("present"), structure)
         ok, _ = rule.judge(values, state.loss_scales, state.accepted, mask)
         inner = weighting.observe_step(losses, state.inner, **kwargs)
-        return state._replace(inner=choose(ok, inner, state.inner))
+        return state._replace(inner=select(ok, inner, state.inner))
 
     due = weighting.due
     return weighting._replace(

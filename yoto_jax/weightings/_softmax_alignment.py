@@ -15,7 +15,7 @@ from yoto_jax._optimizers import adamw
 from yoto_jax._serialization import serializable_state
 from yoto_jax._solvers import cosines, dot, safe_divide
 from yoto_jax._weighting import LossWeighting
-from yoto_jax.weightings._inner_optimizer import descend, init_each
+from yoto_jax.weightings._inner_optimizer import chosen, descend, init_each
 
 
 @serializable_state
@@ -84,7 +84,7 @@ def softmax_alignment(
       losses of very different units to one scale first.
     """
     check_decay(decay=decay)
-    tx = adamw(0.02, hyperparameter_decay=0.1) if optimizer is None else optimizer
+    tx = chosen(optimizer, adamw(0.02, hyperparameter_decay=0.1))
 
     def mean(old: jax.Array, x: jax.Array, count: jax.Array) -> jax.Array:
         """The plain mean of all batches until that is as long as the one with decay."""

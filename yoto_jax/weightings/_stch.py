@@ -9,7 +9,6 @@ from yoto_jax._checks import check_not_negative, check_positive
 from yoto_jax._loss_spec import LossSpec
 from yoto_jax._losses import PyTree
 from yoto_jax._make_weighting import make_weighting
-from yoto_jax._numerics import chebyshev_distances
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import LossWeighting
 
@@ -105,7 +104,7 @@ def _linear(smoothing: float, preference: PyTree, ideal: PyTree) -> LossWeightin
         losses: jax.Array, inner: tuple[()], spec: LossSpec
     ) -> tuple[jax.Array, tuple[()]]:
         p = preferences(spec)
-        distances = chebyshev_distances(losses, p, ideals(spec))
+        distances = p * (losses - ideals(spec))
         return p * spec.softmax(distances / smoothing), inner
 
     return make_weighting(

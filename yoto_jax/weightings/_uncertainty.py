@@ -12,7 +12,7 @@ from yoto_jax._make_weighting import make_weighting
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import LossWeighting
 from yoto_jax.weightings._bounds import LOG_LIMIT
-from yoto_jax.weightings._inner_optimizer import descend, init_each
+from yoto_jax.weightings._inner_optimizer import chosen, descend, init_each
 
 _FACTORS = {"regression": 0.5, "classification": 1.0}
 
@@ -51,6 +51,7 @@ def uncertainty(
     Returns:
       A :class:`yoto_jax.LossWeighting` for positive losses. The weights have the unit
       of one over the loss; they lie between :math:`c_i e^{-20}` and :math:`c_i e^{20}`.
+      Those of an update are the ones before its step.
 
     Raises:
       ValueError: In ``init``: ``kind`` or ``initial`` does not fit the losses. In
@@ -78,7 +79,7 @@ def uncertainty(
       The log-variances are clipped to [-20, 20]. In the paper, the weight of a loss
       that goes to 0 grows without bound.
     """
-    tx = optax.adam(0.025) if optimizer is None else optimizer
+    tx = chosen(optimizer, optax.adam(0.025))
 
     def variances(spec: LossSpec) -> jax.Array:
         return jnp.clip(spec.vector("initial", initial), -LOG_LIMIT, LOG_LIMIT)

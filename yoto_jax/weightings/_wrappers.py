@@ -17,12 +17,11 @@ from yoto_jax._losses import (
     Weights,
     check_structure,
     find_loss,
-    loss_names,
     scalar_losses,
     split,
     stack_present,
 )
-from yoto_jax._numerics import all_finite, choose
+from yoto_jax._numerics import all_finite, select
 from yoto_jax._outliers import count_skipped, skip_one
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import (
@@ -426,8 +425,7 @@ def update_rescaled(
     structure = jax.tree.structure(before)
     place = None
     if weighting.downstream is not None:
-        names = loss_names(structure)
-        place = find_loss("downstream", weighting.downstream, before, names)
+        place = find_loss("downstream", weighting.downstream, before)
     seen = {
         name: _unscaled(name, value, scales, place)
         for name, value in statistics.items()
@@ -449,7 +447,7 @@ def update_rescaled(
     )
     ok = all_finite(weights)
     accepted = weights, _with_weights(after, weights), weights_of(after)
-    return *choose(ok, accepted, (before, skip_one(inner), own)), taken & ok
+    return *select(ok, accepted, (before, skip_one(inner), own)), taken & ok
 
 
 def _unscaled(name: str, value: Any, scales: jax.Array, downstream: int | None) -> Any:
