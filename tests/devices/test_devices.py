@@ -245,6 +245,19 @@ def test_integer_parameters(name):
     np.testing.assert_allclose(grads["w"], expected["w"], rtol=1e-5)
 
 
+def test_gradient_norms_are_those_of_the_whole_batch():
+    params, batches = data()
+    batch = jax.tree.map(lambda leaf: leaf[0], batches)
+    expected = yoto.racing.gradient_norms(loss_fn)(params["w"], batch)
+    spread = jax.shard_map(
+        yoto.racing.gradient_norms(loss_fn, axis_name="d"),
+        mesh=jax.make_mesh((DEVICES,), ("d",), axis_types=(AUTO,)),
+        in_specs=(jax.P(), jax.P("d")),
+        out_specs=jax.P(),
+    )
+    chex.assert_trees_all_close(spread(params["w"], batch), expected, rtol=1e-5)
+
+
 def test_axes_that_were_not_named():
     params, batches = data()
     batch = jax.tree.map(lambda leaf: leaf[0], batches)
