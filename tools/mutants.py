@@ -51,8 +51,8 @@ MUTANTS = (
     ),
     Mutant(
         "weightings/_cagrad.py",
-        "radius = c * combined_norm(g, mean)",
-        "radius = c * combined_norm(gramian, mean)",
+        "* combined_norm(g, mean)",
+        "* combined_norm(gramian, mean)",
         "weightings/test_gramian.py",
     ),
     Mutant(

@@ -132,16 +132,16 @@ class _ParametersPass(Pass):
             batch.losses, params, has_aux=True
         )
         self.losses = mean_losses(self.local_losses, self.axes)
+        self.selects = source.select is not None
         self.pull = lambda ct: pullback(ct)[0]
         self.seen, self.unweighted = _parts(params, source.select, source.unweighted)
-        if source.select is None:
-            self.pull_seen = lambda ct: _at(self.seen, self.pull(ct))
-        else:
-            self._check_effect()
+        if self.selects:
             self.pull_seen = _pull_part(self.loss_fn, params, self.seen)
+        else:
+            self.pull_seen = lambda ct: _at(self.seen, self.pull(ct))
         # What is computed in a branch of a cond cannot be kept beyond it.
         due = batch.weighting.due is None
-        self.keeps = source.keep and source.select is None and due
+        self.keeps = source.keep and not self.selects and due
         self.kept: PyTree | None = None
 
     def _check_effect(self) -> None:
@@ -167,6 +167,8 @@ class _ParametersPass(Pass):
                 "none of the parameters that the weighting looks at is a "
                 "floating-point array: there are no gradients to tell of."
             )
+        if self.selects:
+            self._check_effect()
         if self.keeps:
             rows = rows_of(self.pull, self.local_losses, self.chunk_size)
             self.kept = mean_over(rows, self.axes, self.spread)
