@@ -7,7 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from yoto_jax._checks import check_flag, check_hyperparameter, check_rate
+from yoto_jax._checks import (
+    check_flag,
+    check_hyperparameter,
+    check_rate,
+    check_transformation,
+)
 from yoto_jax._choice_logits import is_hyperparameter
 from yoto_jax._losses import Params, PyTree, State
 from yoto_jax._numerics import all_finite, float_type, select, upcast
@@ -77,10 +82,7 @@ def by_hypergradient(
       Experimental. The paper adds :math:`-\beta\, g_t \cdot \partial u_{t-1} / \partial
       \alpha` to the learning rate itself; here its cosine moves the logarithm.
     """
-    if not hasattr(inner, "update"):
-        raise TypeError(
-            f"inner must be an Optax transformation, got a {type(inner).__name__}."
-        )
+    check_transformation(inner=inner)
     if callable(rate):
         raise TypeError(f"rate must be a number or a scalar array, got {rate!r}.")
     check_rate("rate", rate)

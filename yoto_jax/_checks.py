@@ -46,6 +46,15 @@ def check_flag(**values: Any) -> None:
             raise TypeError(f"{name} must be True or False, got {value!r}.")
 
 
+def check_transformation(**values: Any) -> None:
+    """Checks that arguments are Optax transformations, not what makes them."""
+    for name, value in values.items():
+        if not hasattr(value, "init") or not hasattr(value, "update"):
+            raise TypeError(
+                f"{name} must be an Optax transformation, got a {type(value).__name__}."
+            )
+
+
 def check_positive(**values: Any) -> None:
     """Checks that hyperparameters are positive; tracers pass."""
     for name, value in values.items():

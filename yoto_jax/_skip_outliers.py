@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from yoto_jax._checks import check_transformation
 from yoto_jax._loss_logits import LossLogits, is_loss_logits
 from yoto_jax._losses import (
     Losses,
@@ -75,10 +76,7 @@ def skip_outliers(
       1.38 1
       1.5 1
     """
-    if not hasattr(inner, "update"):
-        raise TypeError(
-            f"inner must be an Optax transformation, got a {type(inner).__name__}."
-        )
+    check_transformation(inner=inner)
     rule = as_rule(rule)
     inner = optax.with_extra_args_support(inner)
     expected = losses

@@ -89,6 +89,12 @@ def without_scaling(task: Task) -> optax.GradientTransformation:
     )
 
 
+def state_of(link: optax.GradientTransformation, task: Task) -> Any:
+    """The state that a link starts with, for parameters of the model's shape."""
+    model = jax.eval_shape(task.init, jax.random.key(0))
+    return link.init(optax.tree.zeros_like(model))
+
+
 class Combined(Rule):
     """The gradients of all losses, combined by a link of an Optax chain."""
 
@@ -115,8 +121,7 @@ class Combined(Rule):
 
     def init(self, task: Task, config: PyTree) -> Any:
         del config
-        model = jax.eval_shape(task.init, jax.random.key(0))
-        return self._link(task).init(optax.tree.zeros_like(model))
+        return state_of(self._link(task), task)
 
     def optimizer(self, task: Task) -> optax.GradientTransformation:
         return without_scaling(task) if self.scales else task.optimizer()
@@ -156,8 +161,7 @@ class Momenta(Rule):
 
     def init(self, task: Task, config: PyTree) -> Any:
         del config
-        model = jax.eval_shape(task.init, jax.random.key(0))
-        return self._momenta(task).init(optax.tree.zeros_like(model))
+        return state_of(self._momenta(task), task)
 
     def optimizer(self, task: Task) -> optax.GradientTransformation:
         return without_scaling(task)

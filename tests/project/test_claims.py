@@ -76,35 +76,36 @@ def test_learned_weights_lose(problem):
     assert found["difference"] < margins * found["margin"]
 
 
+def beside(problem, method, other):
+    """The paired difference of two methods on a problem."""
+    of = lambda name: outcomes.outcome(FRONTIER["runs"], problem, name)
+    return outcomes.difference(of(method), of(other))
+
+
 @pytest.mark.parametrize("problem", [*LOST, "mnist1d", "depth"])
 def test_learned_weights_are_nowhere_better_than_equal_ones(problem):
-    of = lambda method: outcomes.outcome(FRONTIER["runs"], problem, method)
-    found = outcomes.difference(of("yoto"), of("equal"))
+    found = beside(problem, "yoto", "equal")
     assert found.seeds >= 3
     assert found.mean < found.reach
 
 
 @pytest.mark.parametrize("problem", [*LOST, "mnist1d"])
 def test_the_race_is_nowhere_better_than_its_arm_of_equal_norms(problem):
-    of = lambda method: outcomes.outcome(FRONTIER["runs"], problem, method)
-    race = of("race: equal and shares, cut at 20 %")
-    found = outcomes.difference(race, of("share 1"))
+    found = beside(problem, "race: equal and shares, cut at 20 %", "share 1")
     assert found.mean <= found.reach
 
 
 @pytest.mark.parametrize("problem", [*LOST, "mnist1d"])
 def test_upgrad_is_nowhere_better_than_equal_weights(problem):
-    of = lambda method: outcomes.outcome(FRONTIER["runs"], problem, method)
-    if not of("upgrad").tests:
+    found = beside(problem, "upgrad", "equal")
+    if not found.seeds:
         pytest.skip("upgrad was not run")
-    found = outcomes.difference(of("upgrad"), of("equal"))
     assert found.mean < found.reach
 
 
 @pytest.mark.parametrize("problem", [*LOST, "mnist1d", "depth"])
 def test_held_gradient_norms_beside_equal_weights(problem):
-    of = lambda method: outcomes.outcome(FRONTIER["runs"], problem, method)
-    found = outcomes.difference(of("share 1"), of("equal"))
+    found = beside(problem, "share 1", "equal")
     assert found.mean > -found.reach
     better = {"digits": 1.5, "missing_labels": 7.9, "pretraining": 2.7}
     if problem in better:
@@ -300,11 +301,7 @@ def test_newer_methods_at_equal_cost():
         assert found["difference"] < -11 * found["margin"]
     lines = FRONTIER["runs"]
     below = [
-        outcomes.difference(
-            outcomes.outcome(lines, problem, "m_config"),
-            outcomes.outcome(lines, problem, "equal"),
-        )
-        for problem in (*LOST, "mnist1d", "depth")
+        beside(problem, "m_config", "equal") for problem in (*LOST, "mnist1d", "depth")
     ]
     assert all(x.mean < 0 for x in below)
     assert sum(x.mean < -x.reach for x in below) == 6

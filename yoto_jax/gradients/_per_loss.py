@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from yoto_jax._checks import is_key
+from yoto_jax._checks import check_transformation, is_key
 from yoto_jax._losses import (
     Losses,
     Params,
@@ -76,10 +76,7 @@ def per_loss(
       ``optax.ema`` alone in front of ``aggregate`` starts with the shape of the
       parameters, which is not that of the gradients: ``jax.lax.scan`` refuses it.
     """
-    if not hasattr(inner, "update"):
-        raise TypeError(
-            f"inner must be an Optax transformation, got a {type(inner).__name__}."
-        )
+    check_transformation(inner=inner)
     inner = optax.with_extra_args_support(inner)
     structure = jax.tree.structure(tree_of(losses))
     names = loss_names(structure)

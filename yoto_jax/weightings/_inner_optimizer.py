@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from yoto_jax._checks import check_transformation
 from yoto_jax._loss_logits import is_loss_logits
 from yoto_jax._losses import State
 from yoto_jax._numerics import where_rows
@@ -19,11 +20,7 @@ def chosen(
     """The optimizer that was given, checked, or the default."""
     if optimizer is None:
         return default
-    if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
-        raise TypeError(
-            "optimizer must be an Optax transformation, such as optax.adam(0.025), got "
-            f"{optimizer!r}."
-        )
+    check_transformation(optimizer=optimizer)
     return optimizer
 
 
