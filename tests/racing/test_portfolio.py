@@ -92,10 +92,3 @@ def test_a_lane_is_its_arm_alone():
 def test_errors_name_what_is_wrong(options, message):
     with pytest.raises(ValueError, match=message):
         racing.portfolio("fit", **{"steps": STEPS, **options})
-
-
-def test_ten_steps_are_the_least():
-    arms = racing.portfolio("fit", 100)
-    state = arms["share 1"].init(LOSSES)
-    due = [arms["share 1"].due(state._replace(step=step)) for step in (9, 10)]
-    assert due == [True, False]

@@ -16,7 +16,7 @@ from yoto_jax.weightings._dwa import dwa
 from yoto_jax.weightings._encodec_balancer import encodec_balancer
 from yoto_jax.weightings._famo import famo
 from yoto_jax.weightings._geometric import geometric
-from yoto_jax.weightings._grad_norm_balance import grad_norm_balance
+from yoto_jax.weightings._grad_norm_balance import calibrated, grad_norm_balance
 from yoto_jax.weightings._gradnorm import gradnorm
 from yoto_jax.weightings._imtl_l import imtl_l
 from yoto_jax.weightings._inverse_dirichlet import inverse_dirichlet
@@ -831,6 +831,41 @@ def test_a_loss_whose_gradient_was_never_seen_weighs_one():
     assert weights == {"a": 1.0, "p": 1.0}
     weights, _ = weighting.update(losses, state, norms=jnp.array([0.0, 0.0]))
     assert weights == {"a": 1.0, "p": 1.0}
+
+
+def test_calibrated_weights_are_ratios_of_mean_norms_of_the_first_steps():
+    steps, warmup = 1000, 20
+    norms = np.abs(np.random.default_rng(0).normal(1.0, 0.5, (50, 3))) * [1, 100, 0.01]
+    shares = {"p": 5.0, "a": 0.1, "b": 2.0}  # In the order of the tree: a, b, p.
+    losses = dict.fromkeys(shares, 1.0)
+    weighting = calibrated("p", steps, share=shares)
+    state = weighting.init(losses)
+    for row in norms:
+        weights, state = weighting.update(losses, state, norms=jnp.array(row))
+    mean = norms[:warmup].mean(0)
+    expected = [0.1 * mean[2] / mean[0], 2.0 * mean[2] / mean[1], 1.0]
+    np.testing.assert_allclose(jax.tree.leaves(weights), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 10), (549, 10), (550, 11)])
+def test_calibration_takes_two_per_cent_of_the_steps_and_ten_at_least(steps, warmup):
+    weighting = calibrated("p", steps)
+    state = weighting.init({"a": 1.0, "p": 1.0})
+    due = [weighting.due(state._replace(step=step)) for step in (warmup - 1, warmup)]
+    assert due == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("steps", "share", "error", "message"),
+    [
+        (0, 1.0, ValueError, "steps must be positive, got 0"),
+        (10.5, 1.0, TypeError, "steps must be an integer"),
+        (10, 0.0, ValueError, "share must be positive"),
+    ],
+)
+def test_calibrated_says_what_is_wrong(steps, share, error, message):
+    with pytest.raises(error, match=message):
+        calibrated("p", steps, share=share)
 
 
 def test_grad_norm_balance_makes_all_gradients_equally_long():

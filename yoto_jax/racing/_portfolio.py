@@ -2,14 +2,10 @@
 
 from collections.abc import Sequence
 
-from yoto_jax._checks import check_positive
+from yoto_jax._checks import check_counts, check_positive
 from yoto_jax._weighting import LossWeighting
-from yoto_jax.weightings._grad_norm_balance import grad_norm_balance
+from yoto_jax.weightings._grad_norm_balance import calibrated
 from yoto_jax.weightings._static import equal
-from yoto_jax.weightings._wrappers import hold
-
-WARMUP, LEAST = 0.02, 10
-"""Share of the steps in which gradient norms are measured, and how many at least."""
 
 
 def portfolio(
@@ -18,10 +14,8 @@ def portfolio(
     r"""Makes arms for unknown losses: equal weights, and weights by gradient norms.
 
     For each share c the weights make the gradient of every auxiliary loss c times as
-    long as that of the primary one, in the first two per cent of the steps (ten at
-    least), and are held from then on: :func:`yoto_jax.weightings.hold` around
-    :func:`yoto_jax.weightings.grad_norm_balance`. Later steps compute no gradients of
-    single losses.
+    long as that of the primary one, over the first two per cent of the steps, and are
+    held from then on: :func:`yoto_jax.weightings.calibrated`.
 
     Args:
       primary: The path of the primary loss, or its index in a sequence of losses.
@@ -46,17 +40,10 @@ def portfolio(
     .. note::
       What it is worth on our problems: ``docs/understand/search.md``.
     """
-    check_positive(steps=steps)
+    check_counts(steps=steps)
     for share in shares:
         check_positive(share=share)
-    names = [f"share {share:g}" for share in shares]
-    if len({*names}) < len(names):
+    arms = {f"share {c:g}": calibrated(primary, steps, share=c) for c in shares}
+    if len(arms) < len(shares):
         raise ValueError(f"shares must differ, got {tuple(shares)}.")
-    warmup = max(LEAST, int(WARMUP * steps))
-
-    def held(share: float) -> LossWeighting:
-        balance = grad_norm_balance(primary, share, decay=0.99, average="norms")
-        return hold(balance, after=warmup)
-
-    arms = {name: held(share) for name, share in zip(names, shares, strict=True)}
     return {"equal": equal(), **arms}

@@ -35,6 +35,7 @@ if typing.TYPE_CHECKING:  # For type checkers: the names that the registry has.
     from yoto_jax.weightings._famo import famo as famo
     from yoto_jax.weightings._geometric import geometric as geometric
     from yoto_jax.weightings._grad_norm_balance import NormsState as NormsState
+    from yoto_jax.weightings._grad_norm_balance import calibrated as calibrated
     from yoto_jax.weightings._grad_norm_balance import (
         grad_norm_balance as grad_norm_balance,
     )

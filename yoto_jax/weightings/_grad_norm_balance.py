@@ -7,7 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from yoto_jax._checks import check_all_positive, check_decay, check_positive
+from yoto_jax._checks import (
+    check_all_positive,
+    check_counts,
+    check_decay,
+    check_positive,
+)
 from yoto_jax._loss_spec import LossSpec
 from yoto_jax._losses import PyTree
 from yoto_jax._make_weighting import make_weighting
@@ -15,6 +20,10 @@ from yoto_jax._numerics import running_mean
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import LossWeighting
 from yoto_jax.weightings._averages import averaged
+from yoto_jax.weightings._wrappers import hold
+
+WARMUP, LEAST = 0.02, 10
+"""Share of the steps in which gradient norms are measured, and how many at least."""
 
 
 @serializable_state
@@ -126,6 +135,54 @@ def grad_norm_balance(
         return _of_average_norms(target, decay, check=check)
     teaches = None if primary is None else learns
     return averaged(target, decay, ("norms",), check=check, learns=teaches)
+
+
+def calibrated(primary: str | int, steps: int, share: PyTree = 1.0) -> LossWeighting:
+    r"""Weights by the gradient norms of the first steps, constant from then on.
+
+    .. math::
+      w_i = c_i \frac{\bar n_q}{\bar n_i}, \qquad w_q = 1,
+
+    where :math:`\bar n_i` is the mean gradient norm of loss i over the first two per
+    cent of the steps (ten at least), q the primary loss and c the share: the gradient
+    of every auxiliary loss is c times as long as the primary one's. Later steps compute
+    no gradients of single losses and cost what they cost with fixed weights.
+
+    Args:
+      primary: q, the path of the primary loss, or its index in a sequence of losses.
+      steps: Steps of the whole run, a positive integer.
+      share: c, positive: one number, or one for each loss, in a tree like the losses,
+        where that of the primary loss is not looked at.
+
+    Returns:
+      A :class:`yoto_jax.LossWeighting`, for losses of any sign: :func:`hold` around
+      :func:`grad_norm_balance` with ``average="norms"`` and ``decay=0.99``. A loss that
+      never had a gradient in these steps weighs 1.
+
+    Raises:
+      TypeError: ``steps`` is no integer.
+      ValueError: ``steps`` or ``share`` is not positive. In ``init``: an unknown
+        ``primary``, or a ``share`` that does not fit the losses.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, yoto_jax as yoto
+      >>> def loss_fn(w):
+      ...     return {"fit": jnp.sum((w - 1) ** 2), "size": 1000 * jnp.sum(w**2)}
+      >>> weighting = yoto.weightings.calibrated("fit", steps=500)
+      >>> value_and_grad = jax.jit(yoto.value_and_grad(loss_fn, weighting))
+      >>> w, state = jnp.full(2, 0.5), weighting.init({"fit": 0.0, "size": 0.0})
+      >>> for _ in range(20):
+      ...     losses, grads, state = value_and_grad(w, state)
+      >>> print(f"{state.loss_weights['size']:.4f}")
+      0.0010
+
+    .. note::
+      "Share 1" in the benchmarks, where it comes nearest to a search of fifteen runs
+      for the price of one: ``docs/understand/search.md``.
+    """
+    check_counts(steps=steps)
+    balance = grad_norm_balance(primary, share, decay=0.99, average="norms")
+    return hold(balance, after=max(LEAST, int(WARMUP * steps)))
 
 
 def _check_ratios(share: PyTree, preference: PyTree, primary: str | int | None) -> None:

@@ -412,7 +412,7 @@ METHODS = (
         remembers="running mean",
         state="AverageState",
         state_module="_averages",
-        helpers=("NormsState",),
+        helpers=("calibrated", "NormsState"),
         papers=(
             Paper(
                 "Wang",

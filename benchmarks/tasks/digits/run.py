@@ -35,7 +35,7 @@ from benchmarks.tasks.digits import portfolio, task
 from benchmarks.tasks.digits.methods import CONDITIONAL, LEARNED, WEIGHTED
 from benchmarks.tasks.digits.report import conclusions, figure, summary, table
 from yoto_jax import racing
-from yoto_jax.racing._portfolio import WARMUP
+from yoto_jax.weightings._grad_norm_balance import WARMUP
 
 RESUMABLE = True
 BY_RULE = (*WEIGHTED, *CONDITIONAL)

@@ -16,7 +16,7 @@ from benchmarks.harness.variations import Softmax
 from benchmarks.tasks.frontier.candidates import capped, in_units
 from benchmarks.tasks.frontier.physics import KERNEL
 from benchmarks.tasks.frontier.problem import Problem
-from yoto_jax.racing._portfolio import WARMUP
+from yoto_jax.weightings._grad_norm_balance import WARMUP
 
 BUDGET = 15
 """Runs of the search that all others are compared with."""
