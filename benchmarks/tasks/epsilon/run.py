@@ -21,7 +21,7 @@ FEW = 5
 PROBLEMS = {
     "digits": (FEW, SEEDS),
     "missing_labels": (FEW, SEEDS),
-    "segmentation": (FEW, FEW),
+    "segmentation": (FEW, SEEDS),
     "burgers": (STAGE, SEEDS),
 }
 """The problems, of the frontier; how many seeds of each the arms are worth that only
