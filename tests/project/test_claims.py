@@ -505,7 +505,8 @@ def test_norms_before_the_first_step_of_the_equation_are_luck():
     scores = np.array([scores[line["seed"]] for line in lines])
     assert round(measured.max() / measured.min(), -1) == 270
     ends = scores[[measured.argmin(), measured.argmax()]]
-    assert [round(x) for x in ends] == [106, 476] and round(scores.mean()) == 265
+    assert [round(x) for x in ends] == [106, 476]
+    assert round(scores.mean()) == 265
     ranks = np.argsort(np.argsort([measured, scores]))
     assert round(np.corrcoef(ranks)[0, 1], 1) == 0.9
 
