@@ -264,14 +264,11 @@ def smallest_convex_combination(
     size = gramian.shape[0]
     a = unit_trace(gramian)
     squares = jnp.diagonal(a)
-    if present is not None:
-        squares = jnp.where(present, squares, jnp.inf)
     # Of the order of the minimum, or the small gradients are lost in rounding.
-    s = jnp.maximum(jnp.min(squares), size * jnp.finfo(a.dtype).eps)
-    s = jnp.full((size,), s)
+    s = jnp.min(jnp.where(squares > 0, squares, jnp.inf))
+    s = jnp.full((size,), jnp.where(jnp.isfinite(s), s, 1))
     matrix, linear = a + s[:, None], s
     if present is not None:  # Pushed against their bounds, each on its own.
-        s = jnp.where(jnp.isfinite(s), s, 1)
         both = present[:, None] & present[None, :]
         matrix = jnp.where(both, a + s[:, None], jnp.diag(s))
         linear = jnp.where(present, s, -s)
@@ -488,14 +485,15 @@ def spectrum(gramian: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def projection_weights(cosine: jax.Array, targets: jax.Array) -> jax.Array:
-    """Pseudo-inverse of the cosines times targets of order 1: ``b = pinv(C) p``."""
+    """Pseudo-inverse of the cosines times targets: ``b = pinv(C) p``."""
     values, vectors, kept = spectrum(cosine)
     inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
     # Of gradients that cancel nothing is left but rounding, which a caller would scale
     # up to a step of full size.
-    sums = jnp.sum(vectors * targets[:, None], axis=0)
-    noise = cosine.shape[0] ** 2 * jnp.finfo(cosine.dtype).eps
-    return dot(vectors, inverse * jnp.where(jnp.abs(sums) <= noise, 0, sums))
+    parts = vectors * targets[:, None]
+    sums, sizes = jnp.sum(parts, axis=0), jnp.sum(jnp.abs(parts), axis=0)
+    noise = 2 * cosine.shape[0] * jnp.finfo(cosine.dtype).eps
+    return dot(vectors, inverse * jnp.where(jnp.abs(sums) <= noise * sizes, 0, sums))
 
 
 def surgery(alter: Callable[..., Any], rows: Any, key: jax.Array) -> Any:

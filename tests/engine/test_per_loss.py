@@ -126,6 +126,21 @@ def test_sdmgrad_is_that_of_the_authors(rate, strength, preference):
     assert int(state.num_skipped) == 0
 
 
+@pytest.mark.parametrize("length", [1.0, 10.0, 1000.0])
+def test_sdmgrad_converges_beside_a_long_gradient(length):
+    """To the shortest combination, whose products with all gradients are equal."""
+    rows = np.array([[1, 0, 0, 0], [-0.5, 1, 0, 0], [-0.5, 0, 1, 0], [-0.5, 0, 0, 1]])
+    rows[0] *= length
+    weighting = weightings.sdmgrad(regularization=0.0)
+    losses = [0.0] * 4
+    state, update = weighting.init(losses), jax.jit(weighting.update)
+    for _ in range(10):
+        cross = jnp.float32(rows @ rows.T)
+        weights, state = update(losses, state, cross_gramian=cross)
+    best = np.linalg.solve(rows @ rows.T, np.ones(4))
+    np.testing.assert_allclose(weights, best / best.sum(), rtol=2e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("wide", [False, True])
 def test_sdmgrad_of_float32_losses_where_there_is_float64(wide):
     options = {"regularization": np.float64(0.3), "learning_rate": np.float64(1.0)}

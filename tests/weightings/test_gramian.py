@@ -450,6 +450,34 @@ def test_unknown_properties_are_an_error():
         check_gramian_properties(weightings.equal(), ["brave"])
 
 
+@pytest.mark.parametrize("ratio", [1e-3, 1e-5, 1e-6, 1e-7])
+def test_mgda_of_short_gradients_in_conflict(ratio):
+    """Beside a long one, which is orthogonal and gets nearly nothing."""
+    short = np.array([[1.0, 0.0], [-0.9, 0.1]])
+    best = np.linalg.solve(short @ short.T, np.ones(2))
+    expected = best / best.sum()
+    jacobian = np.zeros((3, 3))
+    jacobian[0, 0], jacobian[1:, 1:] = 1.0, ratio * short
+    gramian = jnp.asarray(jacobian @ jacobian.T, jnp.float32)
+    weighting = mgda()
+    state = weighting.init([0.0] * 3)
+    weights, _ = jax.jit(weighting.update)([0.0] * 3, state, gramian=gramian)
+    weights = np.asarray(weights)
+    np.testing.assert_allclose(weights[1:], expected, rtol=1e-4)
+    assert (jacobian @ (weights @ jacobian))[1:].min() > 0
+
+
+@pytest.mark.parametrize("make", [imtl_g, config])
+@pytest.mark.parametrize(("count", "ratio"), [(2, 1e-6), (40, 1e-4), (200, 1e-3)])
+def test_a_small_preference_is_kept(make, count, ratio):
+    preference = [1.0] * (count - 1) + [ratio]
+    losses = [0.0] * count
+    weighting = make(preference=preference)
+    state = weighting.init(losses)
+    weights, _ = weighting.update(losses, state, gramian=jnp.eye(count))
+    np.testing.assert_allclose(weights[-1] / weights[0], ratio, rtol=1e-4)
+
+
 @pytest.mark.parametrize("ratio", [1e-2, 1e-3, 1e-5, 1e-7])
 def test_cagrad_of_a_short_gradient_is_no_stationary_point(ratio):
     """Two orthogonal gradients; with the shorter one alone, closed in the limit."""

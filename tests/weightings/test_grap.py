@@ -761,10 +761,10 @@ def test_auto_lambda_may_learn_the_weight_of_the_downstream_loss_too():
     np.testing.assert_allclose(list(weights.values()), [-0.1, 2.0], rtol=1e-6)
 
 
-def test_auto_lambdas_first_step_has_the_length_of_its_learning_rate():
+@pytest.mark.parametrize("size", [1.0, 1e-6, 1e-12])
+def test_auto_lambdas_first_step_has_the_length_of_its_learning_rate(size):
     losses = [jnp.float32(0)] * 3
-    weighting = auto_lambda(2)
-    weights, _ = weighting.update(
-        losses, weighting.init(losses), alignment=jnp.array([5.0, -0.2, 1.0])
-    )
+    weighting = auto_lambda(2, step_size=0.1)
+    alignment = size * jnp.array([5.0, -0.2, 1.0])
+    weights, _ = weighting.update(losses, weighting.init(losses), alignment=alignment)
     np.testing.assert_allclose(np.asarray(weights)[:2], [0.1001, 0.0999], rtol=1e-5)

@@ -765,6 +765,13 @@ def test_gradnorm_weights_sum_to_k_and_are_never_negative():
     assert np.all(weights >= 0)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-12])
+def test_the_size_of_all_gradients_makes_no_difference_to_gradnorm(size):
+    norms = size * np.broadcast_to([3.0, 1.0], (300, 2))
+    weights, _ = run(gradnorm(), np.ones((300, 2)), norms=norms)
+    np.testing.assert_allclose(weights[-1], [0.5, 1.5], atol=1e-3)
+
+
 def test_gradnorm_with_alpha_zero_makes_the_norms_equal():
     norms = np.broadcast_to([1.0, 2.0, 4.0], (2000, 3))
     tx = optax.sgd(optax.linear_schedule(0.01, 0.0, 2000))

@@ -56,7 +56,9 @@ def aligned_mtl(
 
     .. warning::
       Weights may be negative. Gradients that nearly depend on each other linearly give
-      a small s and small steps, and s jumps when an eigenvalue falls below rounding.
+      a small s and small steps, and s jumps when an eigenvalue falls below rounding, K
+      eps of the largest as in the authors' code: in float32 a gradient 2,000 times
+      shorter than another one has the weight 0.
     """
     if scale not in ("min", "median", "mean"):
         raise ValueError(f"scale must be 'min', 'median' or 'mean', got {scale!r}.")

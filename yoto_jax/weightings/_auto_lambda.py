@@ -48,7 +48,8 @@ def auto_lambda(
 
     Args:
       downstream: The loss to descend: its path or its index among the losses.
-      optimizer: Steps on the weights; ``optax.adam(1e-4)`` if none is given.
+      optimizer: Steps on the weights; ``optax.adam(1e-4, eps=1e-16)`` if none is
+        given, whose eps is small enough for any gradients.
       step_size: :math:`\alpha`, the learning rate of the model. To Adam it makes no
         difference.
       initial: First weights: one number, one for each loss, or a tree like the losses.
@@ -82,7 +83,7 @@ def auto_lambda(
       A weight may become negative, as in the authors' code. Unlike there, the
       derivative is exact, and the step ahead has neither momentum nor weight decay.
     """
-    tx = chosen(optimizer, optax.adam(1e-4))
+    tx = chosen(optimizer, optax.adam(1e-4, eps=1e-16))
 
     def current(meta_weights: jax.Array, spec: LossSpec) -> jax.Array:
         if downstream_weight is None:

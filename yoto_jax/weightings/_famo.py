@@ -42,7 +42,8 @@ def famo(
 
     The logits :math:`\xi` descend
     :math:`z^\top (\log D - \log D') + \gamma \|\xi\|^2 / 2`, the slowest relative
-    improvement; the losses of the next update serve as :math:`D'`.
+    improvement; the losses of the next update serve as :math:`D'`. Losses below 1e-8
+    count as that: scale all of them up.
 
     Args:
       learning_rate: Of Adam on the logits.

@@ -49,7 +49,8 @@ def gradnorm(
         in the paper, if none is given.
       alpha: How strongly slower losses are pulled along; 0 gives all norms the
         ratios p. 1.5 and 0.12 in the paper.
-      optimizer: What steps on the weights; ``optax.adam(0.025)`` if none is given.
+      optimizer: What steps on the weights; ``optax.adam(0.025, eps=1e-16)`` if none is
+        given, whose eps is small enough for any gradients.
 
     Returns:
       A :class:`yoto_jax.LossWeighting` for positive losses, which needs the gradient
@@ -85,7 +86,7 @@ def gradnorm(
     """
     check_all_positive(preference=preference)
     check_not_negative(alpha=alpha)
-    tx = chosen(optimizer, optax.adam(0.025))
+    tx = chosen(optimizer, optax.adam(0.025, eps=1e-16))
 
     def init(spec: LossSpec) -> GradNormState:
         spec.ratios(preference)  # It has to fit the losses.

@@ -56,7 +56,9 @@ def grap(
     Args:
       downstream: The loss that steers: its path or its index among the losses.
       optimizer: Of the raw weights; ``optax.adam(0.01, b1=0.0, b2=0.99)`` if not given.
-      regularization: :math:`\rho`; the published runs have 1.0.
+      regularization: :math:`\rho`; the published runs have 1.0. It draws
+        :math:`\phi` to one over the norms, so that the units of the losses matter: with
+        norms far from 1, set ``initial`` or the optimizer's rate accordingly.
       gramian_decay: Decay of the running means C and p, in [0, 1).
       norm_decay: Decay of the running means :math:`\nu` and :math:`\tau`, in [0, 1).
       warmup: Steps for which C and p are plain means of all that was seen.

@@ -20,7 +20,7 @@ def sdmgrad(
     *,
     preference: PyTree = None,
     regularization: jax.typing.ArrayLike = 0.3,
-    learning_rate: jax.typing.ArrayLike = 1.0,
+    learning_rate: jax.typing.ArrayLike | None = None,
 ) -> LossWeighting:
     r"""Direction-oriented descent: as MGDA, drawn to a preferred mixture, two batches.
 
@@ -38,7 +38,9 @@ def sdmgrad(
         given.
       regularization: :math:`\lambda \ge 0`: 0 is a stochastic MGDA, a large one gives
         the preference.
-      learning_rate: Of the steps; scales of the gradients make no difference to it.
+      learning_rate: Of the steps; scales of the gradients make no difference to it. If
+        none is given, 1, or less where that would not converge: 2 over the largest sum
+        of a row of \|A\|.
 
     Returns:
       A :class:`yoto_jax.LossWeighting` that needs ``cross_gramian``, (K, K), see
@@ -71,7 +73,8 @@ def sdmgrad(
       take the combined gradient of a third batch.
     """
     check_not_negative(regularization=regularization)
-    check_positive(learning_rate=learning_rate)
+    if learning_rate is not None:
+        check_positive(learning_rate=learning_rate)
 
     def init(spec: LossSpec) -> MocoState:
         spec.preference(preference)  # To be told now if it does not fit.
@@ -81,12 +84,16 @@ def sdmgrad(
         losses: jax.Array, inner: MocoState, spec: LossSpec, *, cross_gramian: jax.Array
     ) -> tuple[jax.Array, MocoState]:
         strength = jnp.asarray(regularization, losses.dtype)
-        rate = jnp.asarray(learning_rate, losses.dtype)
         drawn = strength * spec.preference(preference)
         norms = jnp.sqrt(jnp.maximum(jnp.diagonal(cross_gramian), 0))
         # By one norm at a time: the square might underflow.
         matrix = safe_divide(cross_gramian, spec.mean(norms))
         matrix = safe_divide(matrix, spec.mean(norms))
+        # With the momentum, steps converge up to 3 over the largest eigenvalue.
+        largest = jnp.max(jnp.sum(jnp.abs(matrix), axis=1))
+        rate = jnp.minimum(1, safe_divide(2 * jnp.ones_like(largest), largest))
+        if learning_rate is not None:
+            rate = jnp.asarray(learning_rate, losses.dtype)
 
         def step(_: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             shares, velocity = carry

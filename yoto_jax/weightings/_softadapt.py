@@ -34,9 +34,9 @@ def softadapt(
       \quad\text{or}\quad s_i = L_i(t) - L_i(t-1).
 
     The ratio is the form of NVIDIA's PhysicsNeMo, which does not depend on the units of
-    the losses; the difference is that of the paper. With ``loss_weighted`` the
-    exponentials are multiplied by the losses, :math:`w_i \propto L_i e^{\beta s_i}`.
-    All weights are 1 at the first update.
+    losses far above 1e-12; the difference is that of the paper. With
+    ``loss_weighted`` the exponentials are multiplied by the losses,
+    :math:`w_i \propto L_i e^{\beta s_i}`. All weights are 1 at the first update.
 
     Args:
       beta: Sharpness. Positive values favour the losses that do worst, negative ones
