@@ -33,8 +33,8 @@ def fair_grad(
       preference: p, one positive number per loss, in a tree like the losses or in their
         order. Brought to mean 1; equal if none is given.
       alpha: Positive; 2 is the paper's choice. Between 0.5 and 5 the equations are
-        solved to rounding even if the norms of gradients differ by a factor 1000; with
-        tens of linearly dependent gradients 2 always is, the others mostly are.
+        solved to rounding even if the norms of gradients differ by a factor 1000. For
+        tens of linearly dependent gradients this holds for 2; others may miss it.
       regularization: Added to the squared norms of the gradients, relative to them.
 
     Returns:
