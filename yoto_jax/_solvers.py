@@ -273,7 +273,12 @@ def smallest_convex_combination(
         matrix = jnp.where(both, a + s[:, None], jnp.diag(s))
         linear = jnp.where(present, s, -s)
     v = solve_bounded_qp(matrix, linear, jnp.zeros_like(s))
-    return safe_divide(v, jnp.sum(v))
+    w = safe_divide(v, jnp.sum(v))
+    zero = squares == 0  # gradients that are nothing: no rounding of the others then
+    if present is not None:
+        zero = zero & present
+    share = zero.astype(a.dtype)
+    return jnp.where(jnp.any(zero), safe_divide(share, jnp.sum(share)), w)
 
 
 def minimise_on_simplex(

@@ -161,7 +161,7 @@ def stch_log(losses, smoothing, warmup):
 
 def gradnorm(losses, norms, alpha=1.5):
     count, weights = losses.shape[1], []
-    w, step = np.ones(count), Adam()
+    w, step = np.ones(count), Adam(eps=1e-16)
     for loss, n in zip(losses, norms, strict=True):
         weights.append(np.abs(w))
         norm = np.abs(w) * n
