@@ -262,23 +262,20 @@ def smallest_convex_combination(
       (K,) w with exact zeros.
     """
     size = gramian.shape[0]
+    there = jnp.full((size,), True) if present is None else present
     a = unit_trace(gramian)
     squares = jnp.diagonal(a)
     # Of the order of the minimum, or the small gradients are lost in rounding.
     s = jnp.min(jnp.where(squares > 0, squares, jnp.inf))
     s = jnp.full((size,), jnp.where(jnp.isfinite(s), s, 1))
-    matrix, linear = a + s[:, None], s
-    if present is not None:  # Pushed against their bounds, each on its own.
-        both = present[:, None] & present[None, :]
-        matrix = jnp.where(both, a + s[:, None], jnp.diag(s))
-        linear = jnp.where(present, s, -s)
-    v = solve_bounded_qp(matrix, linear, jnp.zeros_like(s))
-    w = safe_divide(v, jnp.sum(v))
-    zero = squares == 0  # gradients that are nothing: no rounding of the others then
-    if present is not None:
-        zero = zero & present
-    share = zero.astype(a.dtype)
-    return jnp.where(jnp.any(zero), safe_divide(share, jnp.sum(share)), w)
+    # Absent ones are pushed against their bounds, each on its own.
+    both = there[:, None] & there[None, :]
+    matrix = jnp.where(both, a + s[:, None], jnp.diag(s))
+    v = solve_bounded_qp(matrix, jnp.where(there, s, -s), jnp.zeros_like(s))
+    # Where gradients are zero they have it all, without rounding of the others.
+    zero = there & (squares == 0)
+    v = jnp.where(jnp.any(zero), zero.astype(v.dtype), v)
+    return safe_divide(v, jnp.sum(v))
 
 
 def minimise_on_simplex(

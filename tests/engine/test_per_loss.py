@@ -134,8 +134,8 @@ def test_sdmgrad_converges_beside_a_long_gradient(length):
     weighting = weightings.sdmgrad(regularization=0.0)
     losses = [0.0] * 4
     state, update = weighting.init(losses), jax.jit(weighting.update)
+    cross = jnp.float32(rows @ rows.T)
     for _ in range(10):
-        cross = jnp.float32(rows @ rows.T)
         weights, state = update(losses, state, cross_gramian=cross)
     best = np.linalg.solve(rows @ rows.T, np.ones(4))
     np.testing.assert_allclose(weights, best / best.sum(), rtol=2e-3, atol=1e-5)

@@ -282,15 +282,23 @@ def test_mean_ranks():
         assert tuple(round(x, 1) for x in ranks[method]) == both
 
 
+def apart(problem, method):
+    """The difference to the search, as it is told."""
+    return round(VERDICTS[problem, method]["difference"], 1)
+
+
+def error(problem, method):
+    """The error on an equation, in those of the search."""
+    return math.exp(-apart(problem, method) / 100)
+
+
 def test_newer_methods_at_equal_cost():
-    apart = lambda problem, method: round(VERDICTS[problem, method]["difference"], 1)
     own = ("digits", "missing_labels", "segmentation")
     assert [apart(problem, "slaw") for problem in own] == [-2.3, -1.9, 0.6]
     assert [apart(problem, "pcd") for problem in own] == [0.1, -12.7, 0.0]
     assert apart("mnist1d", "slaw") == -7.1
     assert abs(apart("mnist1d", "pcd")) < 1
     assert (apart("pretraining", "slaw"), apart("pretraining", "pcd")) == (-1.8, -9.2)
-    error = lambda problem, method: math.exp(-apart(problem, method) / 100)
     assert [round(error(x, "pcd")) for x in EQUATIONS] == [3, 5, 41]
     assert round(error("burgers", "slaw")) == 10
     assert round(error("burgers", "m_config")) == 7
@@ -313,8 +321,6 @@ def test_newer_methods_at_equal_cost():
 
 
 def test_methods_beyond_weights():
-    apart = lambda problem, method: round(VERDICTS[problem, method]["difference"], 1)
-    error = lambda problem, method: math.exp(-apart(problem, method) / 100)
     near, behind = ("mnist1d", "segmentation", "depth"), [*PROBLEMS, "pretraining"]
     assert all(abs(apart(problem, "grad_drop")) < 1 for problem in near)
     assert [apart(problem, "grad_drop") for problem in behind] == [-3.0, -11.8, -5.4]

@@ -89,10 +89,11 @@ def sdmgrad(
         # By one norm at a time: the square might underflow.
         matrix = safe_divide(cross_gramian, spec.mean(norms))
         matrix = safe_divide(matrix, spec.mean(norms))
-        # With the momentum, steps converge up to 3 over the largest eigenvalue.
-        largest = jnp.max(jnp.sum(jnp.abs(matrix), axis=1))
-        rate = jnp.minimum(1, safe_divide(2 * jnp.ones_like(largest), largest))
-        if learning_rate is not None:
+        if learning_rate is None:
+            # With the momentum, steps converge up to 3 over the largest eigenvalue.
+            largest = jnp.max(jnp.sum(jnp.abs(matrix), axis=1))
+            rate = 2 / jnp.maximum(largest, 2)
+        else:
             rate = jnp.asarray(learning_rate, losses.dtype)
 
         def step(_: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
