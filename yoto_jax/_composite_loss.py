@@ -87,12 +87,14 @@ def _weighted_sum(
 @_weighted_sum.defjvp
 def _weighted_sum_jvp(has_primary, primals, tangents):
     # Written in closed form (Eqs. 3 and 6), so that the transposed rule hands a weight
-    # to every loss and one vector to mu. As a product with (identity - weights), that
-    # vector is a single kernel, which depends on nothing but weights and losses.
+    # to every loss and one vector to mu. It is a single kernel of weights and losses,
+    # and a sum of differences of losses: in that of (identity - weights) times losses
+    # nothing is left of a dominant loss's slope but rounding.
     (values, learned, present), (d_values, d_learned, _) = primals, tangents
     weights = softmax(learned, has_primary, present)
-    centring = jnp.eye(len(values), dtype=learned.dtype) - weights[None, :]
-    slope = weights * jnp.sum(centring * stack(values)[None, :], axis=-1)
+    stacked = stack(values)
+    above = stacked[:, None] - stacked[None, :]
+    slope = weights * jnp.sum(weights[None, :] * above, axis=-1)
     total = sum_of_products(weights, values)
     d_total = sum_of_products(weights, d_values)
     return total, d_total + jnp.sum(slope[int(has_primary) :] * d_learned)

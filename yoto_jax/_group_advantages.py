@@ -113,7 +113,11 @@ def _normalized(
 
     count = add(jnp.ones_like(x))
     centred = x - add(x) / jnp.maximum(count, 1)
-    std = jnp.sqrt(add(centred**2) / jnp.maximum(count - 1, 1))
+    # In units of the largest one, whose square may overflow.
+    unit = jnp.max(jnp.where(mask, jnp.abs(centred), 0), axis=axis, keepdims=True)
+    unit = lax.pmax(lax.stop_gradient(unit), axes) if axes else unit
+    unit = jnp.where(unit > 0, unit, 1)
+    std = unit * jnp.sqrt(add((centred / unit) ** 2) / jnp.maximum(count - 1, 1))
     return jnp.where(mask, centred / (std + eps), 0)
 
 

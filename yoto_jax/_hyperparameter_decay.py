@@ -14,6 +14,7 @@ from yoto_jax._loss_logits import (
     LossLogits,
     check_loss_logits,
     is_loss_logits,
+    present_by_logits,
     present_in_order,
 )
 from yoto_jax._losses import Params, Present, PyTree, State
@@ -248,6 +249,7 @@ def add_hyperparameter_decay(
                 "update(updates, state, params)."
             )
         rho, state = strength_at(hyperparameter_decay, state)
+        own = iter(present_by_logits(present, updates))
 
         def decay(update: Any, param: Any) -> Any:
             # A mask or filter that works leaf by leaf empties a LossLogits.
@@ -258,7 +260,7 @@ def add_hyperparameter_decay(
                     "the updates hold LossLogits where the parameters hold a "
                     f"{type(param).__name__}."
                 )
-            slope = decay_gradient(param, entropy, present)
+            slope = decay_gradient(param, entropy, next(own))
             learned = (upcast(update.learned) + rho * slope).astype(
                 update.learned.dtype
             )

@@ -17,9 +17,10 @@ from yoto_jax._losses import (
     listed,
     loss_names,
     path_name,
+    present_of_each,
     scalar_losses,
     shape_and_dtype,
-    stack_fitting,
+    stack_present,
 )
 from yoto_jax._numerics import softmax, upcast
 from yoto_jax._serialization import register_node
@@ -261,19 +262,32 @@ def check_loss_logits(mu: Any) -> None:
 def present_in_order(present: Present | None, mu: LossLogits) -> jax.Array | None:
     """Mask of the present losses, the primary loss first; None for all."""
     check_loss_logits(mu)
-    mask = stack_fitting(present, mu.structure)
+    (own,) = present_of_each(present, [mu.structure])
+    mask = stack_present(own, mu.structure)
     if mask is None:
         return None
     return jnp.stack(primary_first(list(mask), mu.primary))
 
 
+def loss_logits_of(tree: PyTree) -> list[LossLogits]:
+    """All loss logits of a tree, but for those that a mask has emptied."""
+    leaves = jax.tree.leaves(tree, is_leaf=is_loss_logits)
+    return [x for x in leaves if is_loss_logits(x) and jax.tree.leaves(x)]
+
+
+def present_by_logits(present: Present | None, tree: PyTree) -> list[Any]:
+    """Which losses there are, of each of the loss logits of a tree."""
+    return present_of_each(present, [mu.structure for mu in loss_logits_of(tree)])
+
+
 def choose_present(present: Present, new: PyTree, old: PyTree) -> PyTree:
     """Takes the logits of absent losses from ``old``, all else from ``new``."""
+    own = iter(present_by_logits(present, new))
 
     def select(new: Any, old: Any) -> Any:
         if not is_loss_logits(new) or not jax.tree.leaves(new):
             return new
-        mask = present_in_order(present, new)
+        mask = present_in_order(next(own), new)
         assert mask is not None
         there = mask[int(new.primary is not None) :]
         learned = jnp.where(there, new.learned, old.learned)

@@ -1,7 +1,7 @@
 """Trees of losses: names, lookup and checks of structure."""
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -112,12 +112,36 @@ def stack_present(
     return jnp.stack([jnp.asarray(leaf) for _, leaf in flat])
 
 
-def stack_fitting(present: Any, structure: jax.tree_util.PyTreeDef) -> jax.Array | None:
-    """As :func:`stack_present`, of the tree among several that is for these losses."""
-    if isinstance(present, list | tuple) and jax.tree.structure(present) != structure:
-        fitting = (x for x in present if jax.tree.structure(x) == structure)
-        present = next(fitting, present)
-    return stack_present(present, structure)
+def present_of_each(
+    present: Any, structures: Sequence[jax.tree_util.PyTreeDef]
+) -> list[Any]:
+    """The tree of booleans for each of several trees of losses.
+
+    One is for all of them. A sequence has one for each, in their order (which moments
+    repeat), or of a part of them the one whose losses are the same.
+    """
+    structures = list(structures)
+    own = jax.tree.structure(present)
+    if not isinstance(present, list | tuple) or own in structures:
+        return [present] * len(structures)
+    kinds = [jax.tree.structure(x) for x in present]
+    rounds, rest = divmod(len(structures), max(len(kinds), 1))
+    if not rest and kinds * rounds == structures:
+        return [*present] * rounds
+    return [_fitting(present, structure) for structure in structures]
+
+
+def _fitting(present: Any, structure: jax.tree_util.PyTreeDef) -> Any:
+    """The tree among several that is for these losses."""
+    found = [x for x in present if jax.tree.structure(x) == structure]
+    leaves = [jax.tree.leaves(x) for x in found]
+    if any(x is not y for own in leaves for x, y in zip(own, leaves[0], strict=True)):
+        raise ValueError(
+            f"present has {len(found)} trees for the losses "
+            f"{listed(loss_names(structure))}, and nothing tells which is meant: give "
+            "one for each LossLogits, in their order."
+        )
+    return found[0] if found else present
 
 
 def split(vector: jax.Array, structure: jax.tree_util.PyTreeDef) -> PyTree:

@@ -113,7 +113,7 @@ def make_weighting(
         present: Present | None = None,
         **statistics: Any,
     ) -> tuple[PyTree, WeightingState]:
-        check(state)
+        shapes = check(state)
         spec, values = loss_values(losses, state, present)
         if positive:
             _check_positive_losses(values, spec)
@@ -125,7 +125,7 @@ def make_weighting(
         if positive:
             ok &= jnp.all(values > 0)
         weights, inner = update(values, state.inner, spec, **given)
-        _check_returned(weights, inner, state.inner, spec)
+        _check_returned(weights, inner, shapes, spec)
         return _accept(ok, weights, inner, state, spec)
 
     def observe_fn(
@@ -165,18 +165,18 @@ def make_weighting(
     )
 
 
-def _state_check(init: Callable[[LossSpec], Any]) -> Callable[[Any], None]:
-    """A function that raises unless this ``init`` made a state."""
+def _state_check(init: Callable[[LossSpec], Any]) -> Callable[[Any], PyTree]:
+    """A function that raises unless this ``init`` made a state, and has its shapes."""
 
     @functools.lru_cache(maxsize=16)
-    def expected(structure: Any, dtype: Any) -> Any:
-        shapes = jax.eval_shape(lambda: init(LossSpec(structure, dtype)))
-        return jax.tree.structure(shapes)
+    def expected(structure: Any, dtype: Any) -> PyTree:
+        return jax.eval_shape(lambda: init(LossSpec(structure, dtype)))
 
-    def check(state: State) -> None:
+    def check(state: State) -> PyTree:
         check_state(state, WeightingState)
         spec = _spec_of(state)
-        wanted = expected(spec.structure, spec.dtype)
+        shapes = expected(spec.structure, spec.dtype)
+        wanted = jax.tree.structure(shapes)
         if jax.tree.structure(state.inner) != wanted:
             raise TypeError(
                 "state is that of another weighting: expected "
@@ -184,6 +184,7 @@ def _state_check(init: Callable[[LossSpec], Any]) -> Callable[[Any], None]:
                 f"{jax.tree.structure(state.inner)}. Take it from the init of the "
                 "weighting that is updated."
             )
+        return shapes
 
     return check
 

@@ -68,7 +68,9 @@ def unstack(x: jax.Array) -> list[jax.Array]:
 @jax.custom_jvp
 def _softmax(logits: jax.Array) -> jax.Array:
     if logits.shape[-1] > _UNROLL:
-        return jax.nn.softmax(logits)
+        most = jnp.max(logits, axis=-1, keepdims=True)
+        powers = jnp.exp(jnp.where(logits == most, 0.0, logits - most))
+        return powers / jnp.sum(powers, axis=-1, keepdims=True)
     # 1 / sum_j exp(x_j - x_i) needs neither a maximum nor a common denominator. An
     # exponential that overflows leaves the weight 0, as it should; infinite logits
     # must not meet as inf - inf.
@@ -141,8 +143,9 @@ def unbiased_mean(
     """Updates an exponential running mean from 0, divided by the sum of its weights."""
     rate = 1 - decay
     # 1 - decay^n, exact also where the decay is nearly 1.
-    total = -jnp.expm1((count.astype(x.dtype) + 1) * jnp.log1p(-rate))
-    return mean + rate / total * (x - mean)
+    rate /= -jnp.expm1((count.astype(x.dtype) + 1) * jnp.log1p(-rate))
+    # Not of their difference, in which a mean is lost that is far below the last one.
+    return (1 - rate) * mean + rate * x
 
 
 def stacked(tree: PyTree) -> jax.Array:

@@ -235,13 +235,30 @@ def _hold_absent(
         **extra_args: Any,
     ) -> tuple[PyTree, Any]:
         new, after = inner.update(updates, state, params, present=present, **extra_args)
-        new = optax.tree.cast_like(new, updates)  # A schedule of a decay is float32.
+        new = _as_wide(new, updates, updates if params is None else params)
         if present is None:
             return new, after
         still = optax.tree.zeros_like(updates)
         return choose_present(present, (new, after), (still, state))
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def _as_wide(new: PyTree, updates: Params, params: Params) -> PyTree:
+    """In the wider dtype of gradient and parameter: a schedule of a decay is float32.
+
+    In that of gradients alone, a small decay of float32 parameters would be rounded
+    away where gradients are bfloat16.
+    """
+
+    def cast(x: Any, gradient: Any, param: Any) -> Any:
+        if x is None:
+            return None
+        own, other = jnp.result_type(gradient), jnp.result_type(param)
+        wider = jnp.issubdtype(other, jnp.inexact) and other.itemsize > own.itemsize
+        return x.astype(other if wider else own)
+
+    return jax.tree.map(cast, new, updates, params, is_leaf=lambda x: x is None)
 
 
 def _decays(

@@ -196,6 +196,14 @@ def count_skipped(state: State) -> jax.Array | None:
     return sum(counts[1:], counts[0]) if counts else None
 
 
+def skipped_between(before: Any, after: Any) -> jax.Array:
+    """How many batches have been skipped between two states, as far as they tell."""
+    old, new = count_skipped(before), count_skipped(after)
+    if old is None or new is None:
+        return jnp.zeros((), jnp.int32)
+    return new - old
+
+
 def skip_one(state: State) -> Any:
     """The state of a weighting as it is but for one more batch that is skipped."""
     counts = optax.tree.get_all_with_path(state, "num_skipped")

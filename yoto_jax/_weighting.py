@@ -107,14 +107,18 @@ def weights_of(state: State) -> PyTree:
 
 
 def of_inner(name: str) -> property:
-    """A property of a wrapper's state: what the state inside has under this name."""
+    """A property of a wrapper's state: what the state inside has under this name.
+
+    Of batches that are skipped there are several counts if several wrappers, or a
+    wrapper and the weighting inside, skip some: it is their sum.
+    """
 
     def read(state: Any) -> Any:
-        found = optax.tree.get(state.inner, name)
-        if found is None:
+        found = [x for _, x in optax.tree.get_all_with_path(state.inner, name)]
+        if not found:
             kind = type(state).__name__
             raise AttributeError(f"no {name} in what this {kind} holds.", name=name)
-        return found
+        return sum(found[1:], found[0]) if name == "num_skipped" else found[0]
 
     return property(read, doc=f"``{name}`` of the state inside.")
 

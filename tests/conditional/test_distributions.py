@@ -832,6 +832,16 @@ def test_zero_losses_and_zero_weights_have_finite_gradients(scalarization):
         assert np.isfinite(leaf).all()
 
 
+@pytest.mark.parametrize("size", [1e7, 1e12])
+def test_losses_far_above_the_smoothing_have_a_maximum_and_a_slope(size):
+    draws = np.random.default_rng(0).uniform(0.1, 2, (50, 3))
+    soft = lambda x: conditional.smooth_chebyshev(list(x), [1.0] * 3, smoothing=1e-3)
+    losses = jnp.asarray(size * draws, jnp.float32)
+    values, slopes = jax.lax.map(jax.value_and_grad(soft), losses)
+    np.testing.assert_allclose(values, losses.max(1), rtol=1e-6)
+    np.testing.assert_allclose(slopes, losses == losses.max(1, keepdims=True))
+
+
 def test_limits_of_the_smooth_maximum():
     losses, weights = random_problem()
     terms = columns(losses) * columns(weights)

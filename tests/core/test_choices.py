@@ -437,14 +437,20 @@ def test_value_and_gradient_of_the_decay(logits):
         assert -1e-12 <= value <= np.log(len(a)) + 1e-12
 
 
-def test_minima_of_the_decay():
-    uniform, certain = choice(np.full(4, 0.7)), choice([0, np.inf, 0, 0])
+@pytest.mark.parametrize("options", [4, 12])  # Few are written out, many are not.
+def test_minima_of_the_decay(options):
+    zeros = np.zeros(options - 4)
+    names = tuple(map(str, range(options)))
+    of = lambda first: choice([*first, *zeros], names)
+    uniform, certain = choice(np.full(options, 0.7), names), of([0, np.inf, 0, 0])
     slope = jax.grad(yoto.choice_regularizer)
     np.testing.assert_allclose(yoto.choice_regularizer(uniform), 0, atol=1e-6)
-    np.testing.assert_allclose(yoto.choice_regularizer(certain), np.log(4), rtol=1e-6)
-    for extreme in (uniform, certain, choice([1e30, 0, 0, -np.inf])):
+    np.testing.assert_allclose(
+        yoto.choice_regularizer(certain), np.log(options), rtol=1e-6
+    )
+    for extreme in (uniform, certain, of([1e30, 0, 0, -np.inf])):
         np.testing.assert_allclose(slope(extreme).logits, 0, atol=1e-6)
-    assert np.isnan(slope(choice([0, np.nan, 0, 0])).logits).all()
+    assert np.isnan(slope(of([0, np.nan, 0, 0])).logits).all()
 
 
 @pytest.mark.parametrize("strength", [1.0, -1.0])

@@ -73,6 +73,16 @@ def test_value_and_gradients_equal_equations_5_and_6(problem):
     )
 
 
+@pytest.mark.parametrize("logit", [-17.5, 12.0, 17.5])
+@pytest.mark.parametrize("values", [(1.0, 2.0), (1000.0, 1000.5)])
+def test_the_slope_of_a_dominant_loss_keeps_sign_and_digits(logit, values):
+    mu = yoto.LossLogits(jnp.array([logit]), jax.tree.structure([0.0, 0.0]), 0)
+    found = jax.grad(yoto.composite_loss, 1)(list(values), mu).learned[0]
+    ratio = np.exp(-abs(np.float64(logit)))
+    exact = ratio / (1 + ratio) ** 2 * (values[1] - values[0])
+    np.testing.assert_allclose(found, exact, rtol=1e-5)
+
+
 @given(problems())
 @settings(deadline=None, max_examples=10)
 def test_forward_mode_and_second_derivatives(problem):

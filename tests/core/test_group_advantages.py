@@ -71,6 +71,20 @@ def test_absent_rewards_are_in_no_mean_whatever_stands_there():
     assert np.isfinite(by_sum).all()
 
 
+@pytest.mark.parametrize("normalize", ["each", "sum"])
+def test_rewards_whose_squares_overflow(normalize):
+    rewards = {name: np.float32(r) for name, r in REWARDS.items()}
+    found, plain = (
+        yoto.group_advantages(
+            {name: np.float32(c) * r for name, r in rewards.items()},
+            eps=1e-9,
+            normalize=normalize,
+        )
+        for c in (2.0**80, 1.0)
+    )
+    np.testing.assert_allclose(found, plain, atol=1e-5)
+
+
 def test_no_spread_no_advantage():
     rewards = {"a": jnp.full((3, 4), 0.1), "b": jnp.ones((3, 4), jnp.int32)}
     for normalize in ("each", "sum"):

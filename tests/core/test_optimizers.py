@@ -414,6 +414,28 @@ def test_a_schedule_of_the_decay_keeps_the_dtype_of_updates(optimizer):
     assert kinds(updates) == kinds(params)
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "kwargs"),
+    [
+        (yoto.adamw, optax.adamw, {"weight_decay": 1e-3}),
+        (yoto.sgdw, optax.sgd, {"momentum": 0.9}),
+    ],
+)
+def test_bfloat16_gradients_of_float32_parameters_make_float32_updates(
+    ours, theirs, kwargs
+):
+    params, grads = {"w": jnp.ones(3)}, {"w": jnp.array([1.0, 0.3, -2.0], jnp.bfloat16)}
+    found = []
+    for tx in (ours(1e-3, hyperparameter_decay=0, **kwargs), theirs(1e-3, **kwargs)):
+        state = tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(grads, state, params)
+        found.append(updates["w"])
+    assert found[0].dtype == jnp.float32
+    # SGD has the learning rate inside the momentum: the product is one more bfloat16.
+    np.testing.assert_allclose(*found, rtol=1e-6 if ours is yoto.adamw else 2**-8)
+
+
 MU_AB = yoto.init_loss_logits({"a": 0.0, "b": 0.0}, "a")
 
 
@@ -435,3 +457,27 @@ def test_logits_of_other_losses_have_a_tree_each_of_what_is_there(optimizer):
     assert updates["two"].learned.all()
     with pytest.raises(ValueError, match="present do not match those of the losses"):
         tx.update(grads, state, params, present=present[:1])
+
+
+@pytest.mark.parametrize("optimizer", [yoto.adamw, yoto.sgdw])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_logits_of_the_same_losses_have_a_tree_each_in_their_order(optimizer, order):
+    params = {"one": MU_AB, "two": MU_AB}
+    grads = jax.tree.map(jnp.ones_like, params)
+    tx = optimizer(1e-2)
+    there = [{"a": True, "b": False}, {"a": True, "b": True}]
+    present = jax.tree.map(jnp.asarray, [there[k] for k in order])
+    state = tx.init(params)
+    updates, _ = tx.update(grads, state, params, present=present)
+    moved = [bool(updates[name].learned.any()) for name in ("one", "two")]
+    assert moved == [there[k]["b"] for k in order]
+    alone = {"one": MU_AB, "two": MU_AB}
+    for name, own in zip(("one", "two"), present, strict=True):
+        ones = jax.tree.map(jnp.ones_like, MU_AB)
+        alone[name], _ = tx.update(ones, tx.init(MU_AB), MU_AB, present=own)
+    np.testing.assert_array_equal(
+        *[[x.learned for x in tree.values()] for tree in (updates, alone)]
+    )
+    part = optax.masked(tx, {"one": True, "two": False})
+    with pytest.raises(ValueError, match="2 trees for the losses 'a', 'b'"):
+        part.update(grads, part.init(params), params, present=present)

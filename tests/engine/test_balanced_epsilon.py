@@ -350,3 +350,16 @@ def test_misuse(arguments, error, message):
     given = {"batches": BATCHES[:1], "primary": "fit", **arguments}
     with pytest.raises(error, match=message):
         yoto.balanced_epsilon(quadratics, W, **given)
+
+
+def test_ratios_that_overflow_or_vanish_end_at_the_bounds():
+    losses = lambda w: {"fit": w, "faint": 1e-15 * w, "loud": 1e15 * w}
+    found = yoto.balanced_epsilon(
+        lambda w, x: losses(w),
+        jnp.float32(1.0),
+        [0.0],
+        "fit",
+        share={"faint": 1e30, "loud": 1e-30},
+    )
+    low, _, high = regularizer_range(2)
+    np.testing.assert_allclose([found["loud"], found["faint"]], [low, high], rtol=1e-6)

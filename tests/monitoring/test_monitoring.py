@@ -1204,6 +1204,18 @@ def test_several_logits_are_told_alike_what_is_there():
     }
 
 
+def test_several_logits_of_the_same_losses_are_told_in_their_order():
+    losses = {"a": 1.0, "b": 2.0}
+    mu = yoto.init_loss_logits(losses, "a")
+    params = {"one": mu, "two": mu}
+    tx = optax.chain(monitoring.record(), yoto.adamw(0.1))
+    present = [{"a": True, "b": False}, {"a": True, "b": True}]
+    given = {"losses": [losses, losses], "present": present}
+    _, state = tx.update(params, tx.init(params), params, **given)
+    seen = monitoring.history(state)
+    assert [seen.present[f"{name}/b"].item() for name in params] == [False, True]
+
+
 def test_weights_that_are_all_zero_are_drawn():
     weighting = monitoring.recorded(yoto.weightings.equal())
     losses = {"a": 1.0, "b": 1.0}

@@ -1212,7 +1212,6 @@ ANY_SIGN = {
     "softadapt": lambda: softadapt(form="difference"),
     "slaw": slaw,
     "stch": stch,
-    "causal": causal,
     "famo": lambda: famo(lower_bounds=-100.0),
     "grad_norm_balance": grad_norm_balance,
     "lr_annealing": lambda: lr_annealing("depth"),
@@ -1246,6 +1245,104 @@ def test_a_loss_that_is_not_positive_is_an_error_or_held(name, value):
 
     # An effect would keep compiled calls from their fast path, and from jax.export.
     assert not jax.make_jaxpr(weighting.update)(bad, state, **statistics).effects
+
+
+def test_causal_weights_need_losses_that_are_not_negative():
+    weighting = causal()
+    state = weighting.init([0.0] * 3)
+    with pytest.raises(ValueError, match="not negative, loss '2' is -1"):
+        weighting.update([0.0, 1.0, -1.0], state)
+    for bad in ([0.0, 1.0, -1.0], [-1.0, 1.0, 1.0]):
+        weights, after = jax.jit(weighting.update)(bad, state)
+        assert int(after.num_skipped) == 1
+        np.testing.assert_allclose(weights, 1 / 3, rtol=1e-6)
+    with pytest.raises(ValueError, match="positive"):
+        yoto.weightings.log(weighting)
+
+
+@pytest.mark.parametrize(("count", "size"), [(3, 1e7), (3, 1e12), (5, 1e12)])
+def test_stch_of_losses_far_above_the_smoothing(count, size):
+    weighting = stch(smoothing=1e-3)
+    losses = size * np.random.default_rng(0).uniform(0.1, 2, (50, count))
+    state = weighting.init([0.0] * count)
+    states, weights = jax.lax.scan(
+        lambda state, x: weighting.update(list(x), state)[::-1],
+        state,
+        jnp.asarray(losses, jnp.float32),
+    )
+    assert int(states.num_skipped) == 0
+    expected = (losses == losses.max(1, keepdims=True)) / count
+    np.testing.assert_allclose(np.stack(weights, 1), expected, rtol=1e-6)
+
+
+def test_what_has_no_memory_forgets_a_norm_a_billion_times_as_large():
+    for weighting, expected in [
+        (encodec_balancer(decay=0.0), [0.5, 0.5]),
+        (metabalance(0, decay=0.0), [1.0, 1.0]),
+    ]:
+        state = weighting.init([0.0, 0.0])
+        for norms in ([1.0, 1e9], [1e9, 1.0], [1.0, 1.0]):
+            seen = {"norms": jnp.array(norms)}
+            weights, state = jax.jit(weighting.update)([0.0, 0.0], state, **seen)
+        np.testing.assert_allclose(weights, expected, rtol=1e-6)
+
+
+def test_an_injected_learning_rate_is_set_for_all_losses():
+    optimizer = optax.inject_hyperparams(yoto.adamw)(learning_rate=0.1)
+    weighting = yoto.weightings.yoto("a", optimizer=optimizer)
+    losses = {"a": 1.0, "b": 2.0, "c": 3.0}
+    state = weighting.init(losses)
+    hyperparams = state.inner.opt_state.hyperparams
+    for rate in (jnp.float32(0), jnp.zeros_like(hyperparams["learning_rate"])):
+        hyperparams["learning_rate"] = rate
+        weights, after = jax.jit(weighting.update)(losses, state)
+        moved, after = jax.jit(weighting.update)(losses, after)
+        assert int(after.num_updates) == 2
+        np.testing.assert_array_equal(*map(jax.tree.leaves, (weights, moved)))
+
+
+def test_cov_without_memory_skips_nothing():
+    weighting = cov(decay=0.0)
+    losses = np.exp(0.3 * np.random.default_rng(1).standard_normal((200, 3)))
+    state, _ = jax.lax.scan(
+        lambda state, x: weighting.update(list(x), state)[::-1],
+        weighting.init([0.0] * 3),
+        jnp.asarray(losses, jnp.float32),
+    )
+    assert int(state.num_skipped) == 0
+
+
+def test_cov_of_millions_of_updates_follows_the_losses():
+    state = cov().init([0.0, 0.0])
+    late = state.inner._replace(
+        loss_means=jnp.ones(2),
+        num_seen=jnp.full(2, 10**8, jnp.int32),
+        ratio_variances=jnp.full(2, 1e-4),
+    )
+    _, after = jax.lax.fori_loop(
+        0,
+        100_000,
+        lambda _, both: cov().update([2.0, 1.0], both[1]),
+        cov().update([2.0, 1.0], state._replace(inner=late)),
+    )
+    means = after.inner.loss_means
+    np.testing.assert_allclose(means, [2 - np.exp(-1), 1], rtol=0.01)
+
+
+@pytest.mark.parametrize("average", ["weights", "norms"])
+def test_a_batch_without_a_primary_gradient_teaches_nothing(average):
+    weighting = grad_norm_balance(0, average=average)
+    state = weighting.init([0.0, 0.0])
+    look = lambda state, norms: weighting.update(
+        [0.0, 0.0], state, norms=jnp.array(norms)
+    )
+    _, state = look(state, [0.0, 1.0])
+    weights, state = look(state, [2.0, 1.0])
+    kept, after = look(state, [0.0, 5.0])
+    np.testing.assert_array_equal(kept, weights)
+    np.testing.assert_array_equal(*map(jax.tree.leaves, (after.inner, state.inner)))
+    if average == "norms":
+        np.testing.assert_allclose(weights, [1, 2], rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ANY_SIGN)

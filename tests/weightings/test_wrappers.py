@@ -320,6 +320,64 @@ def test_every_tries_again_after_a_bad_batch():
     assert int(state.inner.num_skipped) == 1
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda w: weightings.hold(w, 5),
+        lambda w: weightings.every(w, 2),
+        lambda w: weightings.smooth(w),
+        lambda w: weightings.hold(weightings.every(w, 2), 5),
+    ],
+)
+def test_all_skipped_batches_are_counted(wrap):
+    weighting = wrap(weightings.skip_outliers(weightings.scale_invariant()))
+    state = weighting.init(STEPS[0])
+    for losses in (STEPS[0], {"a": np.nan, "b": 1.0}, {"a": 1e9, "b": 1.0}, STEPS[1]):
+        _, state = jax.jit(weighting.update)(losses, state)
+    assert int(state.num_skipped) == (2 if "Every" not in repr(state) else 1)
+
+
+def test_what_the_weighting_inside_refuses_is_counted_outside():
+    weighting = weightings.skip_outliers(weightings.scale_invariant())
+    state = weighting.init([1.0, 1.0])
+    weights, good = jax.jit(weighting.update)([2.0, 1.0], state)
+    state = good
+    for number, bad in enumerate((0.0, -1.0), start=1):
+        kept, state = jax.jit(weighting.update)([bad, 1.0], state)
+        assert int(state.num_skipped) == number
+        assert not state.accepted
+        np.testing.assert_array_equal(kept, weights)
+        chex.assert_trees_all_equal(state.inner, good.inner)
+        chex.assert_trees_all_equal(state.loss_scales, good.loss_scales)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda w: weightings.every(w, 4), lambda w: weightings.hold(w, 1)]
+)
+@pytest.mark.parametrize("run", [lambda f: f, jax.jit])
+def test_bad_batches_are_counted_at_steps_that_hold_the_weights(wrap, run):
+    weighting = wrap(inverse())
+    _, state = run(weighting.update)(STEPS[0], weighting.init(STEPS[0]))
+    for number in (1, 2, 3):
+        weights, state = run(weighting.update)({"a": np.nan, "b": 1.0}, state)
+        assert int(state.num_skipped) == number
+        assert int(state.step) == 1
+        assert float(weights["b"]) == 0.25
+    absent = {"a": False, "b": True}
+    _, state = run(weighting.update)({"a": np.nan, "b": 1.0}, state, present=absent)
+    assert (int(state.num_skipped), int(state.step)) == (3, 2)
+
+
+def test_what_is_held_stays_so_when_the_counter_runs_over():
+    weighting = weightings.hold(inverse(), 2)
+    _, state = weighting.update(STEPS[0], weighting.init(STEPS[0]))
+    state = state._replace(step=jnp.int32(2**31 - 1))
+    for losses in STEPS:
+        weights, state = weighting.update(losses, state)
+        assert not weighting.due(state)
+        assert float(weights["b"]) == 0.25
+
+
 def test_a_loss_of_zero_keeps_its_scale():
     weighting = weightings.normalize(weightings.upgrad(), decay=0.9)
     state = weighting.init({"a": 0.0, "hinge": 0.0})

@@ -265,12 +265,19 @@ def smooth_chebyshev(
     return smooth_maximum(distances, smoothing, axis=-1)
 
 
+_LARGEST = 1e30
+"""Of ratios of losses to the smoothing; the soft maximum is the maximum there."""
+
+
 def smooth_maximum(x: jax.Array, smoothing: Any, axis: int) -> jax.Array:
     """Soft maximum along an axis; where the smoothing is 0, the maximum itself."""
     mu = jnp.asarray(smoothing, x.dtype)
-    some = mu > 0
-    smooth = mu * jax.nn.logsumexp(x / jnp.where(some, mu, 1), axis=axis)
-    return jnp.where(some, smooth, jnp.max(x, axis=axis))
+    most = jnp.max(x, axis=axis)
+    ratios = x / jnp.where(mu > 0, mu, 1)
+    # Without the minimum, a compiler may take the largest entry, rounded, from the same
+    # entry before it is rounded: of large ones more than exp can take.
+    smooth = mu * jax.nn.logsumexp(jnp.minimum(ratios, _LARGEST), axis=axis)
+    return jnp.where((mu > 0) & (most <= mu * _LARGEST), smooth, most)
 
 
 def pbi(

@@ -178,9 +178,9 @@ def _ratios(
     """Weights (K,) relative to the primary loss, of which ``own`` is the size."""
     usable = (others > 0) & (own > 0)
     ratios = shares * (own / jnp.where(usable, others, 1.0))
-    usable &= jnp.isfinite(ratios) & (ratios > 0)
-    if clip:
+    if clip:  # Those that have overflowed as well.
         ratios = jnp.clip(ratios, bounds.low, bounds.high)
+    usable &= jnp.isfinite(ratios) & (ratios > 0)
     return jnp.where(usable, ratios, bounds.preferred)
 
 

@@ -26,8 +26,9 @@ from yoto_jax._losses import (
     listed,
     loss_names,
     path_name,
+    present_of_each,
     scalar_losses,
-    stack_fitting,
+    stack_present,
 )
 from yoto_jax._outliers import count_skipped
 from yoto_jax._serialization import serializable_state
@@ -198,16 +199,18 @@ def record(
         logits = [mu for _, mu in _with_logits(params)]
         slopes = [mu for _, mu in _with_logits(updates)]
         _check_like(logits, slopes, state)
-        weights = [weights_of_present(mu, present) for mu in logits]
+        each = present_of_each(present, [mu.structure for mu in logits])
+        pairs = list(zip(logits, each, strict=True))
+        weights = [weights_of_present(mu, own) for mu, own in pairs]
         row = [
             *jax.tree.leaves(weights),
             *_given_losses(losses, logits),
-            *[x for mu in logits for x in _there(present, mu.structure)],
+            *[x for mu, own in pairs for x in _there(own, mu.structure)],
             losses is not None,
             _norm([mu.learned for mu in slopes]),
         ]
         if rho is not None:
-            pulls = [decay_gradient(mu, entropy, present) for mu in logits]
+            pulls = [decay_gradient(mu, entropy, own) for mu, own in pairs]
             strength = rho(state.calls) if callable(rho) else rho
             row.append(_as_float32(strength) * _norm(pulls))
         return updates, write_row(state, row, every)
@@ -381,7 +384,7 @@ def _given_losses(losses: Losses, logits: Sequence[LossLogits]) -> list[Any]:
 
 def _there(present: Present | None, structure: jax.tree_util.PyTreeDef) -> list[Any]:
     """Which losses the batch has, all unless it is told."""
-    mask = stack_fitting(present, structure)
+    mask = stack_present(present, structure)
     return [1.0] * structure.num_leaves if mask is None else list(mask)
 
 

@@ -49,7 +49,7 @@ def auto_lambda(
     Args:
       downstream: The loss to descend: its path or its index among the losses.
       optimizer: Steps on the weights; ``optax.adam(1e-4, eps=1e-16)`` if none is
-        given, whose eps is small enough for any gradients.
+        given, whose eps is small enough for inner products from 1e-14 to 1e18.
       step_size: :math:`\alpha`, the learning rate of the model. To Adam it makes no
         difference.
       initial: First weights: one number, one for each loss, or a tree like the losses.

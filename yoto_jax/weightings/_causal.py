@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from yoto_jax._checks import check_not_negative
 from yoto_jax._loss_spec import LossSpec
-from yoto_jax._make_weighting import make_weighting
+from yoto_jax._make_weighting import make_weighting, refuse_losses
 from yoto_jax._weighting import LossWeighting
 
 
@@ -29,7 +29,8 @@ def causal(*, tolerance: float = 1.0) -> LossWeighting:
       is 1/M.
 
     Raises:
-      ValueError: ``tolerance`` is negative.
+      ValueError: ``tolerance`` is negative. In ``update`` outside ``jit``: a loss is
+        negative. Inside ``jit`` such a batch leaves the weights as they were.
 
     Examples:
       >>> import yoto_jax as yoto
@@ -53,13 +54,18 @@ def causal(*, tolerance: float = 1.0) -> LossWeighting:
     def update(
         losses: jax.Array, inner: tuple[()], spec: LossSpec
     ) -> tuple[jax.Array, tuple[()]]:
-        earlier = jnp.concatenate(
-            [spec.full(0.0)[:1], jnp.cumsum(spec.of_present(losses))[:-1]]
+        refuse_losses(
+            losses < 0,
+            losses,
+            spec,
+            "losses that are not negative",
+            "Take mean squared residuals.",
         )
+        residuals = spec.of_present(jnp.where(losses < 0, jnp.nan, losses))
+        earlier = jnp.concatenate([spec.full(0.0)[:1], jnp.cumsum(residuals)[:-1]])
+        # The last one is in no sum.
+        earlier = jnp.where(jnp.any(jnp.isnan(residuals)), jnp.nan, earlier)
         return jnp.exp(-tolerance * earlier) / spec.count, inner
 
-    return make_weighting(
-        lambda spec: (),
-        update,
-        first_weights=LossSpec.equal,
-    )
+    weighting = make_weighting(lambda spec: (), update, first_weights=LossSpec.equal)
+    return weighting._replace(positive=True)

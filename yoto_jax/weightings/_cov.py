@@ -15,6 +15,9 @@ from yoto_jax.weightings._bounds import equal_if_unknown
 _LARGEST = 1e15
 """Ratios stay below this, and their squares finite."""
 
+_SMALLEST_SHARE = 1e-5
+"""Of one update in a plain mean: what is smaller, float32 rounds away."""
+
 _SMALLEST_VARIANCE = 1e-8
 """Added to the variances of ratios, as the authors do."""
 
@@ -44,7 +47,7 @@ def cov(*, decay: float | None = None) -> LossWeighting:
     Args:
       decay: Of exponential means :math:`\bar L_i` and :math:`\mu_i`, in [0, 1), the
         authors' ``mean_sort="decay"``; the variance is a plain mean in any case. Plain
-        means over all updates if not given.
+        means over all updates if not given, over the last 100,000 or so in longer runs.
 
     Returns:
       A :class:`yoto_jax.LossWeighting` for positive losses; its weights are positive
@@ -95,15 +98,16 @@ def cov(*, decay: float | None = None) -> LossWeighting:
 
         first = inner.num_seen == 0
         share = 1.0 / (inner.num_seen + 1).astype(losses.dtype)
+        share = jnp.maximum(share, _SMALLEST_SHARE)
         rate = share if decay is None else jnp.where(first, 1.0, 1.0 - decay)
         usual = jnp.where(first, losses, inner.loss_means)
         ratios = jnp.minimum(losses / usual, _LARGEST)
         step = ratios - inner.ratio_means
-        means = inner.ratio_means + rate * step
-        squares = step * (ratios - means)  # Welford's, with the mean before and after
+        # Welford's product, of the deviations from the mean before and after.
+        squares = (1.0 - rate) * step**2
         return weights / spec.count, CovState(
-            loss_means=inner.loss_means + rate * (losses - inner.loss_means),
-            ratio_means=means,
+            loss_means=(1.0 - rate) * inner.loss_means + rate * losses,
+            ratio_means=(1.0 - rate) * inner.ratio_means + rate * ratios,
             ratio_variances=(
                 inner.ratio_variances + share * (squares - inner.ratio_variances)
             ),

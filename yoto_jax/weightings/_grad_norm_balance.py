@@ -16,7 +16,7 @@ from yoto_jax._checks import (
 from yoto_jax._loss_spec import LossSpec
 from yoto_jax._losses import PyTree
 from yoto_jax._make_weighting import make_weighting
-from yoto_jax._numerics import running_mean
+from yoto_jax._numerics import running_mean, select
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import LossWeighting
 from yoto_jax.weightings._averages import averaged
@@ -131,9 +131,9 @@ def grad_norm_balance(
     def check(spec: LossSpec) -> None:
         wanted(spec, spec.full(1.0))  # Names and ratios have to fit the losses.
 
-    if average == "norms":
-        return _of_average_norms(target, decay, check=check)
     teaches = None if primary is None else learns
+    if average == "norms":
+        return _of_average_norms(target, decay, check=check, learns=teaches)
     return averaged(target, decay, ("norms",), check=check, learns=teaches)
 
 
@@ -143,10 +143,12 @@ def calibrated(primary: str | int, steps: int, share: PyTree = 1.0) -> LossWeigh
     .. math::
       w_i = c_i \frac{\bar n_q}{\bar n_i}, \qquad w_q = 1,
 
-    where :math:`\bar n_i` is the mean gradient norm of loss i over the first two per
-    cent of the steps (ten at least), q the primary loss and c the share: the gradient
-    of every auxiliary loss is c times as long as the primary one's. Later steps compute
-    no gradients of single losses and cost what they cost with fixed weights.
+    where :math:`\bar n_i` is a running mean of the gradient norm of loss i over the
+    first two per cent of the steps (ten at least), q the primary loss and c the share:
+    the gradient of every auxiliary loss is c times as long as the primary one's. Later
+    steps compute no gradients of single losses and cost what they cost with fixed
+    weights. The mean is a plain one over the first hundred steps; in a run of more than
+    5,000, it forgets these as the norms go on to change (decay 0.99).
 
     Args:
       primary: q, the path of the primary loss, or its index in a sequence of losses.
@@ -205,11 +207,13 @@ def _of_average_norms(
     decay: float,
     *,
     check: Callable[[LossSpec], Any],
+    learns: Callable[..., jax.Array] | None,
 ) -> LossWeighting:
     """``target(losses, spec, norms=)`` of a running mean of the gradient norms.
 
     The mean is the plain one until the decay takes over. A loss that never had a
-    gradient weighs 1. What ``check(spec)`` raises, ``init`` raises.
+    gradient weighs 1. What ``check(spec)`` raises, ``init`` raises. ``learns(spec,
+    norms=)`` tells whether a batch says anything; if not, the mean is held.
     """
     check_decay(decay=decay)
 
@@ -225,6 +229,9 @@ def _of_average_norms(
         if spec.present is not None:
             mean = jnp.where(spec.present, mean, inner.average_norms)
         state = NormsState(mean, inner.num_seen + 1)
+        if learns is not None:
+            state = select(learns(spec, norms=norms), state, inner)
+            mean = state.average_norms
         weights = target(losses, spec, norms=mean)
         return jnp.where(mean > 0, weights, 1.0), state
 

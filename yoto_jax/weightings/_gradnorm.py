@@ -50,7 +50,7 @@ def gradnorm(
       alpha: How strongly slower losses are pulled along; 0 gives all norms the
         ratios p. 1.5 and 0.12 in the paper.
       optimizer: What steps on the weights; ``optax.adam(0.025, eps=1e-16)`` if none is
-        given, whose eps is small enough for any gradients.
+        given, whose eps is small enough for gradient norms from 1e-17 to 1e18.
 
     Returns:
       A :class:`yoto_jax.LossWeighting` for positive losses, which needs the gradient

@@ -369,6 +369,7 @@ METHODS = (
     Method(
         name="causal",
         needs=("losses",),
+        accepts="not negative",
         order_matters=True,
         papers=(
             Paper(

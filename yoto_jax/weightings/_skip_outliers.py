@@ -17,6 +17,7 @@ from yoto_jax._outliers import (
     OutlierRule,
     SkipOutliersState,
     as_rule,
+    skipped_between,
 )
 from yoto_jax._weighting import (
     LossWeighting,
@@ -46,9 +47,9 @@ def skip_outliers(
       rule: Which losses are outliers; ``yoto_jax.OutlierRule()`` if none is given.
 
     Returns:
-      A :class:`yoto_jax.LossWeighting`, which counts the batches that it skips in
-      ``num_skipped`` of its state. On batches that are all good it does what the
-      weighting inside does.
+      A :class:`yoto_jax.LossWeighting`, which counts the batches that it or the
+      weighting inside skips in ``num_skipped`` of its state. On batches that are all
+      good it does what the weighting inside does.
 
     Raises:
       TypeError: ``rule`` is something else, such as a bare limit.
@@ -99,8 +100,14 @@ def skip_outliers(
         )
         seen = and_present(weighting, statistics, present)
         weights, inner = weighting.update(tame, state.inner, **seen)
+        # What the weighting itself refuses is counted here as well, and not twice.
+        refused = ok & (skipped_between(state.inner, inner) > 0)
+        bad = state._replace(
+            num_skipped=state.num_skipped + 1, accepted=jnp.zeros((), jnp.bool_)
+        )
+        after = select(refused, bad, after._replace(inner=inner))
         unused = mask_weights(held, mask), state.inner
-        weights, inner = select(ok, (weights, inner), unused)
+        weights, inner = select(ok & ~refused, (weights, inner), unused)
         return weights, after._replace(inner=inner)
 
     def observe(state: SkipOutliersState, **seen: Any) -> SkipOutliersState:

@@ -64,8 +64,8 @@ def slaw(*, decay: float = 0.99, eps: float = 1e-5) -> LossWeighting:
     .. warning::
       Deviations are updated without squares, as a difference of two means of squares
       would be lost to rounding in float32. The authors bound them from below by 1e-5,
-      which depends on the unit of the loss. A loss that stands still takes nearly all
-      the weight.
+      which depends on the unit of the loss. A loss that stands still, or is 0 from
+      some step on, takes nearly all the weight.
     """
     check_decay(decay=decay)
     check_positive(eps=eps)

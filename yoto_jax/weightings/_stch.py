@@ -11,6 +11,7 @@ from yoto_jax._losses import PyTree
 from yoto_jax._make_weighting import make_weighting
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import LossWeighting
+from yoto_jax.weightings._bounds import LARGEST_RATIO
 
 
 @serializable_state
@@ -104,8 +105,11 @@ def _linear(smoothing: float, preference: PyTree, ideal: PyTree) -> LossWeightin
         losses: jax.Array, inner: tuple[()], spec: LossSpec
     ) -> tuple[jax.Array, tuple[()]]:
         p = preferences(spec)
-        distances = p * (losses - ideals(spec))
-        return p * spec.softmax(distances / smoothing), inner
+        distances = p * (losses - ideals(spec)) / smoothing
+        # Without the minimum, a compiler may take the largest distance, rounded, from
+        # the same distance before it is rounded: of large ones more than exp can take.
+        distances = jnp.minimum(distances, LARGEST_RATIO)
+        return p * spec.softmax(distances), inner
 
     return make_weighting(
         init,

@@ -22,7 +22,7 @@ from yoto_jax._losses import (
     stack_present,
 )
 from yoto_jax._numerics import all_finite, select
-from yoto_jax._outliers import count_skipped, skip_one
+from yoto_jax._outliers import skip_one, skipped_between
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import (
     GRADIENT_STATISTICS,
@@ -143,7 +143,8 @@ def hold(weighting: LossWeighting, after: jax.typing.ArrayLike) -> LossWeighting
     """
     check_weighting(weighting)
     check_counts(after=after)
-    return _at_times(weighting, HoldState, lambda step: step < after)
+    # A counter that has run over is negative.
+    return _at_times(weighting, HoldState, lambda step: (step >= 0) & (step < after))
 
 
 def _at_times(
@@ -177,13 +178,18 @@ def _at_times(
         update = lambda: weighting.update(
             losses, state.inner, **and_present(weighting, statistics, present)
         )
-        held = lambda: (mask_weights(weights_of(state.inner), mask), state.inner)
+        # Steps that look at nothing else know of losses that are not finite.
+        ok = all_finite(losses if mask is None else mask_weights(losses, mask))
+        held = lambda: (
+            mask_weights(weights_of(state.inner), mask),
+            select(ok, state.inner, skip_one(state.inner)),
+        )
         here = now(state.step)
         if isinstance(here, jax.core.Tracer):
             weights, inner = lax.cond(here, update, held)
         else:  # Not in a branch, in which nothing can be raised.
             weights, inner = update() if here else held()
-        counts = 1 - _skipped(state.inner, inner)
+        counts = 1 - skipped_between(state.inner, inner)
         if mask is not None:  # A batch without any loss is no step.
             counts *= jnp.any(mask).astype(jnp.int32)
         return weights, kind(state.step + counts, inner)
@@ -233,6 +239,10 @@ def smooth(
       1.0
       1.25
       1.4375
+
+    .. note::
+      The average moves at the steps at which the weighting inside updates: put it
+      inside :func:`every` and :func:`hold`, not around them.
     """
     check_weighting(weighting)
     check_decay(decay=decay)
@@ -484,14 +494,6 @@ def _taken(before: Any, after: Any) -> jax.Array:
     if count is None:
         return jnp.asarray(True)
     return count > optax.tree.get(before, "num_updates")
-
-
-def _skipped(before: Any, after: Any) -> jax.Array:
-    """How many batches have been skipped between two states, as far as they tell."""
-    old, new = count_skipped(before), count_skipped(after)
-    if old is None or new is None:
-        return jnp.zeros((), jnp.int32)
-    return new - old
 
 
 def observing_inner(weighting: LossWeighting) -> LossWeighting:

@@ -38,7 +38,9 @@ def yoto(
 
     and an optimizer with hyperparameter decay that steps on :math:`\mu`. The logits are
     in the state instead of among the parameters; step for step the weights are those of
-    :func:`yoto_jax.composite_loss` with the same optimizer for model and logits.
+    :func:`yoto_jax.composite_loss` with the same optimizer for model and logits, as
+    long as all losses are present. Each logit has a step count of its own here, which
+    stands still while its loss is absent; there they share the model's.
 
     Args:
       primary: The loss whose logit stays 0, see :func:`yoto_jax.init_loss_logits`.
