@@ -38,6 +38,7 @@ RECOMMENDED = (
     "ntk, every 100",
     "aligned_mtl, every 10",
     "aligned_mtl",
+    "ntk_surrogate",
     "nash_mtl",
     "race: equal and shares, cut at 20 %",
     "race: 15 points, cut at 10 and 30 %",
