@@ -238,7 +238,7 @@ def _hold_absent(
         new = _as_wide(new, updates, updates if params is None else params)
         if present is None:
             return new, after
-        still = optax.tree.zeros_like(updates)
+        still = optax.tree.zeros_like(new)
         return choose_present(present, (new, after), (still, state))
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)

@@ -478,6 +478,10 @@ def test_logits_of_the_same_losses_have_a_tree_each_in_their_order(optimizer, or
     np.testing.assert_array_equal(
         *[[x.learned for x in tree.values()] for tree in (updates, alone)]
     )
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), grads)
+    again, _ = tx.update(low, state, params, present=present)
+    for name, update in again.items():
+        np.testing.assert_allclose(update.learned, updates[name].learned, atol=1e-4)
     part = optax.masked(tx, {"one": True, "two": False})
     with pytest.raises(ValueError, match="2 trees for the losses 'a', 'b'"):
         part.update(grads, part.init(params), params, present=present)
