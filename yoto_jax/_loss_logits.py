@@ -269,15 +269,11 @@ def present_in_order(present: Present | None, mu: LossLogits) -> jax.Array | Non
     return jnp.stack(primary_first(list(mask), mu.primary))
 
 
-def loss_logits_of(tree: PyTree) -> list[LossLogits]:
-    """All loss logits of a tree, but for those that a mask has emptied."""
-    leaves = jax.tree.leaves(tree, is_leaf=is_loss_logits)
-    return [x for x in leaves if is_loss_logits(x) and jax.tree.leaves(x)]
-
-
 def present_by_logits(present: Present | None, tree: PyTree) -> list[Any]:
-    """Which losses there are, of each of the loss logits of a tree."""
-    return present_of_each(present, [mu.structure for mu in loss_logits_of(tree)])
+    """Which losses there are, of each LossLogits that no mask has emptied."""
+    nodes = jax.tree.leaves(tree, is_leaf=is_loss_logits)
+    logits = [x for x in nodes if is_loss_logits(x) and jax.tree.leaves(x)]
+    return present_of_each(present, [mu.structure for mu in logits])
 
 
 def choose_present(present: Present, new: PyTree, old: PyTree) -> PyTree:
