@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 
 from yoto_jax._checks import check_flag, check_hyperparameter, check_not_negative
-from yoto_jax._losses import State
 from yoto_jax._numerics import running_mean, select
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import of_inner
@@ -188,28 +187,3 @@ def as_rule(rule: OutlierRule | None) -> OutlierRule:
             f"{rule!r}."
         )
     return rule
-
-
-def count_skipped(state: State) -> jax.Array | None:
-    """Batches skipped by a weighting and all wrappers in a state, or None."""
-    counts = [x for _, x in optax.tree.get_all_with_path(state, "num_skipped")]
-    return sum(counts[1:], counts[0]) if counts else None
-
-
-def skipped_between(before: Any, after: Any) -> jax.Array:
-    """How many batches have been skipped between two states, as far as they tell."""
-    old, new = count_skipped(before), count_skipped(after)
-    if old is None or new is None:
-        return jnp.zeros((), jnp.int32)
-    return new - old
-
-
-def skip_one(state: State) -> Any:
-    """The state of a weighting as it is but for one more batch that is skipped."""
-    counts = optax.tree.get_all_with_path(state, "num_skipped")
-    if not counts:
-        return state
-    outermost, count = min(counts, key=lambda entry: len(entry[0]))
-    return optax.tree.set(
-        state, lambda path, _: path == outermost, num_skipped=count + 1
-    )

@@ -106,19 +106,43 @@ def weights_of(state: State) -> PyTree:
     return optax.tree.get(state, "loss_weights")
 
 
-def of_inner(name: str) -> property:
-    """A property of a wrapper's state: what the state inside has under this name.
+def count_skipped(state: State) -> jax.Array | None:
+    """Batches skipped by a weighting and all wrappers in a state, or None."""
+    counts = [x for _, x in optax.tree.get_all_with_path(state, "num_skipped")]
+    return sum(counts[1:], counts[0]) if counts else None
 
-    Of batches that are skipped there are several counts if several wrappers, or a
-    wrapper and the weighting inside, skip some: it is their sum.
-    """
+
+def skipped_between(before: Any, after: Any) -> jax.Array:
+    """How many batches have been skipped between two states, as far as they tell."""
+    old, new = count_skipped(before), count_skipped(after)
+    if old is None or new is None:
+        return jnp.zeros((), jnp.int32)
+    return new - old
+
+
+def skip_one(state: State) -> Any:
+    """The state of a weighting as it is but for one more batch that is skipped."""
+    counts = optax.tree.get_all_with_path(state, "num_skipped")
+    if not counts:
+        return state
+    outermost, count = min(counts, key=lambda entry: len(entry[0]))
+    return optax.tree.set(
+        state, lambda path, _: path == outermost, num_skipped=count + 1
+    )
+
+
+def of_inner(name: str) -> property:
+    """A property of a wrapper's state: what the state inside has under this name."""
 
     def read(state: Any) -> Any:
-        found = [x for _, x in optax.tree.get_all_with_path(state.inner, name)]
-        if not found:
+        if name == "num_skipped":  # Several may skip batches, one in the other.
+            found = count_skipped(state.inner)
+        else:
+            found = optax.tree.get(state.inner, name)
+        if found is None:
             kind = type(state).__name__
             raise AttributeError(f"no {name} in what this {kind} holds.", name=name)
-        return sum(found[1:], found[0]) if name == "num_skipped" else found[0]
+        return found
 
     return property(read, doc=f"``{name}`` of the state inside.")
 

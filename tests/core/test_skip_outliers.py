@@ -16,8 +16,9 @@ from flax import nnx
 import yoto_jax as yoto
 import yoto_jax.nnx as yoto_nnx
 from yoto_jax import LossWeighting, make_weighting, weightings
-from yoto_jax._outliers import OutlierRule, count_skipped
+from yoto_jax._outliers import OutlierRule
 from yoto_jax._skip_outliers import skip_outliers
+from yoto_jax._weighting import count_skipped
 from yoto_jax.weightings._skip_outliers import skip_outliers as skip_in_weighting
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

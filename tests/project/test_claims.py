@@ -348,12 +348,18 @@ def told_of_equations():
     """Errors in the table of the guide, by method and equation."""
     page = (ROOT / "docs" / "how-to" / "physics.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in page.splitlines()]
-    names = {"`calibrated`, share 1": "share 1", "`ntk`, every hundred steps": None}
+    names = {
+        "calibrated`, share 1": "share 1",
+        "ntk`, every hundred steps": "ntk, every 100",
+    }
     table = {}
     for row in rows:
         if len(row) == 5 and row[1].replace(".", "").isdigit():
-            name = names.get(row[0], row[0].strip("`")) or "ntk, every 100"
-            table[name] = dict(zip(EQUATIONS, row[1:4], strict=True)), float(row[4])
+            name = row[0].strip("`")
+            table[names.get(name, name)] = (
+                dict(zip(EQUATIONS, row[1:4], strict=True)),
+                float(row[4]),
+            )
     return table
 
 

@@ -30,13 +30,13 @@ from yoto_jax._losses import (
     scalar_losses,
     stack_present,
 )
-from yoto_jax._outliers import count_skipped
 from yoto_jax._serialization import serializable_state
 from yoto_jax._unwrap_loss_logits import unwrap_loss_logits
 from yoto_jax._weighting import (
     LossWeighting,
     and_present,
     check_weighting,
+    count_skipped,
     of_inner,
 )
 from yoto_jax.weightings._wrappers import observing_inner

@@ -18,12 +18,12 @@ from yoto_jax._losses import (
     path_name,
     stack_present,
 )
-from yoto_jax._outliers import count_skipped
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import (
     LossWeighting,
     and_present,
     check_state,
+    count_skipped,
     mask_weights,
     weights_of,
 )

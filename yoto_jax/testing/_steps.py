@@ -8,8 +8,7 @@ import numpy as np
 import optax
 
 from yoto_jax._losses import Params
-from yoto_jax._outliers import count_skipped
-from yoto_jax._weighting import weights_of
+from yoto_jax._weighting import count_skipped, weights_of
 from yoto_jax.testing._compare import (
     named_leaves,
     numbers,

@@ -17,7 +17,6 @@ from yoto_jax._outliers import (
     OutlierRule,
     SkipOutliersState,
     as_rule,
-    skipped_between,
 )
 from yoto_jax._weighting import (
     LossWeighting,
@@ -25,6 +24,7 @@ from yoto_jax._weighting import (
     check_state,
     check_weighting,
     mask_weights,
+    skipped_between,
     weights_of,
     without_absent,
 )
@@ -105,10 +105,9 @@ def skip_outliers(
         bad = state._replace(
             num_skipped=state.num_skipped + 1, accepted=jnp.zeros((), jnp.bool_)
         )
-        after = select(refused, bad, after._replace(inner=inner))
         unused = mask_weights(held, mask), state.inner
         weights, inner = select(ok & ~refused, (weights, inner), unused)
-        return weights, after._replace(inner=inner)
+        return weights, select(refused, bad, after._replace(inner=inner))
 
     def observe(state: SkipOutliersState, **seen: Any) -> SkipOutliersState:
         assert weighting.observe is not None

@@ -22,7 +22,6 @@ from yoto_jax._losses import (
     stack_present,
 )
 from yoto_jax._numerics import all_finite, select
-from yoto_jax._outliers import skip_one, skipped_between
 from yoto_jax._serialization import serializable_state
 from yoto_jax._weighting import (
     GRADIENT_STATISTICS,
@@ -33,6 +32,8 @@ from yoto_jax._weighting import (
     check_weighting,
     mask_weights,
     of_inner,
+    skip_one,
+    skipped_between,
     weights_of,
 )
 
